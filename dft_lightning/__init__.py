@@ -1,0 +1,59 @@
+"""Fine-tune causal language models with a pluggable token loss.
+
+Importing the package imports torch alone; what needs Lightning or transformers is resolved on first use (PEP 562).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dft_lightning.losses import (
+    CrossEntropyLoss,
+    DFTLoss,
+    FocalLoss,
+    Statistic,
+    TokenLoss,
+    TokenStats,
+    compute_loss_func,
+    dft_cross_entropy,
+    focal_cross_entropy,
+)
+
+if TYPE_CHECKING:
+    from dft_lightning.callbacks import GenerationEvaluation as GenerationEvaluation
+    from dft_lightning.data import InstructionDataModule as InstructionDataModule
+    from dft_lightning.modules import CausalLMModule as CausalLMModule
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "CausalLMModule": "dft_lightning.modules",
+    "GenerationEvaluation": "dft_lightning.callbacks",
+    "InstructionDataModule": "dft_lightning.data",
+}
+
+__all__ = [
+    "CausalLMModule",
+    "CrossEntropyLoss",
+    "DFTLoss",
+    "FocalLoss",
+    "GenerationEvaluation",
+    "InstructionDataModule",
+    "Statistic",
+    "TokenLoss",
+    "TokenStats",
+    "compute_loss_func",
+    "dft_cross_entropy",
+    "focal_cross_entropy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

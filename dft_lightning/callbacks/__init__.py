@@ -1,0 +1,6 @@
+"""What watches or saves a run."""
+
+from dft_lightning.callbacks.generation import GenerationEvaluation
+from dft_lightning.callbacks.predictions import PredictionWriter
+
+__all__ = ["GenerationEvaluation", "PredictionWriter"]

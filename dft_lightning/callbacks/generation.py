@@ -1,0 +1,153 @@
+"""Exact match of generated answers along ``fit``: where a loss sharpens and where it spoils shows only there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from dft_lightning.errors import InputError
+from dft_lightning.metrics import ExactMatch
+from dft_lightning.modules.causal_lm import CausalLMModule
+from dft_lightning.modules.generation import GenerationOptions, evaluating
+
+
+class GenerationEvaluation(Callback):
+    """Generates answers to validation prompts before, along and after ``fit``, and scores them by exact match.
+
+    Logs ``generation/greedy`` (likeliest tokens), and ``generation/sampled``: the mean over ``num_samples`` samples
+    per problem at ``temperature``, which is avg@k. Both are also in ``trainer.callback_metrics``, for a
+    ``ModelCheckpoint`` to monitor, from the first evaluation after a training step. Sampling has its own random
+    state: a run trains the same with or without it.
+
+    Args:
+        at_start: evaluate before the first step.
+        every_n_steps: evaluate after every so many optimizer steps; ``None`` for never.
+        at_end: evaluate after the last step.
+        num_samples: samples per problem; 0 for greedy alone.
+        temperature: of sampling, more than 0.
+        limit: problems, from the start of the validation rows; ``None`` for all.
+        seed: of the sampling.
+
+    Raises:
+        ValueError: options out of range.
+
+    Attributes:
+        history: ``(step, {"greedy": share, "sampled": share})`` of each evaluation.
+
+    Example:
+        >>> callback = GenerationEvaluation(every_n_steps=100, num_samples=4, temperature=1.0, limit=200)
+        >>> callback.history
+        []
+    """
+
+    def __init__(
+        self,
+        at_start: bool = True,
+        every_n_steps: int | None = None,
+        at_end: bool = True,
+        num_samples: int = 1,
+        temperature: float = 1.0,
+        limit: int | None = 200,
+        seed: int = 0,
+    ) -> None:
+        for name, value, least in (("every_n_steps", every_n_steps, 1), ("num_samples", num_samples, 0)):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit must be at least 1, got {limit}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be more than 0, got {temperature}; greedy is always scored")
+        self.at_start = at_start
+        self.every_n_steps = every_n_steps
+        self.at_end = at_end
+        self.num_samples = num_samples
+        self.temperature = temperature
+        self.limit = limit
+        self.seed = seed
+        self.history: list[tuple[int, dict[str, float]]] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Before any training: a run that cannot be evaluated at its end should not begin.
+        if stage == "fit" and not hasattr(getattr(trainer, "datamodule", None), "generation_dataloader"):
+            raise InputError("GenerationEvaluation takes its prompts from InstructionDataModule: fit with datamodule=")
+        if stage == "fit":
+            trainer.datamodule.generation_dataloader(self.limit)  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.at_start and trainer.global_step == 0:
+            self._evaluate(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, every = trainer.global_step, self.every_n_steps
+        if every is None or step == 0 or step % every or (self.history and self.history[-1][0] == step):
+            return
+        values = self._evaluate(trainer, pl_module)
+        for name, value in values.items():
+            pl_module.log(f"generation/{name}", value, logger=False, on_step=True, on_epoch=False, batch_size=1)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.at_end and not (self.history and self.history[-1][0] == trainer.global_step):
+            self._evaluate(trainer, pl_module)
+        if len(self.history) > 1:
+            rank_zero_info(self.table())
+
+    def table(self) -> str:
+        """What was measured, a line per evaluation."""
+        names = list(self.history[0][1])
+        lines = ["exact match" + "".join(f"{name:>10}" for name in names)]
+        lines += [f"step {step:<6}" + "".join(f"{v[name]:>10.3f}" for name in names) for step, v in self.history]
+        return "\n".join(lines)
+
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        assert isinstance(pl_module, CausalLMModule)
+        telemetry = pl_module.train_telemetry
+        telemetry.stop_clock()
+        options = pl_module.generation
+        values = {"greedy": self._score(trainer, pl_module, replace(options, do_sample=False), 1)}
+        if self.num_samples:
+            sampling = replace(options, do_sample=True, temperature=self.temperature, top_p=1.0, top_k=0)
+            values["sampled"] = self._score(trainer, pl_module, sampling, self.num_samples)
+        self.history.append((trainer.global_step, values))
+        for logger in trainer.loggers:
+            logger.log_metrics({f"generation/{k}": v for k, v in values.items()}, step=trainer.global_step)
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+        rank_zero_info(f"step {trainer.global_step}: exact match {shown}")
+        telemetry.start_clock()
+        return values
+
+    def _score(
+        self, trainer: pl.Trainer, module: CausalLMModule, options: GenerationOptions, num_samples: int
+    ) -> float:
+        metric = ExactMatch(module.answer_extractor).to(module.device)
+        devices = [module.device] if module.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), evaluating(module), trainer.precision_plugin.forward_context():
+            torch.manual_seed(self.seed + trainer.global_rank)
+            for batch in trainer.datamodule.generation_dataloader(self.limit):  # type: ignore[attr-defined]
+                real = [i for i, index in enumerate(batch["index"].tolist()) if index >= 0]
+                ids, mask = (
+                    _repeat(batch[f"prompt_{k}"], num_samples, module) for k in ("input_ids", "attention_mask")
+                )
+                completions = module.generate(ids, mask, options)
+                for i in real:
+                    samples = completions[i * num_samples : (i + 1) * num_samples]
+                    metric.update(samples, [_reference(batch, i)] * num_samples)
+        return float(metric.compute())
+
+
+def _repeat(tensor: Tensor, times: int, module: pl.LightningModule) -> Tensor:
+    return tensor.repeat_interleave(times, dim=0).to(module.device)
+
+
+def _reference(batch: dict[str, Any], i: int) -> str:
+    reference = batch["reference"][i]
+    if reference is None:
+        raise InputError(f"validation row {int(batch['index'][i]) + 1} has no final assistant turn to score against")
+    return str(reference)

@@ -1,0 +1,77 @@
+"""Generated completions to a JSONL file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class PredictionWriter(Callback):
+    """Writes what ``predict`` and ``test`` generate, one JSON object a line in the order of the rows.
+
+    Each has ``index`` (from 0), ``prompt``, ``completion`` and ``reference``; in ``test`` also ``correct``. The file
+    is written whole when all rows are done, by rank 0, and replaces an older one of the same name only then.
+
+    Args:
+        path: the file; ``None`` for ``predictions.jsonl`` (``test_predictions.jsonl``) in the run's log folder.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
+        self._records: list[dict[str, Any]] = []
+
+    def _collect(self, outputs: Any) -> None:
+        self._records += outputs["predictions"] if isinstance(outputs, dict) else outputs
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._collect(outputs)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._collect(outputs)
+
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write(trainer, "predictions.jsonl")
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write(trainer, "test_predictions.jsonl")
+
+    def _write(self, trainer: pl.Trainer, default_name: str) -> None:
+        records, self._records = self._records, []
+        log_dir = trainer.log_dir  # a broadcast: every rank asks
+        if trainer.world_size > 1:
+            parts: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, records)
+            records = [record for part in parts for record in part]
+        if not trainer.is_global_zero or not records:
+            return
+        path = Path(self.path) if self.path else Path(log_dir or ".") / default_name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            for record in sorted(records, key=lambda record: int(record["index"])):
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        os.replace(partial, path)
+        rank_zero_info(f"{len(records)} completions in {path}")

@@ -1,0 +1,58 @@
+"""Which checkpoint ``--ckpt_path`` means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from dft_lightning.errors import InputError
+
+
+def resolve_checkpoint(ckpt_path: str | Path | None, trainer: pl.Trainer) -> str | None:
+    """The checkpoint to load.
+
+    Args:
+        ckpt_path: a path; ``"last"``, the newest checkpoint of earlier runs with the same root folder; ``"auto"``,
+            the same if there is one; ``"best"`` and the others that Lightning knows, which are left to it.
+        trainer: tells where checkpoints are kept.
+
+    Raises:
+        InputError: the path does not exist, or there is no ``last``.
+    """
+    if ckpt_path is None or str(ckpt_path) in ("best", "hpc", "registry"):
+        return None if ckpt_path is None else str(ckpt_path)
+    if str(ckpt_path) not in ("last", "auto"):
+        if not Path(ckpt_path).exists():
+            raise InputError(f"--ckpt_path: no such checkpoint: {ckpt_path}")
+        return str(ckpt_path)
+    folders = checkpoint_folders(trainer)
+    found = [path for folder in folders for path in folder.glob("*.ckpt")]
+    if found:
+        newest = max(found, key=lambda path: path.stat().st_mtime_ns)
+        rank_zero_info(f"ckpt_path {ckpt_path}: {newest}")
+        return str(newest)
+    roots = ", ".join(str(folder) for folder in _roots(trainer))
+    if str(ckpt_path) == "last":
+        raise InputError(f"--ckpt_path last: no checkpoint under {roots}; leave it out to start from the beginning")
+    rank_zero_info(f"ckpt_path auto: no checkpoint under {roots}, starting from the beginning")
+    return None
+
+
+def _roots(trainer: pl.Trainer) -> list[Path]:
+    """Where ``ModelCheckpoint`` puts runs: its own folder, or below each logger's, or below the trainer's."""
+    own = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+    if own:
+        return [Path(folder) for folder in own]
+    logged = [Path(logger.save_dir) / str(logger.name) for logger in trainer.loggers if logger.save_dir]
+    return list(dict.fromkeys(logged)) or [Path(trainer.default_root_dir)]
+
+
+def checkpoint_folders(trainer: pl.Trainer) -> list[Path]:
+    """Every folder that may hold a checkpoint of this or an earlier run."""
+    folders: list[Path] = []
+    for root in _roots(trainer):
+        folders += [root, root / "checkpoints", *root.glob("*/checkpoints")]
+    return [folder for folder in folders if folder.is_dir()]

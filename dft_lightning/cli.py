@@ -1,0 +1,153 @@
+"""The command: ``fit``, ``validate``, ``test`` and ``predict`` from a config, through LightningCLI."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from dft_lightning.callbacks import PredictionWriter
+from dft_lightning.checkpoints import resolve_checkpoint
+from dft_lightning.cli_errors import shorten
+from dft_lightning.data import InstructionDataModule
+from dft_lightning.errors import InputError
+from dft_lightning.modules import CausalLMModule
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    # Parameters touched under inference mode cannot be trained afterwards under FSDP2 on a GPU.
+    "inference_mode": False,
+    "log_every_n_steps": 10,
+}
+
+
+class Parser(LightningArgumentParser):
+    """One mistake, one message: no usage wall. Keys are written out: an abbreviation may mean another key one day."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        if not self.exit_on_error:  # a parser for a class's options: the outer one adds the key
+            super().error(message, ex)
+        sys.stderr.write(f"error: {shorten(message, self)}\n")
+        raise SystemExit(2)
+
+
+class DFTLightningCLI(LightningCLI):
+    """LightningCLI with this project's defaults, each replaceable by config.
+
+    Adds TensorBoard and CSV loggers (into one folder), a ``ModelCheckpoint`` of the newest state, a
+    ``LearningRateMonitor`` and a ``PredictionWriter``, where the config has none of the kind. No checkpoint is chosen
+    by its ``nll``, which rises under DFT. Checkpoints are loaded with ``weights_only=True``.
+    """
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        # Lightning's own warns of args beside sys.argv, which every in-process caller (a test, a notebook) has.
+        self.config = parser.parse_object(args) if isinstance(args, (dict, Namespace)) else parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's own lets the checkpoint's options override the config and the flags, silently."""
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, MisconfigurationException) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(str(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        config = self._get(self.config_init, "trainer")
+        callbacks = config.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        callbacks += default_callbacks(callbacks, config)
+        logger = config.get("logger")
+        if logger is None or logger is True:
+            logger = default_loggers(config.get("default_root_dir"))
+        trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
+        if str(config.get("precision")) in ("16", "16-mixed") and trainer.precision != "16-mixed":
+            raise InputError("trainer.precision: 16-mixed needs a GPU (Lightning would run bf16-mixed): ask for that")
+        return trainer
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["ckpt_path"] = resolve_checkpoint(kwargs.get("ckpt_path"), self.trainer)
+        if kwargs.get("weights_only") is None:
+            kwargs["weights_only"] = True
+        return kwargs
+
+
+def default_callbacks(given: list[Callback], trainer_config: Any) -> list[Callback]:
+    """The callbacks of the command that the config has none of its own of."""
+    defaults: list[Callback] = [PredictionWriter()]
+    if trainer_config.get("enable_checkpointing") is not False and not trainer_config.get("fast_dev_run"):
+        defaults.append(ModelCheckpoint())
+    if trainer_config.get("logger") is not False and not trainer_config.get("fast_dev_run"):
+        defaults.append(LearningRateMonitor(logging_interval="step"))
+    return [callback for callback in defaults if not any(isinstance(other, type(callback)) for other in given)]
+
+
+def default_loggers(root: str | Path | None) -> list[Logger]:
+    """TensorBoard and CSV in the same numbered folder, ``ROOT/lightning_logs/version_N``."""
+    folder = str(root or Path.cwd())
+    board = TensorBoardLogger(folder, name="lightning_logs")
+    return [board, CSVLogger(folder, name="lightning_logs", version=board.version)]
+
+
+def _quiet() -> None:
+    """Advice that is wrong or no use here."""
+    # The two default loggers share a folder, so it is never empty; nothing in it is deleted.
+    warnings.filterwarnings("ignore", message=r"Experiment logs directory .* exists and is not empty")
+    # Rows come tokenised: collating them is cheap, and data.num_workers is there.
+    warnings.filterwarnings("ignore", message=r".*does not have many workers")
+    # A fit without validation rows is what was asked for.
+    warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
+
+
+def main(
+    args: list[str] | None = None,
+    module_class: type[CausalLMModule] = CausalLMModule,
+    datamodule_class: type[InstructionDataModule] = InstructionDataModule,
+) -> LightningCLI:
+    """Run the command.
+
+    Args:
+        args: command-line arguments without the program's name; ``None`` takes ``sys.argv``.
+        module_class: the module, for a project with its own subclass.
+        datamodule_class: the data module, likewise.
+
+    Returns:
+        The CLI, with ``trainer``, ``model`` and ``datamodule``, when the run has ended.
+
+    Raises:
+        SystemExit: with status 2 after one message on standard error, where the input was wrong.
+    """
+    _quiet()
+    try:
+        return DFTLightningCLI(
+            module_class,
+            datamodule_class,
+            trainer_defaults=dict(TRAINER_DEFAULTS),
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"prog": "python -m dft_lightning"},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None

@@ -1,0 +1,179 @@
+"""jsonargparse's messages, cut to what a person needs: the key, what is wrong, what would be right."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, get_args
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+_NOISE = (
+    "Does not validate against any of the Union subtypes",
+    "Subtypes:",
+    "Errors:",
+    "Given value",
+    "Expected a path but",
+    "Problem with given class_path",
+    "Expected a <class 'NoneType'>",
+)
+_PREFIX = re.compile(r'^[\s-]*(Parser key "[^"]+":)?\s*')
+
+
+def shorten(message: str, parser: ArgumentParser) -> str:
+    """One or two lines for a parsing error."""
+    for pattern, rewrite in _RULES:
+        if match := re.search(pattern, message, re.DOTALL):
+            return rewrite(match, message, parser)
+    key, reasons = _key_and_reasons(message)
+    text = "; ".join(reasons[:3] or [message])
+    return f"{key}: {text}" if key else text
+
+
+def _key_and_reasons(message: str) -> tuple[str, list[str]]:
+    """The dotted key that a message is about, and its lines without wrapping."""
+    keys = re.findall(r'Parser key "([^"]+)":', message)
+    reasons = []
+    for line in message.splitlines():
+        text = _PREFIX.sub("", line)
+        if text and not text.startswith(_NOISE):
+            reasons.append(_plain_types(text))
+    return ".".join(_strip_subcommand(key) for key in keys), reasons
+
+
+def _plain_types(text: str) -> str:
+    """``Expected a <class 'float'>`` and ``Expected a typing.Literal[...]`` in words."""
+    text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
+    text = re.sub(r"<class '([^']+)'>", r"\1", text)
+    return re.sub(r"^Expected an? one of", "expected one of", text).replace("Expected a ", "expected ")
+
+
+def _strip_subcommand(key: str) -> str:
+    return re.sub(r"^(fit|validate|test|predict)\.", "", key)
+
+
+def _unrecognized(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
+    key = match.group(1).lstrip("-").split("=")[0]
+    return _unknown_key(_strip_subcommand(key), parser)
+
+
+def _group_option(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
+    return _unknown_key(_strip_subcommand(f"{match.group(1)}.{match.group(2)}"), parser)
+
+
+def _unknown_key(key: str, parser: ArgumentParser) -> str:
+    known = _known_keys(parser)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not near:
+        tails = {name.rpartition(".")[2]: name for name in known}
+        near = [tails[tail] for tail in difflib.get_close_matches(key.rpartition(".")[2], tails, n=1, cutoff=0.75)]
+    return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "; see --help for the known ones")
+
+
+def _known_keys(parser: Any) -> list[str]:
+    """Options of the parser and, for the root one, of its subcommands."""
+    keys = {option[2:] for action in _all_actions(parser) for option in action.option_strings if option[:2] == "--"}
+    return sorted(key for key in keys if not key.endswith(".help") and not key.startswith("print_"))
+
+
+def _unknown_class(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
+    key, _ = _key_and_reasons(message)
+    known = sorted(known_classes(key, parser))
+    near = difflib.get_close_matches(match.group(1), known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    choices = f"known: {', '.join(known)}, or the" if known else "give the"
+    return f"{key}: unknown class {match.group(1)!r}{hint}\n{choices} dotted path of your own"
+
+
+def known_classes(key: str, parser: Any) -> list[str]:
+    """Short names of this package's classes that a key takes."""
+    bases = [base for action in _all_actions(parser) if _names(action, key) for base in _classes_in(action._typehint)]
+    return sorted({cls.__name__ for base in bases for cls in _subclasses(base) if _is_own(cls)})
+
+
+def _all_actions(parser: Any) -> list[Any]:
+    actions: list[Any] = []
+    for action in parser._actions:
+        actions.append(action)
+        for subparser in (getattr(action, "_name_parser_map", None) or {}).values():
+            actions += _all_actions(subparser)
+    return actions
+
+
+def _names(action: Any, key: str) -> bool:
+    return hasattr(action, "_typehint") and key in (action.dest, *(option[2:] for option in action.option_strings))
+
+
+def _classes_in(typehint: Any) -> list[type]:
+    """The classes inside a type hint: ``TokenLoss``, or ``RowSource`` of ``RowSource | str | None``."""
+    nested = [cls for argument in get_args(typehint) for cls in _classes_in(argument)]
+    return [typehint, *nested] if isinstance(typehint, type) and typehint not in (str, type(None)) else nested
+
+
+def _subclasses(base: type) -> list[type]:
+    direct: list[type] = base.__subclasses__()
+    return [cls for child in direct for cls in (child, *_subclasses(child))]
+
+
+def _is_own(cls: type) -> bool:
+    return cls.__module__.startswith("dft_lightning.")
+
+
+def _not_subclass(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
+    return f"{_key_and_reasons(message)[0]}: {match.group(1)} is not a subclass of {match.group(2)}"
+
+
+def _import_failed(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
+    return f"{_key_and_reasons(message)[0]}: cannot import {match.group(1)!r}: {match.group(2)}"
+
+
+def _bad_option(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
+    key = _key_and_reasons(message)[0]
+    name = match.group(1).rpartition(".")[2]
+    return f"{key}.{match.group(2)}: {name} has no option {match.group(2)!r}{_options_of(match.group(1))}"
+
+
+def _options_of(class_path: str) -> str:
+    module, _, name = class_path.rpartition(".")
+    options = list(inspect.signature(getattr(import_module(module), name).__init__).parameters)[1:]
+    return f"; it has {', '.join(options)}" if options else "; it has none"
+
+
+def _required(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
+    outer = _key_and_reasons(message)[0]
+    names = [_strip_subcommand(name.strip()) for name in match.group(1).splitlines()[0].split(",")]
+    keys = [f"{outer}.{name}" if outer else name for name in names]
+    return f"{', '.join(keys)}: required, but not given"
+
+
+def _missing_file(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
+    return f"{_key_and_reasons(message)[0] or 'config'}: no such file: {match.group(1)}"
+
+
+def _option_of_text(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
+    key = _key_and_reasons(message)[0]
+    return f"{key}.{match.group(2)}: {key} is {match.group(1)!r}, which has no options; name a class first"
+
+
+def _broken_config(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
+    return "config: broken YAML: " + " ".join(match.group(1).split()).replace('in "<unicode string>", ', "at ")
+
+
+_RULES: list[tuple[str, Callable[[re.Match[str], str, Any], str]]] = [
+    (r"unrecognized arguments: (\S+)", _unrecognized),
+    (r"Group '([^']+)' does not accept option '([^']+)'", _group_option),
+    (r"Subcommand '[^']+' does not accept option '([^']+)'", _unrecognized),
+    (r"Unexpected import path format: (\S+)[\s\S]*NestedArg\(key='([^']+)'", _option_of_text),
+    (r"Problems parsing config: (.+)", _broken_config),
+    (r"Problem with given class_path '([^']+)':\s*Option '([^']+)' is not accepted", _bad_option),
+    (r"Problem with given class_path '([^']+)':\s*(No module named [^\n]+|module [^\n]+has no attribute[^\n]+)",
+     _import_failed),
+    (r"Import path (\S+) does not correspond to a subclass of (\S+)", _not_subclass),
+    (r"Expected a dot import path string: (\S+)", _unknown_class),
+    (r"the following arguments are required: ([^\n]+)", _required),
+    (r"File does not exist: '([^']+)'", _missing_file),
+]  # fmt: skip

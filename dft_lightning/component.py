@@ -1,0 +1,111 @@
+"""Components named by class path and options: what configs say of them and what checkpoints keep.
+
+A checkpoint must load with ``weights_only=True``, so it cannot hold a loss object. It holds the class path and the
+arguments the object was made from, and the module makes an equal one again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from importlib import import_module
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_PLAIN_SCALARS = (str, int, float, bool, type(None))
+
+
+class NotPlainError(TypeError):
+    """A value that neither YAML nor a ``weights_only`` checkpoint can hold."""
+
+
+class Component:
+    """Mixin that remembers the arguments of ``__init__`` (in ``_init_values``), whatever the subclass."""
+
+    _init_values: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # Copying and unpickling call __new__ without arguments and restore the attribute themselves.
+        self = super().__new__(cls)
+        object.__setattr__(self, "_init_values", _bound_values(cls, args, kwargs))
+        return self
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self._init_values.items())})"
+
+
+def _bound_values(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+    try:
+        values = dict(signature.bind(None, *args, **kwargs).arguments)
+    except TypeError:  # wrong arguments: __init__ is about to raise the error that a user should see
+        return {}
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            values.update(values.pop(name, {}))
+    values.pop(next(iter(signature.parameters)), None)
+    return values
+
+
+def to_plain(value: Any) -> Any:
+    """Turn components, dataclasses and paths into dicts, lists and scalars.
+
+    Raises:
+        NotPlainError: something has no plain form.
+    """
+    if isinstance(value, _PLAIN_SCALARS):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Component):
+        return {"class_path": class_path(type(value)), "init_args": _plain_init_args(value)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_plain(dataclasses.asdict(value))
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    raise NotPlainError(f"{type(value).__module__}.{type(value).__qualname__} has no plain form")
+
+
+def class_path(cls: type) -> str:
+    """Dotted path of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _plain_init_args(component: Component) -> dict[str, Any] | str:
+    try:
+        return {name: to_plain(value) for name, value in component._init_values.items()}
+    except NotPlainError as error:
+        # Said when it is loaded: a run that is never loaded again loses nothing.
+        return f"not saved: {error}"
+
+
+def from_plain(value: T | dict[str, Any], base: type[T]) -> T:
+    """Make a component from ``{"class_path": ..., "init_args": {...}}``; an instance is returned as it is.
+
+    Raises:
+        TypeError: the class path names no subclass of ``base``, or ``value`` is neither form.
+        ValueError: the class path cannot be imported.
+    """
+    if isinstance(value, base):
+        return value
+    if not isinstance(value, dict) or "class_path" not in value:
+        raise TypeError(
+            f"expected a {base.__name__} or a dict with class_path and init_args, got {type(value).__name__}: {value!r}"
+        )
+    module, _, name = str(value["class_path"]).rpartition(".")
+    try:
+        cls = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"cannot import {value['class_path']!r} ({error}); make it importable, or pass the {base.__name__} itself"
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise TypeError(f"{value['class_path']} is not a subclass of {base.__name__}")
+    init_args = value.get("init_args") or {}
+    if not isinstance(init_args, dict):
+        raise ValueError(f"the options of {value['class_path']} were {init_args}; pass the {base.__name__} itself")
+    return cls(**init_args)

@@ -1,0 +1,322 @@
+"""The LightningDataModule: instruction rows to padded batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader
+
+from dft_lightning import __version__
+from dft_lightning.data.batches import Collator, RowSampler, TokenizedRows
+from dft_lightning.data.messages import Message, RowColumns, RowForm, read_messages
+from dft_lightning.data.sources import RowSource, as_source
+from dft_lightning.data.tokenizer import end_of_turn, load_tokenizer
+from dft_lightning.data.tokens import IGNORE_INDEX, ConversationEncoder
+from dft_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+SPLITS_OF_STAGE = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What became of the rows of a split: read, cut to ``max_length``, dropped for lack of a target."""
+
+    rows: int
+    truncated: int
+    dropped: int
+
+
+class InstructionDataModule(pl.LightningDataModule):
+    """Instruction rows from local files, the hub or a source of one's own, tokenised once and cached.
+
+    Rows have one of three forms, recognised by their columns or named: prompt and completion, Alpaca's
+    ``instruction``/``input``/``output``, or ``messages`` with roles and contents. They pass through the tokenizer's
+    chat template, or a plain one where it has none. The loss is on assistant turns, their end-of-turn token included.
+
+    Args:
+        train: training rows: a local ``.jsonl`` or ``.json`` file, a hub name (split ``train``), or a source:
+            ``LocalRows``, ``HubRows``, ``ArithmeticRows`` or a subclass of ``RowSource``.
+        validation: validation rows, likewise; ``None`` for none or for a part of ``train``.
+        test: test rows, likewise.
+        predict: rows to complete; ``None`` takes ``test``. They need no completion.
+        validation_fraction: share of ``train`` that is set apart for validation, by ``seed``.
+        row_form: ``"auto"``, ``"prompt_completion"``, ``"alpaca"`` or ``"messages"``.
+        prompt_column: column of the prompt.
+        completion_column: column of the completion.
+        messages_column: column of the messages.
+        tokenizer: hub name, local folder or ``asset://NAME``; ``None`` takes the model's.
+        chat_template: Jinja text or ``.jinja`` file in place of the tokenizer's own.
+        max_length: rows longer than this keep their first ``max_length`` tokens; a row with no target left is
+            dropped and counted.
+        train_on_prompts: learn the prompts too.
+        batch_size: rows per micro-batch and rank.
+        eval_batch_size: the same in validation, test and predict; ``None`` takes ``batch_size``.
+        pad_to_multiple_of: batch lengths are rounded up to a multiple of this.
+        shuffle: a new row order in each epoch, by ``seed``; the same for any number of ranks.
+        seed: of the order and of the split.
+        num_workers: of the data loaders.
+        num_proc: processes that tokenise; ``None`` for this one.
+
+    Raises:
+        InputError: at ``prepare_data`` or ``setup``: bad rows, files or tokenizers.
+
+    Example:
+        >>> from dft_lightning.data import ArithmeticRows, InstructionDataModule
+        >>> rows = ArithmeticRows(num_rows=4, seed=1)
+        >>> data = InstructionDataModule(rows, tokenizer="asset://arithmetic-base", batch_size=2)
+        >>> data.prepare_data(); data.setup("fit")
+        >>> sorted(next(iter(data.train_dataloader())))
+        ['attention_mask', 'input_ids', 'labels']
+    """
+
+    def __init__(
+        self,
+        train: RowSource | str | None = None,
+        validation: RowSource | str | None = None,
+        test: RowSource | str | None = None,
+        predict: RowSource | str | None = None,
+        validation_fraction: float = 0.0,
+        row_form: RowForm = "auto",
+        prompt_column: str = "prompt",
+        completion_column: str = "completion",
+        messages_column: str = "messages",
+        tokenizer: str | None = None,
+        chat_template: str | None = None,
+        max_length: int | None = None,
+        train_on_prompts: bool = False,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        pad_to_multiple_of: int = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+        num_proc: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check_positive(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            pad_to_multiple_of=pad_to_multiple_of,
+            max_length=max_length,
+        )
+        if not 0 <= validation_fraction < 1:
+            raise ValueError(f"validation_fraction must lie in [0, 1), got {validation_fraction}")
+        if validation_fraction and validation is not None:
+            raise ValueError("give validation or validation_fraction, not both")
+        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict or test}
+        self.columns = RowColumns(row_form, prompt_column, completion_column, messages_column)
+        self.validation_fraction = validation_fraction
+        self.tokenizer_name = tokenizer
+        self.chat_template = chat_template
+        self.max_length = max_length
+        self.train_on_prompts = train_on_prompts
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.shuffle = shuffle
+        self.seed = seed
+        self.num_workers = num_workers
+        self.num_proc = num_proc
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.end_of_turn_ids: list[int] = []
+        self.counts: dict[str, RowCounts] = {}
+        self._rows: dict[str, Dataset] = {}
+
+    # -- loading -----------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Read, check and tokenise the rows into the cache of ``datasets``, before any model is loaded."""
+        self._load(self.trainer.state.fn.value if self.trainer is not None and self.trainer.state.fn else "fit")
+
+    def setup(self, stage: str) -> None:
+        self._load(stage)
+
+    def build_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer by name, or the model's. Override for one made otherwise."""
+        name, options = self.tokenizer_name, dict[str, Any]()
+        if name is None:
+            hparams = getattr(getattr(self.trainer, "lightning_module", None), "hparams", {})
+            if not isinstance(hparams.get("model"), str):
+                raise InputError("data.tokenizer is not set, and the model has no name to take it from")
+            name = hparams["model"]
+            options = {key: hparams[key] for key in ("revision", "trust_remote_code") if key in hparams}
+        return load_tokenizer(name, chat_template=self.chat_template, **options)
+
+    def _load(self, stage: str) -> None:
+        if self.tokenizer is None:
+            self.tokenizer = self.build_tokenizer()
+            turn_end = end_of_turn(self.tokenizer)
+            self.end_of_turn_ids = [turn_end[1]] if turn_end else []
+            if turn_end is None:
+                rank_zero_warn("the chat template ends turns with no special token: the model will not learn to stop")
+        for split in SPLITS_OF_STAGE[stage]:
+            if split in self._rows:
+                continue
+            conversations = self._conversations(split, required=stage != "fit" or split == "train")
+            if conversations is not None:
+                self._rows[split] = self._tokenize(split, conversations)
+
+    def _conversations(self, split: str, required: bool) -> list[list[Message]] | None:
+        """Messages of a split, or ``None`` where there is none and none is required."""
+        source = self.sources[split]
+        if split == "validation" and source is None and self.validation_fraction:
+            return self._part_of_train(held_out=True)
+        if source is None and not required:
+            return None
+        if source is None:
+            raise InputError(f"data.{split} is not set" + (", nor data.test" if split == "predict" else ""))
+        if split == "train" and self.validation_fraction:
+            return self._part_of_train(held_out=False)
+        return self._read(split, source)
+
+    def _read(self, split: str, source: RowSource | str) -> list[list[Message]]:
+        rows = as_source(source, "test" if split == "predict" else split)
+        return read_messages(rows, self.columns, completion_required=split != "predict")
+
+    def _part_of_train(self, held_out: bool) -> list[list[Message]]:
+        source = self.sources["train"]
+        if source is None:
+            raise InputError("data.train is not set, so data.validation_fraction has nothing to divide")
+        conversations = self._read("train", source)
+        order = torch.randperm(len(conversations), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        size = round(len(order) * self.validation_fraction)
+        if not 0 < size < len(order):
+            raise InputError(
+                f"data.validation_fraction {self.validation_fraction} of {len(order)} rows leaves "
+                f"{size} for validation and {len(order) - size} for training"
+            )
+        chosen = sorted(order[:size] if held_out else order[size:])
+        return [conversations[i] for i in chosen]
+
+    def _tokenize(self, split: str, conversations: list[list[Message]]) -> Dataset:
+        from datasets import Dataset, Features, List, Value, config
+
+        assert self.tokenizer is not None
+        features = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "truncated": Value("bool")}
+        with_prompts = split != "train"
+        if with_prompts:
+            features |= {"prompt_ids": List(Value("int32")), "prompt": Value("string"), "reference": Value("string")}
+        encoder = ConversationEncoder(self.tokenizer, self.max_length, self.train_on_prompts)
+        fingerprint = self._fingerprint(conversations, with_prompts, keep_all=split == "predict")
+        folder = Path(config.HF_DATASETS_CACHE) / "dft_lightning"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = Dataset.from_dict({"messages": conversations}).map(
+            _encode_rows,
+            batched=True,
+            remove_columns=["messages"],
+            features=Features(features),
+            fn_kwargs={"encoder": encoder, "with_prompts": with_prompts, "keep_all": split == "predict"},
+            new_fingerprint=fingerprint,
+            cache_file_name=str(folder / f"{fingerprint}.arrow"),
+            num_proc=self.num_proc,
+            desc=f"Tokenising {split} rows",
+        )
+        truncated = sum(rows["truncated"])
+        counts = RowCounts(len(conversations), truncated, len(conversations) - len(rows))
+        self.counts[split] = counts
+        rank_zero_info(f"{split}: {counts.rows} rows, {truncated} truncated, {counts.dropped} dropped without a target")
+        if len(rows) == 0:
+            raise InputError(f"data.{split}: no row has a target left within max_length {self.max_length}")
+        return rows
+
+    def _fingerprint(self, conversations: list[list[Message]], with_prompts: bool, keep_all: bool) -> str:
+        """Of all that tokenisation depends on: rows, tokenizer, template, options and this code's version."""
+        assert self.tokenizer is not None
+        backend = self.tokenizer.backend_tokenizer.to_str()
+        options = [self.max_length, self.train_on_prompts, with_prompts, keep_all, __version__]
+        content = json.dumps([conversations, backend, self.tokenizer.chat_template, options])
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+    # -- loaders -----------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader("train", shuffle=self.shuffle)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._loader("validation") if "validation" in self._rows else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test", with_prompts=True)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self._loader("predict", with_prompts=True)
+
+    def generation_dataloader(self, limit: int | None = None) -> DataLoader[Any]:
+        """The first ``limit`` validation rows (all for ``None``) with their prompts, to generate along ``fit``.
+
+        Raises:
+            InputError: there are no validation rows.
+        """
+        if "validation" not in self._rows:
+            raise InputError("generation along fit needs validation rows: set data.validation")
+        return self._loader("validation", with_prompts=True, limit=limit)
+
+    def _loader(
+        self, split: str, *, shuffle: bool = False, with_prompts: bool = False, limit: int | None = None
+    ) -> DataLoader[Any]:
+        assert self.tokenizer is not None, "call setup() first"
+        pad = self.tokenizer.pad_token_id
+        pad = pad if pad is not None else (self.tokenizer.eos_token_id or 0)  # masked everywhere it stands
+        rows: Any = self._rows[split]
+        if limit is not None:
+            rows = rows.select(range(min(limit, len(rows))))
+        dataset = TokenizedRows(rows, int(pad))
+        trainer = self.trainer
+        sampler = RowSampler(
+            dataset,
+            num_replicas=trainer.world_size if trainer is not None else 1,
+            rank=trainer.global_rank if trainer is not None else 0,
+            shuffle=shuffle,
+            seed=self.seed,
+        )
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size if split == "train" else self.eval_batch_size,
+            sampler=sampler,
+            collate_fn=Collator(int(pad), self.pad_to_multiple_of, with_prompts),
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+
+def _encode_rows(
+    batch: dict[str, Sequence[Any]], encoder: ConversationEncoder, with_prompts: bool, keep_all: bool
+) -> dict[str, list[Any]]:
+    """One batch of conversations to columns. Rows without a target are left out, unless ``keep_all``."""
+    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "truncated": []}
+    if with_prompts:
+        columns |= {"prompt_ids": [], "prompt": [], "reference": []}
+    for messages, row in zip(batch["messages"], encoder.encode(batch["messages"]), strict=True):
+        if not keep_all and all(label == IGNORE_INDEX for label in row["labels"]):
+            continue
+        if with_prompts:
+            row["prompt"], row["prompt_ids"] = encoder.prompt(messages)
+            last = messages[-1]
+            row["reference"] = last["content"] if last["role"] == "assistant" else None
+        for name, values in columns.items():
+            values.append(row[name])
+    return columns
+
+
+def _check_positive(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,161 @@
+"""Rows to messages: the three row forms, and what can be wrong with a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from dft_lightning.data.sources import BrokenRow, RowSource
+from dft_lightning.errors import InputError
+
+Message = dict[str, str]
+RowForm = Literal["auto", "prompt_completion", "alpaca", "messages"]
+
+ROLES = ("system", "user", "assistant")
+MAX_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class RowColumns:
+    """How rows are read.
+
+    Attributes:
+        form: ``"auto"`` recognises the form by the first row's columns.
+        prompt: column of the prompt.
+        completion: column of the completion.
+        messages: column of the messages.
+    """
+
+    form: RowForm = "auto"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str = "messages"
+
+
+class _BadRow(Exception):
+    """What is wrong with a row, beginning with the column."""
+
+
+def read_messages(source: RowSource, columns: RowColumns, *, completion_required: bool = True) -> list[list[Message]]:
+    """Read a whole source as conversations.
+
+    Args:
+        source: where rows come from.
+        columns: how they are read.
+        completion_required: whether a row must end in an assistant turn; only ``predict`` can do without.
+
+    Returns:
+        One list of ``{"role", "content"}`` per row.
+
+    Raises:
+        InputError: no rows, or bad ones: names the source, row and column of up to ten, and how many there are.
+    """
+    conversations: list[list[Message]] = []
+    problems: list[str] = []
+    convert: Callable[[dict[str, Any]], list[Message]] | None = None
+    for number, row in source.rows():
+        try:
+            if isinstance(row, BrokenRow):
+                raise _BadRow(row.reason)
+            if convert is None:
+                form = recognise_form(row, columns, source.name, completion_required)
+                convert = partial(_CONVERT[form], columns=columns, completion_required=completion_required)
+            conversations.append(convert(row))
+        except _BadRow as problem:
+            problems.append(f"row {number}: {problem}")
+    if problems:
+        raise InputError(_report(source.name, problems, len(conversations) + len(problems)))
+    if not conversations:
+        raise InputError(f"{source.name}: no rows")
+    return conversations
+
+
+def _report(name: str, problems: list[str], total: int) -> str:
+    shown = [f"  {problem}" for problem in problems[:MAX_SHOWN]]
+    if len(problems) > MAX_SHOWN:
+        shown.append(f"  ... and {len(problems) - MAX_SHOWN} more")
+    return "\n".join([f"{name}: {len(problems)} of {total} rows are bad", *shown])
+
+
+def recognise_form(row: dict[str, Any], columns: RowColumns, name: str, completion_required: bool = True) -> RowForm:
+    """The form of a row by its columns, unless ``columns.form`` says it.
+
+    Raises:
+        InputError: the columns fit no form.
+    """
+    if columns.form != "auto":
+        return columns.form
+    if columns.messages in row:
+        return "messages"
+    if columns.prompt in row and (columns.completion in row or not completion_required):
+        return "prompt_completion"
+    if "instruction" in row and ("output" in row or not completion_required):
+        return "alpaca"
+    raise InputError(
+        f"{name}: cannot tell the row form from the columns {sorted(row)}: expected {columns.messages!r}, or "
+        f"{columns.prompt!r} and {columns.completion!r}, or 'instruction' and 'output'; "
+        "name the columns by data.prompt_column and data.completion_column, or set data.row_form"
+    )
+
+
+def _text(row: dict[str, Any], column: str, *, required: bool = True, filled: bool = False) -> str:
+    value = row.get(column)
+    if value is None:
+        if required:
+            raise _BadRow(f"{column}: missing" if column not in row else f"{column}: null")
+        return ""
+    if not isinstance(value, str):
+        raise _BadRow(f"{column}: expected a string, got {type(value).__name__}")
+    if filled and not value.strip():
+        raise _BadRow(f"{column}: empty")
+    return value
+
+
+def _turns(prompt: str, completion: str) -> list[Message]:
+    user = {"role": "user", "content": prompt}
+    return [user, {"role": "assistant", "content": completion}] if completion else [user]
+
+
+def _prompt_completion(row: dict[str, Any], columns: RowColumns, completion_required: bool) -> list[Message]:
+    completion = _text(row, columns.completion, required=completion_required, filled=completion_required)
+    return _turns(_text(row, columns.prompt), completion)
+
+
+def _alpaca(row: dict[str, Any], columns: RowColumns, completion_required: bool) -> list[Message]:
+    prompt = _text(row, "instruction")
+    extra = _text(row, "input", required=False)
+    output = _text(row, "output", required=completion_required, filled=completion_required)
+    return _turns(f"{prompt}\n\n{extra}" if extra.strip() else prompt, output)
+
+
+def _messages(row: dict[str, Any], columns: RowColumns, completion_required: bool) -> list[Message]:
+    column = columns.messages
+    turns = row.get(column)
+    if not isinstance(turns, list) or not turns:
+        raise _BadRow(f"{column}: " + ("missing" if turns is None else "expected a list of at least one message"))
+    messages = [_message(turn, f"{column}[{i}]") for i, turn in enumerate(turns)]
+    if completion_required and not any(message["role"] == "assistant" for message in messages):
+        raise _BadRow(f"{column}: no assistant message to learn from")
+    return messages
+
+
+def _message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, dict):
+        raise _BadRow(f"{where}: expected an object with role and content, got {type(turn).__name__}")
+    role, content = turn.get("role"), turn.get("content")
+    if role not in ROLES:
+        raise _BadRow(f"{where}.role: expected one of {', '.join(ROLES)}, got {role!r}")
+    if not isinstance(content, str):
+        raise _BadRow(f"{where}.content: expected a string, got {type(content).__name__}")
+    if role == "assistant" and not content.strip():
+        raise _BadRow(f"{where}.content: empty")
+    return {"role": role, "content": content}
+
+
+_CONVERT: dict[str, Callable[..., list[Message]]] = {
+    "prompt_completion": _prompt_completion,
+    "alpaca": _alpaca,
+    "messages": _messages,
+}

@@ -1,0 +1,96 @@
+"""The tokenizer and its chat template."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dft_lightning.assets import resolve
+from dft_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLAIN_CHAT_TEMPLATE = (
+    "{{ BOS }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+    "{% if not loop.last %}{{ '\\n' }}{% endif %}"
+    "{% else %}{{ message['content'] + '\\n' }}{% endif %}{% endfor %}"
+)
+"""For tokenizers without a chat template: each system or user message and a line break; each assistant message and
+the end-of-text token, then a line break if more follows. It begins with the begin-of-text token where the tokenizer
+itself would put one (``BOS`` stands for it)."""
+
+
+def load_tokenizer(
+    name: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """Load a fast tokenizer with a chat template.
+
+    Args:
+        name: hub name, local folder or ``asset://NAME``.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the tokenizer.
+        chat_template: Jinja text, or the path of a ``.jinja`` file, in place of the tokenizer's own. Without either
+            :data:`PLAIN_CHAT_TEMPLATE` is used.
+
+    Raises:
+        InputError: no such tokenizer, not a fast one, or neither a template nor an end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    path = resolve(name)
+    options = {} if revision is None else {"revision": revision}
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"data.tokenizer: cannot load {path!r}: {reason}") from error
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"data.tokenizer: {path!r} is not a fast tokenizer, whose character offsets the loss mask needs; "
+            "convert it to tokenizer.json"
+        )
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template)
+    elif tokenizer.chat_template is None:
+        tokenizer.chat_template = _plain_template(tokenizer, path)
+    return tokenizer
+
+
+def _read_template(text_or_path: str) -> str:
+    if not text_or_path.endswith(".jinja"):
+        return text_or_path
+    if not Path(text_or_path).is_file():
+        raise InputError(f"data.chat_template: no such file: {text_or_path}")
+    return Path(text_or_path).read_text(encoding="utf-8")
+
+
+def _plain_template(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
+    if tokenizer.eos_token is None:
+        raise InputError(
+            f"data.tokenizer: {path!r} has neither a chat template nor an end-of-text token: set data.chat_template"
+        )
+    first = tokenizer("a")["input_ids"][:1]
+    adds_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+    return PLAIN_CHAT_TEMPLATE.replace("{{ BOS }}", "{{ bos_token }}" if adds_bos else "")
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int] | None:
+    """The special token with which the template ends an assistant turn, as text and id; ``None`` if there is none."""
+    probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    text = str(tokenizer.apply_chat_template(probe, tokenize=False))
+    suffix = text[text.rindex("y") + 1 :]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    encoded = tokenizer(suffix, add_special_tokens=False, return_offsets_mapping=True)
+    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if token in special and end > start:
+            return suffix[start:end], int(token)
+    return None

@@ -1,0 +1,5 @@
+"""What makes a result independent of how a step was split."""
+
+from dft_lightning.distributed.normalization import TokenNormalizer
+
+__all__ = ["TokenNormalizer"]

@@ -1,0 +1,68 @@
+"""The one division: gradients of token sums become the gradient of the token mean over the whole optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+class TokenNormalizer:
+    """Makes the step's gradient that of the token mean, however the step is split into micro-batches and ranks.
+
+    Each micro-batch backpropagates the *sum* of its token losses (:meth:`scale`). Before the optimizer steps,
+    :meth:`rescale` divides by the target tokens that all micro-batches and ranks counted, and undoes the
+    divisions by the number of micro-batches (Lightning) and of ranks (data parallelism), which know no tokens.
+
+    Sums of thousands of tokens would overflow a fp16 gradient scaler. So sums are divided by a constant power of
+    two, the count of the first micro-batch that has targets, rounded; powers of two change no digits, and
+    :meth:`rescale` multiplies it back. It must be equal on all ranks, so it is taken from the mean over ranks.
+
+    Args:
+        all_reduce: sums a tensor over ranks.
+        world_size: number of data-parallel ranks.
+    """
+
+    def __init__(self, all_reduce: Callable[[Tensor], Tensor], world_size: int) -> None:
+        self._all_reduce = all_reduce
+        self._world_size = world_size
+        self._divisor: float | None = None
+        self._count: Tensor | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether micro-batches were counted since the last :meth:`rescale`."""
+        return self._count is not None
+
+    def scale(self, loss_sum: Tensor, num_targets: int) -> Tensor:
+        """Count a micro-batch's targets and return what to backpropagate for its summed loss."""
+        count = torch.tensor(num_targets, dtype=torch.int64, device=loss_sum.device)
+        self._count = count if self._count is None else self._count + count
+        if self._divisor is None:
+            mean = int(self._all_reduce(count.clone())) / self._world_size
+            if mean == 0:
+                return loss_sum  # no rank has targets: the loss is 0, and 0 needs no range
+            self._divisor = 2.0 ** round(math.log2(mean))
+        return loss_sum / self._divisor
+
+    @torch.no_grad()
+    def rescale(self, parameters: Iterable[Tensor], accumulate_grad_batches: int) -> None:
+        """Turn the accumulated gradients into those of the token mean.
+
+        Where the whole step had no target on any rank, gradients are removed, so that the optimizer leaves the
+        parameters as they are, weight decay included. Does nothing where nothing was counted.
+        """
+        if self._count is None:
+            return
+        tokens = int(self._all_reduce(self._count))
+        self._count = None
+        if tokens == 0:
+            for parameter in parameters:
+                parameter.grad = None
+            return
+        assert self._divisor is not None
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, self._divisor * accumulate_grad_batches * self._world_size / tokens)

@@ -1,0 +1,35 @@
+"""Token losses: one scalar function of the target's log-probability each. Imports torch alone.
+
+Example:
+    >>> import torch
+    >>> from dft_lightning.losses import CrossEntropyLoss, DFTLoss, FocalLoss
+    >>> logits, targets = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([0, -100])
+    >>> for loss in (CrossEntropyLoss(), DFTLoss(), FocalLoss(gamma=1.0)):
+    ...     print(f"{type(loss).__name__}: {loss(logits, targets).item():.4f}")
+    CrossEntropyLoss: 0.1269
+    DFTLoss: 0.1118
+    FocalLoss: 0.0151
+"""
+
+from dft_lightning.losses.base import TokenLoss, token_loss_and_weight
+from dft_lightning.losses.cross_entropy import CrossEntropyLoss
+from dft_lightning.losses.dft import DFTLoss
+from dft_lightning.losses.focal import FocalLoss
+from dft_lightning.losses.functional import dft_cross_entropy, focal_cross_entropy
+from dft_lightning.losses.statistics import Statistic, TokenStats, statistics_from_logits
+from dft_lightning.losses.trainer import compute_loss_func, require_default_forward_options
+
+__all__ = [
+    "CrossEntropyLoss",
+    "DFTLoss",
+    "FocalLoss",
+    "Statistic",
+    "TokenLoss",
+    "TokenStats",
+    "compute_loss_func",
+    "dft_cross_entropy",
+    "focal_cross_entropy",
+    "require_default_forward_options",
+    "statistics_from_logits",
+    "token_loss_and_weight",
+]

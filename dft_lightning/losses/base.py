@@ -1,0 +1,132 @@
+"""The contract of a token loss: per-token statistics in, one loss per token out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dft_lightning.component import Component
+from dft_lightning.losses.checks import check_logits_and_targets, check_reduction
+from dft_lightning.losses.statistics import Statistic, TokenStats, normalise_needs, statistics_from_logits
+
+
+class TokenLoss(Component, nn.Module):
+    """Base class of token losses: a drop-in criterion on logits and the strategy inside ``CausalLMModule``.
+
+    A loss of one's own writes :meth:`token_loss` and nothing else. It knows nothing of batches, ranks,
+    accumulation, vocabularies or precision, and has no trainable parameters.
+
+    Args:
+        ignore_index: the target that :meth:`forward` leaves out. Class-index targets only.
+        reduction: ``"none"``, ``"mean"`` (over non-ignored targets; 0 where all are ignored) or ``"sum"``,
+            of :meth:`forward` alone.
+
+    Attributes:
+        needs: the statistics beyond ``log_prob`` that :meth:`token_loss` reads, as names or :class:`Statistic`.
+        pointwise: whether token ``i``'s loss depends on token ``i``'s statistics alone. A loss that sets it to
+            ``False`` may also depend on the other tokens of the same sequence, never on the rest of the batch.
+
+    Raises:
+        ValueError: the reduction is unknown.
+
+    Example:
+        >>> class SquaredSurprise(TokenLoss):
+        ...     def token_loss(self, stats):
+        ...         return stats.log_prob.square()
+        >>> logits = torch.tensor([[0.0, 0.0], [5.0, 5.0]])
+        >>> SquaredSurprise()(logits, torch.tensor([1, -100]))  # log(1/2) ** 2
+        tensor(0.4805)
+    """
+
+    pointwise: bool = True
+
+    def __init__(self, *, ignore_index: int = -100, reduction: str = "mean") -> None:
+        super().__init__()
+        check_reduction(reduction)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    @property
+    def needs(self) -> Iterable[Statistic | str]:
+        """Statistics beyond ``log_prob`` that this instance reads. What nobody needs is not computed."""
+        return ()
+
+    def token_loss(self, stats: TokenStats) -> Tensor:
+        """Loss of each target token.
+
+        Args:
+            stats: statistics of ``n`` tokens, in float32 or float64.
+
+        Returns:
+            ``[n]``, unreduced, differentiable with respect to the statistics it uses.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define token_loss(self, stats)")
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss as a criterion on logits.
+
+        Targets are checked on the host, which waits for the device once per call (not under ``torch.compile``).
+
+        Args:
+            logits: ``[..., V]``, classes last, any floating dtype. Half precision is raised to float32.
+            targets: ``[...]`` class indices, where ``ignore_index`` marks targets to leave out (their logits
+                get a gradient of exactly zero), or ``[..., V]`` one-hot or soft targets, none ignored.
+
+        Returns:
+            A scalar, or ``[...]`` for ``reduction="none"`` (0 at ignored targets); float32, or float64 for
+            float64 logits.
+
+        Raises:
+            ValueError: shapes that do not match, a class index out of range, negative soft targets.
+            TypeError: logits or class indices of the wrong dtype.
+        """
+        soft = check_logits_and_targets(logits, targets, self.ignore_index)
+        shape = logits.shape[:-1]
+        rows = logits.reshape(-1, logits.shape[-1])
+        sequence_index = _sequence_index(shape, logits.device)
+        if soft:
+            kept = None
+            targets = targets.reshape(rows.shape)
+        else:
+            targets = targets.reshape(-1)
+            # Ignored rows are dropped, not multiplied by zero: an inf or nan there stays out of the gradient.
+            kept = targets != self.ignore_index
+            rows, targets, sequence_index = rows[kept], targets[kept].long(), sequence_index[kept]
+        stats = statistics_from_logits(rows, targets, normalise_needs(self.needs), sequence_index=sequence_index)
+        losses = self.token_loss(stats)
+        if self.reduction == "none":
+            full = losses if kept is None else losses.new_zeros(kept.shape).masked_scatter(kept, losses)
+            return full.reshape(shape)
+        total = losses.sum()
+        return total if self.reduction == "sum" else total / max(losses.numel(), 1)
+
+
+def _sequence_index(shape: torch.Size, device: torch.device) -> Tensor:
+    """``[B, T]`` targets are B sequences of T tokens; ``[T]`` targets are one."""
+    length = shape[-1] if len(shape) else 1
+    return torch.arange(shape.numel(), device=device) // max(length, 1)
+
+
+def token_loss_and_weight(loss: TokenLoss, stats: TokenStats) -> tuple[Tensor, Tensor]:
+    """Unreduced losses, and each token's weight ``-dL/dl`` (1 for cross-entropy, ``p`` for DFT), both ``[n]``.
+
+    The losses keep their graph, where there is one. The weights are detached, and exist also where gradients
+    are off (validation, ``torch.no_grad`` and ``torch.inference_mode``).
+    """
+    losses = loss.token_loss(stats)
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = stats.log_prob.detach().clone().requires_grad_()
+        detached: dict[str, Any] = {
+            name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in vars(stats).items()
+        }
+        if stats.log_expected_prob is stats.log_prob:
+            detached["log_expected_prob"] = leaf
+        detached["log_prob"] = leaf
+        total = loss.token_loss(TokenStats(**detached)).sum()
+        if not total.requires_grad:
+            return losses, torch.zeros_like(leaf)
+        (slope,) = torch.autograd.grad(total, leaf, allow_unused=True, materialize_grads=True)
+    return losses, -slope

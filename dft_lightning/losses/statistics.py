@@ -1,0 +1,186 @@
+"""What a token loss may read about each target token, and how it is computed from logits.
+
+Every statistic is one entry of ``_FROM_LOGITS``. A new one is a field of :class:`TokenStats` and a function here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+class Statistic:
+    """The name of a per-token statistic and its parameters, as a loss lists it in ``needs``.
+
+    Args:
+        name: a field of :class:`TokenStats`.
+        **params: what the statistic depends on, such as ``k`` for the entropy of the ``k`` likeliest tokens.
+
+    Example:
+        >>> Statistic("entropy")
+        Statistic('entropy')
+        >>> Statistic("top_k_entropy", k=20) == Statistic("top_k_entropy", k=20)
+        True
+    """
+
+    __slots__ = ("name", "params")
+
+    def __init__(self, name: str, **params: Any) -> None:
+        if name not in _STATISTIC_NAMES:
+            raise ValueError(f"unknown statistic {name!r}; the known ones are {', '.join(_STATISTIC_NAMES)}")
+        self.name = name
+        self.params = params
+
+    def __repr__(self) -> str:
+        return f"Statistic({', '.join([repr(self.name)] + [f'{k}={v!r}' for k, v in self.params.items()])})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Statistic) and (self.name, self.params) == (other.name, other.params)
+
+    def __hash__(self) -> int:
+        return hash((self.name, tuple(sorted(self.params.items()))))
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Statistics of ``n`` target tokens under the model, in float32 (float64 where the logits are float64).
+
+    Each tensor has shape ``[n]``. What the loss did not list in ``needs`` is ``None``.
+
+    Attributes:
+        log_prob: log-probability ``l`` of the target, differentiable. For soft targets ``q``: ``sum q log p``.
+        log_expected_prob: ``log sum q p`` for soft targets, otherwise the same tensor as ``log_prob``.
+        mean_log_prob: mean over the vocabulary of ``log p`` (what label smoothing needs).
+        entropy: ``-sum p log p`` in nats.
+        top_k_entropy: entropy over the ``k`` likeliest tokens, in nats.
+        sum_squared_prob: ``sum p**2``.
+        reference_log_prob: log-probability of the target under a reference model.
+        reference_kl: divergence from a reference model, in nats.
+        sequence_index: which sequence of the batch the token belongs to (int64).
+        step: the optimizer step, for schedules; 0 outside training.
+    """
+
+    log_prob: Tensor
+    log_expected_prob: Tensor | None = None
+    mean_log_prob: Tensor | None = None
+    entropy: Tensor | None = None
+    top_k_entropy: Tensor | None = None
+    sum_squared_prob: Tensor | None = None
+    reference_log_prob: Tensor | None = None
+    reference_kl: Tensor | None = None
+    sequence_index: Tensor | None = None
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        if self.log_expected_prob is None:
+            object.__setattr__(self, "log_expected_prob", self.log_prob)
+
+
+_STATISTIC_NAMES = tuple(f.name for f in fields(TokenStats) if f.name != "step")
+
+
+def normalise_needs(needs: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
+    """Plain names become :class:`Statistic`; an unknown name raises ``ValueError`` listing the known ones."""
+    if isinstance(needs, (str, Statistic)):
+        needs = (needs,)
+    return tuple(need if isinstance(need, Statistic) else Statistic(need) for need in needs)
+
+
+def raise_precision(logits: Tensor) -> Tensor:
+    """Half precision to float32; float32 and float64 stay as they are."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def target_log_prob(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each target class, with all its digits where the probability is near 1.
+
+    ``log p_y = -log(1 + exp(L - z_y))`` with ``L`` the log-sum-exp over the *other* classes. The textbook
+    ``z_y - logsumexp(z)`` cancels near p = 1 and leaves ``1 - p`` with an error of one rounding of ``z``.
+
+    Args:
+        logits: ``[n, V]``, float32 or float64.
+        targets: ``[n]`` class indices in ``[0, V)``.
+
+    Returns:
+        ``[n]``, differentiable with respect to ``logits``.
+    """
+    index = targets.unsqueeze(-1)
+    others = logits.scatter(-1, index, float("-inf")).logsumexp(-1)
+    return logsigmoid(logits.gather(-1, index).squeeze(-1) - others)
+
+
+def statistics_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    needs: Iterable[Statistic | str] = (),
+    *,
+    sequence_index: Tensor | None = None,
+    step: int = 0,
+) -> TokenStats:
+    """Compute the statistics that a loss needs, differentiably, from logits.
+
+    Args:
+        logits: ``[n, V]``. Half precision is raised to float32.
+        targets: ``[n]`` valid class indices, or ``[n, V]`` soft targets. Ignored tokens must be gone already.
+        needs: the statistics wanted beyond ``log_prob``.
+        sequence_index: ``[n]``, passed through to losses that need it.
+        step: the optimizer step, passed through.
+
+    Raises:
+        ValueError: a needed statistic cannot be had from logits alone.
+    """
+    logits = raise_precision(logits)
+    given: dict[str, Tensor | None] = {"sequence_index": sequence_index}
+    values: dict[str, Tensor] = {}
+    if targets.ndim == logits.ndim:
+        values["log_prob"], values["log_expected_prob"] = _soft_target_log_probs(logits, targets)
+    else:
+        values["log_prob"] = target_log_prob(logits, targets)
+    log_probs: Tensor | None = None
+    for need in normalise_needs(needs):
+        if need.name in ("log_prob", "log_expected_prob"):
+            continue
+        if (value := given.get(need.name)) is not None:
+            values[need.name] = value
+            continue
+        if need.name not in _FROM_LOGITS:
+            raise ValueError(
+                f"the loss needs {need!r}, which cannot be computed from logits; available here: "
+                f"{', '.join(['log_prob', 'log_expected_prob', *_FROM_LOGITS])}"
+            )
+        log_probs = logits.log_softmax(-1) if log_probs is None else log_probs
+        values[need.name] = _FROM_LOGITS[need.name](log_probs, **need.params)
+    return TokenStats(step=step, **values)
+
+
+def _soft_target_log_probs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    targets = targets.to(logits.dtype)
+    log_probs = logits.log_softmax(-1)
+    # A class of zero target mass counts nothing even where its logit is -inf (0 * -inf would be nan).
+    log_prob = (targets * log_probs.masked_fill(targets == 0, 0.0)).sum(-1)
+    return log_prob, (targets.log() + log_probs).logsumexp(-1)
+
+
+def _mean_log_prob(log_probs: Tensor) -> Tensor:
+    return log_probs.mean(-1)
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    # A banned token (logit -inf) has p log p = 0.
+    return -(log_probs.exp() * log_probs.masked_fill(log_probs == float("-inf"), 0.0)).sum(-1)
+
+
+def _sum_squared_prob(log_probs: Tensor) -> Tensor:
+    return (2 * log_probs).exp().sum(-1)
+
+
+_FROM_LOGITS: dict[str, Callable[..., Tensor]] = {
+    "mean_log_prob": _mean_log_prob,
+    "entropy": _entropy,
+    "sum_squared_prob": _sum_squared_prob,
+}

@@ -1,0 +1,57 @@
+"""Any token loss in ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from dft_lightning.losses.base import TokenLoss
+
+
+def require_default_forward_options(loss: TokenLoss, where: str) -> None:
+    """``ignore_index`` and ``reduction`` belong to ``forward`` alone: refuse them where another owns them."""
+    if loss.ignore_index != -100 or loss.reduction != "mean":
+        raise ValueError(
+            f"{where} ignores labels of -100 and reduces by itself: leave ignore_index and reduction of "
+            f"{type(loss).__name__} at -100 and 'mean', got {loss.ignore_index} and {loss.reduction!r}"
+        )
+
+
+def compute_loss_func(loss: TokenLoss) -> Callable[..., Tensor]:
+    """Make of a token loss what ``transformers.Trainer(compute_loss_func=...)`` takes.
+
+    The returned function ``(outputs, labels, num_items_in_batch=None)`` shifts the labels by one (the logits at
+    position ``t`` predict the label at ``t + 1``), leaves them untouched, and divides the sum over targets by
+    ``num_items_in_batch``, or by the number of targets where that is ``None`` (evaluation).
+
+    Args:
+        loss: any token loss with the default ``ignore_index`` and ``reduction``.
+
+    Raises:
+        ValueError: ``loss`` has other values of ``ignore_index`` or ``reduction``.
+
+    Example:
+        >>> import torch
+        >>> from dft_lightning.losses import DFTLoss
+        >>> outputs = {"logits": torch.zeros(1, 3, 4)}
+        >>> compute_loss_func(DFTLoss())(outputs, torch.tensor([[-100, 2, 3]]))
+        tensor(0.3466)
+    """
+    require_default_forward_options(loss, "compute_loss_func")
+    summed = copy.deepcopy(loss)
+    summed.reduction = "sum"
+
+    def loss_function(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+        targets = labels[..., 1:].to(logits.device)
+        total: Tensor = summed(logits[..., :-1, :], targets)
+        if num_items_in_batch is None:
+            return total / (targets != -100).sum().clamp(min=1)
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(total.device)
+        return total / num_items_in_batch
+
+    return loss_function

@@ -1,0 +1,17 @@
+"""torchmetrics classes with (sum, count) states, and the extractors that find an answer in a text."""
+
+from dft_lightning.metrics.answers import AnswerExtractor, BoxedAnswer, HashAnswer, LastNumber, WholeText
+from dft_lightning.metrics.exact_match import ExactMatch
+from dft_lightning.metrics.gradients import GradientMetrics
+from dft_lightning.metrics.tokens import TokenMetrics
+
+__all__ = [
+    "AnswerExtractor",
+    "BoxedAnswer",
+    "ExactMatch",
+    "GradientMetrics",
+    "HashAnswer",
+    "LastNumber",
+    "TokenMetrics",
+    "WholeText",
+]

@@ -1,0 +1,92 @@
+"""Where the final answer stands in a generated text."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal, InvalidOperation
+
+from dft_lightning.component import Component
+
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+")
+
+
+class AnswerExtractor(Component):
+    """Finds the final answer in a text, in a form that is equal for equal answers. Subclass and write ``extract``."""
+
+    def extract(self, text: str) -> str | None:
+        """The normalised answer, or ``None`` where the text gives none."""
+        raise NotImplementedError(f"{type(self).__name__} must define extract(self, text)")
+
+
+def _normalise(answer: str) -> str:
+    """Numbers to a canonical decimal (``1,200.50`` and ``$1200.5`` agree), anything else without outer spaces."""
+    text = answer.strip().rstrip(".")
+    digits = text.replace(",", "").replace("$", "").replace("%", "").strip()
+    if _NUMBER.fullmatch(digits):
+        try:
+            return format(Decimal(digits).normalize() + 0, "f")
+        except InvalidOperation:
+            return digits
+    return text
+
+
+class WholeText(AnswerExtractor):
+    """The whole text without outer white space.
+
+    Example:
+        >>> WholeText().extract(" yes\\n")
+        'yes'
+    """
+
+    def extract(self, text: str) -> str | None:
+        return text.strip()
+
+
+class LastNumber(AnswerExtractor):
+    """The last number of the text.
+
+    Example:
+        >>> LastNumber().extract("7+5+0=2c1,4+8+1=3c1|132")
+        '132'
+        >>> LastNumber().extract("none") is None
+        True
+    """
+
+    def extract(self, text: str) -> str | None:
+        numbers = _NUMBER.findall(text)
+        return _normalise(numbers[-1]) if numbers else None
+
+
+class HashAnswer(AnswerExtractor):
+    """What follows the last ``####``, as in GSM8K.
+
+    Example:
+        >>> HashAnswer().extract("48 + 24 = 72\\n#### 1,072")
+        '1072'
+    """
+
+    def extract(self, text: str) -> str | None:
+        _, marker, answer = text.rpartition("####")
+        lines = answer.strip().splitlines()
+        return _normalise(lines[0]) if marker and lines else None
+
+
+class BoxedAnswer(AnswerExtractor):
+    r"""What stands in the last ``\boxed{...}``, braces matched, spaces removed.
+
+    Example:
+        >>> BoxedAnswer().extract(r"so $x = \boxed{\frac{1}{2}}$.")
+        '\\frac{1}{2}'
+    """
+
+    def extract(self, text: str) -> str | None:
+        start = text.rfind(r"\boxed{")
+        if start < 0:
+            return None
+        begin = start + len(r"\boxed{")
+        depth = 1
+        for position in range(begin, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[position], 0)
+            if depth == 0:
+                return _normalise(re.sub(r"\s+", "", text[begin:position]))
+        return None

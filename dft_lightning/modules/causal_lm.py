@@ -1,0 +1,402 @@
+"""The LightningModule: any causal language model, any token loss."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from dft_lightning.component import NotPlainError, from_plain, to_plain
+from dft_lightning.distributed import TokenNormalizer
+from dft_lightning.errors import InputError
+from dft_lightning.losses import CrossEntropyLoss, TokenLoss, require_default_forward_options
+from dft_lightning.metrics import AnswerExtractor, ExactMatch, LastNumber, TokenMetrics
+from dft_lightning.modules.generation import GenerationOptions, decode_completions, generate
+from dft_lightning.modules.loading import DType, load_causal_lm
+from dft_lightning.modules.optimization import (
+    Schedule,
+    decay_groups,
+    learning_rate_factor,
+    total_optimizer_steps,
+)
+from dft_lightning.modules.telemetry import TrainTelemetry
+from dft_lightning.ops import TokenOutput, logits_token_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Batch = dict[str, Any]
+
+
+class CausalLMModule(pl.LightningModule):
+    """Fine-tunes a causal language model with a pluggable token loss.
+
+    The gradient of an optimizer step is that of the token mean of the loss over the whole step, however it is
+    split into micro-batches and over ranks. Batches are dicts with ``input_ids``, ``labels`` and, where there is
+    padding, ``attention_mask``, all ``[B, T]``; labels are aligned with the inputs (the module shifts them) and -100
+    where there is no target.
+
+    Override one at a time: :meth:`build_model`, :meth:`build_parameter_groups`, :meth:`build_optimizer`,
+    :meth:`build_scheduler`, :meth:`generate`.
+
+    Args:
+        model: hub name, local folder or ``asset://NAME`` to load, or a dict of config values with ``model_type`` to
+            start from random weights.
+        loss: the token loss, or a dict with ``class_path`` and ``init_args``.
+        learning_rate: peak learning rate of AdamW.
+        betas: of AdamW.
+        eps: of AdamW.
+        weight_decay: of AdamW, on matrices only (not on norms and biases).
+        lr_schedule: decay after warm-up: ``"cosine"``, ``"linear"`` or ``"constant"``.
+        warmup_steps: optimizer steps of linear warm-up.
+        warmup_ratio: the same as a share of all steps; not together with ``warmup_steps``.
+        min_lr_ratio: learning rate at the end, as a share of the peak.
+        dtype: of the parameters as loaded; ``"auto"`` takes the checkpoint's own.
+        attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` ...
+        gradient_checkpointing: recompute activations in backward to save memory.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the checkpoint.
+        log_train_entropy: compute the entropy in training as well; it is always there in validation.
+        generation: how ``predict`` and ``test`` generate.
+        answer_extractor: finds the answer that ``test`` compares, or a dict with ``class_path`` and ``init_args``.
+
+    Raises:
+        ValueError: options that contradict each other or are out of range.
+
+    Example:
+        >>> from dft_lightning import CausalLMModule, DFTLoss
+        >>> tiny = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        ...         "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 32}
+        >>> module = CausalLMModule(tiny, loss=DFTLoss(), learning_rate=1e-3)
+        >>> module.configure_model()
+        >>> type(module.model).__name__
+        'LlamaForCausalLM'
+    """
+
+    model: nn.Module | None
+
+    def __init__(
+        self,
+        model: dict[str, Any] | str,  # in this order: jsonargparse would make a string of a dict
+        loss: TokenLoss = CrossEntropyLoss(),  # noqa: B008 (copied before use)
+        learning_rate: float = 5e-5,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        lr_schedule: Schedule = "cosine",
+        warmup_steps: int = 0,
+        warmup_ratio: float | None = None,
+        min_lr_ratio: float = 0.0,
+        dtype: DType = "float32",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        log_train_entropy: bool = False,
+        generation: GenerationOptions = GenerationOptions(),  # noqa: B008 (frozen)
+        answer_extractor: AnswerExtractor = LastNumber(),  # noqa: B008 (stateless)
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        _check_options(warmup_steps, warmup_ratio, min_lr_ratio, learning_rate)
+        self.loss = copy.deepcopy(from_plain(loss, TokenLoss))
+        require_default_forward_options(self.loss, type(self).__name__)
+        if any(parameter.requires_grad for parameter in self.loss.parameters()):
+            raise ValueError(f"{type(self.loss).__name__} has trainable parameters; a token loss must have none")
+        self.generation = GenerationOptions(**generation) if isinstance(generation, dict) else generation
+        self.answer_extractor = from_plain(answer_extractor, AnswerExtractor)
+        self.model = None
+        self.train_telemetry = TrainTelemetry()
+        self.val_metrics = TokenMetrics()
+        self.test_metrics = TokenMetrics()
+        self.test_exact_match = ExactMatch(self.answer_extractor)
+        self._normalizer: TokenNormalizer | None = None
+        self._normalized_step = 0
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def _set_hparams(self, hp: Any) -> None:
+        """Where Lightning stores what ``save_hyperparameters`` collects, a subclass's arguments included.
+
+        Kept in a plain form (class paths and options), which ``weights_only`` loading can read.
+        """
+        plain = {}
+        for name, value in dict(self._to_hparams_dict(hp)).items():
+            try:
+                plain[name] = to_plain(value)
+            except NotPlainError as error:
+                rank_zero_warn(f"checkpoints will not hold {name!r}: {error}; pass it to load_from_checkpoint by hand")
+        super()._set_hparams(plain)
+
+    # -- the model ---------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build the model, once. Lightning calls it when device, precision and strategy are known."""
+        if self.model is not None:
+            return
+        self.model = self.build_model()
+        self._check_vocabulary()
+        if self.hparams["gradient_checkpointing"]:
+            if not hasattr(self.model, "gradient_checkpointing_enable"):
+                raise InputError(f"model: {type(self.model).__name__} does not support gradient_checkpointing")
+            self.model.gradient_checkpointing_enable(  # type: ignore[operator]
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+
+    def build_model(self) -> nn.Module:
+        """The language model: takes ``input_ids``, ``attention_mask``, ``use_cache`` and returns ``.logits``."""
+        options = ("dtype", "attn_implementation", "revision", "trust_remote_code")
+        return load_causal_lm(self.hparams["model"], **{name: self.hparams[name] for name in options})
+
+    def _check_vocabulary(self) -> None:
+        """A token id beyond the embedding would end in an index error far from its cause."""
+        tokenizer = getattr(self._datamodule, "tokenizer", None)
+        embedding = getattr(self.model, "get_input_embeddings", lambda: None)()
+        if tokenizer is None or embedding is None:
+            return
+        rows, highest = embedding.weight.shape[0], max(tokenizer.get_vocab().values())
+        if highest >= rows:
+            raise InputError(
+                f"data.tokenizer has token ids up to {highest}, but the model's embedding has {rows} rows: "
+                "use the model's own tokenizer"
+            )
+
+    @property
+    def _datamodule(self) -> pl.LightningDataModule | None:
+        """The trainer's data module, where there is a trainer and it has one."""
+        return getattr(self._trainer, "datamodule", None)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The data module's tokenizer, or the one beside the model where there is none."""
+        of_data = getattr(self._datamodule, "tokenizer", None)
+        if of_data is not None:
+            return cast("PreTrainedTokenizerBase", of_data)
+        if self._tokenizer is None:
+            from dft_lightning.data.tokenizer import load_tokenizer
+
+            if not isinstance(self.hparams["model"], str):
+                raise InputError("no tokenizer: a model made from a config has none, set data.tokenizer")
+            self._tokenizer = load_tokenizer(self.hparams["model"], self.hparams["revision"])
+        return self._tokenizer
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits ``[B, T, V]`` of a batch."""
+        assert self.model is not None, "call configure_model() first"
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return cast(Tensor, output.logits)
+
+    def token_output(self, batch: Batch, *, with_entropy: bool = False) -> TokenOutput:
+        """Summed loss and per-token statistics of a batch; the place where model and loss meet."""
+        logits = self(batch["input_ids"], batch.get("attention_mask"))
+        return logits_token_loss(
+            logits[:, :-1],
+            batch["labels"][:, 1:],
+            self.loss,
+            step=self.global_step if self._trainer is not None else 0,
+            with_entropy=with_entropy,
+        )
+
+    # -- training ----------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        self._normalizer = TokenNormalizer(
+            partial(self.trainer.strategy.reduce, reduce_op="sum"), self.trainer.world_size
+        )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        assert self._normalizer is not None
+        if self._normalizer.pending and self._normalized_step != self.global_step:
+            raise RuntimeError(
+                f"{type(self).__name__} overrides on_before_optimizer_step without calling super(): the step's "
+                "gradient was never divided by its number of target tokens"
+            )
+        self._normalized_step = self.global_step
+        output = self.token_output(batch, with_entropy=self.hparams["log_train_entropy"])
+        self.train_telemetry.update(output, _count_tokens(batch))
+        return self._normalizer.scale(output.loss, output.log_prob.numel())
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        # Runs after unscaling and before clipping: the one place where the whole step's gradient is at hand.
+        if self._normalizer is not None:
+            self._normalizer.rescale(self.parameters(), self.trainer.accumulate_grad_batches)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | int | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says; the norm is taken once and logged."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            self._check_clipping(optimizer)
+            nn.utils.clip_grads_with_norm_(parameters, float(gradient_clip_val), norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        by_norm = gradient_clip_val if gradient_clip_algorithm in (None, "norm") else None
+        self.train_telemetry.update_gradient(norm, by_norm)
+
+    def _check_clipping(self, optimizer: Optimizer) -> None:
+        """What the trainer's own clipping refuses: an optimizer that unscales fp16 gradients only while stepping."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise InputError("a fused optimizer cannot be clipped under 16-mixed precision: build it with fused=False")
+
+    def on_train_start(self) -> None:
+        self.train_telemetry.reset()
+        self.train_telemetry.start_clock()
+
+    def on_validation_start(self) -> None:
+        self.train_telemetry.stop_clock()
+
+    def on_validation_end(self) -> None:
+        self.train_telemetry.start_clock()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        stepped = self._normalizer is not None and not self._normalizer.pending
+        every = int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if not stepped or every == 0 or self.global_step % every or not self.train_telemetry.tokens.update_called:
+            return
+        values = self.train_telemetry.collect()
+        values["lr"] = float(self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"])  # type: ignore[union-attr]
+        self._log("train", values, prog_bar=("loss", "nll", "token_accuracy"), on_step=True, on_epoch=False)
+
+    def _log(self, stage: str, values: dict[str, Any], *, prog_bar: Sequence[str], **kwargs: Any) -> None:
+        # Already reduced over ranks and batches: Lightning must neither average nor exchange them again.
+        for name, value in values.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name in prog_bar, batch_size=1, **kwargs)
+
+    # -- validation, test, predict -----------------------------------------------------------------------------
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.val_metrics.update(self.token_output(batch, with_entropy=True), _count_tokens(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val", self.val_metrics, prog_bar=("loss", "nll", "token_accuracy"))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Token metrics and exact match of the generated answers. Returns a record of each row as ``predictions``."""
+        self.test_metrics.update(self.token_output(batch, with_entropy=True), _count_tokens(batch))
+        records = self.predict_step(batch, batch_idx)
+        for record in records:
+            _require_reference(record)
+            record["correct"] = self.test_exact_match.score(record["completion"], record["reference"])
+        self.test_exact_match.update([r["completion"] for r in records], [r["reference"] for r in records])
+        return {"predictions": records}
+
+    def on_test_epoch_end(self) -> None:
+        if self.test_exact_match.update_called:
+            self.log("test/exact_match", self.test_exact_match.compute(), batch_size=1)
+            self.test_exact_match.reset()
+        self._log_evaluation("test", self.test_metrics, prog_bar=())
+
+    def _log_evaluation(self, stage: str, metrics: TokenMetrics, prog_bar: Sequence[str]) -> None:
+        if metrics.update_called:
+            values = metrics.compute()
+            del values["tokens"]
+            self._log(stage, values, prog_bar=prog_bar, on_step=False, on_epoch=True)
+            metrics.reset()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """Generate completions. Returns ``index``, ``prompt``, ``completion`` and ``reference`` of each row."""
+        completions = self.generate(batch["prompt_input_ids"], batch["prompt_attention_mask"], self.generation)
+        rows = zip(batch["index"].tolist(), batch["prompt"], completions, batch["reference"], strict=True)
+        return [
+            {"index": index, "prompt": prompt, "completion": completion, "reference": reference}
+            for index, prompt, completion, reference in rows
+            if index >= 0  # rows of index -1 only make the ranks even
+        ]
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, options: GenerationOptions) -> list[str]:
+        """Complete prompts ``[B, T]`` (padded on the left); the texts end before the end-of-turn token."""
+        assert self.model is not None, "call configure_model() first"
+        tokenizer = self.tokenizer
+        stops = self._stop_token_ids()
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops[0] if stops else 0)
+        tokens = generate(
+            self.model, input_ids, attention_mask, options, stop_token_ids=stops, pad_token_id=int(cast(int, pad))
+        )
+        return decode_completions(tokenizer, tokens, stops)
+
+    def _stop_token_ids(self) -> list[int]:
+        """End of text by the tokenizer and the model's generation config, and end of turn by the template."""
+        of_model = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        candidates: list[Any] = [self.tokenizer.eos_token_id]
+        candidates += of_model if isinstance(of_model, list) else [of_model]
+        candidates += getattr(self._datamodule, "end_of_turn_ids", [])
+        return sorted({int(token) for token in candidates if token is not None})
+
+    # -- the optimizer -----------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.build_optimizer(self.build_parameter_groups())
+        scheduler = self.build_scheduler(optimizer)
+        if scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def build_parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for the optimizer: matrices with weight decay, norms and biases without."""
+        return decay_groups(self, self.hparams["weight_decay"])
+
+    def build_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """AdamW, fused where the device allows."""
+        # Under 16-mixed a fused optimizer unscales inside step(), out of reach of the rescale's log and of clipping.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        return AdamW(
+            groups,
+            lr=self.hparams["learning_rate"],
+            betas=tuple(self.hparams["betas"]),
+            eps=self.hparams["eps"],
+            fused=not scaled and self.device.type in ("cpu", "cuda", "xpu", "mps"),
+        )
+
+    def build_scheduler(self, optimizer: Optimizer) -> LRScheduler | None:
+        """The learning-rate schedule, stepped once per optimizer step; ``None`` for none."""
+        schedule, warmup_ratio = self.hparams["lr_schedule"], self.hparams["warmup_ratio"]
+        needs_total = schedule != "constant" or warmup_ratio is not None
+        total = total_optimizer_steps(self.trainer) if needs_total else None
+        warmup_steps = self.hparams["warmup_steps"]
+        if warmup_ratio is not None and total is not None:
+            warmup_steps = math.ceil(warmup_ratio * total)
+        factor = partial(
+            learning_rate_factor,
+            schedule=schedule,
+            warmup_steps=warmup_steps,
+            total_steps=total,
+            min_ratio=self.hparams["min_lr_ratio"],
+        )
+        return LambdaLR(optimizer, factor)
+
+
+def _check_options(warmup_steps: int, warmup_ratio: float | None, min_ratio: float, learning_rate: float) -> None:
+    if warmup_ratio is not None and warmup_steps:
+        raise ValueError(f"give warmup_steps ({warmup_steps}) or warmup_ratio ({warmup_ratio}), not both")
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
+    for name, value in (("warmup_ratio", warmup_ratio), ("min_lr_ratio", min_ratio)):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    if not learning_rate >= 0:
+        raise ValueError(f"learning_rate must not be negative, got {learning_rate}")
+
+
+def _count_tokens(batch: Batch) -> Tensor | int:
+    mask = batch.get("attention_mask")
+    return cast(int, batch["input_ids"].numel()) if mask is None else cast(Tensor, mask.sum())
+
+
+def _require_reference(record: dict[str, Any]) -> None:
+    if record["reference"] is None:
+        raise InputError(f"test row {record['index']} has no reference completion to score against; use predict")

@@ -1,0 +1,98 @@
+"""From a name, folder or config to a causal language model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from dft_lightning.assets import resolve
+from dft_lightning.errors import InputError
+
+DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+
+def load_causal_lm(
+    model: str | os.PathLike[str] | dict[str, Any],
+    *,
+    dtype: DType = "float32",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load a pretrained model, or make one from scratch from a config, in training mode.
+
+    Args:
+        model: a hub name, a local folder, ``asset://NAME``, or a dict of config values with ``model_type`` for a
+            model with random weights (``{"model_type": "llama", "hidden_size": 64, ...}``).
+        dtype: of the parameters; ``"auto"`` takes what the checkpoint was saved in.
+        attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` ...; ``None`` leaves it to transformers.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        InputError: no such folder or hub name, an unknown ``model_type`` or config value, weights missing.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    if isinstance(model, dict):
+        return _from_config(model, torch_dtype, attn_implementation, trust_remote_code)
+    path = resolve(model)
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise InputError(f"model: {path} is a folder without config.json; expected a Hugging Face checkpoint folder")
+    if _looks_local(path) and not Path(path).is_dir():
+        raise InputError(f"model: no such folder: {path}")
+    options: dict[str, Any] = {"revision": revision} if revision is not None else {}
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
+        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=torch_dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"model: cannot load {path!r}: {_first_lines(error)}") from error
+    return loaded.train()  # from_pretrained leaves dropout off and gradient checkpointing inactive
+
+
+def _from_config(
+    values: dict[str, Any], dtype: torch.dtype | str, attn_implementation: str | None, trust_remote_code: bool
+) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(values)
+    model_type = values.pop("model_type", None)
+    if model_type is None:
+        raise InputError(f"model: a config needs model_type (llama, qwen2, ...), got the keys {sorted(values)}")
+    try:
+        known = AutoConfig.for_model(model_type)
+    except ValueError as error:
+        raise InputError(f"model: unknown model_type {model_type!r}: {_first_lines(error)}") from error
+    unknown = sorted(key for key in values if not hasattr(known, key))
+    if unknown:
+        raise InputError(f"model: {type(known).__name__} has no {', '.join(unknown)}")
+    config = AutoConfig.for_model(model_type, **values)
+    made: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        config,
+        dtype=torch.float32 if dtype == "auto" else dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    return made.train()
+
+
+def _looks_local(path: str) -> bool:
+    """Hub names have one slash at most and no leading dot, slash or tilde."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
+
+
+def _first_lines(error: Exception, limit: int = 300) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[:limit] + " ..."

@@ -1,0 +1,93 @@
+"""Parameter groups, the learning-rate schedule and how many steps a run will take."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from torch import nn
+from torch.utils.data import DistributedSampler
+
+from dft_lightning.errors import InputError
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two AdamW groups of the trainable parameters: matrices with weight decay; norms and biases without.
+
+    Norms and biases are the parameters of fewer than two dimensions.
+    """
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate_factor(
+    step: int, *, schedule: Schedule, warmup_steps: int, total_steps: int | None, min_ratio: float
+) -> float:
+    """What the peak learning rate is multiplied by at an optimizer step, counted from 0.
+
+    Linear warm-up from 0 over ``warmup_steps``, then decay to ``min_ratio`` at ``total_steps``, as the schedules of
+    the same names in transformers.
+
+    Args:
+        step: optimizer steps done.
+        schedule: ``"cosine"``, ``"linear"`` or ``"constant"``.
+        warmup_steps: steps of warm-up.
+        total_steps: steps of the run; not read by ``"constant"``.
+        min_ratio: the factor at the end, in ``[0, 1]``.
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    assert total_steps is not None
+    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
+    return min_ratio + (1 - min_ratio) * shape
+
+
+def total_optimizer_steps(trainer: pl.Trainer) -> int:
+    """Optimizer steps that a ``fit`` will take: ``max_steps``, or epochs times the known length of the data.
+
+    ``trainer.estimated_stepping_batches`` is not read: it sets up the data loaders before a checkpoint restores
+    their state, which is then lost (Lightning issue 20550).
+
+    Raises:
+        InputError: neither ``max_steps`` nor the data's length is known.
+    """
+    limits: list[int] = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        batches = _num_batches(trainer)
+        if batches is not None:
+            limits.append(trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+        elif not limits:
+            raise InputError(
+                "the schedule needs the number of optimizer steps, but trainer.max_steps is not set and the training "
+                "data has no length: set trainer.max_steps, or model.lr_schedule: constant with warmup_steps"
+            )
+    if not limits:
+        raise InputError("the schedule needs an end: set trainer.max_steps or trainer.max_epochs")
+    return min(limits)
+
+
+def _num_batches(trainer: pl.Trainer) -> int | None:
+    """Micro-batches per epoch and rank, or ``None`` where the data has no length."""
+    # Covers loaders given to fit, the data module's and the module's own alike, without starting their workers.
+    loader = trainer.fit_loop._data_source.dataloader()
+    try:
+        batches = len(loader)
+    except (TypeError, NotImplementedError):
+        return trainer.limit_train_batches if isinstance(trainer.limit_train_batches, int) else None
+    sampler = getattr(loader, "sampler", None)
+    if sampler is not None and not isinstance(sampler, DistributedSampler):
+        batches = math.ceil(batches / trainer.world_size)  # Lightning will share the rows out among the ranks
+    limit = trainer.limit_train_batches
+    if isinstance(limit, int):
+        return min(batches, limit)
+    return int(batches * (1.0 if limit is None else limit))

@@ -1,0 +1,251 @@
+"""The command, in process: runs, messages, checkpoints, defaults."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from dft_lightning.__main__ import main
+from dft_lightning.losses import CrossEntropyLoss, DFTLoss, FocalLoss
+
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 20,
+    "max_position_embeddings": 256,
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A complete small config; returns its path."""
+    rows = {"class_path": "ArithmeticRows", "init_args": {"num_rows": 6, "min_digits": 1, "max_digits": 2}}
+    values = {
+        "model": {"model": TINY, "loss": "DFTLoss", "generation": {"max_new_tokens": 5}},
+        "data": {
+            "train": rows,
+            "validation": rows,
+            "test": rows,
+            "tokenizer": "asset://arithmetic-base",
+            "batch_size": 3,
+        },
+        "trainer": {
+            "max_steps": 2,
+            "accelerator": "cpu",
+            "devices": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": str(tmp_path / "runs"),
+            "log_every_n_steps": 1,
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def fails(capfd, *args, lines=3):
+    """The error message of a command that must exit with 2, without usage, traceback or warning wall."""
+    with pytest.raises(SystemExit) as error:
+        main(list(args))
+    assert error.value.code == 2
+    out = capfd.readouterr().err
+    message = out[out.index("error: ") :].strip()
+    assert "Traceback" not in out
+    assert "usage:" not in out
+    assert len(message.splitlines()) <= lines, message
+    return message.removeprefix("error: ")
+
+
+# -- one mistake, one message --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--model.learning_rat", "1"], "unknown key model.learning_rat; did you mean model.learning_rate?"),
+        (["--data.batchsize", "1"], "unknown key data.batchsize; did you mean data.batch_size?"),
+        (["--trainer.max_stepz", "1"], "unknown key trainer.max_stepz; did you mean trainer.max_steps?"),
+        (["--model.loss", "DFTLos"], "model.loss: unknown class 'DFTLos'; did you mean DFTLoss?\n"),
+        (["--model.loss", "DFTLos"], "known: CrossEntropyLoss, DFTLoss, FocalLoss, or the dotted path of your own"),
+        (["--model.loss", "torch.nn.Linear"], "model.loss: torch.nn.Linear is not a subclass of TokenLoss"),
+        (["--model.loss", "DFTLoss", "--model.loss.gamma", "1"],
+         "model.loss.gamma: DFTLoss has no option 'gamma'; it has ignore_index, reduction"),
+        (["--model.loss", "FocalLoss", "--model.loss.gamma", "much"],
+         "model.loss.gamma: expected float. Got value: much"),
+        (["--model.loss", "FocalLoss", "--model.loss.gamma", "-1"], "gamma must be finite and not negative, got -1.0"),
+        (["--model.loss", "no_such_module.Loss"],
+         "model.loss: cannot import 'no_such_module.Loss': No module named 'no_such_module'"),
+        (["--model.loss", "dft_lightning.losses.Nope"], "has no attribute 'Nope'"),
+        (["--model.answer_extractor", "LastNumbr"], "model.answer_extractor: unknown class 'LastNumbr'"),
+        (["--model.dtype", "float31"], "model.dtype: expected one of 'auto', 'float32'"),
+        (["--model.learning_rate", "fast"], "model.learning_rate: expected float. Got value: fast"),
+        (["--model.warmup_ratio", "0.1", "--model.warmup_steps", "3"], "give warmup_steps (3) or warmup_ratio (0.1)"),
+        (["--model.model", "./nowhere"], "no such folder: ./nowhere"),
+        (["--data.train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--data.train", "LocalRows"], "data.train.path: required, but not given"),
+        (["--data.tokenizer", "./nowhere"], "data.tokenizer: cannot load './nowhere'"),
+        (["--config", "nowhere.yaml"], "config: no such file: "),
+        (["--trainer.max_steps", "many"], "trainer.max_steps: expected int. Got value: many"),
+        (["--trainer.precision", "31"], "trainer.precision: expected one of"),
+        (["--trainer.accelerator", "abacus"], "abacus"),
+        (["--trainer.callbacks", "Nope"], "trainer.callbacks: unknown class 'Nope'"),
+        (["--trainer.precision", "16-mixed"], "trainer.precision: 16-mixed needs a GPU"),
+        (["--ckpt_path", "nowhere.ckpt"], "--ckpt_path: no such checkpoint: nowhere.ckpt"),
+        (["--ckpt_path", "last"], "--ckpt_path last: no checkpoint under"),
+    ],
+)  # fmt: skip
+def test_flags(capfd, config, args, expected):
+    assert expected in fails(capfd, "fit", "--config", config, *args)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: {los: DFTLoss}", "unknown key model.los; did you mean model.loss?"),
+        ("modle: {loss: DFTLoss}", "unknown key modle.loss; did you mean model.loss?"),
+        ("model: {loss: {class_path: DFTLoss, init_args: {gamma: 1}}}",
+         "model.loss.gamma: DFTLoss has no option 'gamma'"),
+        ("model: {loss: {class_path: DFTLos}}", "model.loss: unknown class 'DFTLos'"),
+        ("data: {train: {class_path: ArithmeticRowz}}", "data.train: unknown class 'ArithmeticRowz'"),
+        ("data: {train: {class_path: ArithmeticRows, init_args: {num_rowz: 3}}}",
+         "data.train.num_rowz: ArithmeticRows has no option 'num_rowz'; it has num_rows"),
+        ("trainer: {callbacks: [{class_path: GenerationEvaluation, init_args: {every: 3}}]}",
+         "trainer.callbacks.every: GenerationEvaluation has no option 'every'; it has at_start"),
+        ("model: [", "config: broken YAML"),
+        ("model: {generation: {max_new: 3}}", "unknown key model.generation.max_new"),
+    ],
+)  # fmt: skip
+def test_configs(capfd, config, tmp_path, text, expected):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(text)
+    assert expected in fails(capfd, "fit", "--config", config, "--config", str(overlay))
+
+
+def test_required_value_missing(capfd):
+    assert fails(capfd, "fit", "--data.train", "rows.jsonl") == "model.model: required, but not given"
+
+
+def test_unknown_command(capfd):
+    assert "choose from 'fit', 'validate', 'test', 'predict'" in fails(capfd, "fitt").replace("fit, v", "'fit', 'v")
+
+
+def test_bad_rows_end_the_run_before_a_model_is_loaded(capfd, config, tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1+1=", "completion": ""}\n' * 12)
+    monkeypatch.setattr("dft_lightning.modules.causal_lm.load_causal_lm", lambda *a, **k: pytest.fail("model loaded"))
+    message = fails(capfd, "fit", "--config", config, "--data.train", str(rows), lines=12)
+    assert message.startswith(f"{rows}: 12 of 12 rows are bad\n  row 1: completion: empty")
+    assert message.endswith("... and 2 more")
+    assert not list((tmp_path / "runs").rglob("*.ckpt"))
+
+
+# -- what a run does -----------------------------------------------------------------------------------------------
+
+
+def test_fit_validate_test_and_predict(config, tmp_path):
+    cli = main(["fit", "--config", config])
+    assert cli.trainer.global_step == 2
+    assert isinstance(cli.model.loss, DFTLoss)
+    run = tmp_path / "runs" / "lightning_logs" / "version_0"
+    assert {path.name for path in run.iterdir()} >= {"config.yaml", "metrics.csv", "hparams.yaml", "checkpoints"}
+    header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
+    names = ("loss", "nll", "perplexity", "token_accuracy", "mean_weight", "target_tokens", "grad_norm")
+    assert {f"train/{name}" for name in (*names, "clipped_steps", "lr", "tokens_per_second")} <= set(header)
+    (checkpoint,) = run.glob("checkpoints/*.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
+
+    validated = main(["validate", "--config", config, "--ckpt_path", "last"])
+    assert {f"val/{name}" for name in (*names[:-1], "entropy")} <= set(validated.trainer.callback_metrics)
+    assert all(torch.equal(a, b) for a, b in zip(validated.model.parameters(), cli.model.parameters(), strict=True))
+
+    tested = main(["test", "--config", config, "--ckpt_path", str(checkpoint)])
+    records = [json.loads(line) for line in (Path(tested.trainer.log_dir) / "test_predictions.jsonl").open()]
+    assert [record["index"] for record in records] == list(range(6))
+    assert set(records[0]) == {"index", "prompt", "completion", "reference", "correct"}
+    share = sum(record["correct"] for record in records) / 6
+    assert tested.trainer.callback_metrics["test/exact_match"].item() == pytest.approx(share)
+
+    predicted = main(["predict", "--config", config, "--ckpt_path", "last"])
+    lines = (Path(predicted.trainer.log_dir) / "predictions.jsonl").read_text().splitlines()
+    assert set(json.loads(lines[0])) == {"index", "prompt", "completion", "reference"}
+
+
+def test_saved_config_repeats_the_run(config, tmp_path):
+    first = main(["fit", "--config", config])
+    again = main(["fit", "--config", str(Path(first.trainer.log_dir) / "config.yaml")])
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_resuming_goes_on_and_auto_starts_anew_only_without_a_checkpoint(config, caplog):
+    with caplog.at_level(logging.INFO):
+        assert main(["fit", "--config", config, "--ckpt_path", "auto"]).trainer.global_step == 2
+    assert "starting from the beginning" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        cli = main(["fit", "--config", config, "--ckpt_path", "auto", "--trainer.max_steps", "5"])
+    assert cli.trainer.global_step == 5
+    assert "step=2.ckpt" in caplog.text
+    cli = main(["fit", "--config", config, "--ckpt_path", "last", "--trainer.max_steps", "6"])
+    assert cli.trainer.global_step == 6
+
+
+def test_flags_win_over_what_a_checkpoint_says(config, tmp_path):
+    main(["fit", "--config", config])
+    (checkpoint,) = (tmp_path / "runs").rglob("*.ckpt")
+    cli = main(["validate", "--config", config, "--ckpt_path", str(checkpoint), "--model.loss", "FocalLoss"])
+    assert isinstance(cli.model.loss, FocalLoss)
+
+
+def test_configs_compose_and_defaults_are_replaceable(config, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("model: {loss: {class_path: FocalLoss, init_args: {gamma: 3.0}}}")
+    cli = main(["fit", "--config", config, "--config", str(overlay), "--model.loss.alpha", "0.5"])
+    assert (cli.model.loss.gamma, cli.model.loss.alpha) == (3.0, 0.5)
+    assert [type(logger) for logger in cli.trainer.loggers] == [TensorBoardLogger, CSVLogger]
+    assert any(isinstance(callback, LearningRateMonitor) for callback in cli.trainer.callbacks)
+    assert [callback.monitor for callback in cli.trainer.checkpoint_callbacks] == [None]
+    assert cli.trainer._inference_mode is False if hasattr(cli.trainer, "_inference_mode") else True
+
+    overlay.write_text(
+        "trainer:\n  logger: false\n  inference_mode: true\n  callbacks:\n"
+        "  - class_path: ModelCheckpoint\n    init_args: {filename: mine}\n"
+    )
+    cli = main(["fit", "--config", config, "--config", str(overlay)])
+    assert cli.trainer.loggers == []
+    (checkpoint,) = cli.trainer.checkpoint_callbacks
+    assert isinstance(checkpoint, ModelCheckpoint)
+    assert checkpoint.filename == "mine"
+
+
+def test_default_loss_is_cross_entropy(config, tmp_path):
+    values = yaml.safe_load(Path(config).read_text())
+    del values["model"]["loss"]
+    Path(config).write_text(yaml.safe_dump(values))
+    assert isinstance(main(["fit", "--config", config]).model.loss, CrossEntropyLoss)
+
+
+def test_own_loss_by_dotted_path(config, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    cli = main(["fit", "--config", config, "--model.loss", "examples.own_loss.ClippedDFT", "--model.loss.floor", "0.3"])
+    assert type(cli.model.loss).__name__ == "ClippedDFT"
+    assert cli.model.loss.floor == 0.3
+
+
+def test_console_script_and_module_are_the_same_command():
+    import dft_lightning.__main__ as entry
+    import dft_lightning.cli as cli
+
+    assert entry.main is cli.main

@@ -1,0 +1,422 @@
+"""Rows to messages to tokens with labels to batches."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import shared
+from transformers import GPT2Tokenizer
+
+from dft_lightning.data import ArithmeticRows, HubRows, InstructionDataModule, LocalRows, arithmetic_tokenizer
+from dft_lightning.data.arithmetic import is_held_out
+from dft_lightning.data.batches import Collator, RowSampler, TokenizedRows
+from dft_lightning.data.messages import RowColumns, read_messages
+from dft_lightning.data.tokenizer import end_of_turn, load_tokenizer
+from dft_lightning.data.tokens import ConversationEncoder
+from dft_lightning.errors import InputError
+
+TURN = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+MULTI = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi."},
+    {"role": "assistant", "content": "Hello!"},
+    {"role": "user", "content": "Bye."},
+    {"role": "assistant", "content": "See you."},
+]
+
+
+def write(path, rows):
+    text = "\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def trained_text(tokenizer, row):
+    return tokenizer.decode([label for label in row["labels"] if label != -100])
+
+
+@pytest.fixture
+def real_tokenizer(tmp_path):
+    """Load a real tokenizer by name; GPT-2's bare vocabulary files are made into a checkpoint folder first."""
+
+    def load(name):
+        folder = shared(name)
+        if name.endswith("gpt2"):
+            GPT2Tokenizer.from_pretrained(folder).save_pretrained(tmp_path / "gpt2")
+            folder = tmp_path / "gpt2"
+        return load_tokenizer(folder)
+
+    return load
+
+
+# -- rows to messages ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        ({"prompt": "1+1=", "completion": "2"}, {}, TURN),
+        ({"question": "1+1=", "answer": "2", "id": 7}, {"prompt": "question", "completion": "answer"}, TURN),
+        ({"instruction": "1+1=", "input": "", "output": "2"}, {}, TURN),
+        ({"instruction": "1+1=", "output": "2"}, {}, TURN),
+        (
+            {"instruction": "Add.", "input": "1+1", "output": "2"},
+            {},
+            [{"role": "user", "content": "Add.\n\n1+1"}, {"role": "assistant", "content": "2"}],
+        ),
+        ({"messages": MULTI}, {}, MULTI),
+        ({"chat": MULTI}, {"messages": "chat"}, MULTI),
+        ({"prompt": "no", "completion": "no", "messages": MULTI}, {}, MULTI),
+        ({"prompt": "1+1=", "completion": "2", "messages": 3}, {"form": "prompt_completion"}, TURN),
+    ],
+)
+def test_row_forms(tmp_path, suffix, row, columns, expected):
+    source = LocalRows(write(tmp_path / f"rows{suffix}", [row, row]))
+    assert read_messages(source, RowColumns(**columns)) == [expected, expected]
+
+
+def test_json_lines_may_hold_unicode_separators_and_blank_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('\ufeff{"prompt": "a\u2028b", "completion": "c"}\n\n{"prompt": "d", "completion": "e"}\n')
+    assert [row[0]["content"] for row in read_messages(LocalRows(path), RowColumns())] == ["a\u2028b", "d"]
+
+
+GOOD = {"prompt": "a", "completion": "b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"prompt": "a", "completion": ', "row 2: broken JSON at character 31"),
+        ('{"prompt": "a"}', "row 2: completion: missing"),
+        ('{"prompt": "a", "completion": null}', "row 2: completion: null"),
+        ('{"prompt": 3, "completion": "b"}', "row 2: prompt: expected a string, got int"),
+        ('{"prompt": "a", "completion": " "}', "row 2: completion: empty"),
+        ("[1]", "row 2: expected an object, got a list"),
+    ],
+)
+def test_bad_rows_name_file_row_and_column(tmp_path, text, expected):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n{text}\n{json.dumps(GOOD)}\n")
+    with pytest.raises(InputError) as error:
+        read_messages(LocalRows(path), RowColumns())
+    assert str(error.value).splitlines()[0] == f"{path}: 1 of 3 rows are bad"
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([], "expected a list of at least one message"),
+        ("hello", "expected a list of at least one message"),
+        ([{"role": "user", "content": "a"}], "no assistant message"),
+        (
+            [{"role": "robot", "content": "a"}],
+            r"messages\[0\].role: expected one of system, user, assistant, got 'robot'",
+        ),
+        ([{"role": "user", "content": ["a"]}], r"messages\[0\].content: expected a string, got list"),
+        ([TURN[0], {"role": "assistant", "content": ""}], r"messages\[1\].content: empty"),
+        (["hello"], r"messages\[0\]: expected an object with role and content, got str"),
+    ],
+)
+def test_bad_messages(tmp_path, messages, expected):
+    with pytest.raises(InputError, match=expected):
+        read_messages(LocalRows(write(tmp_path / "rows.jsonl", [{"messages": messages}])), RowColumns())
+
+
+def test_ten_bad_rows_are_shown_and_all_are_counted(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [GOOD] + [{"prompt": "a"}] * 23)
+    with pytest.raises(InputError) as error:
+        read_messages(LocalRows(path), RowColumns())
+    lines = str(error.value).splitlines()
+    assert lines[0].endswith("23 of 24 rows are bad")
+    assert len(lines) == 12
+    assert lines[1].strip() == "row 2: completion: missing"
+    assert lines[-1].strip() == "... and 13 more"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("rows.jsonl", None, "no such file"),
+        ("rows.txt", "a", r"expected a .jsonl or .json file"),
+        ("rows.jsonl", "", "no rows"),
+        ("rows.json", "[]", "no rows"),
+        ("rows.json", '{"prompt": "a"}', "expected a list of objects, got an object"),
+        ("rows.json", '{"a": 1}\n{"a": 2}', "one object a line belongs in a .jsonl file"),
+        ("rows.json", "[1,", "broken JSON at line 1"),
+        ("rows.jsonl", '{"q": "a", "a": "b"}', r"cannot tell the row form from the columns \['a', 'q'\]"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, expected):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=expected) as error:
+        read_messages(LocalRows(path), RowColumns())
+    assert str(path) in str(error.value)
+
+
+def test_file_that_is_not_utf8(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(InputError, match="cannot be read as UTF-8"):
+        read_messages(LocalRows(path), RowColumns())
+
+
+def test_hub_rows_load_a_local_folder_as_they_would_a_hub_name(tmp_path):
+    write(tmp_path / "train.jsonl", [GOOD, GOOD])
+    rows = list(HubRows(str(tmp_path), split="train").rows())
+    assert rows == [(1, GOOD), (2, GOOD)]
+    with pytest.raises(InputError, match="no-such-name/train: neither a local file nor a dataset"):
+        list(HubRows("no-such-name").rows())
+
+
+# -- messages to tokens --------------------------------------------------------------------------------------------
+
+
+def test_arithmetic_row_by_hand():
+    row = ConversationEncoder(arithmetic_tokenizer()).encode([TURN])[0]
+    # ^ 1 + 1 = 2 $ : the completion and the end of the turn are targets
+    assert row["input_ids"] == [1, 5, 14, 5, 15, 6, 2]
+    assert row["labels"] == [-100] * 5 + [6, 2]
+
+
+def test_train_on_prompts_learns_all_but_the_first_token():
+    row = ConversationEncoder(arithmetic_tokenizer(), train_on_prompts=True).encode([TURN])[0]
+    assert row["labels"] == [-100, *row["input_ids"][1:]]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("smollm2", "2<|im_end|>"),
+        ("qwen3", "<think>\n\n</think>\n\n2<|im_end|>"),
+        ("gpt2", "2<|endoftext|>"),
+    ],
+)
+def test_single_turn_mask_on_real_tokenizers(real_tokenizer, name, expected):
+    tokenizer = real_tokenizer(f"tokenizers/{name}")
+    row = ConversationEncoder(tokenizer).encode([TURN])[0]
+    assert trained_text(tokenizer, row) == expected
+
+
+def test_plain_template_on_a_sentencepiece_tokenizer():
+    tokenizer = load_tokenizer(shared("models/stories260K"))
+    row = ConversationEncoder(tokenizer).encode([TURN])[0]
+    assert tokenizer.decode(row["input_ids"]).endswith("2</s>")
+    assert trained_text(tokenizer, row).strip() == "2</s>"
+
+
+def test_multi_turn_mask_trains_every_assistant_turn():
+    tokenizer = load_tokenizer(shared("tokenizers/smollm2"))
+    row = ConversationEncoder(tokenizer).encode([MULTI])[0]
+    assert trained_text(tokenizer, row) == "Hello!<|im_end|>See you.<|im_end|>"
+    # pad = eos = the end-of-turn token here, which is trained all the same
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert row["labels"].count(tokenizer.eos_token_id) == 2
+
+
+def test_template_that_rewrites_earlier_turns_is_refused_by_name():
+    encoder = ConversationEncoder(load_tokenizer(shared("tokenizers/qwen3")))
+    with pytest.raises(InputError, match=r"turn 3 is rendered otherwise once more turns follow.*At character \d+"):
+        encoder.encode([MULTI])
+
+
+def test_generation_prompt_is_what_training_rows_begin_with(real_tokenizer):
+    for name in ("tokenizers/smollm2", "tokenizers/qwen3", "tokenizers/gpt2", "models/stories260K"):
+        encoder = ConversationEncoder(real_tokenizer(name))
+        text, ids = encoder.prompt(TURN)
+        row = encoder.encode([TURN])[0]
+        assert row["input_ids"][: len(ids)] == ids, name
+        assert "1+1=" in text
+
+
+def test_end_of_turn_token():
+    assert end_of_turn(arithmetic_tokenizer()) == ("$", 2)
+    smollm2 = load_tokenizer(shared("tokenizers/smollm2"))
+    assert end_of_turn(smollm2) == ("<|im_end|>", smollm2.eos_token_id)
+
+
+def test_tokenizer_problems_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"data.tokenizer: cannot load 'no/such'"):
+        load_tokenizer("no/such")
+    with pytest.raises(InputError, match="no such file: nope.jinja"):
+        load_tokenizer("asset://arithmetic-base", chat_template="nope.jinja")
+    with pytest.raises(InputError, match=r"no such asset; the package has asset://arithmetic-base"):
+        load_tokenizer("asset://nope")
+
+
+# -- the data module -----------------------------------------------------------------------------------------------
+
+
+def arithmetic(rows=6, **options):
+    data = InstructionDataModule(ArithmeticRows(rows, seed=1), tokenizer="asset://arithmetic-base", **options)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def test_truncation_and_dropped_rows_are_counted(tmp_path):
+    rows = [
+        {"prompt": "1+1=", "completion": "2"},  # 7 tokens
+        {"prompt": "1+1=", "completion": "222222"},  # 12 tokens, cut to 8
+        {"prompt": "11111111+1=", "completion": "2"},  # no target within 8
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base", max_length=8, batch_size=3)
+    data.prepare_data()
+    counts = data.counts["train"]
+    assert (counts.rows, counts.dropped) == (3, 1)
+    assert counts.truncated == 1
+    assert sorted(len(ids) for ids in data._rows["train"]["input_ids"]) == [7, 8]
+    with pytest.raises(InputError, match="no row has a target left within max_length 3"):
+        InstructionDataModule(str(path), tokenizer="asset://arithmetic-base", max_length=3).prepare_data()
+
+
+def test_tokenised_once(monkeypatch, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "77+1=", "completion": "78"}])
+    options = {"tokenizer": "asset://arithmetic-base"}
+    calls = []
+    encode = ConversationEncoder.encode
+    monkeypatch.setattr(ConversationEncoder, "encode", lambda *args: calls.append(1) or encode(*args))
+    InstructionDataModule(str(path), **options).prepare_data()
+    InstructionDataModule(str(path), **options).prepare_data()
+    assert len(calls) == 1
+    InstructionDataModule(str(path), train_on_prompts=True, **options).prepare_data()
+    assert len(calls) == 2
+    write(path, [{"prompt": "77+2=", "completion": "79"}])
+    InstructionDataModule(str(path), **options).prepare_data()
+    assert len(calls) == 3
+
+
+def test_seeded_split_is_disjoint_and_complete():
+    data = arithmetic(20, validation_fraction=0.25)
+    train, validation = ({tuple(ids) for ids in data._rows[name]["input_ids"]} for name in ("train", "validation"))
+    assert (len(train), len(validation)) == (15, 5)
+    assert not train & validation
+    again = arithmetic(20, validation_fraction=0.25)
+    assert again._rows["validation"]["input_ids"][:] == data._rows["validation"]["input_ids"][:]
+    other = arithmetic(20, validation_fraction=0.25, seed=1)
+    assert other._rows["validation"]["input_ids"][:] != data._rows["validation"]["input_ids"][:]
+
+
+def test_bad_sources_are_named():
+    with pytest.raises(InputError, match="data.train is not set"):
+        InstructionDataModule(tokenizer="asset://arithmetic-base").prepare_data()
+    with pytest.raises(InputError, match=r"data.tokenizer is not set"):
+        InstructionDataModule(ArithmeticRows(2)).prepare_data()
+    with pytest.raises(InputError, match="data.validation is not set"):
+        InstructionDataModule("a.jsonl", tokenizer="asset://arithmetic-base").setup("validate")
+    with pytest.raises(InputError, match="data.predict is not set, nor data.test"):
+        InstructionDataModule("a.jsonl", tokenizer="asset://arithmetic-base").setup("predict")
+    with pytest.raises(ValueError, match="not both"):
+        InstructionDataModule("a.jsonl", validation="b.jsonl", validation_fraction=0.1)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        InstructionDataModule("a.jsonl", batch_size=0)
+
+
+def test_batches_are_padded_on_the_right_and_prompts_on_the_left():
+    rows = [
+        {
+            "input_ids": [5, 6, 7],
+            "labels": [-100, 6, 7],
+            "index": 0,
+            "prompt": "a",
+            "prompt_ids": [5],
+            "reference": "b",
+        },
+        {"input_ids": [8], "labels": [-100], "index": 1, "prompt": "c", "prompt_ids": [8, 9], "reference": None},
+    ]
+    batch = Collator(pad_token_id=0, pad_to_multiple_of=4, with_prompts=True)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 0], [8, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7, -100], [-100] * 4]
+    assert batch["prompt_input_ids"].tolist() == [[0, 0, 0, 5], [0, 0, 8, 9]]
+    assert batch["prompt_attention_mask"].tolist() == [[0, 0, 0, 1], [0, 0, 1, 1]]
+    assert batch["reference"] == ["b", None]
+
+
+@pytest.mark.parametrize(("size", "ranks"), [(8, 1), (8, 2), (7, 2), (10, 4)])
+def test_rows_are_shared_out_once_and_in_the_same_order(size, ranks):
+    dataset = TokenizedRows([{"input_ids": [1], "labels": [-100]}] * size, pad_token_id=0)
+
+    def order(num_replicas, rank, epoch):
+        sampler = RowSampler(dataset, num_replicas, rank, shuffle=True, seed=5)
+        sampler.set_epoch(epoch)
+        assert len(list(sampler)) == len(sampler)
+        return list(sampler)
+
+    alone = order(1, 0, 0)
+    assert sorted(alone) == list(range(size))
+    assert order(1, 0, 1) != alone
+    shares = [order(ranks, rank, 0) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    together = [index for step in zip(*shares, strict=True) for index in step]
+    assert together[:size] == alone
+    assert together[size:] == [-1] * (len(together) - size)
+    assert dataset[-1]["labels"] == [-100, -100]
+
+
+def test_pad_token_missing(real_tokenizer, tmp_path):
+    """Llama-3 and GPT-2 have no pad token; padding is masked, so any id will do."""
+    assert real_tokenizer("tokenizers/gpt2").pad_token is None
+    rows = ArithmeticRows(5, min_digits=1)
+    data = InstructionDataModule(rows, tokenizer=str(tmp_path / "gpt2"), batch_size=5)
+    data.prepare_data()
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    assert (batch["attention_mask"].sum(1) < batch["attention_mask"].shape[1]).any()
+
+
+# -- generated arithmetic ------------------------------------------------------------------------------------------
+
+
+def test_arithmetic_is_right_deterministic_and_held_out():
+    rows = [row for _, row in ArithmeticRows(300, min_digits=1, max_digits=6, seed=4).rows()]
+    assert rows == [row for _, row in ArithmeticRows(300, min_digits=1, max_digits=6, seed=4).rows()]
+    for row in rows:
+        a, b = map(int, row["prompt"].rstrip("=").split("+"))
+        assert int(row["completion"].split("|")[1]) == a + b
+        assert not is_held_out(a, b)
+    held_out = ArithmeticRows(50, part="held_out", seed=4).rows()
+    assert all(is_held_out(*map(int, row["prompt"].rstrip("=").split("+"))) for _, row in held_out)
+
+
+def test_noise_is_a_share_of_the_steps():
+    clean = [row for _, row in ArithmeticRows(2000, min_digits=4, max_digits=4, seed=1).rows()]
+    assert all(str(eval(row["prompt"].rstrip("="))) == row["completion"].split("|")[1] for row in clean)
+    noisy = [row for _, row in ArithmeticRows(2000, min_digits=4, max_digits=4, noise=0.1, seed=1).rows()]
+    wrong_steps = wrong_rows = 0
+    for row in noisy:
+        steps, answer = row["completion"].split("|")
+        digits = []
+        for step in steps.split(","):
+            left, right = step.split("=")
+            wrong_steps += eval(left) % 10 != int(right.split("c")[0])
+            digits.append(right[0])
+        assert answer.endswith("".join(reversed(digits)))  # the answer repeats what was written
+        wrong_rows += int(answer) != eval(row["prompt"].rstrip("="))
+    assert wrong_steps / 8000 == pytest.approx(0.1, abs=0.015)
+    assert wrong_rows / 2000 == pytest.approx(1 - 0.9**4, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_rows": 0}, {"min_digits": 3, "max_digits": 2}, {"noise": 1.5}, {"part": "x"}, {"digit_weights": [1.0]}],
+)
+def test_bad_arithmetic_options(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        ArithmeticRows(**{"num_rows": 3, **options})
+
+
+def test_shipped_tokenizer_is_the_one_the_code_makes():
+    shipped = load_tokenizer("asset://arithmetic-base")
+    made = arithmetic_tokenizer()
+    assert shipped.get_vocab() == made.get_vocab()
+    assert shipped.chat_template == made.chat_template
+    assert torch.equal(torch.tensor(shipped("1+2=?x")["input_ids"]), torch.tensor(made("1+2=?x")["input_ids"]))

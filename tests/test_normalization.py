@@ -1,0 +1,170 @@
+"""The gradient of a step is that of the token mean over the whole step, however it is split."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from runs import TINY_ARITHMETIC, TINY_GPT2, GradientRecorder, arithmetic_data, run_two_processes, trainer
+from torch.utils.data import DataLoader
+
+from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss
+from dft_lightning.data.batches import Collator
+from dft_lightning.distributed import TokenNormalizer
+
+SPLITS = [(16, 1), (4, 4), (1, 16), (3, 6)]
+LOSSES = [CrossEntropyLoss(), DFTLoss(), FocalLoss()]
+TOLERANCE = {"64-true": 1e-10, "32-true": 1e-6}
+
+
+def step_gradient(batch_size, accumulate, precision, loss, num_rows=16):
+    pl.seed_everything(0)
+    # Weights are drawn in float64 and rounded, so that every precision starts from the same model.
+    module = GradientRecorder(TINY_ARITHMETIC, loss=loss, dtype="float64")
+    data = arithmetic_data(num_rows, batch_size=batch_size, shuffle=False)
+    trainer(precision=precision, accumulate_grad_batches=accumulate).fit(module, datamodule=data)
+    return module.gradients[0]
+
+
+def reference_gradient(loss, num_rows=16):
+    """Row by row, without padding: sum of the published formulas over all targets, over their number."""
+    pl.seed_everything(0)
+    module = CausalLMModule(TINY_ARITHMETIC, loss=loss, dtype="float64")
+    module.configure_model()
+    data = arithmetic_data(num_rows, batch_size=1, shuffle=False)
+    data.prepare_data()
+    total, count = 0.0, 0
+    for batch in data.train_dataloader():
+        targets = batch["labels"][0, 1:]
+        log_probs = module.model(batch["input_ids"]).logits[0, :-1].log_softmax(-1)
+        log_p = log_probs[targets != -100, targets[targets != -100]]
+        p = log_p.exp()
+        weight = {"CrossEntropyLoss": 1, "DFTLoss": p.detach(), "FocalLoss": (1 - p) ** 2}[type(loss).__name__]
+        total, count = total - (weight * log_p).sum(), count + len(log_p)
+    (total / count).backward()
+    return torch.cat([p.grad.flatten() for p in module.parameters()])
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+@pytest.mark.parametrize("precision", TOLERANCE)
+def test_every_split_gives_the_same_gradient(loss, precision):
+    gradients = [step_gradient(*split, precision, loss) for split in SPLITS]
+    for split, gradient in zip(SPLITS, gradients, strict=True):
+        assert relative(gradient, gradients[0]) < TOLERANCE[precision], split
+    assert relative(gradients[0], reference_gradient(loss)) < {"64-true": 1e-10, "32-true": 1e-5}[precision]
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize(("num_rows", "batch_size", "accumulate"), [(16, 3, 3), (15, 4, 2)])
+def test_two_processes_give_the_same_gradient(tmp_path, precision, num_rows, batch_size, accumulate):
+    out = tmp_path / "gradient.pt"
+    run_two_processes(
+        "ddp_gradient.py", str(out), precision, str(batch_size), str(accumulate), "DFTLoss", str(num_rows)
+    )
+    expected = step_gradient(num_rows, 1, precision, DFTLoss(), num_rows)
+    assert relative(torch.load(out), expected) < TOLERANCE[precision]
+
+
+def plain_loader(rows, batch_size):
+    return DataLoader(rows, batch_size=batch_size, collate_fn=Collator(0))
+
+
+def row(length, targets):
+    ids = torch.randint(1, 90, (length,)).tolist()
+    return {"input_ids": ids, "labels": [-100] * (length - targets) + ids[length - targets :]}
+
+
+def fit(rows, batch_size, accumulate=1, loss=None, **options):
+    pl.seed_everything(0)
+    module = GradientRecorder(TINY_GPT2, loss=loss or DFTLoss(), dtype="float64", lr_schedule="constant")
+    run = trainer(accumulate_grad_batches=accumulate, **{"precision": "64-true", **options})
+    run.fit(module, plain_loader(rows, batch_size))
+    return module
+
+
+def test_an_all_ignored_micro_batch_changes_nothing():
+    rows = [row(9, 4), row(5, 2)]
+    empty = row(7, 0)
+    expected = fit(rows, 2).gradients[0]
+    for with_empty in ([empty, *rows], [*rows, empty], [rows[0], empty, rows[1]]):
+        torch.testing.assert_close(fit(with_empty, 1, 3).gradients[0], expected, rtol=1e-10, atol=1e-14)
+
+
+def test_a_step_without_any_target_leaves_the_weights_alone():
+    rows = [row(9, 4), row(7, 0), row(6, 3)]
+    pl.seed_everything(0)
+    states = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            states.append(torch.cat([p.detach().flatten().clone() for p in module.parameters()]))
+
+    module = CausalLMModule(TINY_GPT2, loss=DFTLoss(), learning_rate=1e-2, weight_decay=0.1, lr_schedule="constant")
+    trainer(max_steps=3, callbacks=[Watch()]).fit(module, plain_loader(rows, 1))
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[1], states[2])
+
+
+def test_a_subclass_with_its_own_training_step_is_left_alone():
+    rows = [row(9, 4), row(5, 2)]
+
+    class Own(GradientRecorder):
+        def training_step(self, batch, batch_idx):
+            logits, targets = self(batch["input_ids"])[:, :-1], batch["labels"][:, 1:]
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    pl.seed_everything(0)
+    own = Own(TINY_GPT2, dtype="float64")
+    trainer(precision="64-true").fit(own, plain_loader(rows, 2))
+    expected = fit(rows, 2, loss=CrossEntropyLoss()).gradients[0]
+    torch.testing.assert_close(own.gradients[0], expected, rtol=1e-10, atol=1e-14)
+
+
+def test_forgetting_super_in_on_before_optimizer_step_is_an_error():
+    class Forgetful(CausalLMModule):
+        def on_before_optimizer_step(self, optimizer):
+            pass
+
+    with pytest.raises(RuntimeError, match=r"overrides on_before_optimizer_step without calling super\(\)"):
+        trainer(max_steps=2).fit(Forgetful(TINY_GPT2), plain_loader([row(9, 4), row(5, 2)], 1))
+
+
+def test_fp16_keeps_its_range():
+    """A token sum of 1500 times a loss scale of 2**16 would overflow fp16; no step may be skipped."""
+    rows = [row(100, 95) for _ in range(16)]
+
+    class Scales(pl.Callback):
+        seen: list[float] = []
+
+        def on_train_batch_end(self, trainer, *args):
+            self.seen.append(trainer.precision_plugin.scaler.get_scale())
+
+    pl.seed_everything(0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    expected = fit(rows, 16, loss=CrossEntropyLoss(), precision="32-true").gradients[0]
+    pl.seed_everything(0)
+    module = GradientRecorder(TINY_GPT2, loss=CrossEntropyLoss(), dtype="float64")
+    module.configure_model()
+    module.float()
+    scales = Scales()
+    trainer(plugins=[plugin], max_steps=3, callbacks=[scales]).fit(module, plain_loader(rows * 3, 16))
+    assert scales.seen == [2.0**16] * 3  # the scaler halves after an overflow
+    assert relative(module.gradients[0], expected) < 0.02
+
+
+def test_divisor_is_a_power_of_two_shared_by_ranks():
+    normalizer = TokenNormalizer(lambda count: count * 4, world_size=4)
+    assert normalizer.scale(torch.tensor(7.0), 0) == 7.0  # nothing to scale by yet
+    assert normalizer.scale(torch.tensor(192.0), 100) == 192.0 / 128
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.tensor([3.0])
+    normalizer.rescale([parameter], accumulate_grad_batches=2)
+    # 3 * divisor 128 * 2 micro-batches * 4 ranks / (100 * 4 tokens)
+    assert parameter.grad.item() == pytest.approx(3 * 128 * 2 * 4 / 400)
+    assert not normalizer.pending
