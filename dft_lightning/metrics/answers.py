@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal, InvalidOperation
 
 from dft_lightning.component import Component
 
-_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+")
+# A minus sign belongs to the number unless it subtracts: "12-5" ends in 5.
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?:(?<![\w)])-)?\.\d+")
 
 
 class AnswerExtractor(Component):
@@ -22,12 +22,13 @@ def _normalise(answer: str) -> str:
     """Numbers to a canonical decimal (``1,200.50`` and ``$1200.5`` agree), anything else without outer spaces."""
     text = answer.strip().rstrip(".")
     digits = text.replace(",", "").replace("$", "").replace("%", "").strip()
-    if _NUMBER.fullmatch(digits):
-        try:
-            return format(Decimal(digits).normalize() + 0, "f")
-        except InvalidOperation:
-            return digits
-    return text
+    if not _NUMBER.fullmatch(digits):
+        return text
+    whole, _, fraction = digits.lstrip("-").partition(".")
+    # By hand: Decimal.normalize would round to 28 digits.
+    whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
+    number = f"{whole}.{fraction}" if fraction else whole
+    return f"-{number}" if "-" in digits and number != "0" else number
 
 
 class WholeText(AnswerExtractor):
