@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -16,29 +17,47 @@ def resolve_checkpoint(ckpt_path: str | Path | None, trainer: pl.Trainer) -> str
 
     Args:
         ckpt_path: a path; ``"last"``, the newest checkpoint of earlier runs with the same root folder; ``"auto"``,
-            the same if there is one; ``"best"`` and the others that Lightning knows, which are left to it.
+            the same if there is one; ``"hpc"`` and ``"registry"``, which are left to Lightning.
         trainer: tells where checkpoints are kept.
 
     Raises:
-        InputError: the path does not exist, or there is no ``last``.
+        InputError: the path does not exist or holds no whole checkpoint, there is no ``last``, or it is ``"best"``.
     """
-    if ckpt_path is None or str(ckpt_path) in ("best", "hpc", "registry"):
+    if ckpt_path is None or str(ckpt_path) in ("hpc", "registry"):
         return None if ckpt_path is None else str(ckpt_path)
+    if str(ckpt_path) == "best":
+        raise InputError("--ckpt_path best: a new process has not seen which was best; give the checkpoint's path")
     if str(ckpt_path) not in ("last", "auto"):
         if not Path(ckpt_path).exists():
             raise InputError(f"--ckpt_path: no such checkpoint: {ckpt_path}")
-        return str(ckpt_path)
+        return _readable(Path(ckpt_path))
     folders = checkpoint_folders(trainer)
     found = [path for folder in folders for path in folder.glob("*.ckpt")]
     if found:
         newest = max(found, key=lambda path: path.stat().st_mtime_ns)
         rank_zero_info(f"ckpt_path {ckpt_path}: {newest}")
-        return str(newest)
+        return _readable(newest)
     roots = ", ".join(str(folder) for folder in _roots(trainer))
     if str(ckpt_path) == "last":
         raise InputError(f"--ckpt_path last: no checkpoint under {roots}; leave it out to start from the beginning")
     rank_zero_info(f"ckpt_path auto: no checkpoint under {roots}, starting from the beginning")
     return None
+
+
+def _readable(path: Path) -> str:
+    """The path, if it holds a Lightning checkpoint; tensors are mapped and not read."""
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise InputError(f"--ckpt_path: {path} is an empty folder")
+        return str(path)
+    try:
+        content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except Exception as error:  # a cut file raises whatever the unpickler stumbled on
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"--ckpt_path: {path} is cut short or no checkpoint: {reason}") from error
+    if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(content):
+        raise InputError(f"--ckpt_path: {path} is not a Lightning checkpoint")
+    return str(path)
 
 
 def _roots(trainer: pl.Trainer) -> list[Path]:

@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from dft_lightning.callbacks import PredictionWriter
 from dft_lightning.checkpoints import resolve_checkpoint
@@ -34,6 +35,10 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
+        # With sub-configs, jsonargparse reads any file that a flag names as YAML first: data files, too.
+        return super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         if not self.exit_on_error:  # a parser for a class's options: the outer one adds the key
@@ -73,7 +78,14 @@ class DFTLightningCLI(LightningCLI):
         logger = config.get("logger")
         if logger is None or logger is True:
             logger = default_loggers(config.get("default_root_dir"))
-        trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
+        if config.get("accumulate_grad_batches", 1) < 1:
+            raise InputError(
+                f"trainer.accumulate_grad_batches: must be at least 1, not {config.accumulate_grad_batches}"
+            )
+        try:
+            trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
+        except TypeError as error:  # Lightning's way of refusing a value of trainer.devices
+            raise InputError(f"trainer: {error}") from error
         if str(config.get("precision")) in ("16", "16-mixed") and trainer.precision != "16-mixed":
             raise InputError("trainer.precision: 16-mixed needs a GPU (Lightning would run bf16-mixed): ask for that")
         return trainer
@@ -117,6 +129,21 @@ def _quiet() -> None:
     )
 
 
+def user_message(error: Exception) -> str | None:
+    """What to tell a person of an error that a change of their input mends; ``None`` for any other."""
+    text = str(error).strip()
+    if isinstance(error, (InputError, MisconfigurationException)):
+        return text
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ValueError) and text.startswith("`val_check_interval`"):
+        return f"trainer.val_check_interval: {text}"
+    if isinstance(error, RuntimeError) and "loading state_dict" in text:
+        lines = [line.strip() for line in text.splitlines()]
+        return f"--ckpt_path: the checkpoint is of another model: {lines[1] if len(lines) > 1 else text}"[:500]
+    return None
+
+
 def main(
     args: list[str] | None = None,
     module_class: type[CausalLMModule] = CausalLMModule,
@@ -148,6 +175,10 @@ def main(
             load_from_checkpoint_support=False,
             args=args,
         )
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        if getattr(rank_zero_only, "rank", 0) == 0:  # every rank meets the same mistake
+            sys.stderr.write(f"error: {message}\n")
         raise SystemExit(2) from None

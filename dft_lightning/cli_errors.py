@@ -58,7 +58,10 @@ def _strip_subcommand(key: str) -> str:
 
 def _unrecognized(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
     key = match.group(1).lstrip("-").split("=")[0]
-    return _unknown_key(_strip_subcommand(key), parser)
+    stripped = _strip_subcommand(key)
+    if stripped != key and stripped.split(".")[0] in ("model", "data", "trainer") and stripped in _known_keys(parser):
+        return f"unknown key {key}: a config holds {stripped} at the top; take it out of its {key.split('.')[0]}: level"
+    return _unknown_key(stripped, parser)
 
 
 def _group_option(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
@@ -163,12 +166,17 @@ def _broken_config(match: re.Match[str], message: str, parser: ArgumentParser) -
     return "config: broken YAML: " + " ".join(match.group(1).split()).replace('in "<unicode string>", ', "at ")
 
 
+def _no_mapping(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
+    return f"config: expected a file of keys and values, got one of {match.group(1).strip()[:80] or 'nothing'}"
+
+
 _RULES: list[tuple[str, Callable[[re.Match[str], str, Any], str]]] = [
     (r"unrecognized arguments: (\S+)", _unrecognized),
     (r"Group '([^']+)' does not accept option '([^']+)'", _group_option),
     (r"Subcommand '[^']+' does not accept option '([^']+)'", _unrecognized),
     (r"Unexpected import path format: (\S+)[\s\S]*NestedArg\(key='([^']+)'", _option_of_text),
     (r"Problems parsing config: (.+)", _broken_config),
+    (r"Unexpected config: (.*)", _no_mapping),
     (r"Problem with given class_path '([^']+)':\s*Option '([^']+)' is not accepted", _bad_option),
     (r"Problem with given class_path '([^']+)':\s*(No module named [^\n]+|module [^\n]+has no attribute[^\n]+)",
      _import_failed),

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_PLAIN_SCALARS = (str, int, float, bool, type(None))
+_PLAIN_SCALARS = (bool, int, float, str)
 
 
 class NotPlainError(TypeError):
@@ -55,8 +55,13 @@ def to_plain(value: Any) -> Any:
     Raises:
         NotPlainError: something has no plain form.
     """
-    if isinstance(value, _PLAIN_SCALARS):
-        return value
+    if value is None:
+        return None
+    if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        return value.item()
+    for kind in _PLAIN_SCALARS:
+        if isinstance(value, kind):
+            return kind(value)  # subclasses are no plain values
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Component):
@@ -76,6 +81,10 @@ def class_path(cls: type) -> str:
 
 
 def _plain_init_args(component: Component) -> dict[str, Any] | str:
+    constructor = type(component).__init__  # object's own takes *args, on paper
+    kinds = [parameter.kind for parameter in inspect.signature(constructor).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds and constructor is not object.__init__:
+        return "not saved: its __init__ takes *args"
     try:
         return {name: to_plain(value) for name, value in component._init_values.items()}
     except NotPlainError as error:
@@ -108,4 +117,13 @@ def from_plain(value: T | dict[str, Any], base: type[T]) -> T:
     init_args = value.get("init_args") or {}
     if not isinstance(init_args, dict):
         raise ValueError(f"the options of {value['class_path']} were {init_args}; pass the {base.__name__} itself")
-    return cls(**init_args)
+    return cls(**{name: _rebuild(item) for name, item in init_args.items()})
+
+
+def _rebuild(value: Any) -> Any:
+    """Components inside components."""
+    if isinstance(value, dict):
+        if set(value) == {"class_path", "init_args"}:
+            return from_plain(value, Component)
+        return {key: _rebuild(item) for key, item in value.items()}
+    return [_rebuild(item) for item in value] if isinstance(value, list) else value

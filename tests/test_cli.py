@@ -96,7 +96,14 @@ def fails(capfd, *args, lines=3):
         (["--model.model", "./nowhere"], "no such folder: ./nowhere"),
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--data.train", "LocalRows"], "data.train.path: required, but not given"),
-        (["--data.tokenizer", "./nowhere"], "data.tokenizer: cannot load './nowhere'"),
+        (["--data.tokenizer", "./nowhere"], "data.tokenizer: no such folder: ./nowhere"),
+        (["--data.train", ""], "data.train: empty"),
+        (["--trainer.devices", "foo"], "trainer: "),
+        (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches: must be at least 1, not 0"),
+        (["--trainer.val_check_interval", "1000"], "trainer.val_check_interval: "),
+        (["--trainer.default_root_dir", __file__], f"{__file__}"),
+        (["--ckpt_path", "best"], "--ckpt_path best: a new process has not seen which was best"),
+        (["--ckpt_path", __file__], f"--ckpt_path: {__file__} is cut short or no checkpoint"),
         (["--config", "nowhere.yaml"], "config: no such file: "),
         (["--trainer.max_steps", "many"], "trainer.max_steps: expected int. Got value: many"),
         (["--trainer.precision", "31"], "trainer.precision: expected one of"),
@@ -125,6 +132,9 @@ def test_flags(capfd, config, args, expected):
         ("trainer: {callbacks: [{class_path: GenerationEvaluation, init_args: {every: 3}}]}",
          "trainer.callbacks.every: GenerationEvaluation has no option 'every'; it has at_start"),
         ("model: [", "config: broken YAML"),
+        ("", "config: expected a file of keys and values, got one of nothing"),
+        ("- 1", "config: expected a file of keys and values"),
+        ("fit: {model: {learning_rate: 0.1}}", "take it out of its fit: level"),
         ("model: {generation: {max_new: 3}}", "unknown key model.generation.max_new"),
     ],
 )  # fmt: skip
@@ -150,6 +160,39 @@ def test_bad_rows_end_the_run_before_a_model_is_loaded(capfd, config, tmp_path, 
     assert message.startswith(f"{rows}: 12 of 12 rows are bad\n  row 1: completion: empty")
     assert message.endswith("... and 2 more")
     assert not list((tmp_path / "runs").rglob("*.ckpt"))
+
+
+def test_a_data_file_is_never_read_as_a_config(capfd, config, tmp_path):
+    rows = tmp_path / "rows.json"
+    rows.write_text('{"class_path": "ArithmeticRows", "init_args": {"num_rows": 3}}')
+    message = fails(capfd, "fit", "--config", config, "--data.train", str(rows))
+    assert message == f"{rows}: expected a list of objects, got an object"
+    rows.write_text("")
+    assert "broken JSON at line 1" in fails(capfd, "fit", "--config", config, "--data.train", str(rows))
+
+
+def test_checkpoints_that_are_none(capfd, config, tmp_path):
+    main(["fit", "--config", config])
+    (whole,) = (tmp_path / "runs").rglob("*.ckpt")
+    cut = tmp_path / "cut.ckpt"
+    for size in (0, 1000, whole.stat().st_size - 100):
+        cut.write_bytes(whole.read_bytes()[:size])
+        assert "is cut short or no checkpoint" in fails(capfd, "fit", "--config", config, "--ckpt_path", str(cut))
+    torch.save({"a": 1}, cut)
+    assert "is not a Lightning checkpoint" in fails(capfd, "fit", "--config", config, "--ckpt_path", str(cut))
+    (tmp_path / "empty").mkdir()
+    assert "is an empty folder" in fails(capfd, "fit", "--config", config, "--ckpt_path", str(tmp_path / "empty"))
+    other = ["--model.model", json.dumps({**TINY, "hidden_size": 32}), "--ckpt_path", str(whole)]
+    assert "the checkpoint is of another model: size mismatch" in fails(capfd, "fit", "--config", config, *other)
+
+
+def test_a_run_that_cannot_write_its_predictions_does_not_generate_them(capfd, config, tmp_path, monkeypatch):
+    monkeypatch.setattr("dft_lightning.CausalLMModule.predict_step", lambda *args: pytest.fail("generated"))
+    overlay = tmp_path / "overlay.yaml"
+    writer = {"class_path": "PredictionWriter", "init_args": {"path": str(tmp_path)}}
+    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": [writer]}}))
+    message = fails(capfd, "predict", "--config", config, "--config", str(overlay))
+    assert "PredictionWriter.path" in message
 
 
 # -- what a run does -----------------------------------------------------------------------------------------------

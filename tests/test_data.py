@@ -75,13 +75,15 @@ def real_tokenizer(tmp_path):
 )
 def test_row_forms(tmp_path, suffix, row, columns, expected):
     source = LocalRows(write(tmp_path / f"rows{suffix}", [row, row]))
-    assert read_messages(source, RowColumns(**columns)) == [expected, expected]
+    assert read_messages(source, RowColumns(**columns)).messages == [expected, expected]
 
 
 def test_json_lines_may_hold_unicode_separators_and_blank_lines(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('\ufeff{"prompt": "a\u2028b", "completion": "c"}\n\n{"prompt": "d", "completion": "e"}\n')
-    assert [row[0]["content"] for row in read_messages(LocalRows(path), RowColumns())] == ["a\u2028b", "d"]
+    read = read_messages(LocalRows(path), RowColumns())
+    assert [messages[0]["content"] for messages in read.messages] == ["a\u2028b", "d"]
+    assert read.numbers == [1, 3]  # as an editor counts the lines
 
 
 GOOD = {"prompt": "a", "completion": "b"}
@@ -96,6 +98,7 @@ GOOD = {"prompt": "a", "completion": "b"}
         ('{"prompt": 3, "completion": "b"}', "row 2: prompt: expected a string, got int"),
         ('{"prompt": "a", "completion": " "}', "row 2: completion: empty"),
         ("[1]", "row 2: expected an object, got a list"),
+        ('{"prompt": "a", "completion": "\\ud83d"}', "row 2: completion: half a surrogate pair at character 0"),
     ],
 )
 def test_bad_rows_name_file_row_and_column(tmp_path, text, expected):
@@ -119,6 +122,7 @@ def test_bad_rows_name_file_row_and_column(tmp_path, text, expected):
         ),
         ([{"role": "user", "content": ["a"]}], r"messages\[0\].content: expected a string, got list"),
         ([TURN[0], {"role": "assistant", "content": ""}], r"messages\[1\].content: empty"),
+        ([TURN[1], *TURN], r"messages\[0\].role: a conversation cannot begin with the assistant"),
         (["hello"], r"messages\[0\]: expected an object with role and content, got str"),
     ],
 )
@@ -242,12 +246,28 @@ def test_end_of_turn_token():
 
 
 def test_tokenizer_problems_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"data.tokenizer: cannot load 'no/such'"):
+    with pytest.raises(InputError, match=r"data.tokenizer: cannot load the tokenizer of 'no/such'"):
         load_tokenizer("no/such")
+    with pytest.raises(InputError, match=r"model.model: no such folder: ./no/such"):
+        load_tokenizer("./no/such", key="model.model")
+    for template, expected in (
+        ("{% foo %}", "the chat template is broken"),
+        ("{{ messages[0].content }}", "leaves out what the assistant says"),
+        ("{{ raise_exception('no') }}", "the chat template is broken: no"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            end_of_turn(load_tokenizer("asset://arithmetic-base", chat_template=template))
     with pytest.raises(InputError, match="no such file: nope.jinja"):
         load_tokenizer("asset://arithmetic-base", chat_template="nope.jinja")
     with pytest.raises(InputError, match=r"no such asset; the package has asset://arithmetic-base"):
         load_tokenizer("asset://nope")
+
+
+def test_generation_starts_after_the_last_question():
+    encoder = ConversationEncoder(arithmetic_tokenizer())
+    asked = [*TURN, {"role": "user", "content": "2+2="}]
+    assert encoder.prompt(asked)[0] == "^1+1=2$^2+2="
+    assert encoder.prompt([*asked, TURN[1]])[0] == "^1+1=2$^2+2="
 
 
 # -- the data module -----------------------------------------------------------------------------------------------
@@ -293,6 +313,47 @@ def test_tokenised_once(monkeypatch, tmp_path):
     assert len(calls) == 3
 
 
+def test_changed_special_tokens_are_tokenised_anew(tmp_path, real_tokenizer):
+    """The plain template names the end-of-text token; the template's text stays the same when that changes."""
+    real_tokenizer("tokenizers/gpt2")
+    config = tmp_path / "gpt2" / "tokenizer_config.json"
+    ends = []
+    for eos in ("<|endoftext|>", "!"):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token": eos}))
+        data = InstructionDataModule(ArithmeticRows(1), tokenizer=str(tmp_path / "gpt2"))
+        data.prepare_data()
+        ends.append(data._rows["train"]["labels"][0][-1])
+        assert ends[-1] == data.tokenizer.eos_token_id
+    assert ends[0] != ends[1]
+
+
+def test_rows_too_long_to_learn_from_are_still_tested(tmp_path):
+    rows = [{"prompt": "1+1" * 9 + "=", "completion": "2"}, {"prompt": "1+1=", "completion": "2"}]
+    path = str(write(tmp_path / "rows.jsonl", rows))
+    data = InstructionDataModule(test=path, tokenizer="asset://arithmetic-base", max_length=10)
+    data.setup("test")
+    batch = next(iter(data.test_dataloader()))
+    assert batch["index"].tolist() == [0, 1]
+    assert batch["prompt"] == ["^" + row["prompt"] for row in rows]
+    assert data.references("test") == ["2", "2"]
+
+
+def test_rows_that_cannot_be_scored_are_bad_rows_of_test(tmp_path):
+    path = str(write(tmp_path / "rows.jsonl", [{"messages": [*TURN, TURN[0]]}]))
+    with pytest.raises(InputError, match=r"row 1: messages: must end in an assistant message"):
+        InstructionDataModule(test=path, tokenizer="asset://arithmetic-base").setup("test")
+    InstructionDataModule(path, tokenizer="asset://arithmetic-base").setup("fit")
+
+
+def test_rows_a_template_cannot_mask_are_named(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"messages": TURN}, {"messages": MULTI}])
+    data = InstructionDataModule(str(path), tokenizer=str(shared("tokenizers/qwen3")))
+    with pytest.raises(InputError) as error:
+        data.prepare_data()
+    assert str(error.value).splitlines()[0] == f"{path}: 1 of 2 rows are bad"
+    assert "row 2: the chat template cannot be masked exactly" in str(error.value)
+
+
 def test_seeded_split_is_disjoint_and_complete():
     data = arithmetic(20, validation_fraction=0.25)
     train, validation = ({tuple(ids) for ids in data._rows[name]["input_ids"]} for name in ("train", "validation"))
@@ -315,6 +376,9 @@ def test_bad_sources_are_named():
         InstructionDataModule("a.jsonl", tokenizer="asset://arithmetic-base").setup("predict")
     with pytest.raises(ValueError, match="not both"):
         InstructionDataModule("a.jsonl", validation="b.jsonl", validation_fraction=0.1)
+    for options in ({"num_proc": -1}, {"num_workers": -1}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            InstructionDataModule("a.jsonl", **options)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         InstructionDataModule("a.jsonl", batch_size=0)
 

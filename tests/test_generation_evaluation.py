@@ -154,3 +154,23 @@ def test_exact_match_by_hand():
     assert metric.compute().item() == 0.5
     with pytest.raises(InputError, match=r"HashAnswer\(\) finds no answer in the reference 'five'"):
         metric.update(["#### 5"], ["five"])
+
+
+def test_each_fit_has_its_own_history():
+    callback = GenerationEvaluation(num_samples=0, limit=2)
+    for _ in range(2):
+        fit([callback], max_steps=1)
+        assert [step for step, _ in callback.history] == [0, 1]
+
+
+def test_references_that_cannot_be_scored_end_the_run_before_training():
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, *args):
+            seen.append(1)
+
+    module = CausalLMModule("asset://arithmetic-base", answer_extractor=HashAnswer())
+    with pytest.raises(InputError, match=r"HashAnswer\(\) finds no answer in the reference"):
+        trainer(callbacks=[GenerationEvaluation(at_start=False), Watch()]).fit(module, datamodule=data())
+    assert seen == []

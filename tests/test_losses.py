@@ -355,3 +355,41 @@ def test_other_ignore_index(loss):
     logits = torch.randn(4, 5)
     expected = loss(logits, torch.tensor([-100, 1, 2, -100]))
     torch.testing.assert_close(other(logits, torch.tensor([0, 1, 2, 0])), expected)
+
+
+@every_loss
+def test_gradients_at_the_edges_are_finite(loss):
+    """Rows of zeros as padding of one-hot targets, a banned target, all other classes banned."""
+    inf = float("inf")
+    soft = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    logits = torch.randn(2, 3, requires_grad=True)
+    gradient = grad(loss(logits, soft), logits)
+    assert gradient.isfinite().all()
+    if getattr(loss, "label_smoothing", 0):
+        return  # the mean over the vocabulary is -inf where a class is banned, as in torch
+    for values, target in (([-inf, 1.0, 2.0], 0), ([3.0, -inf, -inf], 0)):
+        logits = torch.tensor([values], requires_grad=True)
+        gradient = grad(loss(logits, torch.tensor([target])), logits)
+        assert gradient[logits.isfinite()].isfinite().all()
+        expected = grad(F.cross_entropy(logits, torch.tensor([target])), logits)
+        if isinstance(loss, CrossEntropyLoss):
+            torch.testing.assert_close(gradient, expected)
+    assert DFTLoss()(torch.tensor([[-inf, 1.0]]), torch.tensor([0])) == 0
+    assert (gradient == 0).all()  # p = 1: nothing to learn
+
+
+def test_a_loss_that_reduces_by_itself_is_refused():
+    class Mean(TokenLoss):
+        def token_loss(self, stats):
+            return -stats.log_prob.mean()
+
+    with pytest.raises(
+        ValueError, match=r"Mean.token_loss must return one loss per token, of shape \[2\], got shape \[\]"
+    ):
+        Mean()(torch.randn(2, 3), torch.tensor([0, 1]))
+
+
+def test_small_integer_targets_are_not_mistaken_for_ignore_index():
+    logits = torch.randn(1, 200)
+    value = CrossEntropyLoss()(logits, torch.tensor([156], dtype=torch.uint8))  # 156 - 256 = -100
+    torch.testing.assert_close(value, F.cross_entropy(logits, torch.tensor([156])))

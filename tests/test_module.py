@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_LLAMA, TINY_QWEN2, shared
@@ -35,6 +36,18 @@ class Surprise(TokenLoss):
 
     def token_loss(self, stats):
         return stats.log_prob.abs() ** self.power
+
+
+class Weighted(TokenLoss):
+    """A loss made of another."""
+
+    def __init__(self, inner: TokenLoss, share: float = 0.5):
+        super().__init__()
+        self.inner = inner
+        self.share = share
+
+    def token_loss(self, stats):
+        return self.share * self.inner.token_loss(stats)
 
 
 def loader(num_rows=6, batch_size=2, vocabulary=90):
@@ -113,6 +126,8 @@ def test_model_is_built_once():
         ({"model_type": "lama"}, "unknown model_type 'lama'"),
         ({"model_type": "llama", "hiden_size": 3}, "LlamaConfig has no hiden_size"),
         ("asset://nope", "no such asset"),
+        ({**TINY_LLAMA, "hidden_size": "x"}, "no llama can be made of these values"),
+        ({"model_type": "t5"}, "no t5 can be made of these values"),
     ],
 )
 def test_models_that_cannot_be_loaded_are_named(model, message):
@@ -153,6 +168,8 @@ def test_tokenizer_of_another_model_is_refused():
         ({"warmup_ratio": 1.5}, r"warmup_ratio must lie in \[0, 1\]"),
         ({"min_lr_ratio": -1.0}, r"min_lr_ratio must lie in \[0, 1\]"),
         ({"warmup_steps": -1}, "warmup_steps must not be negative"),
+        ({"weight_decay": -1.0}, "weight_decay must not be negative"),
+        ({"betas": (2.0, 3.0)}, r"betas must be two numbers in \[0, 1\)"),
         ({"learning_rate": float("nan")}, "learning_rate must not be negative"),
         ({"loss": DFTLoss(reduction="sum")}, "leave ignore_index and reduction of DFTLoss"),
         ({"loss": DFTLoss(ignore_index=0)}, "leave ignore_index and reduction of DFTLoss"),
@@ -404,3 +421,46 @@ def test_model_without_generate_is_named():
     ids = torch.ones(1, 2).long()
     with pytest.raises(TypeError, match=r"Linear has no generate\(\); override CausalLMModule.generate"):
         module.generate(ids, ids, GenerationOptions())
+
+
+# -- under the trainer's other features ----------------------------------------------------------------------------
+
+
+def test_validate_then_fit_in_one_process_with_inference_mode():
+    run = trainer(inference_mode=True, max_steps=2)
+    module = CausalLMModule(TINY_LLAMA)
+    run.validate(module, loader(), verbose=False)
+    run.fit(module, loader(), loader())
+    assert run.global_step == 2
+
+
+def test_learning_rate_finder_trains_before_every_hook():
+    finder = pl.callbacks.LearningRateFinder(num_training_steps=5, update_attr=False)
+    run = trainer(callbacks=[finder], max_steps=2, enable_checkpointing=True)
+    module = CausalLMModule(TINY_LLAMA, lr_schedule="constant")
+    module.learning_rate = 1e-3
+    run.fit(module, loader(40))
+    assert run.global_step == 2
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_rotary_frequencies_keep_their_digits(precision):
+    module = CausalLMModule(TINY_LLAMA)
+    trainer(precision=precision).fit(module, loader())
+    rotary = module.model.model.rotary_emb.inv_freq
+    assert rotary.dtype == torch.float32
+    torch.testing.assert_close(rotary, load_causal_lm(TINY_LLAMA).model.rotary_emb.inv_freq, rtol=0, atol=0)
+    assert module.model.lm_head.weight.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
+
+
+def test_numpy_options_and_losses_within_losses_survive_a_checkpoint(tmp_path):
+    loss = Weighted(FocalLoss(gamma=np.float64(1.5)), share=np.float32(0.25))
+    module = CausalLMModule(TINY_LLAMA, loss=loss, learning_rate=np.logspace(-4, -3, 2)[0])
+    loaded = CausalLMModule.load_from_checkpoint(fit_and_save(module, tmp_path), weights_only=True)
+    assert isinstance(loaded.loss.inner, FocalLoss)
+    assert (loaded.loss.inner.gamma, loaded.loss.share) == (1.5, 0.25)
+    assert type(loaded.hparams["learning_rate"]) is float
+
+
+def test_rope_theta_of_older_configs_is_taken():
+    assert load_causal_lm({**TINY_LLAMA, "rope_theta": 5e5}).config.rope_parameters["rope_theta"] == 5e5

@@ -168,3 +168,17 @@ def test_divisor_is_a_power_of_two_shared_by_ranks():
     # 3 * divisor 128 * 2 micro-batches * 4 ranks / (100 * 4 tokens)
     assert parameter.grad.item() == pytest.approx(3 * 128 * 2 * 4 / 400)
     assert not normalizer.pending
+
+
+def test_fp16_recovers_its_range_after_an_unusual_first_micro_batch():
+    rows = [row(100, 1), *(row(100, 95) for _ in range(15)), *(row(100, 95) for _ in range(48))]
+    pl.seed_everything(0)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**16))
+    module = GradientRecorder(TINY_GPT2, loss=CrossEntropyLoss(), lr_schedule="constant")
+    trainer(plugins=[plugin], max_steps=8, accumulate_grad_batches=8).fit(module, plain_loader(rows, 1))
+    assert all(gradient.isfinite().all() for gradient in module.gradients[2:])
+    normalizer = TokenNormalizer(lambda count: count, world_size=1)
+    normalizer.scale(torch.tensor(1.0), 1)
+    normalizer.scale(torch.tensor(1.0), 255)
+    normalizer.rescale([], accumulate_grad_batches=2)
+    assert normalizer.scale(torch.tensor(256.0), 100) == 2.0  # 128 a micro-batch in the last step

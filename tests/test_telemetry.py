@@ -12,7 +12,7 @@ from runs import TINY_ARITHMETIC, arithmetic_data, run_two_processes, trainer
 
 from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss, InstructionDataModule
 from dft_lightning.data import ArithmeticRows
-from dft_lightning.metrics import TokenMetrics
+from dft_lightning.metrics import GradientMetrics, TokenMetrics
 from dft_lightning.ops import TokenOutput
 
 NAMES = {"loss", "nll", "perplexity", "token_accuracy", "entropy", "mean_weight", "target_tokens"}
@@ -187,3 +187,49 @@ def test_perplexity_survives_one_very_unlikely_token():
     log_prob = torch.tensor([-200.0] + [-1.0] * 99)
     metrics.update(TokenOutput(torch.tensor(299.0), log_prob, torch.ones(100), torch.zeros(100, dtype=torch.bool)))
     assert metrics.compute()["perplexity"].item() == pytest.approx(19.885682, rel=1e-6)  # e ** 2.99
+
+
+def test_windows_after_a_resume_are_those_that_loggers_see(tmp_path):
+    """A checkpoint saved at the end of an epoch puts Lightning's logging interval one step ahead of global_step."""
+    logged, rates, collected = [], {}, []
+
+    class Keep(pl.loggers.CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            logged.extend([(step, metrics)] if "train/nll" in metrics else [])
+
+    class Watch(CausalLMModule):
+        def on_before_optimizer_step(self, optimizer):
+            super().on_before_optimizer_step(optimizer)
+            rates[self.global_step] = optimizer.param_groups[0]["lr"]
+
+        def on_train_batch_end(self, *args):
+            before = self.train_telemetry.tokens.update_count
+            super().on_train_batch_end(*args)
+            if before and not self.train_telemetry.tokens.update_called:
+                collected.append(self.global_step - 1)
+
+    def run(max_steps, **options):
+        checkpoint = pl.callbacks.ModelCheckpoint(tmp_path)
+        fit = trainer(
+            logger=Keep(tmp_path), max_steps=max_steps, log_every_n_steps=4, enable_checkpointing=True,
+            callbacks=[checkpoint],
+        )  # fmt: skip
+        fit.fit(Watch(TINY_ARITHMETIC, learning_rate=1e-3), datamodule=arithmetic_data(16, batch_size=2), **options)
+        return checkpoint.best_model_path
+
+    path = run(8)
+    run(24, ckpt_path=path)
+    assert len(logged) == len(collected) == 6
+    for step, (_, metrics) in zip(collected, logged, strict=True):
+        assert metrics["train/lr"] == pytest.approx(rates[step], rel=1e-6, abs=1e-12)
+    # every step after the first window that follows the resume is in a window of four
+    assert [b - a for a, b in zip(collected[2:], collected[3:], strict=False)] == [4, 4, 4]
+
+
+def test_skipped_fp16_steps_do_not_count():
+    metrics = GradientMetrics()
+    for norm in (2.0, float("inf"), 4.0):
+        metrics.update(torch.tensor(norm), 3.0, skips_non_finite=True)
+    assert {k: float(v) for k, v in metrics.compute().items()} == {"grad_norm": 3.0, "clipped_steps": 0.5}
+    metrics.update(torch.tensor(float("nan")), None)
+    assert metrics.compute()["grad_norm"].isnan()

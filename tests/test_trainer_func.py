@@ -42,3 +42,9 @@ def test_all_ignored_is_zero_with_a_gradient():
 def test_other_reductions_are_refused():
     with pytest.raises(ValueError, match="leave ignore_index and reduction of CrossEntropyLoss"):
         compute_loss_func(CrossEntropyLoss(reduction="sum"))
+
+
+def test_a_step_without_targets_is_zero():
+    logits = torch.randn(1, 3, 4, requires_grad=True)
+    for count in (0, torch.tensor(0)):
+        assert compute_loss_func(DFTLoss())({"logits": logits}, torch.full((1, 3), -100), count) == 0

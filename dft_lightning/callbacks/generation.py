@@ -73,11 +73,16 @@ class GenerationEvaluation(Callback):
         self.history: list[tuple[int, dict[str, float]]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # Before any training: a run that cannot be evaluated at its end should not begin.
-        if stage == "fit" and not hasattr(getattr(trainer, "datamodule", None), "generation_dataloader"):
+        if stage != "fit":
+            return
+        self.history = []
+        # Before any training, and on every rank: a run that cannot be evaluated at its end should not begin.
+        if not hasattr(getattr(trainer, "datamodule", None), "generation_dataloader"):
             raise InputError("GenerationEvaluation takes its prompts from InstructionDataModule: fit with datamodule=")
-        if stage == "fit":
-            trainer.datamodule.generation_dataloader(self.limit)  # type: ignore[attr-defined]
+        assert isinstance(pl_module, CausalLMModule)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        data.generation_dataloader(self.limit)
+        ExactMatch(pl_module.answer_extractor).check(data.references("validation", self.limit), "validation")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.at_start and trainer.global_step == 0:
@@ -138,16 +143,9 @@ class GenerationEvaluation(Callback):
                 completions = module.generate(ids, mask, options)
                 for i in real:
                     samples = completions[i * num_samples : (i + 1) * num_samples]
-                    metric.update(samples, [_reference(batch, i)] * num_samples)
+                    metric.update(samples, [batch["reference"][i]] * num_samples)
         return float(metric.compute())
 
 
 def _repeat(tensor: Tensor, times: int, module: pl.LightningModule) -> Tensor:
     return tensor.repeat_interleave(times, dim=0).to(module.device)
-
-
-def _reference(batch: dict[str, Any], i: int) -> str:
-    reference = batch["reference"][i]
-    if reference is None:
-        raise InputError(f"validation row {int(batch['index'][i]) + 1} has no final assistant turn to score against")
-    return str(reference)

@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from dft_lightning.errors import InputError
+
 
 class PredictionWriter(Callback):
     """Writes what ``predict`` and ``test`` generate, one JSON object a line in the order of the rows.
@@ -26,6 +28,11 @@ class PredictionWriter(Callback):
     def __init__(self, path: str | None = None) -> None:
         self.path = path
         self._records: list[dict[str, Any]] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Before hours of generation, not after.
+        if self.path is not None and (Path(self.path).is_dir() or not os.access(_nearest_folder(self.path), os.W_OK)):
+            raise InputError(f"PredictionWriter.path: {self.path} is a folder or cannot be written")
 
     def _collect(self, outputs: Any) -> None:
         self._records += outputs["predictions"] if isinstance(outputs, dict) else outputs
@@ -75,3 +82,8 @@ class PredictionWriter(Callback):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         os.replace(partial, path)
         rank_zero_info(f"{len(records)} completions in {path}")
+
+
+def _nearest_folder(path: str) -> Path:
+    """The closest folder above a file that exists already."""
+    return next(parent for parent in Path(path).absolute().parents if parent.is_dir())

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from dft_lightning import __version__
 from dft_lightning.data.batches import Collator, RowSampler, TokenizedRows
-from dft_lightning.data.messages import Message, RowColumns, RowForm, read_messages
+from dft_lightning.data.messages import Conversations, LastTurn, RowColumns, RowForm, read_messages, report_rows
 from dft_lightning.data.sources import RowSource, as_source
 from dft_lightning.data.tokenizer import end_of_turn, load_tokenizer
 from dft_lightning.data.tokens import IGNORE_INDEX, ConversationEncoder
@@ -115,7 +115,10 @@ class InstructionDataModule(pl.LightningDataModule):
             eval_batch_size=eval_batch_size,
             pad_to_multiple_of=pad_to_multiple_of,
             max_length=max_length,
+            num_proc=num_proc,
         )
+        if num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, got {num_workers}")
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie in [0, 1), got {validation_fraction}")
         if validation_fraction and validation is not None:
@@ -143,21 +146,28 @@ class InstructionDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Read, check and tokenise the rows into the cache of ``datasets``, before any model is loaded."""
-        self._load(self.trainer.state.fn.value if self.trainer is not None and self.trainer.state.fn else "fit")
+        trainer = self.trainer
+        try:
+            self._load(trainer.state.fn.value if trainer is not None and trainer.state.fn else "fit")
+        except InputError:
+            # Only one process per machine is here, and the others wait for it. All of them meet the same mistake in
+            # setup, and end by it.
+            if trainer is None or trainer.world_size == 1:
+                raise
 
     def setup(self, stage: str) -> None:
         self._load(stage)
 
     def build_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer by name, or the model's. Override for one made otherwise."""
-        name, options = self.tokenizer_name, dict[str, Any]()
+        name, options, key = self.tokenizer_name, dict[str, Any](), "data.tokenizer"
         if name is None:
             hparams = getattr(getattr(self.trainer, "lightning_module", None), "hparams", {})
             if not isinstance(hparams.get("model"), str):
                 raise InputError("data.tokenizer is not set, and the model has no name to take it from")
-            name = hparams["model"]
+            name, key = hparams["model"], "model.model"
             options = {key: hparams[key] for key in ("revision", "trust_remote_code") if key in hparams}
-        return load_tokenizer(name, chat_template=self.chat_template, **options)
+        return load_tokenizer(name, chat_template=self.chat_template, key=key, **options)
 
     def _load(self, stage: str) -> None:
         if self.tokenizer is None:
@@ -173,7 +183,7 @@ class InstructionDataModule(pl.LightningDataModule):
             if conversations is not None:
                 self._rows[split] = self._tokenize(split, conversations)
 
-    def _conversations(self, split: str, required: bool) -> list[list[Message]] | None:
+    def _conversations(self, split: str, required: bool) -> Conversations | None:
         """Messages of a split, or ``None`` where there is none and none is required."""
         source = self.sources[split]
         if split == "validation" and source is None and self.validation_fraction:
@@ -186,26 +196,26 @@ class InstructionDataModule(pl.LightningDataModule):
             return self._part_of_train(held_out=False)
         return self._read(split, source)
 
-    def _read(self, split: str, source: RowSource | str) -> list[list[Message]]:
+    def _read(self, split: str, source: RowSource | str) -> Conversations:
         rows = as_source(source, "test" if split == "predict" else split)
-        return read_messages(rows, self.columns, completion_required=split != "predict")
+        last_turn: dict[str, LastTurn] = {"test": "assistant", "predict": "optional"}
+        return read_messages(rows, self.columns, last_turn=last_turn.get(split, "any"))
 
-    def _part_of_train(self, held_out: bool) -> list[list[Message]]:
+    def _part_of_train(self, held_out: bool) -> Conversations:
         source = self.sources["train"]
         if source is None:
             raise InputError("data.train is not set, so data.validation_fraction has nothing to divide")
         conversations = self._read("train", source)
-        order = torch.randperm(len(conversations), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        order = torch.randperm(len(conversations.messages), generator=torch.Generator().manual_seed(self.seed)).tolist()
         size = round(len(order) * self.validation_fraction)
         if not 0 < size < len(order):
             raise InputError(
                 f"data.validation_fraction {self.validation_fraction} of {len(order)} rows leaves "
                 f"{size} for validation and {len(order) - size} for training"
             )
-        chosen = sorted(order[:size] if held_out else order[size:])
-        return [conversations[i] for i in chosen]
+        return conversations.select(sorted(order[:size] if held_out else order[size:]))
 
-    def _tokenize(self, split: str, conversations: list[list[Message]]) -> Dataset:
+    def _tokenize(self, split: str, conversations: Conversations) -> Dataset:
         from datasets import Dataset, Features, List, Value, config
 
         assert self.tokenizer is not None
@@ -214,35 +224,44 @@ class InstructionDataModule(pl.LightningDataModule):
         if with_prompts:
             features |= {"prompt_ids": List(Value("int32")), "prompt": Value("string"), "reference": Value("string")}
         encoder = ConversationEncoder(self.tokenizer, self.max_length, self.train_on_prompts)
-        fingerprint = self._fingerprint(conversations, with_prompts, keep_all=split == "predict")
+        # Generation needs no target: a row too long to learn from is still a problem to solve.
+        keep_all = split in ("test", "predict")
+        fingerprint = self._fingerprint(conversations, with_prompts, keep_all)
         folder = Path(config.HF_DATASETS_CACHE) / "dft_lightning"
         folder.mkdir(parents=True, exist_ok=True)
-        rows = Dataset.from_dict({"messages": conversations}).map(
+        rows = Dataset.from_dict({"messages": conversations.messages, "number": conversations.numbers}).map(
             _encode_rows,
             batched=True,
-            remove_columns=["messages"],
+            remove_columns=["messages", "number"],
             features=Features(features),
-            fn_kwargs={"encoder": encoder, "with_prompts": with_prompts, "keep_all": split == "predict"},
+            fn_kwargs={
+                "encoder": encoder,
+                "with_prompts": with_prompts,
+                "keep_all": keep_all,
+                "name": conversations.name,
+            },
             new_fingerprint=fingerprint,
             cache_file_name=str(folder / f"{fingerprint}.arrow"),
             num_proc=self.num_proc,
             desc=f"Tokenising {split} rows",
         )
         truncated = sum(rows["truncated"])
-        counts = RowCounts(len(conversations), truncated, len(conversations) - len(rows))
+        total = len(conversations.messages)
+        counts = RowCounts(total, truncated, total - len(rows))
         self.counts[split] = counts
         rank_zero_info(f"{split}: {counts.rows} rows, {truncated} truncated, {counts.dropped} dropped without a target")
         if len(rows) == 0:
             raise InputError(f"data.{split}: no row has a target left within max_length {self.max_length}")
         return rows
 
-    def _fingerprint(self, conversations: list[list[Message]], with_prompts: bool, keep_all: bool) -> str:
+    def _fingerprint(self, conversations: Conversations, with_prompts: bool, keep_all: bool) -> str:
         """Of all that tokenisation depends on: rows, tokenizer, template, options and this code's version."""
         assert self.tokenizer is not None
         backend = self.tokenizer.backend_tokenizer.to_str()
         options = [self.max_length, self.train_on_prompts, with_prompts, keep_all, __version__]
-        content = json.dumps([conversations, backend, self.tokenizer.chat_template, options])
-        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
+        content = json.dumps([conversations.messages, backend, self.tokenizer.chat_template, special, options])
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
 
     # -- loaders -----------------------------------------------------------------------------------------------
 
@@ -267,6 +286,11 @@ class InstructionDataModule(pl.LightningDataModule):
         if "validation" not in self._rows:
             raise InputError("generation along fit needs validation rows: set data.validation")
         return self._loader("validation", with_prompts=True, limit=limit)
+
+    def references(self, split: str, limit: int | None = None) -> list[str | None]:
+        """What the completions of a split are scored against: the final assistant turn of the first ``limit`` rows."""
+        rows = self._rows[split]
+        return list(rows["reference"][: len(rows) if limit is None else limit])
 
     def _loader(
         self, split: str, *, shuffle: bool = False, with_prompts: bool = False, limit: int | None = None
@@ -298,9 +322,10 @@ class InstructionDataModule(pl.LightningDataModule):
 
 
 def _encode_rows(
-    batch: dict[str, Sequence[Any]], encoder: ConversationEncoder, with_prompts: bool, keep_all: bool
+    batch: dict[str, Sequence[Any]], encoder: ConversationEncoder, with_prompts: bool, keep_all: bool, name: str
 ) -> dict[str, list[Any]]:
     """One batch of conversations to columns. Rows without a target are left out, unless ``keep_all``."""
+    _check_template(batch, encoder, name)
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "truncated": []}
     if with_prompts:
         columns |= {"prompt_ids": [], "prompt": [], "reference": []}
@@ -314,6 +339,17 @@ def _encode_rows(
         for name, values in columns.items():
             values.append(row[name])
     return columns
+
+
+def _check_template(batch: dict[str, Sequence[Any]], encoder: ConversationEncoder, name: str) -> None:
+    problems = []
+    for number, messages in zip(batch["number"], batch["messages"], strict=True):
+        try:
+            encoder.render(messages)
+        except InputError as problem:
+            problems.append(f"row {number}: {problem}")
+    if problems:
+        raise InputError(report_rows(name, problems, len(batch["number"])))
 
 
 def _check_positive(**values: int | None) -> None:

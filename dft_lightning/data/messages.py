@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -12,6 +12,8 @@ from dft_lightning.errors import InputError
 
 Message = dict[str, str]
 RowForm = Literal["auto", "prompt_completion", "alpaca", "messages"]
+
+LastTurn = Literal["any", "assistant", "optional"]
 
 ROLES = ("system", "user", "assistant")
 MAX_SHOWN = 10
@@ -34,25 +36,42 @@ class RowColumns:
     messages: str = "messages"
 
 
+@dataclass(frozen=True)
+class Conversations:
+    """Rows as messages.
+
+    Attributes:
+        name: of the source.
+        numbers: of each row, as the source counts.
+        messages: a list of ``{"role", "content"}`` per row.
+    """
+
+    name: str
+    numbers: list[int]
+    messages: list[list[Message]]
+
+    def select(self, chosen: Sequence[int]) -> Conversations:
+        """Some of the rows, by position."""
+        return Conversations(self.name, [self.numbers[i] for i in chosen], [self.messages[i] for i in chosen])
+
+
 class _BadRow(Exception):
     """What is wrong with a row, beginning with the column."""
 
 
-def read_messages(source: RowSource, columns: RowColumns, *, completion_required: bool = True) -> list[list[Message]]:
+def read_messages(source: RowSource, columns: RowColumns, *, last_turn: LastTurn = "any") -> Conversations:
     """Read a whole source as conversations.
 
     Args:
         source: where rows come from.
         columns: how they are read.
-        completion_required: whether a row must end in an assistant turn; only ``predict`` can do without.
-
-    Returns:
-        One list of ``{"role", "content"}`` per row.
+        last_turn: ``"any"`` needs an assistant turn somewhere (to learn), ``"assistant"`` needs it last (to score),
+            ``"optional"`` needs none (to predict).
 
     Raises:
         InputError: no rows, or bad ones: names the source, row and column of up to ten, and how many there are.
     """
-    conversations: list[list[Message]] = []
+    conversations = Conversations(source.name, [], [])
     problems: list[str] = []
     convert: Callable[[dict[str, Any]], list[Message]] | None = None
     for number, row in source.rows():
@@ -60,19 +79,21 @@ def read_messages(source: RowSource, columns: RowColumns, *, completion_required
             if isinstance(row, BrokenRow):
                 raise _BadRow(row.reason)
             if convert is None:
-                form = recognise_form(row, columns, source.name, completion_required)
-                convert = partial(_CONVERT[form], columns=columns, completion_required=completion_required)
-            conversations.append(convert(row))
+                form = recognise_form(row, columns, source.name, last_turn != "optional")
+                convert = partial(_CONVERT[form], columns=columns, last_turn=last_turn)
+            conversations.messages.append(convert(row))
+            conversations.numbers.append(number)
         except _BadRow as problem:
             problems.append(f"row {number}: {problem}")
     if problems:
-        raise InputError(_report(source.name, problems, len(conversations) + len(problems)))
-    if not conversations:
+        raise InputError(report_rows(source.name, problems, len(conversations.messages) + len(problems)))
+    if not conversations.messages:
         raise InputError(f"{source.name}: no rows")
     return conversations
 
 
-def _report(name: str, problems: list[str], total: int) -> str:
+def report_rows(name: str, problems: list[str], total: int) -> str:
+    """The first ten problems and how many there are."""
     shown = [f"  {problem}" for problem in problems[:MAX_SHOWN]]
     if len(problems) > MAX_SHOWN:
         shown.append(f"  ... and {len(problems) - MAX_SHOWN} more")
@@ -106,10 +127,19 @@ def _text(row: dict[str, Any], column: str, *, required: bool = True, filled: bo
         if required:
             raise _BadRow(f"{column}: missing" if column not in row else f"{column}: null")
         return ""
-    if not isinstance(value, str):
-        raise _BadRow(f"{column}: expected a string, got {type(value).__name__}")
+    value = _string(value, column)
     if filled and not value.strip():
         raise _BadRow(f"{column}: empty")
+    return value
+
+
+def _string(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise _BadRow(f"{where}: expected a string, got {type(value).__name__}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _BadRow(f"{where}: half a surrogate pair at character {error.start}, which is not text") from error
     return value
 
 
@@ -118,26 +148,32 @@ def _turns(prompt: str, completion: str) -> list[Message]:
     return [user, {"role": "assistant", "content": completion}] if completion else [user]
 
 
-def _prompt_completion(row: dict[str, Any], columns: RowColumns, completion_required: bool) -> list[Message]:
-    completion = _text(row, columns.completion, required=completion_required, filled=completion_required)
+def _prompt_completion(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> list[Message]:
+    needed = last_turn != "optional"
+    completion = _text(row, columns.completion, required=needed, filled=needed)
     return _turns(_text(row, columns.prompt), completion)
 
 
-def _alpaca(row: dict[str, Any], columns: RowColumns, completion_required: bool) -> list[Message]:
+def _alpaca(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> list[Message]:
+    needed = last_turn != "optional"
     prompt = _text(row, "instruction")
     extra = _text(row, "input", required=False)
-    output = _text(row, "output", required=completion_required, filled=completion_required)
+    output = _text(row, "output", required=needed, filled=needed)
     return _turns(f"{prompt}\n\n{extra}" if extra.strip() else prompt, output)
 
 
-def _messages(row: dict[str, Any], columns: RowColumns, completion_required: bool) -> list[Message]:
+def _messages(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> list[Message]:
     column = columns.messages
     turns = row.get(column)
     if not isinstance(turns, list) or not turns:
         raise _BadRow(f"{column}: " + ("missing" if turns is None else "expected a list of at least one message"))
     messages = [_message(turn, f"{column}[{i}]") for i, turn in enumerate(turns)]
-    if completion_required and not any(message["role"] == "assistant" for message in messages):
+    if messages[0]["role"] == "assistant":
+        raise _BadRow(f"{column}[0].role: a conversation cannot begin with the assistant")
+    if last_turn != "optional" and not any(message["role"] == "assistant" for message in messages):
         raise _BadRow(f"{column}: no assistant message to learn from")
+    if last_turn == "assistant" and messages[-1]["role"] != "assistant":
+        raise _BadRow(f"{column}: must end in an assistant message, to score against")
     return messages
 
 
@@ -147,8 +183,7 @@ def _message(turn: Any, where: str) -> Message:
     role, content = turn.get("role"), turn.get("content")
     if role not in ROLES:
         raise _BadRow(f"{where}.role: expected one of {', '.join(ROLES)}, got {role!r}")
-    if not isinstance(content, str):
-        raise _BadRow(f"{where}.content: expected a string, got {type(content).__name__}")
+    content = _string(content, f"{where}.content")
     if role == "assistant" and not content.strip():
         raise _BadRow(f"{where}.content: empty")
     return {"role": role, "content": content}

@@ -135,6 +135,8 @@ def as_source(value: RowSource | str | os.PathLike[str], split: str) -> RowSourc
     if isinstance(value, RowSource):
         return value
     path = os.fspath(value)
+    if not path.strip():
+        raise InputError(f"data.{split}: empty")
     if path.endswith((".jsonl", ".json")) or Path(path).is_file():
         return LocalRows(path)
     return HubRows(path, split=split)

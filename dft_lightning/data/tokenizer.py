@@ -23,12 +23,16 @@ the end-of-text token, then a line break if more follows. It begins with the beg
 itself would put one (``BOS`` stands for it)."""
 
 
+_ANSWER = "42 is the answer."
+
+
 def load_tokenizer(
     name: str | os.PathLike[str],
     revision: str | None = None,
     *,
     trust_remote_code: bool = False,
     chat_template: str | None = None,
+    key: str = "data.tokenizer",
 ) -> PreTrainedTokenizerBase:
     """Load a fast tokenizer with a chat template.
 
@@ -38,13 +42,14 @@ def load_tokenizer(
         trust_remote_code: run code that comes with the tokenizer.
         chat_template: Jinja text, or the path of a ``.jinja`` file, in place of the tokenizer's own. Without either
             :data:`PLAIN_CHAT_TEMPLATE` is used.
+        key: what an error message calls the name.
 
     Raises:
         InputError: no such tokenizer, not a fast one, or neither a template nor an end-of-text token.
     """
     from transformers import AutoTokenizer
 
-    path = resolve(name)
+    path = resolve(name, key)
     options = {} if revision is None else {"revision": revision}
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -52,16 +57,16 @@ def load_tokenizer(
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"data.tokenizer: cannot load {path!r}: {reason}") from error
+        raise InputError(f"{key}: cannot load the tokenizer of {path!r}: {reason}") from error
     if not tokenizer.is_fast:
         raise InputError(
-            f"data.tokenizer: {path!r} is not a fast tokenizer, whose character offsets the loss mask needs; "
+            f"{key}: the tokenizer of {path!r} is not a fast tokenizer, whose character offsets the loss mask needs; "
             "convert it to tokenizer.json"
         )
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
     elif tokenizer.chat_template is None:
-        tokenizer.chat_template = _plain_template(tokenizer, path)
+        tokenizer.chat_template = _plain_template(tokenizer, path, key)
     return tokenizer
 
 
@@ -73,10 +78,11 @@ def _read_template(text_or_path: str) -> str:
     return Path(text_or_path).read_text(encoding="utf-8")
 
 
-def _plain_template(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
+def _plain_template(tokenizer: PreTrainedTokenizerBase, path: str, key: str) -> str:
     if tokenizer.eos_token is None:
         raise InputError(
-            f"data.tokenizer: {path!r} has neither a chat template nor an end-of-text token: set data.chat_template"
+            f"{key}: the tokenizer of {path!r} has neither a chat template nor an end-of-text token: "
+            "set data.chat_template"
         )
     first = tokenizer("a")["input_ids"][:1]
     adds_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
@@ -84,10 +90,21 @@ def _plain_template(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int] | None:
-    """The special token with which the template ends an assistant turn, as text and id; ``None`` if there is none."""
-    probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-    text = str(tokenizer.apply_chat_template(probe, tokenize=False))
-    suffix = text[text.rindex("y") + 1 :]
+    """The special token with which the template ends an assistant turn, as text and id; ``None`` if there is none.
+
+    Raises:
+        InputError: the template is broken, or leaves out what the assistant said.
+    """
+    from jinja2 import TemplateError
+
+    probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = str(tokenizer.apply_chat_template(probe, tokenize=False))
+    except (TemplateError, ValueError, TypeError) as error:
+        raise InputError(f"the chat template is broken: {error}; set data.chat_template") from error
+    _, found, suffix = text.rpartition(_ANSWER)
+    if not found:
+        raise InputError("the chat template leaves out what the assistant says; set data.chat_template")
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     encoded = tokenizer(suffix, add_special_tokens=False, return_offsets_mapping=True)
     for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):

@@ -75,9 +75,9 @@ class ConversationEncoder:
         return full, spans
 
     def prompt(self, messages: list[Message]) -> tuple[str, list[int]]:
-        """Text and token ids of what generation starts from: all before the last assistant turn."""
-        last = next((i for i, m in reversed(list(enumerate(messages))) if m["role"] == "assistant"), len(messages))
-        text = self._apply(messages[:last], add_generation_prompt=True)
+        """Text and token ids of what generation starts from: all but a final assistant turn."""
+        before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        text = self._apply(before, add_generation_prompt=True)
         return text, self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _apply(self, messages: list[Message], add_generation_prompt: bool = False) -> str:

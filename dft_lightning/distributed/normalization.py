@@ -16,9 +16,10 @@ class TokenNormalizer:
     :meth:`rescale` divides by the target tokens that all micro-batches and ranks counted, and undoes the
     divisions by the number of micro-batches (Lightning) and of ranks (data parallelism), which know no tokens.
 
-    Sums of thousands of tokens would overflow a fp16 gradient scaler. So sums are divided by a constant power of
-    two, the count of the first micro-batch that has targets, rounded; powers of two change no digits, and
-    :meth:`rescale` multiplies it back. It must be equal on all ranks, so it is taken from the mean over ranks.
+    Sums of thousands of tokens would overflow a fp16 gradient scaler. So sums are divided by a power of two near the
+    expected count of a micro-batch: that of the last step, and of the first micro-batch before there is one. Powers
+    of two change no digits, and :meth:`rescale` multiplies it back. It is constant within a step and equal on all
+    ranks, taken from the mean over ranks.
 
     Args:
         all_reduce: sums a tensor over ranks.
@@ -44,7 +45,7 @@ class TokenNormalizer:
             mean = int(self._all_reduce(count.clone())) / self._world_size
             if mean == 0:
                 return loss_sum  # no rank has targets: the loss is 0, and 0 needs no range
-            self._divisor = 2.0 ** round(math.log2(mean))
+            self._divisor = _power_of_two(mean)
         return loss_sum / self._divisor
 
     @torch.no_grad()
@@ -63,6 +64,13 @@ class TokenNormalizer:
                 parameter.grad = None
             return
         assert self._divisor is not None
+        micro_batches = accumulate_grad_batches * self._world_size
+        factor = self._divisor * micro_batches / tokens
+        self._divisor = _power_of_two(tokens / micro_batches)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if gradients:
-            torch._foreach_mul_(gradients, self._divisor * accumulate_grad_batches * self._world_size / tokens)
+            torch._foreach_mul_(gradients, factor)
+
+
+def _power_of_two(count: float) -> float:
+    return 2.0 ** round(math.log2(max(count, 1.0)))

@@ -91,12 +91,12 @@ class TokenLoss(Component, nn.Module):
             kept = None
             targets = targets.reshape(rows.shape)
         else:
-            targets = targets.reshape(-1)
+            targets = targets.reshape(-1).long()  # before comparing: 156 is -100 in uint8
             # Ignored rows are dropped, not multiplied by zero: an inf or nan there stays out of the gradient.
             kept = targets != self.ignore_index
-            rows, targets, sequence_index = rows[kept], targets[kept].long(), sequence_index[kept]
+            rows, targets, sequence_index = rows[kept], targets[kept], sequence_index[kept]
         stats = statistics_from_logits(rows, targets, normalise_needs(self.needs), sequence_index=sequence_index)
-        losses = self.token_loss(stats)
+        losses = unreduced(self, stats)
         if self.reduction == "none":
             full = losses if kept is None else losses.new_zeros(kept.shape).masked_scatter(kept, losses)
             return full.reshape(shape)
@@ -110,13 +110,28 @@ def _sequence_index(shape: torch.Size, device: torch.device) -> Tensor:
     return torch.arange(shape.numel(), device=device) // max(length, 1)
 
 
+def unreduced(loss: TokenLoss, stats: TokenStats) -> Tensor:
+    """``loss.token_loss(stats)``, checked: one loss per token.
+
+    Raises:
+        ValueError: the loss returned another shape (its mean, often), which would be divided by the count twice.
+    """
+    losses = loss.token_loss(stats)
+    if losses.shape != stats.log_prob.shape:
+        raise ValueError(
+            f"{type(loss).__name__}.token_loss must return one loss per token, of shape {list(stats.log_prob.shape)}, "
+            f"got shape {list(losses.shape)}: leave sums and means to the module"
+        )
+    return losses
+
+
 def token_loss_and_weight(loss: TokenLoss, stats: TokenStats) -> tuple[Tensor, Tensor]:
     """Unreduced losses, and each token's weight ``-dL/dl`` (1 for cross-entropy, ``p`` for DFT), both ``[n]``.
 
     The losses keep their graph, where there is one. The weights are detached, and exist also where gradients
     are off (validation, ``torch.no_grad`` and ``torch.inference_mode``).
     """
-    losses = loss.token_loss(stats)
+    losses = unreduced(loss, stats)
     with torch.inference_mode(False), torch.enable_grad():
         leaf = stats.log_prob.detach().clone().requires_grad_()
         detached: dict[str, Any] = {

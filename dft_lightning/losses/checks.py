@@ -34,7 +34,7 @@ def check_logits_and_targets(logits: Tensor, targets: Tensor, ignore_index: int)
             f"class-index targets must be integers, got {targets.dtype} of shape {_shape(targets)} for logits of "
             f"shape {_shape(logits)}; soft targets have the logits' shape"
         )
-    _check_class_indices(targets, logits.shape[-1], ignore_index)
+    _check_class_indices(targets.long(), logits.shape[-1], ignore_index)
     return False
 
 

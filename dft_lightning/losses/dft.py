@@ -29,4 +29,6 @@ class DFTLoss(TokenLoss):
 
     def token_loss(self, stats: TokenStats) -> Tensor:
         assert stats.log_expected_prob is not None
-        return -stats.log_expected_prob.detach().exp() * stats.log_prob
+        # p log p tends to 0 with p; a target whose logit is -inf would give 0 * -inf.
+        log_prob = stats.log_prob.masked_fill(stats.log_prob == float("-inf"), 0.0)
+        return -stats.log_expected_prob.detach().exp() * log_prob

@@ -57,8 +57,11 @@ class FocalLoss(TokenLoss):
         if self.gamma == 0:
             return -self.alpha * stats.log_prob
         assert stats.log_expected_prob is not None
+        # Where p = 0 the weight is alpha, a constant; its gradient would be 0 * inf.
+        log_p = stats.log_expected_prob
+        log_p = log_p.masked_fill(log_p == float("-inf"), torch.finfo(log_p.dtype).min)
         # expm1 keeps the digits of 1 - p where p is near 1. Rounding can put log sum q p above 0, never by more.
-        one_minus_p = -torch.expm1(stats.log_expected_prob.clamp(max=0))
+        one_minus_p = -torch.expm1(log_p.clamp(max=0))
         # At p = 1 the loss and its gradient tend to 0, but d/dp of (1-p)**gamma is infinite for gamma < 1 and
         # autograd would make inf * 0. The threshold keeps (1-p)**(gamma-1) within the dtype's range.
         certain = one_minus_p < torch.finfo(one_minus_p.dtype).tiny

@@ -110,7 +110,9 @@ def target_log_prob(logits: Tensor, targets: Tensor) -> Tensor:
         ``[n]``, differentiable with respect to ``logits``.
     """
     index = targets.unsqueeze(-1)
-    others = logits.scatter(-1, index, float("-inf")).logsumexp(-1)
+    # The lowest finite value and not -inf: where all other classes are banned, a log-sum-exp of -inf alone has a nan
+    # gradient.
+    others = logits.scatter(-1, index, torch.finfo(logits.dtype).min).logsumexp(-1)
     return logsigmoid(logits.gather(-1, index).squeeze(-1) - others)
 
 
@@ -163,7 +165,11 @@ def _soft_target_log_probs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     log_probs = logits.log_softmax(-1)
     # A class of zero target mass counts nothing even where its logit is -inf (0 * -inf would be nan).
     log_prob = (targets * log_probs.masked_fill(targets == 0, 0.0)).sum(-1)
-    return log_prob, (targets.log() + log_probs).logsumexp(-1)
+    log_joint = targets.log() + log_probs
+    # A row of zeros (padding, often) or of banned classes has probability 0; logsumexp would give it a nan gradient.
+    impossible = (log_joint == float("-inf")).all(-1)
+    log_expected_prob = log_joint.masked_fill(impossible.unsqueeze(-1), 0.0).logsumexp(-1)
+    return log_prob, log_expected_prob.masked_fill(impossible, float("-inf"))
 
 
 def _mean_log_prob(log_probs: Tensor) -> Tensor:

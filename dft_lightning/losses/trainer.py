@@ -51,7 +51,7 @@ def compute_loss_func(loss: TokenLoss) -> Callable[..., Tensor]:
         if num_items_in_batch is None:
             return total / (targets != -100).sum().clamp(min=1)
         if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(total.device)
-        return total / num_items_in_batch
+            return total / num_items_in_batch.to(total.device).clamp(min=1)
+        return total / max(num_items_in_batch, 1)
 
     return loss_function

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -32,10 +32,14 @@ class ExactMatch(ExactSums):
         self._add_counts("correct", "total")
 
     def score(self, completion: str, reference: str) -> bool:
-        """Whether one completion's answer equals the reference's.
+        """Whether one completion's answer equals the reference's. Raises as :meth:`expected`."""
+        return self.extractor.extract(completion) == self.expected(reference)
+
+    def expected(self, reference: str) -> str:
+        """The reference's answer.
 
         Raises:
-            InputError: the reference itself has no answer, so nothing could ever match it.
+            InputError: it has none, so nothing could ever match it.
         """
         expected = self.extractor.extract(reference)
         if expected is None:
@@ -43,7 +47,25 @@ class ExactMatch(ExactSums):
                 f"{self.extractor!r} finds no answer in the reference {reference[-80:]!r}: choose another "
                 "answer_extractor (HashAnswer, BoxedAnswer, LastNumber, WholeText or your own)"
             )
-        return self.extractor.extract(completion) == expected
+        return expected
+
+    def check(self, references: Iterable[str | None], name: str) -> None:
+        """Raise for the first reference that nothing could match, before anything is generated.
+
+        Args:
+            references: of the rows in order; ``None`` where a row has none.
+            name: what an error message calls the rows.
+
+        Raises:
+            InputError: names the row, counted from 1.
+        """
+        for number, reference in enumerate(references, start=1):
+            if reference is None:
+                raise InputError(f"{name} row {number} has no final assistant turn to score against")
+            try:
+                self.expected(reference)
+            except InputError as problem:
+                raise InputError(f"{name} row {number}: {problem}") from None
 
     def update(self, completions: Sequence[str], references: Sequence[str]) -> None:
         """Score one reference per completion."""

@@ -27,5 +27,10 @@ class ExactSums(Metric):
         for name in names:
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
+    def reset(self) -> None:
+        """Back to zero, with tensors that later work outside inference mode as well."""
+        with torch.inference_mode(False):
+            super().reset()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), *args, **kwargs)

@@ -29,16 +29,19 @@ class GradientMetrics(ExactSums):
         self._add_sums("norm_sum")
         self._add_counts("clipped", "steps")
 
-    def update(self, norm: Tensor, clip_val: float | int | None) -> None:
+    def update(self, norm: Tensor, clip_val: float | int | None, skips_non_finite: bool = False) -> None:
         """Add an optimizer step.
 
         Args:
             norm: total norm of its gradient before clipping.
             clip_val: the norm it is clipped to, or ``None``.
+            skips_non_finite: whether a gradient scaler skips steps whose gradient overflowed; they do not count.
         """
-        self.norm_sum += norm.detach().double()
-        self.clipped += (norm > clip_val) if clip_val else torch.zeros_like(self.clipped)
-        self.steps += 1
+        counted = norm.isfinite() if skips_non_finite else torch.ones_like(norm, dtype=torch.bool)
+        self.norm_sum += torch.where(counted, norm.detach().double(), 0.0)
+        if clip_val:
+            self.clipped += counted & (norm > clip_val)
+        self.steps += counted
 
     def compute(self) -> dict[str, Tensor]:
         return {"grad_norm": self.norm_sum / self.steps, "clipped_steps": self.clipped.double() / self.steps}

@@ -106,7 +106,8 @@ class CausalLMModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        _check_options(warmup_steps, warmup_ratio, min_lr_ratio, learning_rate)
+        _check_options(warmup_steps, warmup_ratio, min_lr_ratio)
+        _check_adamw(learning_rate, betas, eps, weight_decay)
         self.loss = copy.deepcopy(from_plain(loss, TokenLoss))
         require_default_forward_options(self.loss, type(self).__name__)
         if any(parameter.requires_grad for parameter in self.loss.parameters()):
@@ -120,6 +121,7 @@ class CausalLMModule(pl.LightningModule):
         self.test_exact_match = ExactMatch(self.answer_extractor)
         self._normalizer: TokenNormalizer | None = None
         self._normalized_step = 0
+        self._step_learning_rate = 0.0
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def _set_hparams(self, hp: Any) -> None:
@@ -134,6 +136,23 @@ class CausalLMModule(pl.LightningModule):
             except NotPlainError as error:
                 rank_zero_warn(f"checkpoints will not hold {name!r}: {error}; pass it to load_from_checkpoint by hand")
         super()._set_hparams(plain)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves and casts the module, but leaves the model's non-persistent buffers in their own dtype.
+
+        ``precision: bf16-true`` would round rotary frequencies to three digits; transformers keeps them in float32
+        under every dtype.
+        """
+        kept = [
+            (module, name, module._buffers[name])
+            for module in (self.model.modules() if self.model is not None else ())
+            for name in module._non_persistent_buffers_set
+        ]
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for module, name, buffer in kept:
+            if buffer is not None and buffer.is_floating_point() and not buffer.is_meta:
+                module._buffers[name] = buffer.to(module._buffers[name].device)  # type: ignore[union-attr]
+        return result
 
     # -- the model ---------------------------------------------------------------------------------------------
 
@@ -184,7 +203,11 @@ class CausalLMModule(pl.LightningModule):
 
             if not isinstance(self.hparams["model"], str):
                 raise InputError("no tokenizer: a model made from a config has none, set data.tokenizer")
-            self._tokenizer = load_tokenizer(self.hparams["model"], self.hparams["revision"])
+            self._tokenizer = load_tokenizer(
+                self.hparams["model"],
+                self.hparams["revision"],
+                trust_remote_code=self.hparams["trust_remote_code"],
+            )
         return self._tokenizer
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -206,13 +229,11 @@ class CausalLMModule(pl.LightningModule):
 
     # -- training ----------------------------------------------------------------------------------------------
 
-    def on_fit_start(self) -> None:
-        self._normalizer = TokenNormalizer(
-            partial(self.trainer.strategy.reduce, reduce_op="sum"), self.trainer.world_size
-        )
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        assert self._normalizer is not None
+        if self._normalizer is None:  # here and not in a hook: a learning-rate finder trains before every hook
+            self._normalizer = TokenNormalizer(
+                partial(self.trainer.strategy.reduce, reduce_op="sum"), self.trainer.world_size
+            )
         if self._normalizer.pending and self._normalized_step != self.global_step:
             raise RuntimeError(
                 f"{type(self).__name__} overrides on_before_optimizer_step without calling super(): the step's "
@@ -224,6 +245,7 @@ class CausalLMModule(pl.LightningModule):
         return self._normalizer.scale(output.loss, output.log_prob.numel())
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self._step_learning_rate = float(optimizer.param_groups[0]["lr"])
         # Runs after unscaling and before clipping: the one place where the whole step's gradient is at hand.
         if self._normalizer is not None:
             self._normalizer.rescale(self.parameters(), self.trainer.accumulate_grad_batches)
@@ -245,7 +267,8 @@ class CausalLMModule(pl.LightningModule):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         by_norm = gradient_clip_val if gradient_clip_algorithm in (None, "norm") else None
-        self.train_telemetry.update_gradient(norm, by_norm)
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        self.train_telemetry.update_gradient(norm, by_norm, skips_non_finite=scaled)
 
     def _check_clipping(self, optimizer: Optimizer) -> None:
         """What the trainer's own clipping refuses: an optimizer that unscales fp16 gradients only while stepping."""
@@ -254,6 +277,7 @@ class CausalLMModule(pl.LightningModule):
             raise InputError("a fused optimizer cannot be clipped under 16-mixed precision: build it with fused=False")
 
     def on_train_start(self) -> None:
+        self._normalizer = None  # this trainer's ranks, and nothing left over from an interrupted step
         self.train_telemetry.reset()
         self.train_telemetry.start_clock()
 
@@ -265,11 +289,12 @@ class CausalLMModule(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         stepped = self._normalizer is not None and not self._normalizer.pending
-        every = int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if not stepped or every == 0 or self.global_step % every or not self.train_telemetry.tokens.update_called:
+        # Lightning's own criterion: another would collect at steps that the loggers never see.
+        due = self.trainer._logger_connector.should_update_logs
+        if not stepped or not due or not self.train_telemetry.tokens.update_called:
             return
         values = self.train_telemetry.collect()
-        values["lr"] = float(self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"])  # type: ignore[union-attr]
+        values["lr"] = self._step_learning_rate
         self._log("train", values, prog_bar=("loss", "nll", "token_accuracy"), on_step=True, on_epoch=False)
 
     def _log(self, stage: str, values: dict[str, Any], *, prog_bar: Sequence[str], **kwargs: Any) -> None:
@@ -285,12 +310,17 @@ class CausalLMModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val", self.val_metrics, prog_bar=("loss", "nll", "token_accuracy"))
 
+    def on_test_start(self) -> None:
+        # On every rank and before anything is generated: one rank that stops alone leaves the others waiting.
+        references = getattr(self._datamodule, "references", None)
+        if references is not None:
+            self.test_exact_match.check(references("test"), "test")
+
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Token metrics and exact match of the generated answers. Returns a record of each row as ``predictions``."""
         self.test_metrics.update(self.token_output(batch, with_entropy=True), _count_tokens(batch))
         records = self.predict_step(batch, batch_idx)
         for record in records:
-            _require_reference(record)
             record["correct"] = self.test_exact_match.score(record["completion"], record["reference"])
         self.test_exact_match.update([r["completion"] for r in records], [r["reference"] for r in records])
         return {"predictions": records}
@@ -359,7 +389,7 @@ class CausalLMModule(pl.LightningModule):
             lr=self.hparams["learning_rate"],
             betas=tuple(self.hparams["betas"]),
             eps=self.hparams["eps"],
-            fused=not scaled and self.device.type in ("cpu", "cuda", "xpu", "mps"),
+            fused=not scaled and self.device.type in ("cpu", "cuda", "xpu"),
         )
 
     def build_scheduler(self, optimizer: Optimizer) -> LRScheduler | None:
@@ -380,7 +410,7 @@ class CausalLMModule(pl.LightningModule):
         return LambdaLR(optimizer, factor)
 
 
-def _check_options(warmup_steps: int, warmup_ratio: float | None, min_ratio: float, learning_rate: float) -> None:
+def _check_options(warmup_steps: int, warmup_ratio: float | None, min_ratio: float) -> None:
     if warmup_ratio is not None and warmup_steps:
         raise ValueError(f"give warmup_steps ({warmup_steps}) or warmup_ratio ({warmup_ratio}), not both")
     if warmup_steps < 0:
@@ -388,15 +418,16 @@ def _check_options(warmup_steps: int, warmup_ratio: float | None, min_ratio: flo
     for name, value in (("warmup_ratio", warmup_ratio), ("min_lr_ratio", min_ratio)):
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {value}")
-    if not learning_rate >= 0:
-        raise ValueError(f"learning_rate must not be negative, got {learning_rate}")
+
+
+def _check_adamw(learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    for name, value in (("learning_rate", learning_rate), ("eps", eps), ("weight_decay", weight_decay)):
+        if not value >= 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
 
 
 def _count_tokens(batch: Batch) -> Tensor | int:
     mask = batch.get("attention_mask")
     return cast(int, batch["input_ids"].numel()) if mask is None else cast(Tensor, mask.sum())
-
-
-def _require_reference(record: dict[str, Any]) -> None:
-    if record["reference"] is None:
-        raise InputError(f"test row {record['index']} has no reference completion to score against; use predict")

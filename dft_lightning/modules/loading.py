@@ -12,6 +12,7 @@ from torch import nn
 from dft_lightning.assets import resolve
 from dft_lightning.errors import InputError
 
+_CONVERTED_KEYS = ("rope_theta", "rope_scaling")  # transformers makes rope_parameters of them
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 
@@ -41,11 +42,11 @@ def load_causal_lm(
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     if isinstance(model, dict):
         return _from_config(model, torch_dtype, attn_implementation, trust_remote_code)
-    path = resolve(model)
+    path = resolve(model, "model.model")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise InputError(f"model: {path} is a folder without config.json; expected a Hugging Face checkpoint folder")
-    if _looks_local(path) and not Path(path).is_dir():
-        raise InputError(f"model: no such folder: {path}")
+        raise InputError(
+            f"model.model: {path} is a folder without config.json; expected a Hugging Face checkpoint folder"
+        )
     options: dict[str, Any] = {"revision": revision} if revision is not None else {}
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
@@ -58,7 +59,7 @@ def load_causal_lm(
             **options,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"model: cannot load {path!r}: {_first_lines(error)}") from error
+        raise InputError(f"model.model: cannot load {path!r}: {_first_lines(error)}") from error
     return loaded.train()  # from_pretrained leaves dropout off and gradient checkpointing inactive
 
 
@@ -70,27 +71,25 @@ def _from_config(
     values = dict(values)
     model_type = values.pop("model_type", None)
     if model_type is None:
-        raise InputError(f"model: a config needs model_type (llama, qwen2, ...), got the keys {sorted(values)}")
+        raise InputError(f"model.model: a config needs model_type (llama, qwen2, ...), got the keys {sorted(values)}")
     try:
         known = AutoConfig.for_model(model_type)
     except ValueError as error:
-        raise InputError(f"model: unknown model_type {model_type!r}: {_first_lines(error)}") from error
-    unknown = sorted(key for key in values if not hasattr(known, key))
+        raise InputError(f"model.model: unknown model_type {model_type!r}: {_first_lines(error)}") from error
+    unknown = sorted(key for key in values if not hasattr(known, key) and key not in _CONVERTED_KEYS)
     if unknown:
-        raise InputError(f"model: {type(known).__name__} has no {', '.join(unknown)}")
-    config = AutoConfig.for_model(model_type, **values)
-    made: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        config,
-        dtype=torch.float32 if dtype == "auto" else dtype,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-    )
+        raise InputError(f"model.model: {type(known).__name__} has no {', '.join(unknown)}")
+    try:
+        config = AutoConfig.for_model(model_type, **values)
+        made: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config,
+            dtype=torch.float32 if dtype == "auto" else dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:  # whatever a model's own code raises over values it cannot work with
+        raise InputError(f"model.model: no {model_type} can be made of these values: {_first_lines(error)}") from error
     return made.train()
-
-
-def _looks_local(path: str) -> bool:
-    """Hub names have one slash at most and no leading dot, slash or tilde."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
 
 
 def _first_lines(error: Exception, limit: int = 300) -> str:

@@ -85,7 +85,8 @@ def _num_batches(trainer: pl.Trainer) -> int | None:
     except (TypeError, NotImplementedError):
         return trainer.limit_train_batches if isinstance(trainer.limit_train_batches, int) else None
     sampler = getattr(loader, "sampler", None)
-    if sampler is not None and not isinstance(sampler, DistributedSampler):
+    shared_out = isinstance(sampler, DistributedSampler) or not trainer._accelerator_connector.use_distributed_sampler
+    if sampler is not None and not shared_out:
         batches = math.ceil(batches / trainer.world_size)  # Lightning will share the rows out among the ranks
     limit = trainer.limit_train_batches
     if isinstance(limit, int):

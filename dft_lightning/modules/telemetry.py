@@ -28,9 +28,9 @@ class TrainTelemetry(nn.Module):
         """Count a micro-batch."""
         self.tokens.update(output, tokens)
 
-    def update_gradient(self, norm: Tensor, clip_val: float | int | None) -> None:
+    def update_gradient(self, norm: Tensor, clip_val: float | int | None, skips_non_finite: bool = False) -> None:
         """Count an optimizer step by its gradient norm before clipping."""
-        self.gradients.update(norm, clip_val)
+        self.gradients.update(norm, clip_val, skips_non_finite)
 
     def start_clock(self) -> None:
         """Time from here counts as training."""
