@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -14,12 +10,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from dft_lightning import __version__
 from dft_lightning.data.batches import Collator, RowSampler, TokenizedRows
-from dft_lightning.data.messages import Conversations, LastTurn, RowColumns, RowForm, read_messages, report_rows
+from dft_lightning.data.cache import tokenize
+from dft_lightning.data.messages import Conversations, LastTurn, RowColumns, RowForm, read_messages
 from dft_lightning.data.sources import RowSource, as_source
 from dft_lightning.data.tokenizer import end_of_turn, load_tokenizer
-from dft_lightning.data.tokens import IGNORE_INDEX, ConversationEncoder
+from dft_lightning.data.tokens import ConversationEncoder
 from dft_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -216,52 +212,23 @@ class InstructionDataModule(pl.LightningDataModule):
         return conversations.select(sorted(order[:size] if held_out else order[size:]))
 
     def _tokenize(self, split: str, conversations: Conversations) -> Dataset:
-        from datasets import Dataset, Features, List, Value, config
-
         assert self.tokenizer is not None
-        features = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "truncated": Value("bool")}
-        with_prompts = split != "train"
-        if with_prompts:
-            features |= {"prompt_ids": List(Value("int32")), "prompt": Value("string"), "reference": Value("string")}
-        encoder = ConversationEncoder(self.tokenizer, self.max_length, self.train_on_prompts)
-        # Generation needs no target: a row too long to learn from is still a problem to solve.
-        keep_all = split in ("test", "predict")
-        fingerprint = self._fingerprint(conversations, with_prompts, keep_all)
-        folder = Path(config.HF_DATASETS_CACHE) / "dft_lightning"
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = Dataset.from_dict({"messages": conversations.messages, "number": conversations.numbers}).map(
-            _encode_rows,
-            batched=True,
-            remove_columns=["messages", "number"],
-            features=Features(features),
-            fn_kwargs={
-                "encoder": encoder,
-                "with_prompts": with_prompts,
-                "keep_all": keep_all,
-                "name": conversations.name,
-            },
-            new_fingerprint=fingerprint,
-            cache_file_name=str(folder / f"{fingerprint}.arrow"),
+        rows = tokenize(
+            conversations,
+            ConversationEncoder(self.tokenizer, self.max_length, self.train_on_prompts),
+            with_prompts=split != "train",
+            # Generation needs no target: a row too long to learn from is still a problem to solve.
+            keep_all=split in ("test", "predict"),
             num_proc=self.num_proc,
             desc=f"Tokenising {split} rows",
         )
-        truncated = sum(rows["truncated"])
-        total = len(conversations.messages)
+        total, truncated = len(conversations.messages), sum(rows["truncated"])
         counts = RowCounts(total, truncated, total - len(rows))
         self.counts[split] = counts
-        rank_zero_info(f"{split}: {counts.rows} rows, {truncated} truncated, {counts.dropped} dropped without a target")
+        rank_zero_info(f"{split}: {total} rows, {truncated} truncated, {counts.dropped} dropped without a target")
         if len(rows) == 0:
             raise InputError(f"data.{split}: no row has a target left within max_length {self.max_length}")
         return rows
-
-    def _fingerprint(self, conversations: Conversations, with_prompts: bool, keep_all: bool) -> str:
-        """Of all that tokenisation depends on: rows, tokenizer, template, options and this code's version."""
-        assert self.tokenizer is not None
-        backend = self.tokenizer.backend_tokenizer.to_str()
-        options = [self.max_length, self.train_on_prompts, with_prompts, keep_all, __version__]
-        special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
-        content = json.dumps([conversations.messages, backend, self.tokenizer.chat_template, special, options])
-        return hashlib.sha256(content.encode()).hexdigest()[:32]
 
     # -- loaders -----------------------------------------------------------------------------------------------
 
@@ -319,37 +286,6 @@ class InstructionDataModule(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
-
-
-def _encode_rows(
-    batch: dict[str, Sequence[Any]], encoder: ConversationEncoder, with_prompts: bool, keep_all: bool, name: str
-) -> dict[str, list[Any]]:
-    """One batch of conversations to columns. Rows without a target are left out, unless ``keep_all``."""
-    _check_template(batch, encoder, name)
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "truncated": []}
-    if with_prompts:
-        columns |= {"prompt_ids": [], "prompt": [], "reference": []}
-    for messages, row in zip(batch["messages"], encoder.encode(batch["messages"]), strict=True):
-        if not keep_all and all(label == IGNORE_INDEX for label in row["labels"]):
-            continue
-        if with_prompts:
-            row["prompt"], row["prompt_ids"] = encoder.prompt(messages)
-            last = messages[-1]
-            row["reference"] = last["content"] if last["role"] == "assistant" else None
-        for name, values in columns.items():
-            values.append(row[name])
-    return columns
-
-
-def _check_template(batch: dict[str, Sequence[Any]], encoder: ConversationEncoder, name: str) -> None:
-    problems = []
-    for number, messages in zip(batch["number"], batch["messages"], strict=True):
-        try:
-            encoder.render(messages)
-        except InputError as problem:
-            problems.append(f"row {number}: {problem}")
-    if problems:
-        raise InputError(report_rows(name, problems, len(batch["number"])))
 
 
 def _check_positive(**values: int | None) -> None:

@@ -23,6 +23,8 @@ from dft_lightning.modules.generation import GenerationOptions, decode_completio
 from dft_lightning.modules.loading import DType, load_causal_lm
 from dft_lightning.modules.optimization import (
     Schedule,
+    check_adamw_options,
+    check_schedule_options,
     decay_groups,
     learning_rate_factor,
     total_optimizer_steps,
@@ -106,8 +108,8 @@ class CausalLMModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        _check_options(warmup_steps, warmup_ratio, min_lr_ratio)
-        _check_adamw(learning_rate, betas, eps, weight_decay)
+        check_schedule_options(warmup_steps, warmup_ratio, min_lr_ratio)
+        check_adamw_options(learning_rate, betas, eps, weight_decay)
         self.loss = copy.deepcopy(from_plain(loss, TokenLoss))
         require_default_forward_options(self.loss, type(self).__name__)
         if any(parameter.requires_grad for parameter in self.loss.parameters()):
@@ -340,6 +342,11 @@ class CausalLMModule(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Generate completions. Returns ``index``, ``prompt``, ``completion`` and ``reference`` of each row."""
+        if "prompt_input_ids" not in batch:
+            raise InputError(
+                "test and predict generate from prompt_input_ids and prompt_attention_mask, with index, prompt and "
+                "reference beside them, which these batches lack: use InstructionDataModule, or override the step"
+            )
         completions = self.generate(batch["prompt_input_ids"], batch["prompt_attention_mask"], self.generation)
         rows = zip(batch["index"].tolist(), batch["prompt"], completions, batch["reference"], strict=True)
         return [
@@ -408,24 +415,6 @@ class CausalLMModule(pl.LightningModule):
             min_ratio=self.hparams["min_lr_ratio"],
         )
         return LambdaLR(optimizer, factor)
-
-
-def _check_options(warmup_steps: int, warmup_ratio: float | None, min_ratio: float) -> None:
-    if warmup_ratio is not None and warmup_steps:
-        raise ValueError(f"give warmup_steps ({warmup_steps}) or warmup_ratio ({warmup_ratio}), not both")
-    if warmup_steps < 0:
-        raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
-    for name, value in (("warmup_ratio", warmup_ratio), ("min_lr_ratio", min_ratio)):
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {value}")
-
-
-def _check_adamw(learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    for name, value in (("learning_rate", learning_rate), ("eps", eps), ("weight_decay", weight_decay)):
-        if not value >= 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
 
 
 def _count_tokens(batch: Batch) -> Tensor | int:

@@ -14,6 +14,26 @@ from dft_lightning.errors import InputError
 Schedule = Literal["cosine", "linear", "constant"]
 
 
+def check_schedule_options(warmup_steps: int, warmup_ratio: float | None, min_ratio: float) -> None:
+    """Raise ``ValueError`` for options of the schedule that contradict each other or are out of range."""
+    if warmup_ratio is not None and warmup_steps:
+        raise ValueError(f"give warmup_steps ({warmup_steps}) or warmup_ratio ({warmup_ratio}), not both")
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
+    for name, value in (("warmup_ratio", warmup_ratio), ("min_lr_ratio", min_ratio)):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def check_adamw_options(learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Raise ``ValueError`` for options of AdamW that are out of range."""
+    for name, value in (("learning_rate", learning_rate), ("eps", eps), ("weight_decay", weight_decay)):
+        if not value >= 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+
+
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two AdamW groups of the trainable parameters: matrices with weight decay; norms and biases without.
 
