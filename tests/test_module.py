@@ -464,3 +464,8 @@ def test_numpy_options_and_losses_within_losses_survive_a_checkpoint(tmp_path):
 
 def test_rope_theta_of_older_configs_is_taken():
     assert load_causal_lm({**TINY_LLAMA, "rope_theta": 5e5}).config.rope_parameters["rope_theta"] == 5e5
+
+
+def test_batches_without_prompts_cannot_be_tested():
+    with pytest.raises(InputError, match=r"which these batches lack: use InstructionDataModule"):
+        trainer().test(CausalLMModule(TINY_LLAMA), loader(), verbose=False)
