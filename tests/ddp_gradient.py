@@ -9,9 +9,9 @@ import sys
 
 import lightning.pytorch as pl
 import torch
-from runs import TINY_ARITHMETIC, GradientRecorder, arithmetic_data, trainer
 
 import dft_lightning
+from small_runs import TINY_ARITHMETIC, GradientRecorder, arithmetic_data, trainer
 
 if __name__ == "__main__":
     out, precision, batch_size, accumulate, loss, num_rows = sys.argv[1:]

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from runs import TINY_ARITHMETIC, trainer
-from test_telemetry import validation_data
 
 from dft_lightning import CausalLMModule, DFTLoss
 from dft_lightning.callbacks import PredictionWriter
 from dft_lightning.modules import GenerationOptions
+from small_runs import TINY_ARITHMETIC, trainer
+from test_telemetry import validation_data
 
 
 def make() -> CausalLMModule:

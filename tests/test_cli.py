@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from conftest import ROOT
 from dft_lightning.__main__ import main
 from dft_lightning.losses import CrossEntropyLoss, DFTLoss, FocalLoss
 

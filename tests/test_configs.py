@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
 
+from conftest import ROOT
 from dft_lightning.cli import main
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from conftest import shared
 from transformers import GPT2Tokenizer
 
+from conftest import shared
 from dft_lightning.data import ArithmeticRows, HubRows, InstructionDataModule, LocalRows, arithmetic_tokenizer
 from dft_lightning.data.arithmetic import is_held_out
 from dft_lightning.data.batches import Collator, RowSampler, TokenizedRows

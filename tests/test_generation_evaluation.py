@@ -5,7 +5,6 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
-from runs import TINY_ARITHMETIC, trainer
 from safetensors import safe_open
 from torch.utils.data import DataLoader
 
@@ -15,6 +14,7 @@ from dft_lightning.data import ArithmeticRows
 from dft_lightning.errors import InputError
 from dft_lightning.metrics import BoxedAnswer, ExactMatch, HashAnswer, LastNumber, WholeText
 from dft_lightning.modules import GenerationOptions
+from small_runs import TINY_ARITHMETIC, trainer
 
 
 def data(num_rows=32, **options):

@@ -8,9 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_LLAMA, TINY_QWEN2, shared
 from lightning.pytorch.callbacks import ModelCheckpoint
-from runs import TINY_ARITHMETIC, TINY_GPT2, arithmetic_data, trainer
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     get_constant_schedule_with_warmup,
@@ -18,6 +16,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from conftest import TINY_LLAMA, TINY_QWEN2, shared
 from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss, TokenLoss
 from dft_lightning.component import from_plain, to_plain
 from dft_lightning.data.batches import Collator
@@ -25,6 +24,7 @@ from dft_lightning.errors import InputError
 from dft_lightning.modules.generation import GenerationOptions, decode_completions
 from dft_lightning.modules.loading import load_causal_lm
 from dft_lightning.modules.optimization import learning_rate_factor, total_optimizer_steps
+from small_runs import TINY_ARITHMETIC, TINY_GPT2, arithmetic_data, trainer
 
 
 class Surprise(TokenLoss):

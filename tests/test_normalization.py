@@ -6,12 +6,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from runs import TINY_ARITHMETIC, TINY_GPT2, GradientRecorder, arithmetic_data, run_two_processes, trainer
 from torch.utils.data import DataLoader
 
 from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss
 from dft_lightning.data.batches import Collator
 from dft_lightning.distributed import TokenNormalizer
+from small_runs import TINY_ARITHMETIC, TINY_GPT2, GradientRecorder, arithmetic_data, run_two_processes, trainer
 
 SPLITS = [(16, 1), (4, 4), (1, 16), (3, 6)]
 LOSSES = [CrossEntropyLoss(), DFTLoss(), FocalLoss()]

@@ -9,12 +9,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import TINY_ARITHMETIC, arithmetic_data, run_two_processes, trainer
 
 from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss, InstructionDataModule
 from dft_lightning.data import ArithmeticRows
 from dft_lightning.metrics import GradientMetrics, TokenMetrics
 from dft_lightning.ops import TokenOutput
+from small_runs import TINY_ARITHMETIC, arithmetic_data, run_two_processes, trainer
 
 NAMES = {"loss", "nll", "perplexity", "token_accuracy", "entropy", "mean_weight", "target_tokens"}
 

@@ -310,7 +310,7 @@ class CausalLMModule(pl.LightningModule):
         self.val_metrics.update(self.token_output(batch, with_entropy=True), _count_tokens(batch))
 
     def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val", self.val_metrics, prog_bar=("loss", "nll", "token_accuracy"))
+        self._log_evaluation("val", self.val_metrics, prog_bar=("nll",))
 
     def on_test_start(self) -> None:
         # On every rank and before anything is generated: one rank that stops alone leaves the others waiting.
