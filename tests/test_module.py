@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
+    LlamaConfig,
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
@@ -469,3 +470,11 @@ def test_rope_theta_of_older_configs_is_taken():
 def test_batches_without_prompts_cannot_be_tested():
     with pytest.raises(InputError, match=r"which these batches lack: use InstructionDataModule"):
         trainer().test(CausalLMModule(TINY_LLAMA), loader(), verbose=False)
+
+
+def test_a_transformers_config_starts_from_scratch(tmp_path):
+    module = CausalLMModule(LlamaConfig(**{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}))
+    module.configure_model()
+    assert module.model.config.hidden_size == 16
+    loaded = CausalLMModule.load_from_checkpoint(fit_and_save(module, tmp_path), weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.parameters(), strict=True))

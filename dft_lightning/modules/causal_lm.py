@@ -50,8 +50,8 @@ class CausalLMModule(pl.LightningModule):
     :meth:`build_scheduler`, :meth:`generate`.
 
     Args:
-        model: hub name, local folder or ``asset://NAME`` to load, or a dict of config values with ``model_type`` to
-            start from random weights.
+        model: hub name, local folder or ``asset://NAME`` to load, or a transformers config, or a dict of its values
+            with ``model_type``, to start from random weights.
         loss: the token loss, or a dict with ``class_path`` and ``init_args``.
         learning_rate: peak learning rate of AdamW.
         betas: of AdamW.
@@ -107,6 +107,7 @@ class CausalLMModule(pl.LightningModule):
         answer_extractor: AnswerExtractor = LastNumber(),  # noqa: B008 (stateless)
     ) -> None:
         super().__init__()
+        model = model.to_diff_dict() if hasattr(model, "to_diff_dict") else model  # a transformers config
         self.save_hyperparameters()
         check_schedule_options(warmup_steps, warmup_ratio, min_lr_ratio)
         check_adamw_options(learning_rate, betas, eps, weight_decay)

@@ -12,7 +12,8 @@ from torch import nn
 from dft_lightning.assets import resolve
 from dft_lightning.errors import InputError
 
-_CONVERTED_KEYS = ("rope_theta", "rope_scaling")  # transformers makes rope_parameters of them
+# What transformers makes rope_parameters of, and what it writes into every config of its own.
+_ALSO_TAKEN = ("rope_theta", "rope_scaling", "transformers_version", "dtype")
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 
@@ -76,7 +77,7 @@ def _from_config(
         known = AutoConfig.for_model(model_type)
     except ValueError as error:
         raise InputError(f"model.model: unknown model_type {model_type!r}: {_first_lines(error)}") from error
-    unknown = sorted(key for key in values if not hasattr(known, key) and key not in _CONVERTED_KEYS)
+    unknown = sorted(key for key in values if not hasattr(known, key) and key not in _ALSO_TAKEN)
     if unknown:
         raise InputError(f"model.model: {type(known).__name__} has no {', '.join(unknown)}")
     try:
