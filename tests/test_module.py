@@ -435,9 +435,9 @@ def test_validate_then_fit_in_one_process_with_inference_mode():
     assert run.global_step == 2
 
 
-def test_learning_rate_finder_trains_before_every_hook():
+def test_learning_rate_finder_trains_before_every_hook(tmp_path):
     finder = pl.callbacks.LearningRateFinder(num_training_steps=5, update_attr=False)
-    run = trainer(callbacks=[finder], max_steps=2, enable_checkpointing=True)
+    run = trainer(callbacks=[finder], max_steps=2, enable_checkpointing=True, default_root_dir=tmp_path)
     module = CausalLMModule(TINY_LLAMA, lr_schedule="constant")
     module.learning_rate = 1e-3
     run.fit(module, loader(40))
