@@ -301,8 +301,8 @@ def test_tokenised_once(monkeypatch, tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"prompt": "77+1=", "completion": "78"}])
     options = {"tokenizer": "asset://arithmetic-base"}
     calls = []
-    encode = ConversationEncoder.encode
-    monkeypatch.setattr(ConversationEncoder, "encode", lambda *args: calls.append(1) or encode(*args))
+    encode = ConversationEncoder.encode_rendered
+    monkeypatch.setattr(ConversationEncoder, "encode_rendered", lambda *args: calls.append(1) or encode(*args))
     InstructionDataModule(str(path), **options).prepare_data()
     InstructionDataModule(str(path), **options).prepare_data()
     assert len(calls) == 1

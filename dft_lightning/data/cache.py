@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dft_lightning import __version__
 from dft_lightning.data.messages import Conversations, report_rows
-from dft_lightning.data.tokens import IGNORE_INDEX, ConversationEncoder
+from dft_lightning.data.tokens import IGNORE_INDEX, ConversationEncoder, Span
 from dft_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -79,11 +79,11 @@ def _encode_rows(
     batch: dict[str, Sequence[Any]], encoder: ConversationEncoder, with_prompts: bool, keep_all: bool, name: str
 ) -> dict[str, list[Any]]:
     """One batch of conversations to columns. Rows without a target are left out, unless ``keep_all``."""
-    _check_template(batch, encoder, name)
+    rendered = _render_all(batch, encoder, name)
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "truncated": []}
     if with_prompts:
         columns |= {"prompt_ids": [], "prompt": [], "reference": []}
-    for messages, row in zip(batch["messages"], encoder.encode(batch["messages"]), strict=True):
+    for messages, row in zip(batch["messages"], encoder.encode_rendered(rendered), strict=True):
         if not keep_all and all(label == IGNORE_INDEX for label in row["labels"]):
             continue
         if with_prompts:
@@ -95,12 +95,15 @@ def _encode_rows(
     return columns
 
 
-def _check_template(batch: dict[str, Sequence[Any]], encoder: ConversationEncoder, name: str) -> None:
-    problems = []
+def _render_all(
+    batch: dict[str, Sequence[Any]], encoder: ConversationEncoder, name: str
+) -> list[tuple[str, list[Span]]]:
+    rendered, problems = [], []
     for number, messages in zip(batch["number"], batch["messages"], strict=True):
         try:
-            encoder.render(messages)
+            rendered.append(encoder.render(messages))
         except InputError as problem:
             problems.append(f"row {number}: {problem}")
     if problems:
         raise InputError(report_rows(name, problems, len(batch["number"])))
+    return rendered

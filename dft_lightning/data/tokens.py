@@ -40,7 +40,10 @@ class ConversationEncoder:
 
     def encode(self, conversations: Sequence[list[Message]]) -> list[dict[str, Any]]:
         """``input_ids``, ``labels`` and whether the row was ``truncated``, for each conversation."""
-        rendered = [self.render(messages) for messages in conversations]
+        return self.encode_rendered([self.render(messages) for messages in conversations])
+
+    def encode_rendered(self, rendered: Sequence[tuple[str, list[Span]]]) -> list[dict[str, Any]]:
+        """As :meth:`encode`, from what :meth:`render` returned for each conversation."""
         encoded = self.tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True)
         rows = []
         for (_, spans), ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
