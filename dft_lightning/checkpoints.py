@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from dft_lightning.errors import InputError
+from dft_lightning.errors import InputError, one_line
 
 
 def resolve_checkpoint(ckpt_path: str | Path | None, trainer: pl.Trainer) -> str | None:
@@ -53,8 +53,7 @@ def _readable(path: Path) -> str:
     try:
         content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except Exception as error:  # a cut file raises whatever the unpickler stumbled on
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"--ckpt_path: {path} is cut short or no checkpoint: {reason}") from error
+        raise InputError(f"--ckpt_path: {path} is cut short or no checkpoint: {one_line(error, 200)}") from error
     if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(content):
         raise InputError(f"--ckpt_path: {path} is not a Lightning checkpoint")
     return str(path)

@@ -65,9 +65,7 @@ class DFTLightningCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (ValueError, MisconfigurationException) as error:
-            if isinstance(error, InputError):
-                raise
+        except ValueError as error:  # how constructors refuse an option; while a run goes on it would be a fault
             raise InputError(str(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

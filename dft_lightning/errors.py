@@ -6,3 +6,9 @@ class InputError(ValueError):
 
     The command prints the message alone and exits with status 2.
     """
+
+
+def one_line(error: Exception, limit: int = 300) -> str:
+    """An error's text on one line, cut to ``limit`` characters; its type where it has no text."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[:limit] + " ..."

@@ -8,20 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import ROOT
+from conftest import ROOT, TINY_LLAMA
 from dft_lightning.cli import main
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 OVERLAYS = {"quickstart_ce": "quickstart", "quickstart_focal": "quickstart"}
-TINY = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 20,
-}
+TINY = {**TINY_LLAMA, "vocab_size": 20}
 
 
 def stack(path: Path) -> list[str]:

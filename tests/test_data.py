@@ -365,6 +365,21 @@ def test_seeded_split_is_disjoint_and_complete():
     assert other._rows["validation"]["input_ids"][:] != data._rows["validation"]["input_ids"][:]
 
 
+def test_rows_that_are_divided_are_read_once():
+    reads = []
+
+    class Counted(ArithmeticRows):
+        def rows(self):
+            reads.append(1)
+            return super().rows()
+
+    data = InstructionDataModule(Counted(8), validation_fraction=0.25, tokenizer="asset://arithmetic-base")
+    data.prepare_data()
+    data.setup("fit")
+    assert len(reads) == 1
+    assert (len(data._rows["train"]), len(data._rows["validation"])) == (6, 2)
+
+
 def test_bad_sources_are_named():
     with pytest.raises(InputError, match="data.train is not set"):
         InstructionDataModule(tokenizer="asset://arithmetic-base").prepare_data()

@@ -72,5 +72,5 @@ def test_make_arithmetic_base(tmp_path):
     small = ["--trainer.max_steps", "1", "--trainer.callbacks", "[]", "--data.train.num_rows", "4"]
     make(str(tmp_path / "base"), *small, "--trainer.default_root_dir", str(tmp_path / "runs"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    assert model.num_parameters() == 333696 or 250_000 < model.num_parameters() < 350_000
+    assert 250_000 < model.num_parameters() < 350_000
     assert len(AutoTokenizer.from_pretrained(tmp_path / "base")) == 19

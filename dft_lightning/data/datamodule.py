@@ -137,6 +137,7 @@ class InstructionDataModule(pl.LightningDataModule):
         self.end_of_turn_ids: list[int] = []
         self.counts: dict[str, RowCounts] = {}
         self._rows: dict[str, Dataset] = {}
+        self._divided: dict[str, Conversations] = {}
 
     # -- loading -----------------------------------------------------------------------------------------------
 
@@ -178,18 +179,19 @@ class InstructionDataModule(pl.LightningDataModule):
             conversations = self._conversations(split, required=stage != "fit" or split == "train")
             if conversations is not None:
                 self._rows[split] = self._tokenize(split, conversations)
+        self._divided.clear()
 
     def _conversations(self, split: str, required: bool) -> Conversations | None:
         """Messages of a split, or ``None`` where there is none and none is required."""
         source = self.sources[split]
         if split == "validation" and source is None and self.validation_fraction:
-            return self._part_of_train(held_out=True)
+            return self._divide_train()["validation"]
         if source is None and not required:
             return None
         if source is None:
             raise InputError(f"data.{split} is not set" + (", nor data.test" if split == "predict" else ""))
         if split == "train" and self.validation_fraction:
-            return self._part_of_train(held_out=False)
+            return self._divide_train()["train"]
         return self._read(split, source)
 
     def _read(self, split: str, source: RowSource | str) -> Conversations:
@@ -197,7 +199,10 @@ class InstructionDataModule(pl.LightningDataModule):
         last_turn: dict[str, LastTurn] = {"test": "assistant", "predict": "optional"}
         return read_messages(rows, self.columns, last_turn=last_turn.get(split, "any"))
 
-    def _part_of_train(self, held_out: bool) -> Conversations:
+    def _divide_train(self) -> dict[str, Conversations]:
+        """``train`` and ``validation`` of the training rows, read once for both."""
+        if self._divided:
+            return self._divided
         source = self.sources["train"]
         if source is None:
             raise InputError("data.train is not set, so data.validation_fraction has nothing to divide")
@@ -209,7 +214,9 @@ class InstructionDataModule(pl.LightningDataModule):
                 f"data.validation_fraction {self.validation_fraction} of {len(order)} rows leaves "
                 f"{size} for validation and {len(order) - size} for training"
             )
-        return conversations.select(sorted(order[:size] if held_out else order[size:]))
+        self._divided["train"] = conversations.select(sorted(order[size:]))
+        self._divided["validation"] = conversations.select(sorted(order[:size]))
+        return self._divided
 
     def _tokenize(self, split: str, conversations: Conversations) -> Dataset:
         assert self.tokenizer is not None

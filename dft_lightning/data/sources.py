@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dft_lightning.component import Component
-from dft_lightning.errors import InputError
+from dft_lightning.errors import InputError, one_line
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class HubRows(RowSource):
         try:
             dataset = load_dataset(self.path, self.config_name, split=self.split, revision=self.revision)
         except (OSError, ValueError, KeyError, DatasetsError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise InputError(f"{self.name}: neither a local file nor a dataset that can be loaded: {reason}") from error
         yield from enumerate((dict(row) for row in dataset), start=1)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dft_lightning.assets import resolve
-from dft_lightning.errors import InputError
+from dft_lightning.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,8 +56,7 @@ def load_tokenizer(
             path, trust_remote_code=trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{key}: cannot load the tokenizer of {path!r}: {reason}") from error
+        raise InputError(f"{key}: cannot load the tokenizer of {path!r}: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise InputError(
             f"{key}: the tokenizer of {path!r} is not a fast tokenizer, whose character offsets the loss mask needs; "

@@ -270,13 +270,16 @@ class CausalLMModule(pl.LightningModule):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         by_norm = gradient_clip_val if gradient_clip_algorithm in (None, "norm") else None
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        self.train_telemetry.update_gradient(norm, by_norm, skips_non_finite=scaled)
+        self.train_telemetry.update_gradient(norm, by_norm, skips_non_finite=self._scales_gradients)
+
+    @property
+    def _scales_gradients(self) -> bool:
+        """Whether a gradient scaler keeps fp16 in range."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def _check_clipping(self, optimizer: Optimizer) -> None:
         """What the trainer's own clipping refuses: an optimizer that unscales fp16 gradients only while stepping."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        if self._scales_gradients and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise InputError("a fused optimizer cannot be clipped under 16-mixed precision: build it with fused=False")
 
     def on_train_start(self) -> None:
@@ -391,13 +394,12 @@ class CausalLMModule(pl.LightningModule):
     def build_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         """AdamW, fused where the device allows."""
         # Under 16-mixed a fused optimizer unscales inside step(), out of reach of the rescale's log and of clipping.
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         return AdamW(
             groups,
             lr=self.hparams["learning_rate"],
             betas=tuple(self.hparams["betas"]),
             eps=self.hparams["eps"],
-            fused=not scaled and self.device.type in ("cpu", "cuda", "xpu"),
+            fused=not self._scales_gradients and self.device.type in ("cpu", "cuda", "xpu"),
         )
 
     def build_scheduler(self, optimizer: Optimizer) -> LRScheduler | None:

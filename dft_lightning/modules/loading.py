@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dft_lightning.assets import resolve
-from dft_lightning.errors import InputError
+from dft_lightning.errors import InputError, one_line
 
 # What transformers makes rope_parameters of, and what it writes into every config of its own.
 _ALSO_TAKEN = ("rope_theta", "rope_scaling", "transformers_version", "dtype")
@@ -60,7 +60,7 @@ def load_causal_lm(
             **options,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"model.model: cannot load {path!r}: {_first_lines(error)}") from error
+        raise InputError(f"model.model: cannot load {path!r}: {one_line(error)}") from error
     return loaded.train()  # from_pretrained leaves dropout off and gradient checkpointing inactive
 
 
@@ -76,7 +76,7 @@ def _from_config(
     try:
         known = AutoConfig.for_model(model_type)
     except ValueError as error:
-        raise InputError(f"model.model: unknown model_type {model_type!r}: {_first_lines(error)}") from error
+        raise InputError(f"model.model: unknown model_type {model_type!r}: {one_line(error)}") from error
     unknown = sorted(key for key in values if not hasattr(known, key) and key not in _ALSO_TAKEN)
     if unknown:
         raise InputError(f"model.model: {type(known).__name__} has no {', '.join(unknown)}")
@@ -89,10 +89,5 @@ def _from_config(
             trust_remote_code=trust_remote_code,
         )
     except Exception as error:  # whatever a model's own code raises over values it cannot work with
-        raise InputError(f"model.model: no {model_type} can be made of these values: {_first_lines(error)}") from error
+        raise InputError(f"model.model: no {model_type} can be made of these values: {one_line(error)}") from error
     return made.train()
-
-
-def _first_lines(error: Exception, limit: int = 300) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= limit else text[:limit] + " ..."
