@@ -311,8 +311,10 @@ def test_subclass_may_build_any_model():
             return Bigram()
 
     run = trainer()
-    run.fit(Own("bigram", loss=DFTLoss()), loader())
+    run.fit(Own("bigram", loss=DFTLoss(), head="full"), loader())
     assert run.global_step == 1
+    with pytest.raises(InputError, match="set model.head: full"):  # a table has no last matrix product
+        trainer().fit(Own("bigram", loss=DFTLoss()), loader())
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------

@@ -160,8 +160,8 @@ def test_fp16_keeps_its_range():
 
 def test_divisor_is_a_power_of_two_shared_by_ranks():
     normalizer = TokenNormalizer(lambda count: count * 4, world_size=4)
-    assert normalizer.scale(torch.tensor(7.0), 0) == 7.0  # nothing to scale by yet
-    assert normalizer.scale(torch.tensor(192.0), 100) == 192.0 / 128
+    assert normalizer.count(torch.tensor(0)) == 1.0  # nothing to scale by yet
+    assert normalizer.count(torch.tensor(100)) == 128.0
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.tensor([3.0])
     normalizer.rescale([parameter], accumulate_grad_batches=2)
@@ -178,7 +178,7 @@ def test_fp16_recovers_its_range_after_an_unusual_first_micro_batch():
     trainer(plugins=[plugin], max_steps=8, accumulate_grad_batches=8).fit(module, plain_loader(rows, 1))
     assert all(gradient.isfinite().all() for gradient in module.gradients[2:])
     normalizer = TokenNormalizer(lambda count: count, world_size=1)
-    normalizer.scale(torch.tensor(1.0), 1)
-    normalizer.scale(torch.tensor(1.0), 255)
+    normalizer.count(torch.tensor(1))
+    normalizer.count(torch.tensor(255))
     normalizer.rescale([], accumulate_grad_batches=2)
-    assert normalizer.scale(torch.tensor(256.0), 100) == 2.0  # 128 a micro-batch in the last step
+    assert normalizer.count(torch.tensor(100)) == 128.0  # 128 a micro-batch in the last step

@@ -121,7 +121,7 @@ def test_train_numbers_cover_the_whole_window(tmp_path):
     count = sum(len(output.log_prob) for output in window)
     assert metrics["train/target_tokens"] == count
     assert metrics["train/nll"] == pytest.approx(-sum(float(o.log_prob.sum()) for o in window) / count, rel=1e-5)
-    assert metrics["train/loss"] == pytest.approx(sum(float(o.loss) for o in window) / count, rel=1e-5)
+    assert metrics["train/loss"] == pytest.approx(sum(float(o.loss_sum) for o in window) / count, rel=1e-5)
     assert metrics["train/tokens_per_second"] > 0
     assert {"train/grad_norm", "train/clipped_steps", "train/lr", "train/entropy"} <= set(metrics)
 
@@ -186,7 +186,8 @@ def test_perplexity_survives_one_very_unlikely_token():
     """exp of the mean in float64: torchmetrics' Perplexity overflows here in half precision."""
     metrics = TokenMetrics()
     log_prob = torch.tensor([-200.0] + [-1.0] * 99)
-    metrics.update(TokenOutput(torch.tensor(299.0), log_prob, torch.ones(100), torch.zeros(100, dtype=torch.bool)))
+    wrong = torch.zeros(100, dtype=torch.bool)
+    metrics.update(TokenOutput(loss=torch.tensor(299.0), log_prob=log_prob, weight=torch.ones(100), correct=wrong))
     assert metrics.compute()["perplexity"].item() == pytest.approx(19.885682, rel=1e-6)  # e ** 2.99
 
 

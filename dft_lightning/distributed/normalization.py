@@ -12,9 +12,9 @@ from torch import Tensor
 class TokenNormalizer:
     """Makes the step's gradient that of the token mean, however the step is split into micro-batches and ranks.
 
-    Each micro-batch backpropagates the *sum* of its token losses (:meth:`scale`). Before the optimizer steps,
-    :meth:`rescale` divides by the target tokens that all micro-batches and ranks counted, and undoes the
-    divisions by the number of micro-batches (Lightning) and of ranks (data parallelism), which know no tokens.
+    Each micro-batch backpropagates the *sum* of its token losses over what :meth:`count` returns. Before the
+    optimizer steps, :meth:`rescale` divides by the target tokens that all micro-batches and ranks counted, and undoes
+    the divisions by the number of micro-batches (Lightning) and of ranks (data parallelism), which know no tokens.
 
     Sums of thousands of tokens would overflow a fp16 gradient scaler. So sums are divided by a power of two near the
     expected count of a micro-batch: that of the last step, and of the first micro-batch before there is one. Powers
@@ -37,16 +37,15 @@ class TokenNormalizer:
         """Whether micro-batches were counted since the last :meth:`rescale`."""
         return self._count is not None
 
-    def scale(self, loss_sum: Tensor, num_targets: int) -> Tensor:
-        """Count a micro-batch's targets and return what to backpropagate for its summed loss."""
-        count = torch.tensor(num_targets, dtype=torch.int64, device=loss_sum.device)
-        self._count = count if self._count is None else self._count + count
+    def count(self, num_targets: Tensor) -> float:
+        """Count a micro-batch's targets (a scalar int64 tensor) and return what to divide its summed loss by."""
+        self._count = num_targets if self._count is None else self._count + num_targets
         if self._divisor is None:
-            mean = int(self._all_reduce(count.clone())) / self._world_size
+            mean = int(self._all_reduce(num_targets.clone())) / self._world_size
             if mean == 0:
-                return loss_sum  # no rank has targets: the loss is 0, and 0 needs no range
+                return 1.0  # no rank has targets: the loss is 0, and 0 needs no range
             self._divisor = _power_of_two(mean)
-        return loss_sum / self._divisor
+        return self._divisor
 
     @torch.no_grad()
     def rescale(self, parameters: Iterable[Tensor], accumulate_grad_batches: int) -> None:

@@ -125,23 +125,48 @@ def unreduced(loss: TokenLoss, stats: TokenStats) -> Tensor:
     return losses
 
 
-def token_loss_and_weight(loss: TokenLoss, stats: TokenStats) -> tuple[Tensor, Tensor]:
-    """Unreduced losses, and each token's weight ``-dL/dl`` (1 for cross-entropy, ``p`` for DFT), both ``[n]``.
+def loss_and_slopes(
+    loss: TokenLoss, stats: TokenStats, token_weight: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Unreduced losses and the derivative of their sum by each statistic, all ``[n]`` and detached.
 
-    The losses keep their graph, where there is one. The weights are detached, and exist also where gradients
-    are off (validation, ``torch.no_grad`` and ``torch.inference_mode``).
+    The derivatives come from autograd on the statistics, so a stop-gradient inside the loss is honoured. They exist
+    also where gradients are off (validation, ``torch.no_grad`` and ``torch.inference_mode``).
+
+    Args:
+        loss: any token loss.
+        stats: of ``n`` tokens.
+        token_weight: ``[n]`` factors of the losses.
     """
-    losses = unreduced(loss, stats)
     with torch.inference_mode(False), torch.enable_grad():
-        leaf = stats.log_prob.detach().clone().requires_grad_()
-        detached: dict[str, Any] = {
+        values: dict[str, Any] = {
             name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in vars(stats).items()
         }
         if stats.log_expected_prob is stats.log_prob:
-            detached["log_expected_prob"] = leaf
-        detached["log_prob"] = leaf
-        total = loss.token_loss(TokenStats(**detached)).sum()
-        if not total.requires_grad:
-            return losses, torch.zeros_like(leaf)
-        (slope,) = torch.autograd.grad(total, leaf, allow_unused=True, materialize_grads=True)
-    return losses, -slope
+            values["log_expected_prob"] = None
+        leaves = {name: values[name].requires_grad_() for name in _DIFFERENTIABLE if values[name] is not None}
+        losses = unreduced(loss, TokenStats(**values))
+        if token_weight is not None:
+            losses = losses * token_weight.clone()
+        if losses.requires_grad:
+            slopes = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+        else:
+            slopes = tuple(torch.zeros_like(leaf) for leaf in leaves.values())
+    return losses.detach(), dict(zip(leaves, slopes, strict=True))
+
+
+# What depends on the model's logits; the other statistics are constants.
+_DIFFERENTIABLE = ("log_prob", "mean_log_prob", "entropy", "top_k_entropy", "sum_squared_prob", "reference_kl")
+
+
+def token_loss_and_weight(
+    loss: TokenLoss, stats: TokenStats, token_weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Unreduced losses, and each token's weight ``-dL/dl`` (1 for cross-entropy, ``p`` for DFT), both ``[n]``.
+
+    The losses keep their graph, where there is one; the weights are detached. Arguments as :func:`loss_and_slopes`.
+    """
+    losses = unreduced(loss, stats)
+    if token_weight is not None:
+        losses = losses * token_weight
+    return losses, -loss_and_slopes(loss, stats, token_weight)[1]["log_prob"]

@@ -91,9 +91,9 @@ def normalise_needs(needs: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
     return tuple(need if isinstance(need, Statistic) else Statistic(need) for need in needs)
 
 
-def raise_precision(logits: Tensor) -> Tensor:
-    """Half precision to float32; float32 and float64 stay as they are."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+def raised_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that statistics of logits of ``dtype`` have: half precision becomes float32, others stay."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def target_log_prob(logits: Tensor, targets: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def statistics_from_logits(
     Raises:
         ValueError: a needed statistic cannot be had from logits alone.
     """
-    logits = raise_precision(logits)
+    logits = logits.to(raised_dtype(logits.dtype))
     given: dict[str, Tensor | None] = {"sequence_index": sequence_index}
     values: dict[str, Tensor] = {}
     if targets.ndim == logits.ndim:

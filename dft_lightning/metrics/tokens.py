@@ -44,7 +44,7 @@ class TokenMetrics(ExactSums):
             output: what the head returned for the batch.
             tokens: number of non-padding tokens in the batch.
         """
-        self.loss_sum += output.loss.detach().double()
+        self.loss_sum += output.loss_sum.double()
         self.nll_sum -= output.log_prob.double().sum()
         self.weight_sum += output.weight.double().sum()
         self.correct += output.correct.sum()

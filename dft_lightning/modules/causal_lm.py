@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,7 +19,9 @@ from dft_lightning.distributed import TokenNormalizer
 from dft_lightning.errors import InputError
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss, require_default_forward_options
 from dft_lightning.metrics import AnswerExtractor, ExactMatch, LastNumber, TokenMetrics
+from dft_lightning.modules.batch_loss import full_batch_loss, fused_batch_loss
 from dft_lightning.modules.generation import GenerationOptions, decode_completions, generate
+from dft_lightning.modules.head import WAY_OUT, LanguageModelHead, check_head, find_head
 from dft_lightning.modules.loading import DType, load_causal_lm
 from dft_lightning.modules.optimization import (
     Schedule,
@@ -30,7 +32,7 @@ from dft_lightning.modules.optimization import (
     total_optimizer_steps,
 )
 from dft_lightning.modules.telemetry import TrainTelemetry
-from dft_lightning.ops import TokenOutput, logits_token_loss
+from dft_lightning.ops import TokenOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +66,8 @@ class CausalLMModule(pl.LightningModule):
         dtype: of the parameters as loaded; ``"auto"`` takes the checkpoint's own.
         attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` ...
         gradient_checkpointing: recompute activations in backward to save memory.
+        head: ``"fused"`` computes loss and gradients from the last hidden states, without holding logits;
+            ``"full"`` takes the model's own logits, for models whose head the fused one does not know.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the checkpoint.
         log_train_entropy: compute the entropy in training as well; it is always there in validation.
@@ -100,6 +104,7 @@ class CausalLMModule(pl.LightningModule):
         dtype: DType = "float32",
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
+        head: Literal["fused", "full"] = "fused",
         revision: str | None = None,
         trust_remote_code: bool = False,
         log_train_entropy: bool = False,
@@ -118,6 +123,8 @@ class CausalLMModule(pl.LightningModule):
         self.generation = GenerationOptions(**generation) if isinstance(generation, dict) else generation
         self.answer_extractor = from_plain(answer_extractor, AnswerExtractor)
         self.model = None
+        self._check_head_option(head)
+        self._head_checked = False
         self.train_telemetry = TrainTelemetry()
         self.val_metrics = TokenMetrics()
         self.test_metrics = TokenMetrics()
@@ -157,6 +164,12 @@ class CausalLMModule(pl.LightningModule):
                 module._buffers[name] = buffer.to(module._buffers[name].device)  # type: ignore[union-attr]
         return result
 
+    def _check_head_option(self, head: str) -> None:
+        if head not in ("fused", "full"):
+            raise ValueError(f"head must be 'fused' or 'full', got {head!r}")
+        if head == "fused" and type(self).forward is not CausalLMModule.forward:
+            raise ValueError(f"{type(self).__name__} overrides forward, which the fused head does not call: {WAY_OUT}")
+
     # -- the model ---------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
@@ -173,7 +186,11 @@ class CausalLMModule(pl.LightningModule):
             )
 
     def build_model(self) -> nn.Module:
-        """The language model: takes ``input_ids``, ``attention_mask``, ``use_cache`` and returns ``.logits``."""
+        """The language model: takes ``input_ids``, ``attention_mask``, ``use_cache`` and returns ``.logits``.
+
+        The fused head finds the output layer by ``get_output_embeddings()`` or as ``lm_head``, an ``nn.Linear``; a
+        model without needs ``head: full``.
+        """
         options = ("dtype", "attn_implementation", "revision", "trust_remote_code")
         return load_causal_lm(self.hparams["model"], **{name: self.hparams[name] for name in options})
 
@@ -219,16 +236,40 @@ class CausalLMModule(pl.LightningModule):
         output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return cast(Tensor, output.logits)
 
-    def token_output(self, batch: Batch, *, with_entropy: bool = False) -> TokenOutput:
-        """Summed loss and per-token statistics of a batch; the place where model and loss meet."""
-        logits = self(batch["input_ids"], batch.get("attention_mask"))
-        return logits_token_loss(
-            logits[:, :-1],
-            batch["labels"][:, 1:],
-            self.loss,
-            step=self.global_step if self._trainer is not None else 0,
-            with_entropy=with_entropy,
-        )
+    def token_output(
+        self, batch: Batch, *, normalizer: float | None = None, statistics: Sequence[str] = ()
+    ) -> TokenOutput:
+        """Summed loss and per-token statistics of a batch; the place where model and loss meet.
+
+        A mixture-of-experts model's auxiliary loss is added once per target token, so that the token mean of the
+        objective is the model's own sum of the two.
+
+        Args:
+            batch: as the class takes it.
+            normalizer: what the summed loss is divided by.
+            statistics: per-token statistics beyond those that the loss needs, such as ``"entropy"``.
+        """
+        options: dict[str, Any] = {
+            "normalizer": normalizer,
+            "statistics": statistics,
+            "step": self.global_step if self._trainer is not None else 0,
+        }
+        assert self.model is not None, "call configure_model() first"
+        if self.hparams["head"] == "full":
+            return full_batch_loss(self.model, self, batch, self.loss, options)
+        head = find_head(self.model)
+        self._check_head(self.model, head, batch)
+        return fused_batch_loss(self.model, head, batch, self.loss, options)
+
+    def _check_head(self, model: nn.Module, head: LanguageModelHead, batch: Batch) -> None:
+        """On 8 tokens of the first batch: here and not at start-up, where a sharded model cannot be run."""
+        tokens = 9
+        if self._head_checked or batch["input_ids"].shape[1] < 2 or len(batch["input_ids"]) == 0:
+            return
+        mask = batch.get("attention_mask")
+        mask = None if mask is None else mask[:1, :tokens]
+        check_head(model, head, batch["input_ids"][:1, :tokens], attention_mask=mask, use_cache=False)
+        self._head_checked = True
 
     # -- training ----------------------------------------------------------------------------------------------
 
@@ -243,9 +284,11 @@ class CausalLMModule(pl.LightningModule):
                 "gradient was never divided by its number of target tokens"
             )
         self._normalized_step = self.global_step
-        output = self.token_output(batch, with_entropy=self.hparams["log_train_entropy"])
+        divisor = self._normalizer.count((batch["labels"][:, 1:] != -100).sum())
+        statistics = ("entropy",) if self.hparams["log_train_entropy"] else ()
+        output = self.token_output(batch, normalizer=divisor, statistics=statistics)
         self.train_telemetry.update(output, _count_tokens(batch))
-        return self._normalizer.scale(output.loss, output.log_prob.numel())
+        return output.loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self._step_learning_rate = float(optimizer.param_groups[0]["lr"])
@@ -311,7 +354,7 @@ class CausalLMModule(pl.LightningModule):
     # -- validation, test, predict -----------------------------------------------------------------------------
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.val_metrics.update(self.token_output(batch, with_entropy=True), _count_tokens(batch))
+        self.val_metrics.update(self.token_output(batch, statistics=("entropy",)), _count_tokens(batch))
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val", self.val_metrics, prog_bar=("nll",))
@@ -324,7 +367,7 @@ class CausalLMModule(pl.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Token metrics and exact match of the generated answers. Returns a record of each row as ``predictions``."""
-        self.test_metrics.update(self.token_output(batch, with_entropy=True), _count_tokens(batch))
+        self.test_metrics.update(self.token_output(batch, statistics=("entropy",)), _count_tokens(batch))
         records = self.predict_step(batch, batch_idx)
         for record in records:
             record["correct"] = self.test_exact_match.score(record["completion"], record["reference"])

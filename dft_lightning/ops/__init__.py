@@ -1,5 +1,14 @@
-"""What turns model outputs into a token loss. Knows torch and the losses alone."""
+"""What turns hidden states or logits into a token loss. Knows torch and the losses alone."""
 
-from dft_lightning.ops.logits_loss import TokenOutput, logits_token_loss
+from dft_lightning.ops.linear_head import linear_token_loss, linear_token_statistics
+from dft_lightning.ops.logits_loss import logits_token_loss
+from dft_lightning.ops.output import TokenOutput
+from dft_lightning.ops.scratch import release_scratch
 
-__all__ = ["TokenOutput", "logits_token_loss"]
+__all__ = [
+    "TokenOutput",
+    "linear_token_loss",
+    "linear_token_statistics",
+    "logits_token_loss",
+    "release_scratch",
+]

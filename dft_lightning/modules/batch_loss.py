@@ -1,0 +1,85 @@
+"""From a batch to its token loss, by the fused head or by the model's own logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dft_lightning.losses import TokenLoss
+from dft_lightning.losses.statistics import normalise_needs
+from dft_lightning.modules.head import LanguageModelHead, auxiliary_loss, run_without_head
+from dft_lightning.ops import TokenOutput, linear_token_loss, logits_token_loss
+
+_IGNORE_INDEX = -100
+
+
+def fused_batch_loss(
+    model: nn.Module, head: LanguageModelHead, batch: dict[str, Any], loss: TokenLoss, options: dict[str, Any]
+) -> TokenOutput:
+    """From the model's last hidden states, without logits.
+
+    Args:
+        model: the language model.
+        head: its head.
+        batch: ``input_ids``, ``labels`` and perhaps ``attention_mask``, all ``[B, T]``.
+        loss: any token loss.
+        options: ``normalizer``, ``statistics`` and ``step`` of :func:`~dft_lightning.ops.linear_token_loss`.
+    """
+    labels = batch["labels"]
+    hidden, model_output = run_without_head(
+        model, head, input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
+    )
+    # Shifted by one, with nothing to predict at the end: so that hidden states need not be copied.
+    targets = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), _IGNORE_INDEX)], dim=1)
+    inputs = None
+    if any(need.name == "sequence_index" for need in normalise_needs(loss.needs)):
+        inputs = {"sequence_index": torch.arange(len(labels), device=labels.device).repeat_interleave(labels.shape[1])}
+    output = linear_token_loss(
+        hidden.reshape(-1, hidden.shape[-1]),
+        targets=targets.reshape(-1),
+        loss=loss,
+        token_inputs=inputs,
+        **head.options,
+        **options,
+    )
+    return _with_auxiliary_loss(output, auxiliary_loss(model, model_output), options["normalizer"])
+
+
+def full_batch_loss(
+    model: nn.Module,
+    forward: Callable[..., Tensor],
+    batch: dict[str, Any],
+    loss: TokenLoss,
+    options: dict[str, Any],
+) -> TokenOutput:
+    """From logits ``[B, T, V]``.
+
+    Args:
+        model: the language model.
+        forward: gives the logits, running the model.
+        batch: see :func:`fused_batch_loss`.
+        loss: see :func:`fused_batch_loss`.
+        options: see :func:`fused_batch_loss`.
+    """
+    outputs: list[Any] = []
+    handle = model.register_forward_hook(lambda model, args, output: outputs.append(output))
+    try:
+        logits = forward(batch["input_ids"], batch.get("attention_mask"))
+    finally:
+        handle.remove()
+    output = logits_token_loss(logits[:, :-1], batch["labels"][:, 1:], loss, **options)
+    auxiliary = auxiliary_loss(model, outputs[-1]) if outputs else None
+    return _with_auxiliary_loss(output, auxiliary, options["normalizer"])
+
+
+def _with_auxiliary_loss(output: TokenOutput, auxiliary: Tensor | None, normalizer: float | None) -> TokenOutput:
+    """Added once per target token, so that the token mean of the objective is the model's own sum of the two."""
+    if auxiliary is None:
+        return output
+    total = auxiliary * output.log_prob.numel()
+    loss = output.loss + (total if normalizer is None else total / normalizer)
+    return dataclasses.replace(output, loss=loss, loss_sum=output.loss_sum + total.detach())

@@ -1,0 +1,46 @@
+"""What the backward passes of the linear head share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dft_lightning.ops.memory import empty
+from dft_lightning.ops.scratch import scratch
+
+_PIECE_BYTES = 2**20
+
+
+def refuse_double_backward() -> None:
+    """Raise where a second derivative is asked for: gradients that are computed in place have none."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the fused linear head has no second derivative (create_graph=True): use logits, with logits_token_loss "
+            "or head: full"
+        )
+
+
+def scaled(gradient: Tensor, factor: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """``gradient * factor`` in ``dtype``, rounded once; the tensor itself where there is nothing to do.
+
+    Handing out the tensor itself is safe: autograd copies what somebody else holds before it adds to it.
+    """
+    if gradient.device.type != "cpu":
+        out = torch.empty_like(gradient, dtype=dtype)
+        return torch.mul(gradient, factor, out=out)
+    factor = float(factor)
+    if factor == 1.0 and dtype == gradient.dtype:
+        return gradient
+    out = empty(gradient.shape, dtype, gradient.device)
+    if dtype == gradient.dtype:
+        return torch.mul(gradient, factor, out=out)
+    if factor == 1.0:
+        return out.copy_(gradient)
+    # In pieces: torch would make a float32 copy of the whole first.
+    flat, flat_out = gradient.view(-1), out.view(-1)
+    size = max(1, min(flat.numel(), _PIECE_BYTES // gradient.dtype.itemsize))
+    with scratch("addend", (size,), gradient.dtype, gradient.device) as piece:
+        for start in range(0, flat.numel(), size):
+            part = flat[start : start + size]
+            flat_out[start : start + size].copy_(torch.mul(part, factor, out=piece[: len(part)]))
+    return out

@@ -1,0 +1,265 @@
+"""A linear head fused with any token loss: hidden states and weight in, loss and gradients out, no logits kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from dft_lightning.losses.base import TokenLoss, token_loss_and_weight
+from dft_lightning.losses.statistics import Statistic, TokenStats, normalise_needs
+from dft_lightning.ops.one_pass import one_pass
+from dft_lightning.ops.output import TokenOutput, detached
+from dft_lightning.ops.recompute import head_statistics
+from dft_lightning.ops.row_math import ENTRIES
+from dft_lightning.ops.settings import DEFAULT_CHUNK_BYTES, HeadSettings
+from dft_lightning.ops.transform import LogitTransform
+
+_ALWAYS = ("log_prob", "log_expected_prob")
+
+
+@torch.compiler.disable
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    loss: TokenLoss,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    normalizer: Tensor | float | None = None,
+    token_inputs: Mapping[str, Tensor] | None = None,
+    token_weight: Tensor | None = None,
+    statistics: Iterable[Statistic | str] = (),
+    step: int = 0,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> TokenOutput:
+    """The summed token loss of a linear head, with per-token statistics, without ever holding its logits.
+
+    The logits are ``logit_scale * softcap(hidden @ weight.T + bias)``. Tokens go through in chunks. For a pointwise
+    loss the chunk's logits become their own gradient in place and go into the gradient products at once: three
+    matrix products in all, and backward only scales the result. A loss with ``pointwise = False`` is computed from
+    the statistics of all tokens, and the logits are computed again in backward.
+
+    The weight's gradient is accumulated in float32 and returned in the weight's dtype. Under autocast the products
+    run in autocast's dtype. Gradients that nobody asks for (frozen head, frozen backbone, ``torch.no_grad``) are not
+    computed.
+
+    Args:
+        hidden: ``[n, H]``, the last hidden states.
+        weight: ``[V, H]``, of the hidden states' dtype (any under autocast).
+        targets: ``[n]`` class indices, aligned with ``hidden`` (already shifted). Tokens with ``ignore_index`` are
+            dropped before the first product.
+        loss: any token loss.
+        bias: ``[V]``.
+        logit_scale: factor of the logits.
+        logit_softcap: logits become ``softcap * tanh(logits / softcap)`` before the scale.
+        ignore_index: the target that is left out.
+        normalizer: what the sum is divided by: a number or a scalar tensor on the same device (which is not waited
+            for). ``None`` leaves the sum.
+        token_inputs: ``[n]`` tensors that the loss needs and a head cannot know, by their name in
+            :class:`TokenStats`: ``sequence_index``, ``reference_log_prob``. Constants: no gradient flows into them.
+        token_weight: ``[n]`` factors of the tokens' losses. They count in the statistic ``weight``, not in the
+            normaliser.
+        statistics: what to compute beyond ``loss.needs``, such as ``"entropy"``.
+        step: the optimizer step, for losses with a schedule.
+        chunk_bytes: at most what the buffer of a chunk's logits takes (and never less than one token's logits). On
+            the CPU the buffer is kept for the next call (:func:`release_scratch` frees it).
+
+    Returns:
+        A :class:`TokenOutput` over the targets that are not ignored, in order.
+
+    Raises:
+        TypeError: dtypes that do not fit together.
+        ValueError: shapes that do not match, a target out of range, a statistic that cannot be had here.
+        RuntimeError: in backward with ``create_graph=True``.
+
+    Example:
+        >>> from dft_lightning import DFTLoss
+        >>> hidden, weight = torch.ones(3, 2, requires_grad=True), torch.zeros(4, 2)
+        >>> output = linear_token_loss(hidden, weight, torch.tensor([0, -100, 3]), DFTLoss(), normalizer=2)
+        >>> output.loss  # log(4) / 4, the mean of two equal tokens
+        tensor(0.3466, grad_fn=<OnePassBackward>)
+        >>> output.weight
+        tensor([0.2500, 0.2500])
+    """
+    needs = (*normalise_needs(loss.needs), *normalise_needs(statistics))
+    batch = _compact(hidden, weight, targets, bias, ignore_index, token_inputs, token_weight)
+    settings = _settings(
+        batch.hidden, weight, needs, batch.inputs, logit_scale, logit_softcap, chunk_bytes, type(loss).__name__
+    )
+    if loss.pointwise:
+        return one_pass(
+            batch.hidden, weight, bias, batch.targets, loss, settings, normalizer, batch.inputs, batch.weight, step
+        )
+    stats, correct = head_statistics(batch.hidden, weight, bias, batch.targets, settings)
+    stats = replace(stats, step=step, **batch.inputs)
+    losses, slope = token_loss_and_weight(loss, stats, batch.weight)
+    loss_sum = losses.sum()
+    return TokenOutput(
+        **detached(stats),
+        loss=loss_sum if normalizer is None else loss_sum / normalizer,
+        loss_sum=loss_sum.detach(),
+        weight=slope,
+        correct=correct,
+    )
+
+
+@torch.compiler.disable
+def linear_token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    statistics: Iterable[Statistic | str] = (),
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> TokenStats:
+    """Differentiable per-token statistics of a linear head, without holding its logits.
+
+    For what :func:`linear_token_loss` does not reduce: unreduced log-probabilities, an entropy bonus, losses over
+    several models. The logits are computed again in backward: four matrix products in all.
+
+    Args:
+        hidden: ``[n, H]``.
+        weight: ``[V, H]``.
+        targets: ``[n]`` class indices; those with ``ignore_index`` are left out of the result.
+        statistics: which fields of :class:`TokenStats` beyond ``log_prob``.
+        bias: ``[V]``.
+        logit_scale: see :func:`linear_token_loss`.
+        logit_softcap: see :func:`linear_token_loss`.
+        ignore_index: see :func:`linear_token_loss`.
+        chunk_bytes: see :func:`linear_token_loss`.
+
+    Returns:
+        ``log_prob`` and the statistics asked for, each ``[number of targets not ignored]``, in order.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`linear_token_loss`.
+
+    Example:
+        >>> hidden, weight = torch.ones(1, 2, requires_grad=True), torch.zeros(4, 2)
+        >>> stats = linear_token_statistics(hidden, weight, torch.tensor([1]), ["entropy"])
+        >>> stats.log_prob.exp().detach(), stats.entropy.exp().detach()
+        (tensor([0.2500]), tensor([4.]))
+    """
+    batch = _compact(hidden, weight, targets, bias, ignore_index, None, None)
+    needs = normalise_needs(statistics)
+    settings = _settings(batch.hidden, weight, needs, {}, logit_scale, logit_softcap, chunk_bytes, "the caller")
+    return head_statistics(batch.hidden, weight, bias, batch.targets, settings)[0]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The tokens that have a target."""
+
+    hidden: Tensor
+    targets: Tensor
+    inputs: dict[str, Tensor]
+    weight: Tensor | None
+
+
+def _compact(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    token_inputs: Mapping[str, Tensor] | None,
+    token_weight: Tensor | None,
+) -> _Batch:
+    inputs = dict(token_inputs or {})
+    _check_shapes(hidden, weight, targets, bias, {**inputs, "token_weight": token_weight})
+    targets = targets.long()
+    kept = (targets != ignore_index).nonzero().squeeze(-1)
+    if kept.numel() < targets.numel():
+        hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
+        inputs = {name: value.index_select(0, kept) for name, value in inputs.items()}
+        token_weight = None if token_weight is None else token_weight.index_select(0, kept)
+    wrong = (targets < 0) | (targets >= weight.shape[0])
+    if bool(wrong.any()):
+        raise ValueError(
+            f"target {int(targets[wrong][0])} is not a class index: it must lie in [0, {weight.shape[0]}) or be "
+            f"ignore_index ({ignore_index}); {int(wrong.sum())} of {targets.numel()} targets are out of range"
+        )
+    return _Batch(hidden, targets, inputs, token_weight)
+
+
+def _check_shapes(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, per_token: Mapping[str, Tensor | None]
+) -> None:
+    shapes = f"got hidden {list(hidden.shape)}, weight {list(weight.shape)}, targets {list(targets.shape)}"
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden must be [n, H] and weight [V, H], {shapes}")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets must be [n], one class index per hidden state, {shapes}")
+    if targets.is_floating_point() or targets.dtype == torch.bool:
+        raise TypeError(f"targets must be integers, got {targets.dtype}; soft targets need the logits: loss(logits, q)")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [V], got {list(bias.shape)}, {shapes}")
+    known = {field.name for field in fields(TokenStats)} - {"step", *_ALWAYS}
+    for name, value in per_token.items():
+        if value is None:
+            continue
+        if name not in known and name != "token_weight":
+            raise ValueError(f"token_inputs has {name!r}, which is none of {', '.join(sorted(known))}")
+        if value.shape != targets.shape:
+            raise ValueError(f"{name} must be [n], got {list(value.shape)}, {shapes}")
+        if value.requires_grad:
+            raise ValueError(f"no gradient flows into {name}: pass {name}.detach()")
+
+
+def _settings(
+    hidden: Tensor,
+    weight: Tensor,
+    needs: Iterable[Statistic],
+    inputs: Mapping[str, Tensor],
+    logit_scale: float,
+    logit_softcap: float | None,
+    chunk_bytes: int,
+    who: str,
+) -> HeadSettings:
+    wanted = set()
+    for need in needs:
+        if need.name in inputs or need.name in _ALWAYS:
+            continue
+        if need.name not in ENTRIES:
+            raise ValueError(
+                f"{who} needs {need!r}, which a linear head cannot compute: it has {', '.join([*_ALWAYS, *ENTRIES])}; "
+                "pass others in token_inputs"
+            )
+        wanted.add(need.name)
+    if chunk_bytes <= 0:
+        raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
+    return HeadSettings(
+        transform=LogitTransform(logit_scale, logit_softcap),
+        statistics=frozenset(wanted),
+        dtype=_product_dtype(hidden, weight),
+        chunk_bytes=chunk_bytes,
+    )
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype that ``torch.nn.functional.linear`` would compute in."""
+    if type(weight) is not Tensor and type(weight) is not torch.nn.Parameter:
+        raise TypeError(
+            f"weight is a {type(weight).__name__}: the head needs the whole weight as a plain tensor (call it inside "
+            "the forward of the sharded module, or gather the weight first)"
+        )
+    if not (hidden.is_floating_point() and weight.is_floating_point()):
+        raise TypeError(f"hidden and weight must be floating point, got {hidden.dtype} and {weight.dtype}")
+    if hidden.device != weight.device:
+        raise ValueError(f"hidden is on {hidden.device} and weight on {weight.device}")
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(kind)
+    if hidden.dtype != weight.dtype:
+        raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them, or use torch.autocast")
+    return hidden.dtype

@@ -1,0 +1,133 @@
+"""One pass for pointwise losses: logits, statistics, loss and gradients of a chunk while it is at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dft_lightning.losses.base import TokenLoss, loss_and_slopes
+from dft_lightning.losses.statistics import TokenStats, raised_dtype
+from dft_lightning.ops.backward import refuse_double_backward, scaled
+from dft_lightning.ops.kernels import kernels_for
+from dft_lightning.ops.output import TokenOutput
+from dft_lightning.ops.products import HeadProducts, Wanted, wanted_gradients
+from dft_lightning.ops.row_math import coefficients_of, moments_of, statistics_of
+from dft_lightning.ops.settings import HeadSettings
+
+
+@dataclass(frozen=True)
+class _Task:
+    """All that is not differentiated."""
+
+    targets: Tensor
+    loss: TokenLoss
+    settings: HeadSettings
+    normalizer: Tensor | float | None
+    inputs: dict[str, Tensor]
+    token_weight: Tensor | None
+    step: int
+    wanted: Wanted
+
+
+def one_pass(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    loss: TokenLoss,
+    settings: HeadSettings,
+    normalizer: Tensor | float | None,
+    inputs: dict[str, Tensor],
+    token_weight: Tensor | None,
+    step: int,
+) -> TokenOutput:
+    """Loss and statistics of ``n`` target tokens, gradients computed on the way."""
+    wanted = wanted_gradients(hidden, weight, bias)
+    task = _Task(targets, loss, settings, normalizer, inputs, token_weight, step, wanted)
+    names = sorted(settings.statistics)
+    value, loss_sum, slope, correct, log_prob, *rest = OnePass.apply(hidden, weight, bias, task)  # type: ignore[no-untyped-call]
+    return TokenOutput(
+        loss=value,
+        loss_sum=loss_sum,
+        weight=slope,
+        correct=correct,
+        log_prob=log_prob,
+        step=step,
+        **inputs,
+        **dict(zip(names, rest, strict=True)),
+    )
+
+
+class OnePass(torch.autograd.Function):
+    """Computes the gradients in forward, for an upstream gradient of 1, and scales them in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: _Task) -> tuple[Tensor, ...]:
+        settings = task.settings
+        with (
+            torch.autocast(hidden.device.type, enabled=False),
+            HeadProducts(hidden, weight, bias, settings.dtype, settings.chunk_bytes, task.wanted) as products,
+        ):
+            # half precision gets the normaliser before it rounds, so that backward need not round again; float16
+            # would lose small gradients to it
+            before = 1.0 if settings.dtype == torch.float16 else _inverse(task.normalizer)
+            kept = [_chunk(products, rows, task, before) for rows in products.chunks()]
+            gradients = (products.hidden_gradient, products.weight_gradient, products.bias_gradient)
+        per_token = _concatenate(kept, task, products.num_tokens)
+        losses = per_token.pop("losses")
+        loss_sum = losses.sum()
+        ctx.save_for_backward(*gradients)
+        ctx.after = _inverse(task.normalizer) / settings.float16_factor if settings.dtype == torch.float16 else 1.0
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        details = (loss_sum.clone(), *per_token.values())
+        ctx.mark_non_differentiable(*details)
+        return (loss_sum * _inverse(task.normalizer), *details)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        factor = upstream * ctx.after
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return (*(None if g is None else scaled(g, factor, dtype) for g, dtype in gradients), None)
+
+
+def _inverse(normalizer: Tensor | float | None) -> Tensor | float:
+    return 1.0 if normalizer is None else 1.0 / normalizer
+
+
+def _chunk(products: HeadProducts, rows: slice, task: _Task, before: Tensor | float) -> dict[str, Tensor]:
+    """Everything for one chunk; returns its per-token results."""
+    settings, targets = task.settings, task.targets[rows]
+    kernels = kernels_for(products.device, settings.dtype)
+    logits = products.logits(rows)
+    moments = kernels.row_moments(logits, targets, settings.transform, moments_of(settings.statistics))
+    values = statistics_of(moments, settings.statistics, products.vocabulary)
+    inputs = {name: value[rows] for name, value in task.inputs.items()}
+    token_weight = None if task.token_weight is None else task.token_weight[rows]
+    losses, slopes = loss_and_slopes(task.loss, TokenStats(step=task.step, **values, **inputs), token_weight)
+    if products.wanted:
+        coefficients = coefficients_of(slopes, values, products.vocabulary)
+        coefficients = coefficients.scaled(before).scaled(settings.float16_factor)
+        kernels.row_gradient_(
+            logits,
+            targets,
+            settings.transform,
+            moments.log_prob,
+            moments.log_normalizer,
+            coefficients,
+            products.bias_gradient,
+        )
+        products.add_gradients(rows, logits)
+    return {"losses": losses, "weight": -slopes["log_prob"], "correct": moments.correct, **values}
+
+
+def _concatenate(chunks: list[dict[str, Tensor]], task: _Task, num_tokens: int) -> dict[str, Tensor]:
+    """Per-token results of all tokens, in the order that ``one_pass`` unpacks."""
+    names = ["losses", "weight", "correct", "log_prob", *sorted(task.settings.statistics)]
+    if chunks:
+        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in names}
+    empty = torch.empty(0, dtype=raised_dtype(task.settings.dtype), device=task.targets.device)
+    return {name: empty.bool() if name == "correct" else empty.clone() for name in names}

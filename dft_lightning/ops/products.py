@@ -1,0 +1,203 @@
+"""The matrix products of a linear head, a chunk of tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dft_lightning.losses.statistics import raised_dtype
+from dft_lightning.ops.memory import empty
+from dft_lightning.ops.scratch import scratch
+
+# Weight-gradient rows whose half-precision product waits to be added to the accumulator (CPU).
+_TILE_BYTES = 16 * 2**20
+_ADD_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients are asked for; the products of the others are skipped."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    def __bool__(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wanted:
+    """What autograd will ask for."""
+    enabled = torch.is_grad_enabled()
+    return Wanted(*(enabled and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)))
+
+
+class HeadProducts:
+    """Logits of chunks of tokens into one reused buffer, and the two gradient products out of it.
+
+    Use as a context manager, which holds the buffers. Products run in ``dtype``; the weight's gradient is accumulated
+    in float32 for half precision.
+
+    Args:
+        hidden: ``[n, H]``.
+        weight: ``[V, H]``.
+        bias: ``[V]`` or ``None``.
+        dtype: of the products, that of autocast where it is on.
+        chunk_bytes: size of the buffer of logits.
+        wanted: the gradients to accumulate.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        chunk_bytes: int,
+        wanted: Wanted,
+    ) -> None:
+        self._hidden, self._weight, self._bias = hidden, weight, bias
+        self._dtype = dtype
+        self.device = hidden.device
+        self.wanted = wanted
+        self.num_tokens, self.vocabulary = hidden.shape[0], weight.shape[0]
+        self._chunk = _even_chunk(self.num_tokens, max(1, chunk_bytes // (self.vocabulary * dtype.itemsize)))
+        self._stack = ExitStack()
+        self._started = False
+        self.hidden_gradient: Tensor | None = None
+        self.weight_gradient: Tensor | None = None
+        self.bias_gradient: Tensor | None = None
+
+    def __enter__(self) -> HeadProducts:
+        with self._stack:
+            self._logits = self._scratch("logits", (self._chunk, self.vocabulary))
+            self._cast_weight = self._cast("weight", self._weight)
+            self._cast_bias = None if self._bias is None else self._bias.to(self._dtype)
+            if self.wanted:
+                self._make_gradients()
+            self._exit = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._exit.close()
+
+    def _scratch(self, role: str, shape: tuple[int, ...]) -> Tensor:
+        return self._stack.enter_context(scratch(role, shape, self._dtype, self.device))
+
+    def _cast(self, role: str, tensor: Tensor) -> Tensor:
+        if tensor.dtype == self._dtype:
+            return tensor
+        return self._scratch(role, tuple(tensor.shape)).copy_(tensor)
+
+    def _make_gradients(self) -> None:
+        raised = raised_dtype(self._dtype)
+        if self.wanted.hidden:
+            # Only an accelerator's product can leave float32 behind; elsewhere the hidden states' own dtype is as good.
+            dtype = raised if self.device.type == "cuda" else self._hidden.dtype
+            self.hidden_gradient = empty(self._hidden.shape, dtype, self.device)
+        if self.wanted.weight:
+            # A single chunk has nothing to accumulate: the product itself sums in float32 and rounds once.
+            single = self.device.type == "cpu" and self._chunk == self.num_tokens and self._rounds_weight_gradient
+            self.weight_gradient = empty(self._weight.shape, self._dtype if single else raised, self.device)
+            if self.num_tokens == 0:
+                self.weight_gradient.zero_()
+        if self.wanted.bias:
+            self.bias_gradient = torch.zeros(self.vocabulary, dtype=raised, device=self.device)
+
+    @property
+    def _rounds_weight_gradient(self) -> bool:
+        """Whether the weight's gradient ends in the dtype of the products."""
+        return self._weight.dtype == self._dtype
+
+    def chunks(self) -> Iterator[slice]:
+        """Slices of tokens, all but the last of one size."""
+        for start in range(0, self.num_tokens, self._chunk):
+            yield slice(start, min(self.num_tokens, start + self._chunk))
+
+    def logits(self, rows: slice) -> Tensor:
+        """``[c, V]`` logits of a chunk, valid until the next call."""
+        out = self._logits[: rows.stop - rows.start]
+        hidden, weight = self._hidden[rows].to(self._dtype), self._cast_weight.t()
+        if self._cast_bias is None:
+            return torch.mm(hidden, weight, out=out)
+        return torch.addmm(self._cast_bias, hidden, weight, out=out)
+
+    def add_gradients(self, rows: slice, logit_gradient: Tensor) -> None:
+        """Add what a chunk's ``[c, V]`` gradient with respect to its logits contributes."""
+        if self.hidden_gradient is not None:
+            _product(logit_gradient, self._cast_weight, out=self.hidden_gradient[rows])
+        if self.weight_gradient is not None:
+            hidden = self._hidden[rows].to(self._dtype)
+            # A product rounded to half precision is as good as a float32 gradient needs (torch's own autocast rounds
+            # too), but a sum of rounded products that is rounded again is not: there the rest is added as well.
+            exact = self._rounds_weight_gradient
+            _accumulate(self.weight_gradient, logit_gradient.t(), hidden, add=self._started, exact=exact)
+        self._started = True
+
+
+def _even_chunk(n: int, largest: int) -> int:
+    """Chunks of nearly one size: a last one of a few tokens would cost as much as a full one."""
+    chunks = -(-n // largest)
+    even = -(-n // max(chunks, 1))
+    rounded = -(-even // 64) * 64  # the product's own blocking
+    return max(1, min(rounded, largest, n))
+
+
+def _product(a: Tensor, b: Tensor, *, out: Tensor) -> None:
+    """``out = a @ b``, without rounding to the inputs' dtype first where the device can."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif a.device.type == "cuda":
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        with scratch("product", (a.shape[0], b.shape[1]), a.dtype, a.device) as rounded:
+            out.copy_(torch.mm(a, b, out=rounded))
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, add: bool, exact: bool) -> None:
+    """``total += a @ b`` (``total = a @ b`` where not ``add``).
+
+    Where the device can only give the product rounded to half precision, ``exact`` adds what rounding took off, at the
+    cost of a second product.
+    """
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=int(add), out=total)
+    elif a.device.type == "cuda":
+        torch.addmm(total if add else total.zero_(), a, b, out_dtype=total.dtype, out=total)
+    else:
+        _accumulate_tiles(total, a, b, add=add, exact=exact)
+
+
+def _accumulate_tiles(total: Tensor, a: Tensor, b: Tensor, *, add: bool, exact: bool) -> None:
+    """In tiles, so that a rounded product never leaves the cache."""
+    width = b.shape[1]
+    tile = max(1, min(total.shape[0], _TILE_BYTES // (width * a.dtype.itemsize)))
+    with (
+        scratch("product", (tile, width), a.dtype, a.device) as product,
+        scratch("remainder", (tile, width), a.dtype, a.device) as remainder,
+    ):
+        for start in range(0, total.shape[0], tile):
+            target = total[start : start + tile]
+            factor = a[start : start + tile]
+            rounded = torch.mm(factor, b, out=product[: len(target)])
+            if add:
+                _add_(target, rounded)
+            else:
+                target.copy_(rounded)
+            if exact:
+                # The product again, minus its rounded self: summed in float32 inside, rounded where it is small.
+                rest = torch.neg(rounded, out=remainder[: len(target)])
+                _add_(target, torch.addmm(rest, factor, b, out=rest))
+
+
+def _add_(total: Tensor, addend: Tensor) -> None:
+    """``total += addend`` of a narrower dtype, of which torch would make a copy in memory first."""
+    step = max(1, _ADD_BYTES // (total.shape[1] * total.dtype.itemsize))
+    with scratch("addend", (step, total.shape[1]), total.dtype, total.device) as piece:
+        for row in range(0, len(total), step):
+            part = addend[row : row + step]
+            total[row : row + step].add_(piece[: len(part)].copy_(part))

@@ -1,0 +1,96 @@
+"""Differentiable statistics of a linear head; the logits are computed again in backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dft_lightning.losses.statistics import TokenStats, raised_dtype
+from dft_lightning.ops.backward import refuse_double_backward, scaled
+from dft_lightning.ops.kernels import kernels_for
+from dft_lightning.ops.products import HeadProducts, Wanted
+from dft_lightning.ops.row_math import Moments, coefficients_of, moments_of, statistics_of
+from dft_lightning.ops.settings import HeadSettings
+
+
+def head_statistics(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: HeadSettings
+) -> tuple[TokenStats, Tensor]:
+    """Statistics of ``n`` target tokens, differentiable, and whether each target is the argmax."""
+    correct, log_prob, *rest = _Statistics.apply(hidden, weight, bias, targets, settings)  # type: ignore[no-untyped-call]
+    return TokenStats(log_prob=log_prob, **dict(zip(sorted(settings.statistics), rest, strict=True))), correct
+
+
+class _Statistics(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: HeadSettings
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        nothing = Wanted(False, False, False)
+        with (
+            torch.autocast(hidden.device.type, enabled=False),
+            HeadProducts(hidden, weight, bias, settings.dtype, settings.chunk_bytes, nothing) as products,
+        ):
+            kernels = kernels_for(products.device, settings.dtype)
+            wanted = moments_of(settings.statistics)
+            chunks = [
+                kernels.row_moments(products.logits(rows), targets[rows], settings.transform, wanted)
+                for rows in products.chunks()
+            ]
+        moments = _concatenate(chunks, wanted, settings.dtype, hidden.device)
+        values = statistics_of(moments, settings.statistics, weight.shape[0])
+        ctx.save_for_backward(hidden, weight, bias, targets, moments.log_prob, moments.log_normalizer, *values.values())
+        ctx.settings, ctx.names = settings, list(values)
+        ctx.mark_non_differentiable(moments.correct)
+        # log_prob is saved as well: an output that autograd sees must be another tensor
+        return moments.correct, *(value.clone() for value in values.values())
+
+    @staticmethod
+    def backward(ctx: Any, _: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        hidden, weight, bias, targets, log_prob, log_normalizer, *saved = ctx.saved_tensors
+        settings = ctx.settings
+        values = dict(zip(ctx.names, saved, strict=True))
+        slopes = {name: u for name, u in zip(ctx.names, upstream, strict=True) if u is not None}
+        slopes.setdefault("log_prob", torch.zeros_like(log_prob))
+        wanted = Wanted(*ctx.needs_input_grad[:3])
+        with (
+            torch.autocast(hidden.device.type, enabled=False),
+            HeadProducts(hidden, weight, bias, settings.dtype, settings.chunk_bytes, wanted) as products,
+        ):
+            kernels = kernels_for(products.device, settings.dtype)
+            for rows in products.chunks():
+                logits = products.logits(rows)
+                coefficients = coefficients_of(
+                    {name: slope[rows] for name, slope in slopes.items()},
+                    {name: value[rows] for name, value in values.items()},
+                    products.vocabulary,
+                ).scaled(settings.float16_factor)
+                kernels.row_gradient_(
+                    logits,
+                    targets[rows],
+                    settings.transform,
+                    log_prob[rows],
+                    log_normalizer[rows],
+                    coefficients,
+                    products.bias_gradient,
+                )
+                products.add_gradients(rows, logits)
+        gradients = (products.hidden_gradient, products.weight_gradient, products.bias_gradient)
+        dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        factor = 1 / settings.float16_factor
+        scaled_gradients = (
+            None if g is None else scaled(g, factor, dtype) for g, dtype in zip(gradients, dtypes, strict=True)
+        )
+        return (*scaled_gradients, None, None)
+
+
+def _concatenate(chunks: list[Moments], wanted: frozenset[str], dtype: torch.dtype, device: torch.device) -> Moments:
+    names = ["log_prob", "log_normalizer", "correct", *sorted(wanted)]
+    if chunks:
+        return Moments(**{name: torch.cat([getattr(chunk, name) for chunk in chunks]) for name in names})
+    empty = torch.empty(0, dtype=raised_dtype(dtype), device=device)
+    return Moments(**{name: empty.bool() if name == "correct" else empty for name in names})

@@ -1,0 +1,39 @@
+"""What a call of the linear head is asked to do, apart from its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dft_lightning.ops.transform import LogitTransform
+
+# 2048 tokens of a vocabulary of 150,000 in half precision. Within one chunk nothing is accumulated; every further one
+# reads and writes the weight's gradient once more.
+DEFAULT_CHUNK_BYTES = 640 * 2**20
+
+# A half-precision gradient of logits is between -1 and 1 times the loss's slope, and 5e-8 and less is 0 in float16.
+# This factor goes on before rounding and off in float32. It leaves room for slopes up to 255.
+_FLOAT16_FACTOR = 256.0
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """Options of a linear head.
+
+    Attributes:
+        transform: what the model does to the product.
+        statistics: names in ``ENTRIES`` to compute.
+        dtype: of the matrix products.
+        chunk_bytes: size of the buffer of logits.
+    """
+
+    transform: LogitTransform
+    statistics: frozenset[str]
+    dtype: torch.dtype
+    chunk_bytes: int
+
+    @property
+    def float16_factor(self) -> float:
+        """What gradients of logits are multiplied by while they are in the products' dtype."""
+        return _FLOAT16_FACTOR if self.dtype == torch.float16 else 1.0

@@ -1,0 +1,157 @@
+"""Row statistics and the in-place gradient in plain torch, a few rows at a time.
+
+Rows go through a block of float32 (float64 for float64 logits) that stays in the processor's cache: elementwise work
+in memory would cost as much as the matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from dft_lightning.losses.statistics import raised_dtype
+from dft_lightning.ops.row_math import Coefficients, Moments
+from dft_lightning.ops.scratch import scratch
+from dft_lightning.ops.transform import LogitTransform
+
+# Half of the second-level cache of two current cores; an accelerator wants few launches instead.
+_BLOCK_BYTES = {"cpu": 2 * 2**20}
+_BLOCK_BYTES_ELSEWHERE = 64 * 2**20
+
+
+def row_moments(logits: Tensor, targets: Tensor, transform: LogitTransform, wanted: frozenset[str]) -> Moments:
+    """Moments of each row.
+
+    Args:
+        logits: ``[n, V]`` before the transform, contiguous rows, any floating dtype; not changed.
+        targets: ``[n]`` class indices.
+        transform: what makes the model's logits of these.
+        wanted: optional fields of :class:`Moments` to compute.
+    """
+    dtype = raised_dtype(logits.dtype)
+    n = logits.shape[0]
+    out = {name: logits.new_empty(n, dtype=dtype) for name in ("log_prob", "log_normalizer", *sorted(wanted))}
+    correct = torch.empty(n, dtype=torch.bool, device=logits.device)
+    copies = 2 if "sum_p_log_p" in wanted else 1
+    with _block(logits, dtype, copies) as blocks:
+        for rows in _row_slices(n, blocks.shape[1]):
+            z = blocks[0, : rows.stop - rows.start]
+            transform.apply_(z.copy_(logits[rows]))
+            correct[rows] = _block_moments(z, blocks, targets[rows], {name: value[rows] for name, value in out.items()})
+    return Moments(correct=correct, **out)
+
+
+def _block_moments(z: Tensor, blocks: Tensor, targets: Tensor, out: dict[str, Tensor]) -> Tensor:
+    """Fill the moments of one block, whose logits are destroyed; returns ``correct``."""
+    index = targets.unsqueeze(-1)
+    target_logit = z.gather(-1, index).squeeze(-1)
+    if "sum_logits" in out:
+        torch.sum(z, -1, out=out["sum_logits"])
+    # From here on over the other classes alone: the textbook z_y - logsumexp(z) has no digits of 1 - p near p = 1.
+    # The lowest finite value and not -inf, so that a row without other classes stays finite.
+    lowest = torch.finfo(z.dtype).min
+    z.scatter_(-1, index, lowest)
+    highest = z.amax(-1)
+    correct = _first_largest(z, target_logit, highest, targets)
+    z.sub_(highest.unsqueeze(-1))
+    exp = z.exp_() if "sum_p_log_p" not in out else torch.exp(z, out=blocks[1, : z.shape[0]])
+    sum_exp = exp.sum(-1)
+    others = highest + sum_exp.log()
+    log_normalizer = torch.logaddexp(others, target_logit)
+    out["log_prob"].copy_(logsigmoid(target_logit - others))
+    out["log_normalizer"].copy_(log_normalizer)
+    shift = highest - log_normalizer
+    if "sum_p_log_p" in out:
+        weighted = z.clamp_(min=lowest).mul_(exp).sum(-1)  # a banned class (logit -inf) has p log p = 0
+        out["sum_p_log_p"].copy_(shift.exp() * (weighted + shift.clamp(min=lowest) * sum_exp))
+    if "sum_p_squared" in out:
+        out["sum_p_squared"].copy_((2 * shift).exp() * exp.square_().sum(-1))
+    return correct
+
+
+def _first_largest(z: Tensor, target_logit: Tensor, highest: Tensor, targets: Tensor) -> Tensor:
+    """Whether the target is what argmax would return, ``highest`` being the largest of the others."""
+    correct = target_logit > highest
+    tied = target_logit == highest
+    if z.device.type != "cpu":
+        return correct | (tied & (targets < z.argmax(-1)))
+    if bool(tied.any()):  # on the CPU the question costs nothing, and ties are rare
+        correct[tied] = targets[tied] < z[tied].argmax(-1)
+    return correct
+
+
+def row_gradient_(
+    logits: Tensor,
+    targets: Tensor,
+    transform: LogitTransform,
+    log_prob: Tensor,
+    log_normalizer: Tensor,
+    coefficients: Coefficients,
+    bias_gradient: Tensor | None,
+) -> None:
+    """Turn logits into the gradient with respect to them, in place.
+
+    Args:
+        logits: ``[n, V]`` before the transform.
+        targets: ``[n]`` class indices.
+        transform: what makes the model's logits of these; its derivative is part of the gradient.
+        log_prob: of the targets.
+        log_normalizer: ``logsumexp`` of the model's logits.
+        coefficients: of the gradient with respect to the model's logits.
+        bias_gradient: ``[V]``, float32 or float64: the sum over the rows is added to it.
+    """
+    dtype = raised_dtype(logits.dtype)
+    coefficients = coefficients.scaled(transform.scale)
+    at_target = coefficients.target_gradient(log_prob).unsqueeze(-1)
+    linear = coefficients.off_target_linear()
+    only_linear = coefficients.log_linear is None and coefficients.quadratic is None
+    copies = 1 + (not only_linear) + (transform.softcap is not None)
+    with _block(logits, dtype, copies) as blocks:
+        for rows in _row_slices(logits.shape[0], blocks.shape[1]):
+            block = blocks[:, : rows.stop - rows.start]
+            z = transform.apply_(block[0].copy_(logits[rows]))
+            if transform.softcap is not None:
+                transform.cap_derivative(z, out=block[-1])
+            z.sub_(log_normalizer[rows].unsqueeze(-1))
+            if only_linear:
+                z.exp_().mul_(linear[rows].unsqueeze(-1))
+            else:
+                _times_polynomial_(z, block[1], coefficients, linear, rows)
+            if coefficients.constant is not None:
+                z.add_(coefficients.constant[rows].unsqueeze(-1))
+            z.scatter_(-1, targets[rows].unsqueeze(-1), at_target[rows])
+            if transform.softcap is not None:
+                z.mul_(block[-1])
+            if bias_gradient is not None:
+                bias_gradient.add_(z.sum(0))
+            logits[rows].copy_(z)
+
+
+def _times_polynomial_(z: Tensor, p: Tensor, coefficients: Coefficients, linear: Tensor, rows: slice) -> None:
+    """``z`` from ``log p`` to ``p (linear + log_linear log p + quadratic p)``."""
+    torch.exp(z, out=p)
+    if coefficients.log_linear is None:
+        z.zero_()
+    else:
+        z.clamp_(min=torch.finfo(z.dtype).min / 2**20).mul_(coefficients.log_linear[rows].unsqueeze(-1))
+    z.add_(linear[rows].unsqueeze(-1))
+    if coefficients.quadratic is not None:
+        z.addcmul_(p, coefficients.quadratic[rows].unsqueeze(-1))
+    z.mul_(p)
+
+
+def _block(logits: Tensor, dtype: torch.dtype, copies: int):  # type: ignore[no-untyped-def]
+    """``[copies, rows, V]`` of scratch that together fit the budget."""
+    n, vocabulary = logits.shape
+    budget = _BLOCK_BYTES.get(logits.device.type, _BLOCK_BYTES_ELSEWHERE)
+    # In fours, so that threads share a block evenly.
+    rows = min(n, max(4, budget // (copies * vocabulary * dtype.itemsize) // 4 * 4))
+    return scratch("rows", (copies, rows, vocabulary), dtype, logits.device)
+
+
+def _row_slices(n: int, rows: int) -> Iterator[slice]:
+    for start in range(0, n, rows):
+        yield slice(start, min(n, start + rows))

@@ -1,0 +1,294 @@
+"""CausalLMModule with the fused head: the model's own numbers, found or refused."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from conftest import TINY_LLAMA, TINY_QWEN2, shared
+from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss, TokenLoss
+from dft_lightning.errors import InputError
+from dft_lightning.modules import head as head_module
+from dft_lightning.modules.loading import load_causal_lm
+from small_runs import TINY_GPT2, trainer
+from test_module import loader
+
+# A wide initialisation: logits must be large enough that a missed scale or cap shows.
+SMALL = {**TINY_LLAMA, "initializer_range": 0.5}
+RECURRENT = {"model_type": "recurrent_gemma", "logits_soft_cap": 2.0, "w_init_variance_scale": 9.0}
+RECURRENT |= {key: value for key, value in TINY_LLAMA.items() if key not in ("model_type", "max_position_embeddings")}
+ARCHITECTURES = {
+    "llama": SMALL,
+    "llama, untied": {**SMALL, "tie_word_embeddings": False},
+    "qwen2": {**SMALL, "model_type": "qwen2"},
+    "qwen3": {**SMALL, "model_type": "qwen3", "head_dim": 4},
+    "gemma2": {**SMALL, "model_type": "gemma2", "head_dim": 4, "final_logit_softcapping": 2.0},
+    "gemma3": {**SMALL, "model_type": "gemma3_text", "head_dim": 4, "final_logit_softcapping": 2.0},
+    "gemma3, no cap": {**SMALL, "model_type": "gemma3_text", "head_dim": 4},
+    "mistral": {**SMALL, "model_type": "mistral"},
+    "cohere": {**SMALL, "model_type": "cohere", "logit_scale": 0.3},
+    "cohere2": {**SMALL, "model_type": "cohere2", "logit_scale": 0.3},
+    "granite": {**SMALL, "model_type": "granite", "logits_scaling": 3.0},
+    "gpt2": {**TINY_GPT2, "initializer_range": 0.5},
+    "phi": {**SMALL, "model_type": "phi", "tie_word_embeddings": False},  # its head has a bias
+    "phi3": {**SMALL, "model_type": "phi3", "pad_token_id": 0},
+    "olmo2": {**SMALL, "model_type": "olmo2"},
+    "nanochat": {**SMALL, "model_type": "nanochat", "final_logit_softcapping": 2.0},
+    "falcon_h1": {**SMALL, "model_type": "falcon_h1", "lm_head_multiplier": 0.3, "mamba_d_ssm": 16, "mamba_n_heads": 2},
+    "recurrent_gemma": RECURRENT,
+    "vaultgemma": {**SMALL, "model_type": "vaultgemma", "head_dim": 4, "final_logit_softcapping": 2.0},
+    "granitemoe": {**SMALL, "model_type": "granitemoe", "logits_scaling": 3.0},
+}
+
+
+def both(config, batch, *, train=True, **options):
+    """Output and whole gradient with the fused head and with the model's own logits."""
+    results = []
+    for kind in ("fused", "full"):
+        pl.seed_everything(0, verbose=False)
+        module = CausalLMModule(config, head=kind, **options)
+        module.configure_model()
+        torch.manual_seed(1)  # dropout
+        output = module.token_output(batch, statistics=["entropy"])
+        gradient = None
+        if train:
+            output.loss.backward()
+            gradient = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+        results.append((output, gradient))
+    return results
+
+
+def assert_agree(config, tolerance=1e-5, **options):
+    batch = next(iter(loader()))
+    (fused, fused_gradient), (full, full_gradient) = both(config, batch, **options)
+    for name in ("loss", "log_prob", "weight", "entropy"):
+        torch.testing.assert_close(getattr(fused, name), getattr(full, name), rtol=tolerance, atol=tolerance)
+    assert torch.equal(fused.correct, full.correct)
+    assert (fused_gradient - full_gradient).norm() < tolerance * full_gradient.norm()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_statistics_and_gradient_are_those_of_the_models_own_logits(name):
+    assert_agree(ARCHITECTURES[name], loss=FocalLoss(2.0))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "granite"])
+def test_scale_and_cap_matter_in_the_test_above(name, monkeypatch):
+    monkeypatch.setattr(head_module, "_SCALE", {})
+    monkeypatch.setattr(head_module, "_SOFTCAP", {})
+    with pytest.raises(InputError, match=rf"reproduce {name}'s own log-probabilities.*model.head: full"):
+        assert_agree(ARCHITECTURES[name], loss=FocalLoss(2.0))
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"dtype": "float64"}], ids=str)
+@pytest.mark.parametrize("loss", [CrossEntropyLoss(0.1), DFTLoss()], ids=repr)
+def test_options_of_the_module(loss, options):
+    assert_agree(SMALL, loss=loss, **options)
+
+
+def test_dropout_is_the_same_with_and_without_the_check():
+    assert_agree({**TINY_GPT2, "resid_pdrop": 0.5, "initializer_range": 0.5}, loss=DFTLoss())
+
+
+class WholeSequence(TokenLoss):
+    """A loss that reads all tokens of its sequence."""
+
+    pointwise = False
+    needs = ("sequence_index",)
+
+    def token_loss(self, stats):
+        sums = torch.zeros(2, dtype=stats.log_prob.dtype).index_add(0, stats.sequence_index, stats.log_prob)
+        return -(sums / 5)[stats.sequence_index].exp() * stats.log_prob
+
+
+def test_sequences_are_known_to_losses_that_need_them():
+    assert_agree(SMALL, loss=WholeSequence())
+
+
+# -- mixtures of experts ---------------------------------------------------------------------------------------------
+
+
+MIXTRAL = {**SMALL, "model_type": "mixtral", "num_local_experts": 4, "router_aux_loss_coef": 0.3}
+
+
+@pytest.mark.parametrize("kind", ["fused", "full"])
+def test_auxiliary_loss_is_added_as_the_model_defines_it(kind):
+    module = CausalLMModule({**MIXTRAL, "output_router_logits": True}, head=kind)
+    module.configure_model()
+    plain = CausalLMModule(MIXTRAL, head=kind)
+    plain.model = module.model
+    batch = next(iter(loader()))
+    expected = module.model(**batch)
+    assert expected.aux_loss > 0
+    output = module.token_output(batch, normalizer=8.0)
+    count = len(output.log_prob)
+    assert output.loss.item() * 8 / count == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert output.loss_sum.item() / count == pytest.approx(expected.loss.item(), rel=1e-5)
+    own = torch.autograd.grad(output.loss * 8 / count, list(module.parameters()))
+    reference = torch.autograd.grad(expected.loss, list(module.parameters()))
+    own, reference = (torch.cat([g.flatten() for g in gradients]) for gradients in (own, reference))
+    assert (own - reference).norm() < 1e-5 * reference.norm()
+    module.model.config.output_router_logits = False  # the model's default: no such loss
+    assert module.token_output(batch).loss.item() == pytest.approx(-output.log_prob.sum().item(), rel=1e-5)
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+class Losses(CausalLMModule):
+    """Keeps the objective of every step."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.seen.append(float(self.train_telemetry.tokens.loss_sum / self.train_telemetry.tokens.targets))
+        self.train_telemetry.tokens.reset()
+        return loss
+
+
+def losses_of(folder, kind, steps, dtype):
+    pl.seed_everything(0, verbose=False)
+    module = Losses(folder, loss=DFTLoss(), head=kind, dtype=dtype, learning_rate=1e-3)
+    module.seen = []
+    precision = "64-true" if dtype == "float64" else "32-true"
+    trainer(max_steps=steps, max_epochs=-1, precision=precision).fit(module, loader(vocabulary=500))
+    return torch.tensor(module.seen, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("dtype", "steps", "tolerance"), [("float64", 50, 1e-9), ("float32", 10, 1e-5)])
+def test_training_is_that_with_full_logits(dtype, steps, tolerance):
+    """stories260K, a real model: the objective of every step."""
+    folder = str(shared("models/stories260K"))
+    fused, full = (losses_of(folder, kind, steps, dtype) for kind in ("fused", "full"))
+    assert len(fused) == steps
+    assert (fused - full).abs().max() < tolerance
+    assert fused.unique().numel() == steps  # they are the steps' own
+
+
+def test_frozen_head_and_frozen_backbone():
+    for config in (TINY_QWEN2, SMALL):
+        batch = next(iter(loader()))
+        gradients = []
+        for kind in ("fused", "full"):
+            pl.seed_everything(0, verbose=False)
+            module = CausalLMModule(config, loss=DFTLoss(), head=kind)
+            module.configure_model()
+            module.model.requires_grad_(config is SMALL)
+            module.model.lm_head.weight.requires_grad_(config is not SMALL)
+            module.token_output(batch).loss.backward()
+            gradients.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
+        assert gradients[0].keys() == gradients[1].keys() != set()
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_mixed_trains_float32_weights():
+    """Under autocast the head's gradient is that of the model's own logits, as far as bfloat16 goes."""
+    batch = next(iter(loader()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (fused, own), (full, reference) = both(SMALL, batch, loss=DFTLoss(), train=False)
+        torch.testing.assert_close(fused.log_prob, full.log_prob, rtol=0.02, atol=0.05)
+    assert own is reference is None
+    run = trainer(precision="bf16-mixed", max_steps=3)
+    module = CausalLMModule(SMALL, loss=DFTLoss())
+    run.fit(module, loader())
+    assert all((p.dtype == torch.float32 and p.grad is None) or p.isfinite().all() for p in module.parameters())
+
+
+# -- what the fused head cannot do is refused ------------------------------------------------------------------------
+
+
+def refused(match, module, batch=None):
+    module.configure_model()
+    with pytest.raises(InputError, match=match):
+        module.token_output(batch or next(iter(loader())))
+
+
+def test_a_head_that_does_something_else_is_refused():
+    class Own(CausalLMModule):
+        def build_model(self):
+            model = load_causal_lm(SMALL)
+            forward = model.forward
+
+            def with_bonus(**inputs):
+                output = forward(**inputs)
+                output.logits = output.logits + output.logits.square() / 10
+                return output
+
+            model.forward = with_bonus
+            return model
+
+    refused(r"does not reproduce llama's own log-probabilities.*set model.head: full", Own("own"))
+    module = Own("own", head="full")
+    module.configure_model()
+    assert module.token_output(next(iter(loader()))).loss > 0
+
+
+def test_a_head_that_is_called_twice_is_refused():
+    class Own(CausalLMModule):
+        def build_model(self):
+            model = load_causal_lm(SMALL)
+            backbone = model.model.forward
+
+            def twice(**inputs):
+                output = backbone(**inputs)
+                model.lm_head(output.last_hidden_state)
+                return output
+
+            model.model.forward = twice
+            return model
+
+    refused("called its output layer 2 times.*head: full", Own("own"))
+
+
+def test_an_adapter_on_the_head_is_refused():
+    class Adapter(torch.nn.Module):  # as peft wraps layers
+        def __init__(self, layer):
+            super().__init__()
+            self.base_layer = layer
+
+        weight = property(lambda self: self.base_layer.weight)
+
+        def forward(self, hidden):
+            return self.base_layer(hidden)
+
+    class Own(CausalLMModule):
+        def build_model(self):
+            model = load_causal_lm(SMALL)
+            model.lm_head = Adapter(model.lm_head)
+            return model
+
+    refused("an adapter on it would not be trained.*head: full", Own("own"))
+
+
+def test_an_overridden_forward_is_refused():
+    class Own(CausalLMModule):
+        def forward(self, input_ids, attention_mask=None):
+            return 2 * super().forward(input_ids, attention_mask)
+
+    with pytest.raises(ValueError, match=r"Own overrides forward.*head: full"):
+        Own(SMALL)
+    batch = next(iter(loader()))
+    outputs = []
+    for cls in (Own, CausalLMModule):
+        pl.seed_everything(0, verbose=False)
+        module = cls(SMALL, head="full")
+        module.configure_model()
+        outputs.append(module.token_output(batch).loss)
+    assert outputs[0] != outputs[1]
+
+
+def test_unknown_head_is_refused():
+    with pytest.raises(ValueError, match="head must be 'fused' or 'full', got 'liger'"):
+        CausalLMModule(SMALL, head="liger")
+
+
+def test_the_model_is_as_it_was_after_the_fused_head():
+    module = CausalLMModule(SMALL)
+    module.configure_model()
+    batch = next(iter(loader()))
+    before = module.model(**batch).logits
+    module.token_output(batch)
+    assert "forward" not in module.model.lm_head.__dict__
+    assert not module.model.lm_head._forward_pre_hooks
+    assert torch.equal(module(batch["input_ids"], batch["attention_mask"]), before)

@@ -1,0 +1,27 @@
+"""Run by test_linear_head: compiles every variant of the CUDA kernels to machine code, without a GPU."""
+
+from __future__ import annotations
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dft_lightning.ops import triton_kernels
+
+
+def compiled(kernel, logits: str, flags: bool) -> str:
+    """Name, and the kinds of code that came out."""
+    known = {"logits": logits, "row_stride": "i64", "targets": "*i64", "correct": "*i1"}
+    known |= {"vocabulary": "i32", "scale": "fp32", "softcap": "fp32"}
+    constants = {name: 4096 if name == "BLOCK" else flags for name in kernel.arg_names if name.isupper()}
+    signature = {name: "constexpr" if name in constants else known.get(name, "*fp32") for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    return f"{kernel.__name__} {logits} {flags} {' '.join(result.asm)}"
+
+
+if __name__ == "__main__":
+    for logits in ("*bf16", "*fp16", "*fp32"):
+        for flags in (True, False):
+            print(compiled(triton_kernels._moments_kernel, logits, flags))
+            print(compiled(triton_kernels._gradient_kernel, logits, flags))
