@@ -21,7 +21,7 @@ from dft_lightning.losses import CrossEntropyLoss, TokenLoss, require_default_fo
 from dft_lightning.metrics import AnswerExtractor, ExactMatch, LastNumber, TokenMetrics
 from dft_lightning.modules.batch_loss import full_batch_loss, fused_batch_loss
 from dft_lightning.modules.generation import GenerationOptions, decode_completions, generate
-from dft_lightning.modules.head import WAY_OUT, LanguageModelHead, check_head, find_head
+from dft_lightning.modules.head import WAY_OUT, check_head, find_head
 from dft_lightning.modules.loading import DType, load_causal_lm
 from dft_lightning.modules.optimization import (
     Schedule,
@@ -258,18 +258,10 @@ class CausalLMModule(pl.LightningModule):
         if self.hparams["head"] == "full":
             return full_batch_loss(self.model, self, batch, self.loss, options)
         head = find_head(self.model)
-        self._check_head(self.model, head, batch)
+        if not self._head_checked:  # here and not at start-up, where a sharded model cannot be run
+            check_head(self.model, head)
+            self._head_checked = True
         return fused_batch_loss(self.model, head, batch, self.loss, options)
-
-    def _check_head(self, model: nn.Module, head: LanguageModelHead, batch: Batch) -> None:
-        """On 8 tokens of the first batch: here and not at start-up, where a sharded model cannot be run."""
-        tokens = 9
-        if self._head_checked or batch["input_ids"].shape[1] < 2 or len(batch["input_ids"]) == 0:
-            return
-        mask = batch.get("attention_mask")
-        mask = None if mask is None else mask[:1, :tokens]
-        check_head(model, head, batch["input_ids"][:1, :tokens], attention_mask=mask, use_cache=False)
-        self._head_checked = True
 
     # -- training ----------------------------------------------------------------------------------------------
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dft_lightning.errors import InputError
+from dft_lightning.errors import InputError, one_line
 from dft_lightning.ops import linear_token_statistics
+from dft_lightning.ops.transform import LogitTransform
 
 WAY_OUT = "set model.head: full, which trains on the model's own logits"
 
@@ -48,7 +49,7 @@ class LanguageModelHead:
         logit_softcap: see :func:`~dft_lightning.ops.linear_token_loss`.
     """
 
-    layer: nn.Module
+    layer: nn.Linear
     logit_scale: float
     logit_softcap: float | None
 
@@ -75,13 +76,18 @@ def find_head(model: nn.Module) -> LanguageModelHead:
             f"model: {type(model).__name__} shows the fused head no output layer, neither by get_output_embeddings() "
             f"nor as lm_head: define one of them, or {WAY_OUT}"
         )
-    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+    changed = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward or changed:
         raise InputError(
-            f"model: the output layer is a {type(layer).__module__}.{type(layer).__qualname__}, which the fused head "
-            f"would bypass (an adapter on it would not be trained): leave it out of the adapter, or {WAY_OUT}"
+            f"model: the output layer is a {type(layer).__module__}.{type(layer).__qualname__} whose forward is "
+            "wrapped or hooked, which the fused head would bypass (an adapter on it would not be trained): leave it "
+            f"out of the adapter or wrapper, or {WAY_OUT}"
         )
-    if not layer.weight.is_floating_point():
-        raise InputError(f"model: the output layer's weight is {layer.weight.dtype}, not floating point; {WAY_OUT}")
+    if type(layer.weight.data) is not Tensor or not layer.weight.is_floating_point():
+        raise InputError(
+            f"model: the output layer's weight is a {type(layer.weight.data).__name__} of {layer.weight.dtype}, and "
+            f"the fused head needs a plain floating-point tensor; {WAY_OUT}"
+        )
     config = _text_config(model)
     kind = getattr(config, "model_type", "")
     softcap = getattr(config, _SOFTCAP[kind]) if kind in _SOFTCAP else None
@@ -105,29 +111,31 @@ def run_without_head(model: nn.Module, head: LanguageModelHead, **inputs: Any) -
         The hidden states ``[B, T, H]`` that its head was given, and its output, whose logits mean nothing.
 
     Raises:
-        InputError: the model does not call its head exactly once.
+        InputError: the model does not call its head exactly once, or trains something behind it.
     """
     given: list[Tensor] = []
 
-    def pass_through(hidden: Tensor) -> Tensor:
-        given.append(hidden)
-        return hidden.detach()  # what the model does to its logits costs next to nothing on these
+    def pass_through(input: Tensor) -> Tensor:
+        given.append(input)
+        return input.detach()  # what the model does to its logits costs next to nothing on these
 
     with _forward_replaced(head.layer, pass_through):
         output = model(**inputs)
-    return _only(given, model), output
+    hidden = _only(given, model)
+    if getattr(output, "logits", hidden.detach()).requires_grad:
+        raise InputError(
+            f"model: {type(model).__name__} has something to train between its output layer and its logits; {WAY_OUT}"
+        )
+    return hidden, output
 
 
 @contextmanager
 def _forward_replaced(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    own = layer.__dict__.get("forward")
     layer.forward = forward
     try:
         yield
     finally:
         del layer.forward
-        if own is not None:
-            layer.forward = own
 
 
 def _only(given: list[Tensor], model: nn.Module) -> Tensor:
@@ -139,41 +147,75 @@ def _only(given: list[Tensor], model: nn.Module) -> Tensor:
     return given[0]
 
 
+_CHECKED_TOKENS = 8
+_PROBED_LOGIT = 30.0
+
+
 @torch.no_grad()
-def check_head(model: nn.Module, head: LanguageModelHead, input_ids: Tensor, **inputs: Any) -> None:
-    """Compare the fused head's log-probabilities with the model's own.
+def check_head(model: nn.Module, head: LanguageModelHead) -> None:
+    """Compare the fused head's log-probabilities of 8 tokens with the model's own, and what follows the head.
 
-    Random states are left as they were, so that a run with dropout is the same with and without the check.
-
-    Args:
-        model: the model.
-        head: its head as :func:`find_head` understands it.
-        input_ids: ``[1, T]``.
-        **inputs: the model's other inputs.
+    The tokens are the same on every rank, so that all ranks come to the same verdict. Random states are left as they
+    were: a run with dropout is the same with and without the check.
 
     Raises:
-        InputError: they differ by more than rounding.
+        InputError: the model does something that the fused head does not.
     """
+    layer = head.layer
+    vocabulary, device = layer.weight.shape[0], layer.weight.device
+    input_ids = torch.arange(_CHECKED_TOKENS + 1, device=device).unsqueeze(0) % vocabulary
+    inputs = {"input_ids": input_ids, "attention_mask": None, "use_cache": False}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        _check_log_probs(model, head, inputs)
+        _check_transform(model, head, inputs)
+        try:
+            run_without_head(model, head, **inputs)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"model: {type(model).__name__} does not run without its logits ({one_line(error)}); {WAY_OUT}"
+            ) from error
+
+
+def _check_log_probs(model: nn.Module, head: LanguageModelHead, inputs: dict[str, Any]) -> None:
+    """From hidden states to log-probabilities."""
     given: list[Tensor] = []
-    devices = [input_ids.device] if input_ids.device.type == "cuda" else []
-    handle = head.layer.register_forward_pre_hook(lambda layer, args: given.append(args[0]))
-    try:
-        with torch.random.fork_rng(devices):
-            logits = model(input_ids=input_ids, **inputs).logits[0, :-1]
-    finally:
-        handle.remove()
-    targets = input_ids[0, 1:]
+    own_forward = head.layer.forward
+
+    def watched(input: Tensor) -> Tensor:
+        given.append(input)
+        return own_forward(input)
+
+    with _forward_replaced(head.layer, watched):
+        logits = model(**inputs).logits[0, :-1]
+    targets = inputs["input_ids"][0, 1:]
     fused = linear_token_statistics(_only(given, model)[0, :-1], targets=targets, **head.options).log_prob
     own = logits.double().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    largest = logits[logits.isfinite()].abs().max().item()
-    tolerance = 1e-3 + 4 * torch.finfo(logits.dtype).eps * largest
+    if own.isfinite().all():  # a model of nan shows in the loss
+        _compare(fused, own, logits, model)
+
+
+def _check_transform(model: nn.Module, head: LanguageModelHead, inputs: dict[str, Any]) -> None:
+    """What follows the head, on logits far from 0: a model fresh from initialisation would not show a cap."""
+    vocabulary = head.layer.weight.shape[0]
+    rows = torch.linspace(-_PROBED_LOGIT, _PROBED_LOGIT, vocabulary, device=head.layer.weight.device)
+    probe = torch.stack([rows.roll(token) for token in range(_CHECKED_TOKENS + 1)]).unsqueeze(0)
+    with _forward_replaced(head.layer, lambda input: probe.clone()):
+        logits = model(**inputs).logits
+    transform = LogitTransform(head.logit_scale, head.logit_softcap)
+    _compare(transform.apply_(probe), logits.double(), logits, model)
+
+
+def _compare(fused: Tensor, own: Tensor, logits: Tensor, model: nn.Module) -> None:
     difference = (own - fused).abs().max().item()
+    tolerance = 1e-3 + 4 * torch.finfo(logits.dtype).eps * logits.abs().nan_to_num(posinf=0).max().item()
     if not difference <= tolerance:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise InputError(
-            f"model: the fused head does not reproduce {kind}'s own log-probabilities (they differ by {difference:.3g} "
-            f"nats, {tolerance:.1g} would be rounding): the model does something to its logits that the head does not "
-            f"know; {WAY_OUT}"
+            f"model: the fused head does not reproduce {kind}'s own log-probabilities (they differ by "
+            f"{difference:.3g}, {tolerance:.1g} would be rounding): the model does something to its logits that the "
+            f"head does not know; {WAY_OUT}"
         )
 
 

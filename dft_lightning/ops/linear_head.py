@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dft_lightning.losses.base import TokenLoss, token_loss_and_weight
 from dft_lightning.losses.statistics import Statistic, TokenStats, normalise_needs
+from dft_lightning.ops.normalizer import inverse_normalizer
 from dft_lightning.ops.one_pass import one_pass
-from dft_lightning.ops.output import TokenOutput, detached
+from dft_lightning.ops.output import TokenOutput, connected, detached
 from dft_lightning.ops.recompute import head_statistics
 from dft_lightning.ops.row_math import ENTRIES
 from dft_lightning.ops.settings import DEFAULT_CHUNK_BYTES, HeadSettings
@@ -60,7 +61,7 @@ def linear_token_loss(
         logit_softcap: logits become ``softcap * tanh(logits / softcap)`` before the scale.
         ignore_index: the target that is left out.
         normalizer: what the sum is divided by: a number or a scalar tensor on the same device (which is not waited
-            for). ``None`` leaves the sum.
+            for), a constant. ``None`` leaves the sum, and so does a batch without targets.
         token_inputs: ``[n]`` tensors that the loss needs and a head cannot know, by their name in
             :class:`TokenStats`: ``sequence_index``, ``reference_log_prob``. Constants: no gradient flows into them.
         token_weight: ``[n]`` factors of the tokens' losses. They count in the statistic ``weight``, not in the
@@ -99,10 +100,11 @@ def linear_token_loss(
     stats, correct = head_statistics(batch.hidden, weight, bias, batch.targets, settings)
     stats = replace(stats, step=step, **batch.inputs)
     losses, slope = token_loss_and_weight(loss, stats, batch.weight)
-    loss_sum = losses.sum()
+    loss_sum = connected(losses.sum(), stats.log_prob)
+    inverse = inverse_normalizer(normalizer, len(losses), losses.dtype)
     return TokenOutput(
         **detached(stats),
-        loss=loss_sum if normalizer is None else loss_sum / normalizer,
+        loss=loss_sum * inverse,
         loss_sum=loss_sum.detach(),
         weight=slope,
         correct=correct,
@@ -175,7 +177,7 @@ def _compact(
     token_inputs: Mapping[str, Tensor] | None,
     token_weight: Tensor | None,
 ) -> _Batch:
-    inputs = dict(token_inputs or {})
+    inputs = {name: value for name, value in (token_inputs or {}).items() if value is not None}
     _check_shapes(hidden, weight, targets, bias, {**inputs, "token_weight": token_weight})
     targets = targets.long()
     kept = (targets != ignore_index).nonzero().squeeze(-1)
@@ -189,7 +191,7 @@ def _compact(
             f"target {int(targets[wrong][0])} is not a class index: it must lie in [0, {weight.shape[0]}) or be "
             f"ignore_index ({ignore_index}); {int(wrong.sum())} of {targets.numel()} targets are out of range"
         )
-    return _Batch(hidden, targets, inputs, token_weight)
+    return _Batch(hidden, targets.contiguous(), inputs, token_weight)
 
 
 def _check_shapes(
@@ -230,7 +232,7 @@ def _settings(
     for need in needs:
         if need.name in inputs or need.name in _ALWAYS:
             continue
-        if need.name not in ENTRIES:
+        if need.name not in ENTRIES or need.params:
             raise ValueError(
                 f"{who} needs {need!r}, which a linear head cannot compute: it has {', '.join([*_ALWAYS, *ENTRIES])}; "
                 "pass others in token_inputs"
@@ -247,7 +249,7 @@ def _settings(
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype that ``torch.nn.functional.linear`` would compute in."""
+    """The dtype that ``torch.nn.functional.linear`` would compute in, but for float16 on the CPU."""
     if type(weight) is not Tensor and type(weight) is not torch.nn.Parameter:
         raise TypeError(
             f"weight is a {type(weight).__name__}: the head needs the whole weight as a plain tensor (call it inside "
@@ -258,8 +260,10 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if hidden.device != weight.device:
         raise ValueError(f"hidden is on {hidden.device} and weight on {weight.device}")
     kind = hidden.device.type
+    dtype = hidden.dtype
     if torch.is_autocast_enabled(kind) and torch.float64 not in (hidden.dtype, weight.dtype):
-        return torch.get_autocast_dtype(kind)
-    if hidden.dtype != weight.dtype:
+        dtype = torch.get_autocast_dtype(kind)
+    elif hidden.dtype != weight.dtype:
         raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them, or use torch.autocast")
-    return hidden.dtype
+    # A CPU can only leave float16 products rounded to float16, whose range sums over tokens exceed.
+    return torch.float32 if kind == "cpu" and dtype == torch.float16 else dtype

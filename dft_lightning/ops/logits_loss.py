@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dft_lightning.losses.base import TokenLoss, token_loss_and_weight
 from dft_lightning.losses.statistics import Statistic, normalise_needs, statistics_from_logits
-from dft_lightning.ops.output import TokenOutput, detached
+from dft_lightning.ops.normalizer import inverse_normalizer
+from dft_lightning.ops.output import TokenOutput, connected, detached
 
 
 def logits_token_loss(
@@ -47,9 +48,9 @@ def logits_token_loss(
         if extra:
             found = statistics_from_logits(kept_logits, kept_targets, extra)
             values |= {statistic.name: getattr(found, statistic.name) for statistic in extra}
-    loss_sum = losses.sum()
+    loss_sum = connected(losses.sum(), stats.log_prob)
     return TokenOutput(
-        loss=loss_sum if normalizer is None else loss_sum / normalizer,
+        loss=loss_sum * inverse_normalizer(normalizer, len(losses), losses.dtype),
         loss_sum=loss_sum.detach(),
         weight=weight,
         correct=correct,

@@ -11,7 +11,9 @@ from torch import Tensor
 from dft_lightning.losses.base import TokenLoss, loss_and_slopes
 from dft_lightning.losses.statistics import TokenStats, raised_dtype
 from dft_lightning.ops.backward import refuse_double_backward, scaled
+from dft_lightning.ops.concatenation import concatenated
 from dft_lightning.ops.kernels import kernels_for
+from dft_lightning.ops.normalizer import inverse_normalizer
 from dft_lightning.ops.output import TokenOutput
 from dft_lightning.ops.products import HeadProducts, Wanted, wanted_gradients
 from dft_lightning.ops.row_math import coefficients_of, moments_of, statistics_of
@@ -71,20 +73,21 @@ class OnePass(torch.autograd.Function):
             torch.autocast(hidden.device.type, enabled=False),
             HeadProducts(hidden, weight, bias, settings.dtype, settings.chunk_bytes, task.wanted) as products,
         ):
-            # half precision gets the normaliser before it rounds, so that backward need not round again; float16
-            # would lose small gradients to it
-            before = 1.0 if settings.dtype == torch.float16 else _inverse(task.normalizer)
+            # The normaliser goes in before anything is rounded, so that backward need not round again.
+            inverse = inverse_normalizer(task.normalizer, len(hidden), raised_dtype(settings.dtype))
+            before = inverse * settings.float16_factor
             kept = [_chunk(products, rows, task, before) for rows in products.chunks()]
             gradients = (products.hidden_gradient, products.weight_gradient, products.bias_gradient)
-        per_token = _concatenate(kept, task, products.num_tokens)
+        names = ("losses", "weight", "correct", "log_prob", *sorted(settings.statistics))  # as one_pass unpacks them
+        per_token = concatenated(kept, names, settings.dtype, hidden.device)
         losses = per_token.pop("losses")
         loss_sum = losses.sum()
         ctx.save_for_backward(*gradients)
-        ctx.after = _inverse(task.normalizer) / settings.float16_factor if settings.dtype == torch.float16 else 1.0
+        ctx.after = 1.0 / settings.float16_factor
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         details = (loss_sum.clone(), *per_token.values())
         ctx.mark_non_differentiable(*details)
-        return (loss_sum * _inverse(task.normalizer), *details)
+        return (loss_sum * inverse, *details)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -92,10 +95,6 @@ class OnePass(torch.autograd.Function):
         factor = upstream * ctx.after
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return (*(None if g is None else scaled(g, factor, dtype) for g, dtype in gradients), None)
-
-
-def _inverse(normalizer: Tensor | float | None) -> Tensor | float:
-    return 1.0 if normalizer is None else 1.0 / normalizer
 
 
 def _chunk(products: HeadProducts, rows: slice, task: _Task, before: Tensor | float) -> dict[str, Tensor]:
@@ -109,8 +108,9 @@ def _chunk(products: HeadProducts, rows: slice, task: _Task, before: Tensor | fl
     token_weight = None if task.token_weight is None else task.token_weight[rows]
     losses, slopes = loss_and_slopes(task.loss, TokenStats(step=task.step, **values, **inputs), token_weight)
     if products.wanted:
-        coefficients = coefficients_of(slopes, values, products.vocabulary)
-        coefficients = coefficients.scaled(before).scaled(settings.float16_factor)
+        # What was given to the loss from outside does not depend on these logits.
+        slopes = {name: slope for name, slope in slopes.items() if name in values}
+        coefficients = coefficients_of(slopes, values, products.vocabulary).scaled(before)
         kernels.row_gradient_(
             logits,
             targets,
@@ -122,12 +122,3 @@ def _chunk(products: HeadProducts, rows: slice, task: _Task, before: Tensor | fl
         )
         products.add_gradients(rows, logits)
     return {"losses": losses, "weight": -slopes["log_prob"], "correct": moments.correct, **values}
-
-
-def _concatenate(chunks: list[dict[str, Tensor]], task: _Task, num_tokens: int) -> dict[str, Tensor]:
-    """Per-token results of all tokens, in the order that ``one_pass`` unpacks."""
-    names = ["losses", "weight", "correct", "log_prob", *sorted(task.settings.statistics)]
-    if chunks:
-        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in names}
-    empty = torch.empty(0, dtype=raised_dtype(task.settings.dtype), device=task.targets.device)
-    return {name: empty.bool() if name == "correct" else empty.clone() for name in names}

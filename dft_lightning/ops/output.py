@@ -36,6 +36,13 @@ class TokenOutput(TokenStats):
             object.__setattr__(self, "loss_sum", self.loss.detach())
 
 
+def connected(loss_sum: Tensor, log_prob: Tensor) -> Tensor:
+    """A loss that reads nothing (a constant) still gets a path to the inputs, which data parallelism waits for."""
+    if loss_sum.requires_grad or not log_prob.requires_grad:
+        return loss_sum
+    return loss_sum + (0 * log_prob).nan_to_num().sum()
+
+
 def detached(stats: TokenStats) -> dict[str, Any]:
     """The fields of hard-target statistics without their graph."""
     values = {name: value.detach() if isinstance(value, Tensor) else value for name, value in vars(stats).items()}

@@ -73,17 +73,14 @@ class HeadProducts:
         self.bias_gradient: Tensor | None = None
 
     def __enter__(self) -> HeadProducts:
-        with self._stack:
-            self._logits = self._scratch("logits", (self._chunk, self.vocabulary))
-            self._cast_weight = self._cast("weight", self._weight)
-            self._cast_bias = None if self._bias is None else self._bias.to(self._dtype)
-            if self.wanted:
-                self._make_gradients()
-            self._exit = self._stack.pop_all()
+        self._logits = self._scratch("logits", (self._chunk, self.vocabulary))
+        self._cast_weight = self._cast("weight", self._weight)
+        self._cast_bias = None if self._bias is None else self._bias.to(self._dtype)
+        self._make_gradients()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._exit.close()
+        self._stack.close()
 
     def _scratch(self, role: str, shape: tuple[int, ...]) -> Tensor:
         return self._stack.enter_context(scratch(role, shape, self._dtype, self.device))
@@ -166,8 +163,10 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, add: bool, exact: bool) 
     """
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=int(add), out=total)
+    elif a.device.type == "cuda" and add:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     elif a.device.type == "cuda":
-        torch.addmm(total if add else total.zero_(), a, b, out_dtype=total.dtype, out=total)
+        torch.mm(a, b, out_dtype=total.dtype, out=total)
     else:
         _accumulate_tiles(total, a, b, add=add, exact=exact)
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dft_lightning.losses.statistics import TokenStats, raised_dtype
+from dft_lightning.losses.statistics import TokenStats
 from dft_lightning.ops.backward import refuse_double_backward, scaled
+from dft_lightning.ops.concatenation import concatenated
 from dft_lightning.ops.kernels import kernels_for
 from dft_lightning.ops.products import HeadProducts, Wanted
 from dft_lightning.ops.row_math import Moments, coefficients_of, moments_of, statistics_of
@@ -40,7 +41,8 @@ class _Statistics(torch.autograd.Function):
                 kernels.row_moments(products.logits(rows), targets[rows], settings.transform, wanted)
                 for rows in products.chunks()
             ]
-        moments = _concatenate(chunks, wanted, settings.dtype, hidden.device)
+        names = ("log_prob", "log_normalizer", "correct", *sorted(wanted))
+        moments = Moments(**concatenated([vars(chunk) for chunk in chunks], names, settings.dtype, hidden.device))
         values = statistics_of(moments, settings.statistics, weight.shape[0])
         ctx.save_for_backward(hidden, weight, bias, targets, moments.log_prob, moments.log_normalizer, *values.values())
         ctx.settings, ctx.names = settings, list(values)
@@ -86,11 +88,3 @@ class _Statistics(torch.autograd.Function):
             None if g is None else scaled(g, factor, dtype) for g, dtype in zip(gradients, dtypes, strict=True)
         )
         return (*scaled_gradients, None, None)
-
-
-def _concatenate(chunks: list[Moments], wanted: frozenset[str], dtype: torch.dtype, device: torch.device) -> Moments:
-    names = ["log_prob", "log_normalizer", "correct", *sorted(wanted)]
-    if chunks:
-        return Moments(**{name: torch.cat([getattr(chunk, name) for chunk in chunks]) for name in names})
-    empty = torch.empty(0, dtype=raised_dtype(dtype), device=device)
-    return Moments(**{name: empty.bool() if name == "correct" else empty for name in names})

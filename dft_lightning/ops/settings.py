@@ -12,9 +12,9 @@ from dft_lightning.ops.transform import LogitTransform
 # reads and writes the weight's gradient once more.
 DEFAULT_CHUNK_BYTES = 640 * 2**20
 
-# A half-precision gradient of logits is between -1 and 1 times the loss's slope, and 5e-8 and less is 0 in float16.
-# This factor goes on before rounding and off in float32. It leaves room for slopes up to 255.
-_FLOAT16_FACTOR = 256.0
+# Gradients of logits are at most the loss's slope over the normaliser, and 5e-8 and less is 0 in float16. This factor
+# goes on before rounding and off in float32. It leaves room for slopes of 15 times the normaliser.
+_FLOAT16_FACTOR = 4096.0
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
     normalizer = tl.maximum(target_logit, others) + tail
     tl.store(log_prob + row, tl.minimum(margin, 0.0) - tail)
     tl.store(log_normalizer + row, normalizer)
-    tl.store(correct + row, larger == 0)
+    tl.store(correct + row, (larger == 0) & (margin == margin))  # a row with nan has no largest logit
     alone = exp_sum == 0  # all other classes are banned
     shift = tl.where(alone, 0.0, highest - normalizer)
     if WANT_SUM_LOGITS:
@@ -111,7 +111,7 @@ def row_moments(logits: Tensor, targets: Tensor, transform: LogitTransform, want
     out = {name: torch.empty(n, dtype=torch.float32, device=logits.device) for name in names}
     correct = torch.empty(n, dtype=torch.bool, device=logits.device)
     unused = out["log_prob"]
-    if n:
+    with torch.cuda.device_of(logits):  # Triton launches on the current device, not on the tensor's
         _moments_kernel[(n,)](
             logits,
             logits.stride(0),
@@ -196,30 +196,29 @@ def row_gradient_(
 ) -> None:
     """As :func:`dft_lightning.ops.torch_kernels.row_gradient_`."""
     n, vocabulary = logits.shape
-    if n == 0:
-        return
     coefficients = coefficients.scaled(transform.scale)
     unused = log_normalizer
-    _gradient_kernel[(n,)](
-        logits,
-        logits.stride(0),
-        targets,
-        log_normalizer,
-        coefficients.target_gradient(log_prob).contiguous(),
-        coefficients.off_target_linear().contiguous(),
-        _or(coefficients.constant, unused),
-        _or(coefficients.log_linear, unused),
-        _or(coefficients.quadratic, unused),
-        vocabulary,
-        transform.scale,
-        transform.softcap or 1.0,
-        HAS_SOFTCAP=transform.softcap is not None,
-        HAS_CONSTANT=coefficients.constant is not None,
-        HAS_LOG_LINEAR=coefficients.log_linear is not None,
-        HAS_QUADRATIC=coefficients.quadratic is not None,
-        BLOCK=_BLOCK,
-        num_warps=_NUM_WARPS,
-    )
+    with torch.cuda.device_of(logits):
+        _gradient_kernel[(n,)](
+            logits,
+            logits.stride(0),
+            targets,
+            log_normalizer,
+            coefficients.target_gradient(log_prob).contiguous(),
+            coefficients.off_target_linear().contiguous(),
+            _or(coefficients.constant, unused),
+            _or(coefficients.log_linear, unused),
+            _or(coefficients.quadratic, unused),
+            vocabulary,
+            transform.scale,
+            transform.softcap or 1.0,
+            HAS_SOFTCAP=transform.softcap is not None,
+            HAS_CONSTANT=coefficients.constant is not None,
+            HAS_LOG_LINEAR=coefficients.log_linear is not None,
+            HAS_QUADRATIC=coefficients.quadratic is not None,
+            BLOCK=_BLOCK,
+            num_warps=_NUM_WARPS,
+        )
     if bias_gradient is not None:
         bias_gradient.add_(logits.sum(0, dtype=bias_gradient.dtype))
 

@@ -1,0 +1,210 @@
+"""Whole training steps with DFT: dft_lightning's command against TRL's SFTTrainer(loss_type="dft").
+
+    python ../shared/get_smollm2.py smollm2
+    python benchmarks/training_step.py --model smollm2 --rows ../shared/data/gsm8k_train.jsonl
+
+Needs the ``bench`` extra, a model folder with tokenizer, and rows with ``question`` and ``answer``. Both sides train on
+the same rows in the same order, bf16-mixed, AdamW, float32 weights. Every measurement is a process of its own; the two
+sides take turns, and the ratio is the median over turns. Time runs from the end of the second step to the end of the
+last, data and logging included. Tokens are those that are not padding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from linear_head import RESULTS, machine, resident
+
+WARM_UP = 2
+
+
+def rows_of(options: argparse.Namespace) -> list[dict]:
+    """The rows that all steps take."""
+    lines = options.rows.read_text().splitlines()[: options.steps * options.batch_size]
+    return [json.loads(line) for line in lines]
+
+
+class Clock:
+    """Tokens and seconds of the steps after the warm-up."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.started = self.seconds = 0.0
+
+    def seen(self, attention_mask) -> None:
+        self.tokens.append(int(attention_mask.sum()))
+
+    def step_done(self, steps: int) -> None:
+        if steps == WARM_UP:
+            self.started = time.perf_counter()
+        self.seconds = time.perf_counter() - self.started
+
+    def result(self) -> dict:
+        tokens = sum(self.tokens[WARM_UP:])
+        return {
+            "tokens_per_second": tokens / self.seconds,
+            "tokens": tokens,
+            "peak_memory": resident("VmHWM"),
+            "steps": len(self.tokens),
+        }
+
+
+def run_ours(options: argparse.Namespace, folder: str) -> dict:
+    from dft_lightning import CausalLMModule
+    from dft_lightning.cli import main
+
+    clock = Clock()
+
+    class Watched(CausalLMModule):
+        def training_step(self, batch, batch_idx):
+            clock.seen(batch["attention_mask"])
+            return super().training_step(batch, batch_idx)
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            super().on_train_batch_end(outputs, batch, batch_idx)
+            clock.step_done(batch_idx + 1)
+
+    rows = Path(folder) / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in rows_of(options)))
+    arguments = ["fit", "--model.model", str(options.model), "--model.loss", "DFTLoss", "--data.train", str(rows)]
+    arguments += ["--data.prompt_column", "question", "--data.completion_column", "answer"]
+    arguments += ["--data.batch_size", str(options.batch_size), "--data.shuffle", "false"]
+    arguments += ["--model.gradient_checkpointing", str(options.gradient_checkpointing).lower()]
+    arguments += ["--trainer.max_steps", str(options.steps), "--trainer.precision", "bf16-mixed"]
+    arguments += ["--trainer.accelerator", options.device, "--trainer.devices", "1"]
+    arguments += ["--trainer.gradient_clip_val", "1.0", "--trainer.enable_checkpointing", "false"]
+    arguments += ["--trainer.default_root_dir", folder]
+    main(arguments, module_class=Watched)
+    return clock.result()
+
+
+def run_trl(options: argparse.Namespace, folder: str) -> dict:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    clock = Clock()
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            clock.step_done(state.global_step)
+
+    class Watched(SFTTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            clock.seen(inputs["attention_mask"])
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["question"]}],
+            "completion": [{"role": "assistant", "content": row["answer"]}],
+        }
+        for row in rows_of(options)
+    ]
+    config = SFTConfig(
+        output_dir=folder,
+        loss_type="dft",
+        per_device_train_batch_size=options.batch_size,
+        max_steps=options.steps,
+        bf16=True,
+        use_cpu=options.device == "cpu",
+        gradient_checkpointing=options.gradient_checkpointing,
+        train_sampling_strategy="sequential",
+        shuffle_dataset=False,
+        learning_rate=5e-5,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32")
+    trainer = Watched(
+        model,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(options.model),
+        callbacks=[Watch()],
+    )
+    trainer.train()
+    return clock.result()
+
+
+SIDES = {"dft_lightning": run_ours, "trl": run_trl}
+
+
+def in_own_process(options: argparse.Namespace, side: str, checkpointing: bool) -> dict:
+    arguments = [sys.executable, __file__, "--side", side, "--model", str(options.model), "--rows", str(options.rows)]
+    arguments += ["--steps", str(options.steps), "--batch_size", str(options.batch_size), "--device", options.device]
+    arguments += ["--gradient_checkpointing"] if checkpointing else []
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        log = Path(folder) / "log"
+        with log.open("w") as stream:
+            done = subprocess.run(
+                [*arguments, "--result", str(result)], stdout=stream, stderr=stream, check=False, cwd=folder
+            )
+        if done.returncode != 0:
+            raise SystemExit(f"{side} failed:\n{log.read_text()[-3000:]}")
+        return json.loads(result.read_text())
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def compare(options: argparse.Namespace, checkpointing: bool) -> dict:
+    turns = []
+    for _ in range(options.turns):
+        turn = {side: in_own_process(options, side, checkpointing) for side in SIDES}
+        turns.append(turn)
+        print({side: round(result["tokens_per_second"]) for side, result in turn.items()}, flush=True)
+    counts = {result["tokens"] for turn in turns for result in turn.values()}
+    if len(counts) != 1:
+        raise SystemExit(f"the two sides did not train on the same tokens: {counts}")
+    speed = {side: median([turn[side]["tokens_per_second"] for turn in turns]) for side in SIDES}
+    memory = {side: median([turn[side]["peak_memory"] for turn in turns]) for side in SIDES}
+    ratio = median([turn["dft_lightning"]["tokens_per_second"] / turn["trl"]["tokens_per_second"] for turn in turns])
+    print(f"gradient checkpointing {'on' if checkpointing else 'off'}")
+    for side in SIDES:
+        print(f"  {side:14} {speed[side]:7.0f} tokens/s, peak memory of the process {memory[side] / 2**20:6.0f} MiB")
+    print(f"  ratio {ratio:.2f}", flush=True)
+    return {"gradient_checkpointing": checkpointing, "ratio": ratio, "turns": turns}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder with weights and tokenizer")
+    parser.add_argument("--rows", type=Path, required=True, help="JSON lines with question and answer")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--output", type=Path, help="JSON file; benchmarks/results/training_step_DEVICE.json by default"
+    )
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--gradient_checkpointing", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.model, options.rows = options.model.resolve(), options.rows.resolve()
+    if options.side:
+        with tempfile.TemporaryDirectory() as folder:
+            options.result.write_text(json.dumps(SIDES[options.side](options, folder)))
+        return
+    results = [compare(options, checkpointing) for checkpointing in (False, True)]
+    output = options.output or RESULTS / f"training_step_{options.device}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({**machine(options.device), "results": results}, indent=2) + "\n")
+    print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    main()
