@@ -29,6 +29,7 @@ from torch import Tensor
 RESULTS = Path(__file__).parent / "results"
 CPU_SHAPES = [(2048, 1024, 50304), (2048, 1536, 151936)]
 CUDA_SHAPES = [(8192, 4096, 151936)]
+PATIENCE = 120.0  # seconds a call may take
 SAMPLED_ROWS = 4096  # of the weight's gradient, where its error is measured
 
 
@@ -253,17 +254,29 @@ def available(device: str) -> dict[str, str]:
     return reasons
 
 
-def one_shape(options: argparse.Namespace) -> list[dict]:
+def too_slow(options: argparse.Namespace, name: str, results: list[dict]) -> str:
+    """A reason to leave a candidate out, from its time at another shape of the same dtype."""
+    for row in results:
+        if row["candidate"] == name and row["dtype"] == options.dtype and "seconds" in row:
+            expected = row["seconds"] * options.tokens * options.hidden * options.vocabulary / row["size"]
+            if expected > PATIENCE:
+                return f"would take about {expected:.0f} s a call"
+    return ""
+
+
+def one_shape(options: argparse.Namespace, earlier: list[dict]) -> list[dict]:
     shape = f"N={options.tokens} H={options.hidden} V={options.vocabulary} {options.dtype}"
     results = []
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "reference.pt")
         in_own_process(options, "reference", "plain", file)
         for name, reason in available(options.device).items():
+            reason = reason or too_slow(options, name, earlier)
             if reason:
                 print(f"{shape} {name}: skipped, {reason}", flush=True)
                 continue
-            row = {"shape": shape, "candidate": name}
+            size = options.tokens * options.hidden * options.vocabulary
+            row = {"shape": shape, "candidate": name, "dtype": options.dtype, "size": size}
             for measurement in MEASUREMENTS:
                 row |= in_own_process(options, measurement, name, file)
             results.append(row)
@@ -330,14 +343,14 @@ def main() -> None:
         parser.error("--tokens, --hidden and --vocabulary go together")
     shapes = [given] if all(given) else CUDA_SHAPES if options.device == "cuda" else CPU_SHAPES
     dtypes = [options.dtype] if options.dtype else ["bfloat16"] if options.device == "cuda" else ["bfloat16", "float32"]
-    results = []
+    output = options.output or RESULTS / f"linear_head_{options.device}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    results: list[dict] = []
     for dtype in dtypes:
         for tokens, hidden, vocabulary in shapes:
             options.tokens, options.hidden, options.vocabulary, options.dtype = tokens, hidden, vocabulary, dtype
-            results += one_shape(options)
-    output = options.output or RESULTS / f"linear_head_{options.device}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({**machine(options.device), "results": results}, indent=2) + "\n")
+            results += one_shape(options, results)
+            output.write_text(json.dumps({**machine(options.device), "results": results}, indent=2) + "\n")
     print(f"\nwritten to {output}")
 
 

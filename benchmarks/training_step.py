@@ -60,7 +60,7 @@ class Clock:
 
 def run_ours(options: argparse.Namespace, folder: str) -> dict:
     from dft_lightning import CausalLMModule
-    from dft_lightning.cli import main
+    from dft_lightning.__main__ import main  # as the command starts
 
     clock = Clock()
 
@@ -187,9 +187,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument(
-        "--output", type=Path, help="JSON file; benchmarks/results/training_step_DEVICE.json by default"
-    )
+    parser.add_argument("--output", type=Path, help="JSON; benchmarks/results/training_step_DEVICE.json by default")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--gradient_checkpointing", action="store_true", help=argparse.SUPPRESS)

@@ -149,31 +149,38 @@ def test_any_shape_and_chunk(loss, n, hidden_size, vocabulary, chunk_bytes, spre
         torch.testing.assert_close(own, reference, rtol=1e-9, atol=1e-11)
 
 
-@pointwise
-def test_float32_within_1e_5(loss):
-    leaves = problem(300, 64, 1000, dtype=torch.float32, spread=0.3)
+@given(st.sampled_from(POINTWISE), st.integers(20, 300), st.integers(4, 64), st.integers(10, 1000), st.integers(1, 300))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_float32_within_1e_5(loss, n, hidden_size, vocabulary, tokens):
+    leaves = problem(n, hidden_size, vocabulary, dtype=torch.float32, seed=n, spread=0.3)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves[:3]]
-    output = linear_token_loss(*leaves[:2], leaves[3], loss, bias=leaves[2], chunk_bytes=1000 * 4 * 64)
+    output = linear_token_loss(*leaves[:2], leaves[3], loss, bias=leaves[2], chunk_bytes=vocabulary * 4 * tokens)
     expected = full_loss(*exact, leaves[3], loss)
     assert relative(output.loss.detach(), expected.detach()) < 1e-5
     for own, reference in zip(gradients(output.loss, leaves[:3]), gradients(expected, exact), strict=True):
         assert relative(own, reference) < 1e-5
 
 
-@pytest.mark.parametrize("chunks", [1, 5])
-@pytest.mark.parametrize("spread", [0.02, 0.2])
-@pytest.mark.parametrize("loss", [CrossEntropyLoss(), DFTLoss(), FocalLoss(2.0), EntropyWeighted()], ids=repr)
-def test_bfloat16_is_no_worse_than_the_plain_head(loss, spread, chunks):
-    """Plain: logits in bfloat16, softmax in float32, products in bfloat16; a mean over 300, which is no power of 2."""
-    n, vocabulary = 300, 2000
-    leaves = problem(n, 64, vocabulary, dtype=torch.bfloat16, spread=spread, bias=False)
+PRECISE = [CrossEntropyLoss(), DFTLoss(), FocalLoss(2.0), EntropyWeighted()]
+
+
+@given(
+    st.sampled_from(PRECISE),
+    st.integers(150, 400),
+    st.integers(32, 96),
+    st.integers(500, 2500),
+    st.sampled_from([40, 100, 400]),
+    st.sampled_from([0.02, 0.2]),
+)
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_bfloat16_is_no_worse_than_the_plain_head(loss, n, hidden_size, vocabulary, tokens, spread):
+    """Plain: logits in bfloat16, softmax in float32, products in bfloat16; a mean, over one chunk and over several."""
+    leaves = problem(n, hidden_size, vocabulary, dtype=torch.bfloat16, spread=spread, bias=False, seed=n)
     hidden, weight, _, targets = leaves
     exact = [leaf.detach().double().requires_grad_() for leaf in (hidden, weight)]
     expected = gradients(full_loss(*exact, None, targets, loss) / n, exact)
     plain = gradients(full_loss(hidden, weight, None, targets, loss) / n, (hidden, weight))
-    output = linear_token_loss(
-        hidden, weight, targets, loss, normalizer=n, chunk_bytes=2 * vocabulary * (256 // chunks)
-    )
+    output = linear_token_loss(hidden, weight, targets, loss, normalizer=n, chunk_bytes=2 * vocabulary * tokens)
     own = gradients(output.loss, (hidden, weight))
     for ours, theirs, reference in zip(own, plain, expected, strict=True):
         assert ours.dtype == torch.bfloat16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,9 +16,8 @@ from dft_lightning.ops.output import TokenOutput, connected, detached
 from dft_lightning.ops.recompute import head_statistics
 from dft_lightning.ops.row_math import ENTRIES
 from dft_lightning.ops.settings import DEFAULT_CHUNK_BYTES, HeadSettings
+from dft_lightning.ops.target_tokens import ALWAYS, target_tokens
 from dft_lightning.ops.transform import LogitTransform
-
-_ALWAYS = ("log_prob", "log_expected_prob")
 
 
 @torch.compiler.disable
@@ -89,14 +88,12 @@ def linear_token_loss(
         tensor([0.2500, 0.2500])
     """
     needs = (*normalise_needs(loss.needs), *normalise_needs(statistics))
-    batch = _compact(hidden, weight, targets, bias, ignore_index, token_inputs, token_weight)
+    batch = target_tokens(hidden, weight, targets, bias, ignore_index, token_inputs, token_weight)
     settings = _settings(
         batch.hidden, weight, needs, batch.inputs, logit_scale, logit_softcap, chunk_bytes, type(loss).__name__
     )
     if loss.pointwise:
-        return one_pass(
-            batch.hidden, weight, bias, batch.targets, loss, settings, normalizer, batch.inputs, batch.weight, step
-        )
+        return one_pass(batch, weight, bias, loss, settings, normalizer, step)
     stats, correct = head_statistics(batch.hidden, weight, bias, batch.targets, settings)
     stats = replace(stats, step=step, **batch.inputs)
     losses, slope = token_loss_and_weight(loss, stats, batch.weight)
@@ -152,70 +149,10 @@ def linear_token_statistics(
         >>> stats.log_prob.exp().detach(), stats.entropy.exp().detach()
         (tensor([0.2500]), tensor([4.]))
     """
-    batch = _compact(hidden, weight, targets, bias, ignore_index, None, None)
+    batch = target_tokens(hidden, weight, targets, bias, ignore_index, None, None)
     needs = normalise_needs(statistics)
     settings = _settings(batch.hidden, weight, needs, {}, logit_scale, logit_softcap, chunk_bytes, "the caller")
     return head_statistics(batch.hidden, weight, bias, batch.targets, settings)[0]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """The tokens that have a target."""
-
-    hidden: Tensor
-    targets: Tensor
-    inputs: dict[str, Tensor]
-    weight: Tensor | None
-
-
-def _compact(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    token_inputs: Mapping[str, Tensor] | None,
-    token_weight: Tensor | None,
-) -> _Batch:
-    inputs = {name: value for name, value in (token_inputs or {}).items() if value is not None}
-    _check_shapes(hidden, weight, targets, bias, {**inputs, "token_weight": token_weight})
-    targets = targets.long()
-    kept = (targets != ignore_index).nonzero().squeeze(-1)
-    if kept.numel() < targets.numel():
-        hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
-        inputs = {name: value.index_select(0, kept) for name, value in inputs.items()}
-        token_weight = None if token_weight is None else token_weight.index_select(0, kept)
-    wrong = (targets < 0) | (targets >= weight.shape[0])
-    if bool(wrong.any()):
-        raise ValueError(
-            f"target {int(targets[wrong][0])} is not a class index: it must lie in [0, {weight.shape[0]}) or be "
-            f"ignore_index ({ignore_index}); {int(wrong.sum())} of {targets.numel()} targets are out of range"
-        )
-    return _Batch(hidden, targets.contiguous(), inputs, token_weight)
-
-
-def _check_shapes(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, per_token: Mapping[str, Tensor | None]
-) -> None:
-    shapes = f"got hidden {list(hidden.shape)}, weight {list(weight.shape)}, targets {list(targets.shape)}"
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden must be [n, H] and weight [V, H], {shapes}")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets must be [n], one class index per hidden state, {shapes}")
-    if targets.is_floating_point() or targets.dtype == torch.bool:
-        raise TypeError(f"targets must be integers, got {targets.dtype}; soft targets need the logits: loss(logits, q)")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [V], got {list(bias.shape)}, {shapes}")
-    known = {field.name for field in fields(TokenStats)} - {"step", *_ALWAYS}
-    for name, value in per_token.items():
-        if value is None:
-            continue
-        if name not in known and name != "token_weight":
-            raise ValueError(f"token_inputs has {name!r}, which is none of {', '.join(sorted(known))}")
-        if value.shape != targets.shape:
-            raise ValueError(f"{name} must be [n], got {list(value.shape)}, {shapes}")
-        if value.requires_grad:
-            raise ValueError(f"no gradient flows into {name}: pass {name}.detach()")
 
 
 def _settings(
@@ -230,11 +167,11 @@ def _settings(
 ) -> HeadSettings:
     wanted = set()
     for need in needs:
-        if need.name in inputs or need.name in _ALWAYS:
+        if need.name in inputs or need.name in ALWAYS:
             continue
         if need.name not in ENTRIES or need.params:
             raise ValueError(
-                f"{who} needs {need!r}, which a linear head cannot compute: it has {', '.join([*_ALWAYS, *ENTRIES])}; "
+                f"{who} needs {need!r}, which a linear head cannot compute: it has {', '.join([*ALWAYS, *ENTRIES])}; "
                 "pass others in token_inputs"
             )
         wanted.add(need.name)

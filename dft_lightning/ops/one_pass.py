@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dft_lightning.losses.base import TokenLoss, loss_and_slopes
-from dft_lightning.losses.statistics import TokenStats, raised_dtype
+from dft_lightning.losses.statistics import raised_dtype
 from dft_lightning.ops.backward import refuse_double_backward, scaled
 from dft_lightning.ops.concatenation import concatenated
 from dft_lightning.ops.kernels import kernels_for
@@ -18,37 +18,33 @@ from dft_lightning.ops.output import TokenOutput
 from dft_lightning.ops.products import HeadProducts, Wanted, wanted_gradients
 from dft_lightning.ops.row_math import coefficients_of, moments_of, statistics_of
 from dft_lightning.ops.settings import HeadSettings
+from dft_lightning.ops.target_tokens import TargetTokens
 
 
 @dataclass(frozen=True)
 class _Task:
     """All that is not differentiated."""
 
-    targets: Tensor
+    batch: TargetTokens
     loss: TokenLoss
     settings: HeadSettings
     normalizer: Tensor | float | None
-    inputs: dict[str, Tensor]
-    token_weight: Tensor | None
     step: int
     wanted: Wanted
 
 
 def one_pass(
-    hidden: Tensor,
+    batch: TargetTokens,
     weight: Tensor,
     bias: Tensor | None,
-    targets: Tensor,
     loss: TokenLoss,
     settings: HeadSettings,
     normalizer: Tensor | float | None,
-    inputs: dict[str, Tensor],
-    token_weight: Tensor | None,
     step: int,
 ) -> TokenOutput:
     """Loss and statistics of ``n`` target tokens, gradients computed on the way."""
-    wanted = wanted_gradients(hidden, weight, bias)
-    task = _Task(targets, loss, settings, normalizer, inputs, token_weight, step, wanted)
+    hidden = batch.hidden
+    task = _Task(batch, loss, settings, normalizer, step, wanted_gradients(hidden, weight, bias))
     names = sorted(settings.statistics)
     value, loss_sum, slope, correct, log_prob, *rest = OnePass.apply(hidden, weight, bias, task)  # type: ignore[no-untyped-call]
     return TokenOutput(
@@ -58,7 +54,7 @@ def one_pass(
         correct=correct,
         log_prob=log_prob,
         step=step,
-        **inputs,
+        **batch.inputs,
         **dict(zip(names, rest, strict=True)),
     )
 
@@ -85,7 +81,7 @@ class OnePass(torch.autograd.Function):
         ctx.save_for_backward(*gradients)
         ctx.after = 1.0 / settings.float16_factor
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        details = (loss_sum.clone(), *per_token.values())
+        details = (loss_sum, *per_token.values())
         ctx.mark_non_differentiable(*details)
         return (loss_sum * inverse, *details)
 
@@ -99,14 +95,14 @@ class OnePass(torch.autograd.Function):
 
 def _chunk(products: HeadProducts, rows: slice, task: _Task, before: Tensor | float) -> dict[str, Tensor]:
     """Everything for one chunk; returns its per-token results."""
-    settings, targets = task.settings, task.targets[rows]
+    settings, batch = task.settings, task.batch
+    targets = batch.targets[rows]
     kernels = kernels_for(products.device, settings.dtype)
     logits = products.logits(rows)
     moments = kernels.row_moments(logits, targets, settings.transform, moments_of(settings.statistics))
     values = statistics_of(moments, settings.statistics, products.vocabulary)
-    inputs = {name: value[rows] for name, value in task.inputs.items()}
-    token_weight = None if task.token_weight is None else task.token_weight[rows]
-    losses, slopes = loss_and_slopes(task.loss, TokenStats(step=task.step, **values, **inputs), token_weight)
+    token_weight = None if batch.weight is None else batch.weight[rows]
+    losses, slopes = loss_and_slopes(task.loss, batch.stats(values, task.step, rows), token_weight)
     if products.wanted:
         # What was given to the loss from outside does not depend on these logits.
         slopes = {name: slope for name, slope in slopes.items() if name in values}
