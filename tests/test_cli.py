@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -287,3 +288,16 @@ def test_console_script_and_module_are_the_same_command():
     import dft_lightning.cli as cli
 
     assert entry.main is cli.main
+
+
+def test_command_puts_large_tensors_on_huge_pages_unless_told_otherwise(monkeypatch):
+    import importlib
+
+    import dft_lightning.__main__ as command
+
+    for given, expected in ((None, "1"), ("0", "0")):
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+        if given is not None:
+            monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given)
+        importlib.reload(command)
+        assert os.environ["THP_MEM_ALLOC_ENABLE"] == expected
