@@ -569,7 +569,11 @@ def test_bad_input_is_named():
     refused(ValueError, r"targets must be \[n\]", targets=targets[:5])
     refused(ValueError, r"bias must be \[V\]", bias=offset[:5])
     refused(TypeError, "targets must be integers", targets=targets.double())
-    refused(ValueError, r"target 50 is not a class index.*\[0, 50\)", targets=targets.clamp(min=0) * 0 + 50)
+    refused(
+        ValueError,
+        r"target 50 at position \[0\] is not a class index.*\[0, 50\)",
+        targets=targets.clamp(min=0) * 0 + 50,
+    )
     refused(TypeError, "cast one of them, or use torch.autocast", weight=weight.float())
     refused(TypeError, "plain tensor", weight=type("Sharded", (torch.Tensor,), {})(weight.detach()))
     refused(ValueError, "chunk_bytes must be positive", chunk_bytes=0)
@@ -640,7 +644,7 @@ def test_triton_kernels_are_the_torch_kernels(loss, softcap, dtype, triton_kerne
     index = torch.arange(17, device=device) // 5
     results = []
     for kernels in ("torch", "triton"):
-        for module in ("one_pass", "recompute"):
+        for module in ("one_pass", "recompute", "backward"):
             target = f"dft_lightning.ops.{module}.kernels_for"
             if kernels == "triton":
                 monkeypatch.setattr(target, lambda *args: triton_kernels)

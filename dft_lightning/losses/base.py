@@ -86,7 +86,7 @@ class TokenLoss(Component, nn.Module):
         soft = check_logits_and_targets(logits, targets, self.ignore_index)
         shape = logits.shape[:-1]
         rows = logits.reshape(-1, logits.shape[-1])
-        sequence_index = _sequence_index(shape, logits.device)
+        sequence_index = sequence_index_of(shape, logits.device)
         if soft:
             kept = None
             targets = targets.reshape(rows.shape)
@@ -104,8 +104,8 @@ class TokenLoss(Component, nn.Module):
         return total if self.reduction == "sum" else total / max(losses.numel(), 1)
 
 
-def _sequence_index(shape: torch.Size, device: torch.device) -> Tensor:
-    """``[B, T]`` targets are B sequences of T tokens; ``[T]`` targets are one."""
+def sequence_index_of(shape: torch.Size, device: torch.device) -> Tensor:
+    """The sequence of each target, flattened: ``[B, T]`` targets are B sequences of T tokens, ``[T]`` are one."""
     length = shape[-1] if len(shape) else 1
     return torch.arange(shape.numel(), device=device) // max(length, 1)
 

@@ -34,7 +34,7 @@ def check_logits_and_targets(logits: Tensor, targets: Tensor, ignore_index: int)
             f"class-index targets must be integers, got {targets.dtype} of shape {_shape(targets)} for logits of "
             f"shape {_shape(logits)}; soft targets have the logits' shape"
         )
-    _check_class_indices(targets.long(), logits.shape[-1], ignore_index)
+    check_class_indices(targets.long(), logits.shape[-1], ignore_index)
     return False
 
 
@@ -53,7 +53,8 @@ def _shape_message(logits: Tensor, targets: Tensor) -> str:
     return message
 
 
-def _check_class_indices(targets: Tensor, num_classes: int, ignore_index: int) -> None:
+def check_class_indices(targets: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise ``ValueError`` for the first target that is neither in ``[0, num_classes)`` nor ``ignore_index``."""
     if torch.compiler.is_compiling():  # a data-dependent check would break the graph
         return
     wrong = ((targets < 0) | (targets >= num_classes)) & (targets != ignore_index)

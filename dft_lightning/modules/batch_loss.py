@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dft_lightning.losses import TokenLoss
+from dft_lightning.losses.base import sequence_index_of
 from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.modules.head import LanguageModelHead, auxiliary_loss, run_without_head
 from dft_lightning.ops import TokenOutput, linear_token_loss, logits_token_loss
@@ -37,7 +38,7 @@ def fused_batch_loss(
     targets = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), _IGNORE_INDEX)], dim=1)
     inputs = None
     if any(need.name == "sequence_index" for need in normalise_needs(loss.needs)):
-        inputs = {"sequence_index": torch.arange(len(labels), device=labels.device).repeat_interleave(labels.shape[1])}
+        inputs = {"sequence_index": sequence_index_of(labels.shape, labels.device)}
     output = linear_token_loss(
         hidden.reshape(-1, hidden.shape[-1]),
         targets=targets.reshape(-1),

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from dft_lightning.ops.kernels import kernels_for
 from dft_lightning.ops.memory import empty
+from dft_lightning.ops.products import HeadProducts
+from dft_lightning.ops.row_math import Coefficients
 from dft_lightning.ops.scratch import scratch
+from dft_lightning.ops.settings import HeadSettings
 
 _PIECE_BYTES = 2**20
 
@@ -18,6 +24,54 @@ def refuse_double_backward() -> None:
             "the fused linear head has no second derivative (create_graph=True): use logits, with logits_token_loss "
             "or head: full"
         )
+
+
+def add_chunk_gradients(
+    products: HeadProducts,
+    settings: HeadSettings,
+    rows: slice,
+    logits: Tensor,
+    targets: Tensor,
+    log_prob: Tensor,
+    log_normalizer: Tensor,
+    coefficients: Coefficients,
+) -> None:
+    """Turn a chunk's logits into their gradient, and add what it contributes to the others.
+
+    Args:
+        products: of the head.
+        settings: of the head.
+        rows: the chunk.
+        logits: ``[c, V]`` of the chunk, overwritten.
+        targets: ``[c]``.
+        log_prob: ``[c]`` of the targets.
+        log_normalizer: ``[c]``.
+        coefficients: of the chunk's rows.
+    """
+    kernels_for(products.device, settings.dtype).row_gradient_(
+        logits,
+        targets,
+        settings.transform,
+        log_prob,
+        log_normalizer,
+        coefficients.scaled(settings.float16_factor),
+        products.bias_gradient,
+    )
+    products.add_gradients(rows, logits)
+
+
+def returned_gradients(
+    gradients: Iterable[Tensor | None],
+    dtypes: Iterable[torch.dtype | None],
+    upstream: Tensor | float,
+    settings: HeadSettings,
+) -> tuple[Tensor | None, ...]:
+    """Accumulated gradients times the upstream gradient, each in the dtype of its leaf."""
+    factor = upstream / settings.float16_factor
+    return tuple(
+        None if gradient is None or dtype is None else scaled(gradient, factor, dtype)
+        for gradient, dtype in zip(gradients, dtypes, strict=True)
+    )
 
 
 def scaled(gradient: Tensor, factor: Tensor | float, dtype: torch.dtype) -> Tensor:

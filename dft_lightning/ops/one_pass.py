@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dft_lightning.losses.base import TokenLoss, loss_and_slopes
 from dft_lightning.losses.statistics import raised_dtype
-from dft_lightning.ops.backward import refuse_double_backward, scaled
+from dft_lightning.ops.backward import add_chunk_gradients, refuse_double_backward, returned_gradients
 from dft_lightning.ops.concatenation import concatenated
 from dft_lightning.ops.kernels import kernels_for
 from dft_lightning.ops.normalizer import inverse_normalizer
@@ -71,15 +71,13 @@ class OnePass(torch.autograd.Function):
         ):
             # The normaliser goes in before anything is rounded, so that backward need not round again.
             inverse = inverse_normalizer(task.normalizer, len(hidden), raised_dtype(settings.dtype))
-            before = inverse * settings.float16_factor
-            kept = [_chunk(products, rows, task, before) for rows in products.chunks()]
-            gradients = (products.hidden_gradient, products.weight_gradient, products.bias_gradient)
+            kept = [_chunk(products, rows, task, inverse) for rows in products.chunks()]
         names = ("losses", "weight", "correct", "log_prob", *sorted(settings.statistics))  # as one_pass unpacks them
         per_token = concatenated(kept, names, settings.dtype, hidden.device)
         losses = per_token.pop("losses")
         loss_sum = losses.sum()
-        ctx.save_for_backward(*gradients)
-        ctx.after = 1.0 / settings.float16_factor
+        ctx.save_for_backward(*products.gradients)
+        ctx.settings = settings
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         details = (loss_sum, *per_token.values())
         ctx.mark_non_differentiable(*details)
@@ -88,12 +86,10 @@ class OnePass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        factor = upstream * ctx.after
-        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return (*(None if g is None else scaled(g, factor, dtype) for g, dtype in gradients), None)
+        return *returned_gradients(ctx.saved_tensors, ctx.dtypes, upstream, ctx.settings), None
 
 
-def _chunk(products: HeadProducts, rows: slice, task: _Task, before: Tensor | float) -> dict[str, Tensor]:
+def _chunk(products: HeadProducts, rows: slice, task: _Task, inverse: Tensor | float) -> dict[str, Tensor]:
     """Everything for one chunk; returns its per-token results."""
     settings, batch = task.settings, task.batch
     targets = batch.targets[rows]
@@ -106,15 +102,8 @@ def _chunk(products: HeadProducts, rows: slice, task: _Task, before: Tensor | fl
     if products.wanted:
         # What was given to the loss from outside does not depend on these logits.
         slopes = {name: slope for name, slope in slopes.items() if name in values}
-        coefficients = coefficients_of(slopes, values, products.vocabulary).scaled(before)
-        kernels.row_gradient_(
-            logits,
-            targets,
-            settings.transform,
-            moments.log_prob,
-            moments.log_normalizer,
-            coefficients,
-            products.bias_gradient,
+        coefficients = coefficients_of(slopes, values, products.vocabulary).scaled(inverse)
+        add_chunk_gradients(
+            products, settings, rows, logits, targets, moments.log_prob, moments.log_normalizer, coefficients
         )
-        products.add_gradients(rows, logits)
     return {"losses": losses, "weight": -slopes["log_prob"], "correct": moments.correct, **values}

@@ -110,6 +110,11 @@ class HeadProducts:
         """Whether the weight's gradient ends in the dtype of the products."""
         return self._weight.dtype == self._dtype
 
+    @property
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of the hidden states, the weight and the bias, as accumulated; ``None`` where not wanted."""
+        return self.hidden_gradient, self.weight_gradient, self.bias_gradient
+
     def chunks(self) -> Iterator[slice]:
         """Slices of tokens, all but the last of one size."""
         for start in range(0, self.num_tokens, self._chunk):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dft_lightning.losses.statistics import TokenStats
-from dft_lightning.ops.backward import refuse_double_backward, scaled
+from dft_lightning.ops.backward import add_chunk_gradients, refuse_double_backward, returned_gradients
 from dft_lightning.ops.concatenation import concatenated
 from dft_lightning.ops.kernels import kernels_for
 from dft_lightning.ops.products import HeadProducts, Wanted
@@ -63,28 +63,21 @@ class _Statistics(torch.autograd.Function):
             torch.autocast(hidden.device.type, enabled=False),
             HeadProducts(hidden, weight, bias, settings.dtype, settings.chunk_bytes, wanted) as products,
         ):
-            kernels = kernels_for(products.device, settings.dtype)
             for rows in products.chunks():
-                logits = products.logits(rows)
                 coefficients = coefficients_of(
                     {name: slope[rows] for name, slope in slopes.items()},
                     {name: value[rows] for name, value in values.items()},
                     products.vocabulary,
-                ).scaled(settings.float16_factor)
-                kernels.row_gradient_(
-                    logits,
+                )
+                add_chunk_gradients(
+                    products,
+                    settings,
+                    rows,
+                    products.logits(rows),
                     targets[rows],
-                    settings.transform,
                     log_prob[rows],
                     log_normalizer[rows],
                     coefficients,
-                    products.bias_gradient,
                 )
-                products.add_gradients(rows, logits)
-        gradients = (products.hidden_gradient, products.weight_gradient, products.bias_gradient)
         dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        factor = 1 / settings.float16_factor
-        scaled_gradients = (
-            None if g is None else scaled(g, factor, dtype) for g, dtype in zip(gradients, dtypes, strict=True)
-        )
-        return (*scaled_gradients, None, None)
+        return *returned_gradients(products.gradients, dtypes, 1.0, settings), None, None

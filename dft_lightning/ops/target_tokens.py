@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from dft_lightning.losses.checks import check_class_indices
 from dft_lightning.losses.statistics import TokenStats
 
 # What a head always computes.
@@ -52,17 +53,12 @@ def target_tokens(
     inputs = {name: value for name, value in (token_inputs or {}).items() if value is not None}
     _check_shapes(hidden, weight, targets, bias, {**inputs, "token_weight": token_weight})
     targets = targets.long()
+    check_class_indices(targets, weight.shape[0], ignore_index)
     kept = (targets != ignore_index).nonzero().squeeze(-1)
     if kept.numel() < targets.numel():
         hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
         inputs = {name: value.index_select(0, kept) for name, value in inputs.items()}
         token_weight = None if token_weight is None else token_weight.index_select(0, kept)
-    wrong = (targets < 0) | (targets >= weight.shape[0])
-    if bool(wrong.any()):
-        raise ValueError(
-            f"target {int(targets[wrong][0])} is not a class index: it must lie in [0, {weight.shape[0]}) or be "
-            f"ignore_index ({ignore_index}); {int(wrong.sum())} of {targets.numel()} targets are out of range"
-        )
     return TargetTokens(hidden, targets.contiguous(), inputs, token_weight)
 
 

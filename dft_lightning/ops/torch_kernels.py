@@ -7,6 +7,7 @@ in memory would cost as much as the matrix products.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -143,7 +144,7 @@ def _times_polynomial_(z: Tensor, p: Tensor, coefficients: Coefficients, linear:
     z.mul_(p)
 
 
-def _block(logits: Tensor, dtype: torch.dtype, copies: int):  # type: ignore[no-untyped-def]
+def _block(logits: Tensor, dtype: torch.dtype, copies: int) -> AbstractContextManager[Tensor]:
     """``[copies, rows, V]`` of scratch that together fit the budget."""
     n, vocabulary = logits.shape
     budget = _BLOCK_BYTES.get(logits.device.type, _BLOCK_BYTES_ELSEWHERE)
