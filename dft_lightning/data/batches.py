@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -70,26 +71,29 @@ class RowSampler(DistributedSampler[Any]):
 
 
 class Collator:
-    """Pads rows on the right to the longest of the batch, and prompts for generation on the left.
+    """Pads rows on the right to the longest of the batch, or joins them, and pads prompts on the left.
 
     Args:
         pad_token_id: fills ``input_ids``; labels are filled with -100.
         pad_to_multiple_of: lengths are rounded up to a multiple of this.
         with_prompts: add what generation and scoring need.
+        padding_free: make one row ``[1, T]`` of all, with ``position_ids`` that start anew at each.
     """
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 1, with_prompts: bool = False) -> None:
+    def __init__(
+        self,
+        pad_token_id: int,
+        pad_to_multiple_of: int = 1,
+        with_prompts: bool = False,
+        padding_free: bool = False,
+    ) -> None:
         self.pad_token_id = pad_token_id
         self.pad_to_multiple_of = pad_to_multiple_of
         self.with_prompts = with_prompts
+        self.padding_free = padding_free
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        input_ids = [row["input_ids"] for row in rows]
-        batch: dict[str, Any] = {
-            "input_ids": self._pad(input_ids, self.pad_token_id),
-            "attention_mask": self._pad([[1] * len(ids) for ids in input_ids], 0),
-            "labels": self._pad([row["labels"] for row in rows], IGNORE_INDEX),
-        }
+        batch: dict[str, Any] = self._joined(rows) if self.padding_free else self._padded(rows)
         if self.with_prompts:
             prompts = [row["prompt_ids"] for row in rows]
             batch["prompt_input_ids"] = self._pad(prompts, self.pad_token_id, left=True)
@@ -98,6 +102,23 @@ class Collator:
             batch["prompt"] = [row["prompt"] for row in rows]
             batch["reference"] = [row["reference"] for row in rows]
         return batch
+
+    def _padded(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        input_ids = [row["input_ids"] for row in rows]
+        return {
+            "input_ids": self._pad(input_ids, self.pad_token_id),
+            "attention_mask": self._pad([[1] * len(ids) for ids in input_ids], 0),
+            "labels": self._pad([row["labels"] for row in rows], IGNORE_INDEX),
+        }
+
+    def _joined(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        # The first token of a row is no target: it would be predicted from the row before.
+        columns = {
+            "input_ids": [row["input_ids"] for row in rows],
+            "labels": [[IGNORE_INDEX, *row["labels"][1:]] for row in rows],
+            "position_ids": [range(len(row["input_ids"])) for row in rows],
+        }
+        return {name: torch.tensor([list(chain.from_iterable(parts))]) for name, parts in columns.items()}
 
     def _pad(self, sequences: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
         multiple = self.pad_to_multiple_of

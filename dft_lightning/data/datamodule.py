@@ -65,6 +65,8 @@ class InstructionDataModule(pl.LightningDataModule):
         batch_size: rows per micro-batch and rank.
         eval_batch_size: the same in validation, test and predict; ``None`` takes ``batch_size``.
         pad_to_multiple_of: batch lengths are rounded up to a multiple of this.
+        padding_free: join the rows of a micro-batch into one instead of padding them; they stay separate documents to
+            the model, which is checked. ``model.attn_implementation`` should be ``documents`` or a flash attention.
         shuffle: a new row order in each epoch, by ``seed``; the same for any number of ranks.
         seed: of the order and of the split.
         num_workers: of the data loaders.
@@ -100,6 +102,7 @@ class InstructionDataModule(pl.LightningDataModule):
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         pad_to_multiple_of: int = 1,
+        padding_free: bool = False,
         shuffle: bool = True,
         seed: int = 0,
         num_workers: int = 0,
@@ -117,6 +120,8 @@ class InstructionDataModule(pl.LightningDataModule):
             raise ValueError(f"num_workers must not be negative, got {num_workers}")
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie in [0, 1), got {validation_fraction}")
+        if padding_free and pad_to_multiple_of != 1:
+            raise ValueError("padding_free batches have nothing to pad: leave pad_to_multiple_of at 1")
         if validation_fraction and validation is not None:
             raise ValueError("give validation or validation_fraction, not both")
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict or test}
@@ -129,6 +134,7 @@ class InstructionDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.padding_free = padding_free
         self.shuffle = shuffle
         self.seed = seed
         self.num_workers = num_workers
@@ -288,7 +294,7 @@ class InstructionDataModule(pl.LightningDataModule):
             dataset,
             batch_size=self.batch_size if split == "train" else self.eval_batch_size,
             sampler=sampler,
-            collate_fn=Collator(int(pad), self.pad_to_multiple_of, with_prompts),
+            collate_fn=Collator(int(pad), self.pad_to_multiple_of, with_prompts, self.padding_free),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dft_lightning.losses import TokenLoss
 from dft_lightning.losses.base import sequence_index_of
 from dft_lightning.losses.statistics import normalise_needs
+from dft_lightning.modules.documents import document_index, model_inputs
 from dft_lightning.modules.head import LanguageModelHead, auxiliary_loss, run_without_head
 from dft_lightning.ops import TokenOutput, linear_token_loss, logits_token_loss
 
@@ -26,19 +27,18 @@ def fused_batch_loss(
     Args:
         model: the language model.
         head: its head.
-        batch: ``input_ids``, ``labels`` and perhaps ``attention_mask``, all ``[B, T]``.
+        batch: ``input_ids``, ``labels`` and perhaps ``attention_mask``, all ``[B, T]``; or one row of whole documents
+            with ``position_ids``, all ``[1, T]``.
         loss: any token loss.
         options: ``normalizer``, ``statistics`` and ``step`` of :func:`~dft_lightning.ops.linear_token_loss`.
     """
     labels = batch["labels"]
-    hidden, model_output = run_without_head(
-        model, head, input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
-    )
+    hidden, model_output = run_without_head(model, head, **model_inputs(model, batch))
     # Shifted by one, with nothing to predict at the end: so that hidden states need not be copied.
     targets = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), _IGNORE_INDEX)], dim=1)
     inputs = None
     if any(need.name == "sequence_index" for need in normalise_needs(loss.needs)):
-        inputs = {"sequence_index": sequence_index_of(labels.shape, labels.device)}
+        inputs = {"sequence_index": _sequence_index(batch)}
     output = linear_token_loss(
         hidden.reshape(-1, hidden.shape[-1]),
         targets=targets.reshape(-1),
@@ -69,12 +69,20 @@ def full_batch_loss(
     outputs: list[Any] = []
     handle = model.register_forward_hook(lambda model, args, output: outputs.append(output))
     try:
-        logits = forward(batch["input_ids"], batch.get("attention_mask"))
+        positions = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
+        logits = forward(batch["input_ids"], batch.get("attention_mask"), **positions)
     finally:
         handle.remove()
     output = logits_token_loss(logits[:, :-1], batch["labels"][:, 1:], loss, **options)
     auxiliary = auxiliary_loss(model, outputs[-1]) if outputs else None
     return _with_auxiliary_loss(output, auxiliary, options["normalizer"])
+
+
+def _sequence_index(batch: dict[str, Any]) -> Tensor:
+    """The sequence of each token, flattened."""
+    if "position_ids" in batch:
+        return document_index(batch["position_ids"])
+    return sequence_index_of(batch["labels"].shape, batch["labels"].device)
 
 
 def _with_auxiliary_loss(output: TokenOutput, auxiliary: Tensor | None, normalizer: float | None) -> TokenOutput:

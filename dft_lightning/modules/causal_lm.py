@@ -20,6 +20,7 @@ from dft_lightning.errors import InputError
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss, require_default_forward_options
 from dft_lightning.metrics import AnswerExtractor, ExactMatch, LastNumber, TokenMetrics
 from dft_lightning.modules.batch_loss import full_batch_loss, fused_batch_loss
+from dft_lightning.modules.documents import check_documents, model_inputs
 from dft_lightning.modules.generation import GenerationOptions, decode_completions, generate
 from dft_lightning.modules.head import WAY_OUT, check_head, find_head
 from dft_lightning.modules.loading import DType, load_causal_lm
@@ -46,7 +47,8 @@ class CausalLMModule(pl.LightningModule):
     The gradient of an optimizer step is that of the token mean of the loss over the whole step, however it is
     split into micro-batches and over ranks. Batches are dicts with ``input_ids``, ``labels`` and, where there is
     padding, ``attention_mask``, all ``[B, T]``; labels are aligned with the inputs (the module shifts them) and -100
-    where there is no target.
+    where there is no target. Padding-free batches are one row of whole documents: ``input_ids``, ``labels`` and
+    ``position_ids``, all ``[1, T]``, whose positions start anew and whose first label is -100 at each document.
 
     Override one at a time: :meth:`build_model`, :meth:`build_parameter_groups`, :meth:`build_optimizer`,
     :meth:`build_scheduler`, :meth:`generate`.
@@ -64,7 +66,8 @@ class CausalLMModule(pl.LightningModule):
         warmup_ratio: the same as a share of all steps; not together with ``warmup_steps``.
         min_lr_ratio: learning rate at the end, as a share of the peak.
         dtype: of the parameters as loaded; ``"auto"`` takes the checkpoint's own.
-        attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` ...
+        attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` ...; ``"documents"`` calls ``sdpa`` for
+            each document of a padding-free batch.
         gradient_checkpointing: recompute activations in backward to save memory.
         head: ``"fused"`` computes loss and gradients from the last hidden states, without holding logits;
             ``"full"`` takes the model's own logits, for models whose head the fused one does not know.
@@ -124,7 +127,7 @@ class CausalLMModule(pl.LightningModule):
         self.answer_extractor = from_plain(answer_extractor, AnswerExtractor)
         self.model = None
         self._check_head_option(head)
-        self._head_checked = False
+        self._head_checked = self._documents_checked = False
         self.train_telemetry = TrainTelemetry()
         self.val_metrics = TokenMetrics()
         self.test_metrics = TokenMetrics()
@@ -188,6 +191,8 @@ class CausalLMModule(pl.LightningModule):
     def build_model(self) -> nn.Module:
         """The language model: takes ``input_ids``, ``attention_mask``, ``use_cache`` and returns ``.logits``.
 
+        For padding-free batches it takes ``position_ids`` as well.
+
         The fused head finds the output layer by ``get_output_embeddings()`` or as ``lm_head``, an ``nn.Linear``; a
         model without needs ``head: full``.
         """
@@ -230,11 +235,13 @@ class CausalLMModule(pl.LightningModule):
             )
         return self._tokenizer
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
         """Logits ``[B, T, V]`` of a batch."""
         assert self.model is not None, "call configure_model() first"
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return cast(Tensor, output.logits)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        return cast(Tensor, self.model(**model_inputs(self.model, batch)).logits)
 
     def token_output(
         self, batch: Batch, *, normalizer: float | None = None, statistics: Sequence[str] = ()
@@ -255,6 +262,9 @@ class CausalLMModule(pl.LightningModule):
             "step": self.global_step if self._trainer is not None else 0,
         }
         assert self.model is not None, "call configure_model() first"
+        if "position_ids" in batch and not self._documents_checked:
+            check_documents(self.model)
+            self._documents_checked = True
         if self.hparams["head"] == "full":
             return full_batch_loss(self.model, self, batch, self.loss, options)
         head = find_head(self.model)

@@ -11,6 +11,7 @@ from torch import nn
 
 from dft_lightning.assets import resolve
 from dft_lightning.errors import InputError, one_line
+from dft_lightning.modules.documents import ATTENTION, register_documents_attention
 
 # What transformers makes rope_parameters of, and what it writes into every config of its own.
 _ALSO_TAKEN = ("rope_theta", "rope_scaling", "transformers_version", "dtype")
@@ -32,6 +33,7 @@ def load_causal_lm(
             model with random weights (``{"model_type": "llama", "hidden_size": 64, ...}``).
         dtype: of the parameters; ``"auto"`` takes what the checkpoint was saved in.
         attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` ...; ``None`` leaves it to transformers.
+            ``"documents"`` is this package's, for padding-free batches.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the checkpoint.
 
@@ -40,6 +42,7 @@ def load_causal_lm(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    register_documents_attention()
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     if isinstance(model, dict):
         return _from_config(model, torch_dtype, attn_implementation, trust_remote_code)
@@ -61,6 +64,7 @@ def load_causal_lm(
         )
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"model.model: cannot load {path!r}: {one_line(error)}") from error
+    _check_attention(loaded, attn_implementation)
     return loaded.train()  # from_pretrained leaves dropout off and gradient checkpointing inactive
 
 
@@ -90,4 +94,13 @@ def _from_config(
         )
     except Exception as error:  # whatever a model's own code raises over values it cannot work with
         raise InputError(f"model.model: no {model_type} can be made of these values: {one_line(error)}") from error
+    _check_attention(made, attn_implementation)
     return made.train()
+
+
+def _check_attention(model: nn.Module, attn_implementation: str | None) -> None:
+    """What transformers checks of its own names: that a model's attention is one that sdpa can compute."""
+    if attn_implementation == ATTENTION and not getattr(model, "_supports_sdpa", False):
+        raise InputError(
+            f"model.attn_implementation: documents is made of sdpa calls, which {type(model).__name__} does not support"
+        )

@@ -1,0 +1,216 @@
+"""Padding-free batches: several documents in one row give what the same rows padded give, or are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutput
+
+from conftest import TINY_LLAMA, TINY_QWEN2, shared
+from dft_lightning import CausalLMModule, DFTLoss, InstructionDataModule, TokenLoss
+from dft_lightning.data.batches import Collator
+from dft_lightning.errors import InputError
+from dft_lightning.modules import documents
+from dft_lightning.modules.documents import check_documents, document_index, document_lengths
+from dft_lightning.modules.loading import load_causal_lm
+from small_runs import TINY_ARITHMETIC, TINY_GPT2, arithmetic_data, trainer
+
+# Large weights: attention must depend on what it sees.
+LLAMA, QWEN2 = {**TINY_LLAMA, "initializer_range": 0.5}, {**TINY_QWEN2, "initializer_range": 0.5}
+GPT2 = {**TINY_GPT2, "initializer_range": 0.5}
+GEMMA3 = {**LLAMA, "model_type": "gemma3_text", "head_dim": 4, "sliding_window": 16}
+LENGTHS = (7, 2, 12, 1, 9)
+
+
+class SequenceMean(TokenLoss):
+    """Every token by the mean probability of its own sequence: not pointwise."""
+
+    pointwise = False
+    needs = ("sequence_index",)
+
+    def token_loss(self, stats):
+        index = stats.sequence_index
+        sums = torch.zeros(int(index.max()) + 1, dtype=stats.log_prob.dtype).index_add(0, index, stats.log_prob.exp())
+        return -sums[index] / index.bincount()[index] * stats.log_prob
+
+
+def rows(vocabulary=97, lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for index, length in enumerate(lengths):
+        ids = torch.randint(0, vocabulary, (length,), generator=generator).tolist()
+        labels = [-100 if place < length // 3 else token for place, token in enumerate(ids)]
+        made.append({"input_ids": ids, "labels": labels, "index": index})
+    return made
+
+
+def loss_and_gradient(model, padding_free, attention=None, data=None, **options):
+    torch.manual_seed(0)
+    module = CausalLMModule(model, attn_implementation=attention, **{"loss": DFTLoss(), **options})
+    module.configure_model()
+    batch = Collator(0, padding_free=padding_free)(data or rows())
+    output = module.token_output(batch, statistics=["entropy"])
+    output.loss.backward()
+    return output, torch.cat([p.grad.flatten() for p in module.parameters()])
+
+
+def assert_equal_to_padded(model, attention, tolerance=1e-5, **options):
+    padded, expected = loss_and_gradient(model, False, "eager", **options)
+    joined, gradient = loss_and_gradient(model, True, attention, **options)
+    for name in ("loss", "log_prob", "weight", "entropy"):
+        torch.testing.assert_close(getattr(joined, name), getattr(padded, name), rtol=tolerance, atol=tolerance)
+    assert (gradient - expected).norm() < tolerance * expected.norm()
+
+
+def test_rows_become_one_with_positions_that_start_anew():
+    first = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
+    batch = Collator(0, padding_free=True)([first, {"input_ids": [8, 9], "labels": [-100, 9]}])
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "input_ids": [[5, 6, 7, 8, 9]],
+        "labels": [[-100, 6, 7, -100, 9]],  # no first token is a target, whatever the row says
+        "position_ids": [[0, 1, 2, 0, 1]],
+    }
+
+
+def test_a_document_begins_where_positions_do_not_go_up_by_one():
+    positions = torch.tensor([[3, 4, 0, 1, 2, 0, 0]])  # the first is the end of one that was cut
+    assert document_lengths(positions) == [2, 3, 1, 1]
+    assert document_index(positions).tolist() == [0, 0, 1, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "documents"])
+@pytest.mark.parametrize("model", [LLAMA, QWEN2, GPT2, GEMMA3], ids=["llama", "qwen2", "gpt2", "gemma3"])
+def test_losses_and_gradients_are_those_of_the_same_rows_padded(model, attention):
+    assert_equal_to_padded(model, attention)
+
+
+@pytest.mark.parametrize("options", [{"head": "full"}, {"loss": SequenceMean()}, {"gradient_checkpointing": True}])
+def test_with_every_head_and_kind_of_loss(options):
+    assert_equal_to_padded(LLAMA, "documents", **options)
+
+
+def test_exact_in_float64():
+    assert_equal_to_padded(GPT2, "documents", tolerance=1e-10, dtype="float64")
+
+
+def test_a_real_model():
+    folder = str(shared("models/stories260K"))
+    data = rows(vocabulary=512, lengths=(40, 90, 7, 120))
+    assert_equal_to_padded(folder, "documents", data=data)
+
+
+def test_whole_runs_take_the_same_steps():
+    losses = []
+    for padding_free in (False, True):
+        torch.manual_seed(0)
+        attention = "documents" if padding_free else "sdpa"
+        module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), dtype="float64", attn_implementation=attention)
+        data = arithmetic_data(batch_size=4, validation_fraction=0.25, padding_free=padding_free)
+        run = trainer(max_steps=6, precision="64-true", accumulate_grad_batches=2, log_every_n_steps=1)
+        run.fit(module, data)
+        losses.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+        metrics = {name: float(value) for name, value in run.callback_metrics.items()}
+        del metrics["train/tokens_per_second"]
+        losses.append(torch.tensor(list(metrics.values()), dtype=torch.float64))
+    torch.testing.assert_close(losses[0], losses[2], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(losses[1], losses[3], rtol=1e-6, atol=1e-6)
+
+
+def test_test_and_generation_go_on_with_padding_free_batches():
+    results = []
+    for padding_free in (False, True):
+        torch.manual_seed(0)
+        attention = "documents" if padding_free else None
+        module = CausalLMModule(TINY_ARITHMETIC, attn_implementation=attention, generation={"max_new_tokens": 4})
+        data = InstructionDataModule(
+            test=arithmetic_data().sources["train"],
+            tokenizer="asset://arithmetic-base",
+            batch_size=4,
+            padding_free=padding_free,
+        )
+        results.append(trainer().test(module, data, verbose=False)[0])
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_padded_batches_take_sdpa_under_the_same_name():
+    _, expected = loss_and_gradient(LLAMA, False, "sdpa")
+    _, gradient = loss_and_gradient(LLAMA, False, "documents")
+    assert torch.equal(gradient, expected)
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------
+
+
+def leaking(module, query, key, value, attention_mask, **options):
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, query, key, value, None, **options)
+
+
+def test_attention_that_crosses_documents_is_found_out(monkeypatch):
+    monkeypatch.setattr(documents, "_documents_attention", leaking)
+    with pytest.raises(InputError, match=r"LlamaForCausalLM with attn_implementation documents does not keep .* apart"):
+        loss_and_gradient(TINY_LLAMA, True, "documents")  # weights of 0.02: logits hardly move
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 97, "state_size": 4},
+        {"model_type": "falcon_h1", **{k: v for k, v in LLAMA.items() if k != "model_type"}}
+        | {"mamba_d_ssm": 16, "mamba_n_heads": 2},
+    ],
+    ids=["mamba", "falcon_h1"],
+)
+def test_recurrent_and_hybrid_models_are_refused(model):
+    with pytest.raises(InputError, match=r"padding-free row.*data.padding_free: false"):
+        loss_and_gradient(model, True)
+
+
+class IgnoresPositions(nn.Module):
+    """Each token by its place in the row: nothing leaks, but the second document does not start anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(97, 8)
+        self.place = nn.Embedding(64, 8)
+        self.lm_head = nn.Linear(8, 97)
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=False):
+        places = self.place(torch.arange(input_ids.shape[1]))
+        return CausalLMOutput(logits=self.lm_head(self.embedding(input_ids) + places))
+
+
+def test_a_model_that_ignores_position_ids_is_refused_and_left_in_training_mode():
+    model = IgnoresPositions().train()
+    with pytest.raises(InputError, match="with no first document the second's logits move"):
+        check_documents(model)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_document_beyond_the_sliding_window_is_refused():
+    model = {**LLAMA, "model_type": "mistral", "sliding_window": 8}
+    with pytest.raises(InputError, match="one of 12 tokens is longer than the model's sliding window of 8"):
+        loss_and_gradient(model, True, "documents")
+    model["sliding_window"] = 12
+    assert_equal_to_padded(model, "documents")
+
+
+def test_what_sdpa_cannot_compute_is_refused():
+    with pytest.raises(InputError, match="sdpa calls, which Gemma2ForCausalLM does not support"):
+        load_causal_lm({**LLAMA, "model_type": "gemma2"}, attn_implementation="documents")  # it caps its scores
+
+
+def test_several_rows_or_a_mask_beside_positions_are_refused():
+    module = CausalLMModule(TINY_LLAMA)
+    module.configure_model()
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    for batch in ({"input_ids": ids, "position_ids": ids}, {"input_ids": ids[:1], "attention_mask": ids[:1] + 1}):
+        with pytest.raises(InputError, match="one row of whole documents"):
+            module.token_output({"position_ids": ids[:1], "labels": batch["input_ids"], **batch})
+
+
+def test_padding_to_a_multiple_contradicts():
+    with pytest.raises(ValueError, match="padding_free batches have nothing to pad"):
+        InstructionDataModule("rows.jsonl", padding_free=True, pad_to_multiple_of=8)
