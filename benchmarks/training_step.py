@@ -3,9 +3,11 @@
     python ../shared/get_smollm2.py smollm2
     python benchmarks/training_step.py --model smollm2 --rows ../shared/data/gsm8k_train.jsonl
 
-Needs the ``bench`` extra, a model folder with tokenizer, and rows with ``question`` and ``answer``. Both sides train on
-the same rows in the same order, bf16-mixed, AdamW, float32 weights. Every measurement is a process of its own; the two
-sides take turns, and the ratio is the median over turns. Time runs from the end of the second step to the end of the
+Needs the ``bench`` extra, a model folder with tokenizer, and rows with ``question`` and ``answer``. All sides train on
+the same rows in the same order, bf16-mixed, AdamW, float32 weights. ``dft_lightning`` takes padding-free batches,
+``padded`` is the same command with padding. ``products`` is the limit: it computes nothing but the step's matrix
+products and attention, in bfloat16, without padding and recomputation. Every measurement is a process of its own; the
+sides take turns, and a ratio is the median over turns. Time runs from the end of the second step to the end of the
 last, data and logging included. Tokens are those that are not padding.
 """
 
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -58,7 +61,9 @@ class Clock:
         }
 
 
-def run_ours(options: argparse.Namespace, folder: str) -> dict:
+def run_ours(options: argparse.Namespace, folder: str, padding_free: bool = False) -> dict:
+    import torch
+
     from dft_lightning import CausalLMModule
     from dft_lightning.__main__ import main  # as the command starts
 
@@ -66,7 +71,7 @@ def run_ours(options: argparse.Namespace, folder: str) -> dict:
 
     class Watched(CausalLMModule):
         def training_step(self, batch, batch_idx):
-            clock.seen(batch["attention_mask"])
+            clock.seen(batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"]))
             return super().training_step(batch, batch_idx)
 
         def on_train_batch_end(self, outputs, batch, batch_idx):
@@ -83,6 +88,8 @@ def run_ours(options: argparse.Namespace, folder: str) -> dict:
     arguments += ["--trainer.accelerator", options.device, "--trainer.devices", "1"]
     arguments += ["--trainer.gradient_clip_val", "1.0", "--trainer.enable_checkpointing", "false"]
     arguments += ["--trainer.default_root_dir", folder]
+    if padding_free:
+        arguments += ["--data.padding_free", "true", "--model.attn_implementation", "documents"]
     main(arguments, module_class=Watched)
     return clock.result()
 
@@ -137,7 +144,68 @@ def run_trl(options: argparse.Namespace, folder: str) -> dict:
     return clock.result()
 
 
-SIDES = {"dft_lightning": run_ours, "trl": run_trl}
+def run_products(options: argparse.Namespace, folder: str) -> dict:
+    """What no side can do without: three products for each linear layer, attention in each document, and the head."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from dft_lightning import CausalLMModule, InstructionDataModule
+
+    rows = Path(folder) / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in rows_of(options)))
+    columns = {"prompt_column": "question", "completion_column": "answer"}
+    data = InstructionDataModule(
+        str(rows), tokenizer=str(options.model), batch_size=options.batch_size, shuffle=False, **columns
+    )
+    data.prepare_data()
+    data.setup("fit")
+    module = CausalLMModule(str(options.model))
+    module.configure_model()
+    config, head = module.model.config, module.model.get_output_embeddings()
+    layers = [m.weight for m in module.model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    layers = [weight.detach().to(options.device, torch.bfloat16) for weight in layers]
+    head = head.weight.detach().to(options.device, torch.bfloat16)
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=options.device, dtype=torch.bfloat16)
+
+    def products(weight: torch.Tensor, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
+        torch.mm(hidden, weight.t())
+        torch.mm(gradient, weight)
+        torch.mm(gradient.t(), hidden)
+
+    def attention(*inputs: torch.Tensor) -> None:
+        output = scaled_dot_product_attention(*inputs, is_causal=True)
+        torch.autograd.grad(output, inputs, inputs[0])
+
+    clock = Clock()
+    for step, batch in enumerate(data.train_dataloader()):
+        clock.seen(batch["attention_mask"])
+        lengths = batch["attention_mask"].sum(1).tolist()
+        kept = int((batch["labels"] != -100).sum())
+        by_layer = [(w, tensor(sum(lengths), w.shape[1]), tensor(sum(lengths), w.shape[0])) for w in layers]
+        heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        documents = [[tensor(1, heads, length, size).requires_grad_() for _ in range(3)] for length in lengths]
+        of_head = (head, tensor(kept, head.shape[1]), tensor(kept, head.shape[0]))
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        for arguments in [*by_layer, of_head]:
+            products(*arguments)
+        for document in documents * config.num_hidden_layers:
+            attention(*document)
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        clock.seconds += time.perf_counter() - started if step >= WARM_UP else 0.0
+    return clock.result()
+
+
+SIDES = {
+    "dft_lightning": partial(run_ours, padding_free=True),
+    "padded": run_ours,
+    "trl": run_trl,
+    "products": run_products,
+}
 
 
 def in_own_process(options: argparse.Namespace, side: str, checkpointing: bool) -> dict:
@@ -168,15 +236,21 @@ def compare(options: argparse.Namespace, checkpointing: bool) -> dict:
         print({side: round(result["tokens_per_second"]) for side, result in turn.items()}, flush=True)
     counts = {result["tokens"] for turn in turns for result in turn.values()}
     if len(counts) != 1:
-        raise SystemExit(f"the two sides did not train on the same tokens: {counts}")
+        raise SystemExit(f"the sides did not train on the same tokens: {counts}")
     speed = {side: median([turn[side]["tokens_per_second"] for turn in turns]) for side in SIDES}
     memory = {side: median([turn[side]["peak_memory"] for turn in turns]) for side in SIDES}
-    ratio = median([turn["dft_lightning"]["tokens_per_second"] / turn["trl"]["tokens_per_second"] for turn in turns])
+    ratios = {
+        side: median([turn[side]["tokens_per_second"] / turn["trl"]["tokens_per_second"] for turn in turns])
+        for side in SIDES
+    }
     print(f"gradient checkpointing {'on' if checkpointing else 'off'}")
     for side in SIDES:
-        print(f"  {side:14} {speed[side]:7.0f} tokens/s, peak memory of the process {memory[side] / 2**20:6.0f} MiB")
-    print(f"  ratio {ratio:.2f}", flush=True)
-    return {"gradient_checkpointing": checkpointing, "ratio": ratio, "turns": turns}
+        print(
+            f"  {side:14} {speed[side]:7.0f} tokens/s, peak memory of the process {memory[side] / 2**20:6.0f} MiB, "
+            f"{ratios[side]:.2f} times TRL's speed",
+            flush=True,
+        )
+    return {"gradient_checkpointing": checkpointing, "ratios": ratios, "turns": turns}
 
 
 def main() -> None:
