@@ -36,6 +36,13 @@ def rows_of(options: argparse.Namespace) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def rows_file(options: argparse.Namespace, folder: str) -> str:
+    """The same in a file."""
+    path = Path(folder) / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(options)))
+    return str(path)
+
+
 class Clock:
     """Tokens and seconds of the steps after the warm-up."""
 
@@ -43,8 +50,9 @@ class Clock:
         self.tokens: list[int] = []
         self.started = self.seconds = 0.0
 
-    def seen(self, attention_mask) -> None:
-        self.tokens.append(int(attention_mask.sum()))
+    def seen(self, batch) -> None:
+        padded = "attention_mask" in batch
+        self.tokens.append(int(batch["attention_mask"].sum()) if padded else batch["input_ids"].numel())
 
     def step_done(self, steps: int) -> None:
         if steps == WARM_UP:
@@ -62,8 +70,6 @@ class Clock:
 
 
 def run_ours(options: argparse.Namespace, folder: str, padding_free: bool = False) -> dict:
-    import torch
-
     from dft_lightning import CausalLMModule
     from dft_lightning.__main__ import main  # as the command starts
 
@@ -71,16 +77,15 @@ def run_ours(options: argparse.Namespace, folder: str, padding_free: bool = Fals
 
     class Watched(CausalLMModule):
         def training_step(self, batch, batch_idx):
-            clock.seen(batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"]))
+            clock.seen(batch)
             return super().training_step(batch, batch_idx)
 
         def on_train_batch_end(self, outputs, batch, batch_idx):
             super().on_train_batch_end(outputs, batch, batch_idx)
             clock.step_done(batch_idx + 1)
 
-    rows = Path(folder) / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in rows_of(options)))
-    arguments = ["fit", "--model.model", str(options.model), "--model.loss", "DFTLoss", "--data.train", str(rows)]
+    arguments = ["fit", "--model.model", str(options.model), "--model.loss", "DFTLoss"]
+    arguments += ["--data.train", rows_file(options, folder)]
     arguments += ["--data.prompt_column", "question", "--data.completion_column", "answer"]
     arguments += ["--data.batch_size", str(options.batch_size), "--data.shuffle", "false"]
     arguments += ["--model.gradient_checkpointing", str(options.gradient_checkpointing).lower()]
@@ -107,7 +112,7 @@ def run_trl(options: argparse.Namespace, folder: str) -> dict:
 
     class Watched(SFTTrainer):
         def training_step(self, model, inputs, *args, **kwargs):
-            clock.seen(inputs["attention_mask"])
+            clock.seen(inputs)
             return super().training_step(model, inputs, *args, **kwargs)
 
     rows = [
@@ -151,11 +156,10 @@ def run_products(options: argparse.Namespace, folder: str) -> dict:
 
     from dft_lightning import CausalLMModule, InstructionDataModule
 
-    rows = Path(folder) / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in rows_of(options)))
+    rows = rows_file(options, folder)
     columns = {"prompt_column": "question", "completion_column": "answer"}
     data = InstructionDataModule(
-        str(rows), tokenizer=str(options.model), batch_size=options.batch_size, shuffle=False, **columns
+        rows, tokenizer=str(options.model), batch_size=options.batch_size, shuffle=False, **columns
     )
     data.prepare_data()
     data.setup("fit")
@@ -180,7 +184,7 @@ def run_products(options: argparse.Namespace, folder: str) -> dict:
 
     clock = Clock()
     for step, batch in enumerate(data.train_dataloader()):
-        clock.seen(batch["attention_mask"])
+        clock.seen(batch)
         lengths = batch["attention_mask"].sum(1).tolist()
         kept = int((batch["labels"] != -100).sum())
         by_layer = [(w, tensor(sum(lengths), w.shape[1]), tensor(sum(lengths), w.shape[0])) for w in layers]
