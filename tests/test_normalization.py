@@ -18,17 +18,20 @@ LOSSES = [CrossEntropyLoss(), DFTLoss(), FocalLoss()]
 TOLERANCE = {"64-true": 1e-10, "32-true": 1e-6}
 
 
-def step_gradient(batch_size, accumulate, precision, loss, num_rows=16):
+def step_gradient(batch_size, accumulate, precision, loss, num_rows=16, **options):
     pl.seed_everything(0)
     # Weights are drawn in float64 and rounded, so that every precision starts from the same model.
-    module = GradientRecorder(TINY_ARITHMETIC, loss=loss, dtype="float64")
+    module = GradientRecorder(TINY_ARITHMETIC, loss=loss, dtype="float64", **options)
     data = arithmetic_data(num_rows, batch_size=batch_size, shuffle=False)
     trainer(precision=precision, accumulate_grad_batches=accumulate).fit(module, datamodule=data)
     return module.gradients[0]
 
 
-def reference_gradient(loss, num_rows=16):
-    """Row by row, without padding: sum of the published formulas over all targets, over their number."""
+def reference_gradient(loss, num_rows=16, renormalize=False):
+    """Row by row, without padding: sum of the published formulas over all targets, over their number.
+
+    Renormalised: over the sum of the weights -dL/dl, by the derivatives written out.
+    """
     pl.seed_everything(0)
     module = CausalLMModule(TINY_ARITHMETIC, loss=loss, dtype="float64")
     module.configure_model()
@@ -41,7 +44,9 @@ def reference_gradient(loss, num_rows=16):
         log_p = log_probs[targets != -100, targets[targets != -100]]
         p = log_p.exp()
         weight = {"CrossEntropyLoss": 1, "DFTLoss": p.detach(), "FocalLoss": (1 - p) ** 2}[type(loss).__name__]
-        total, count = total - (weight * log_p).sum(), count + len(log_p)
+        total = total - (weight * log_p).sum()
+        slope = {"CrossEntropyLoss": p**0, "DFTLoss": p, "FocalLoss": (1 - p) ** 2 - 2 * (1 - p) * p * log_p}
+        count += slope[type(loss).__name__].sum().detach() if renormalize else len(log_p)
     (total / count).backward()
     return torch.cat([p.grad.flatten() for p in module.parameters()])
 
@@ -59,15 +64,43 @@ def test_every_split_gives_the_same_gradient(loss, precision):
     assert relative(gradients[0], reference_gradient(loss)) < {"64-true": 1e-10, "32-true": 1e-5}[precision]
 
 
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
 @pytest.mark.parametrize("precision", TOLERANCE)
-@pytest.mark.parametrize(("num_rows", "batch_size", "accumulate"), [(16, 3, 3), (15, 4, 2)])
-def test_two_processes_give_the_same_gradient(tmp_path, precision, num_rows, batch_size, accumulate):
+def test_renormalised_gradients_are_over_the_sum_of_weights(loss, precision):
+    gradients = [step_gradient(*split, precision, loss, renormalize=True) for split in SPLITS]
+    for split, gradient in zip(SPLITS, gradients, strict=True):
+        assert relative(gradient, gradients[0]) < TOLERANCE[precision], split
+    reference = reference_gradient(loss, renormalize=True)
+    assert relative(gradients[0], reference) < {"64-true": 1e-10, "32-true": 1e-5}[precision]
+    if isinstance(loss, CrossEntropyLoss):  # weights of one: nothing changes
+        assert torch.equal(gradients[0], step_gradient(*SPLITS[0], precision, loss))
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize(
+    ("num_rows", "batch_size", "accumulate", "renormalize"), [(16, 3, 3, False), (15, 4, 2, False), (15, 4, 2, True)]
+)
+def test_two_processes_give_the_same_gradient(tmp_path, precision, num_rows, batch_size, accumulate, renormalize):
     out = tmp_path / "gradient.pt"
-    run_two_processes(
-        "ddp_gradient.py", str(out), precision, str(batch_size), str(accumulate), "DFTLoss", str(num_rows)
-    )
-    expected = step_gradient(num_rows, 1, precision, DFTLoss(), num_rows)
+    split = (str(batch_size), str(accumulate))
+    run_two_processes("ddp_gradient.py", str(out), precision, *split, "DFTLoss", str(num_rows), str(int(renormalize)))
+    expected = step_gradient(num_rows, 1, precision, DFTLoss(), num_rows, renormalize=renormalize)
     assert relative(torch.load(out), expected) < TOLERANCE[precision]
+
+
+def test_weights_that_cannot_be_divided_by():
+    normalizer = TokenNormalizer(lambda total: total, world_size=1)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    for weights, error in (([-1.0, 0.5], "which is -0.5"), ([float("nan"), 1.0], "which is nan")):
+        normalizer.count(torch.tensor(2))
+        normalizer.weigh(torch.tensor(weights))
+        with pytest.raises(RuntimeError, match=f"sum of the tokens' weights -dL/dl, {error} in this step"):
+            normalizer.rescale([parameter], accumulate_grad_batches=1)
+    parameter.grad = torch.zeros(2)
+    normalizer.count(torch.tensor(2))
+    normalizer.weigh(torch.zeros(2))  # nothing was learnt from: as with no target at all
+    normalizer.rescale([parameter], accumulate_grad_batches=1)
+    assert parameter.grad is None
 
 
 def plain_loader(rows, batch_size):

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPLITS_OF_STAGE = {
-    "fit": ("train", "validation"),
-    "validate": ("validation",),
+    "fit": ("train", "validation", "forgetting"),
+    "validate": ("validation", "forgetting"),
     "test": ("test",),
     "predict": ("predict",),
 }
@@ -52,6 +52,7 @@ class InstructionDataModule(pl.LightningDataModule):
         validation: validation rows, likewise; ``None`` for none or for a part of ``train``.
         test: test rows, likewise.
         predict: rows to complete; ``None`` takes ``test``. They need no completion.
+        forgetting: a second validation set, of what training should not spoil, likewise; logged as ``forgetting/``.
         validation_fraction: share of ``train`` that is set apart for validation, by ``seed``.
         row_form: ``"auto"``, ``"prompt_completion"``, ``"alpaca"`` or ``"messages"``.
         prompt_column: column of the prompt.
@@ -90,6 +91,7 @@ class InstructionDataModule(pl.LightningDataModule):
         validation: RowSource | str | None = None,
         test: RowSource | str | None = None,
         predict: RowSource | str | None = None,
+        forgetting: RowSource | str | None = None,
         validation_fraction: float = 0.0,
         row_form: RowForm = "auto",
         prompt_column: str = "prompt",
@@ -122,9 +124,17 @@ class InstructionDataModule(pl.LightningDataModule):
             raise ValueError(f"validation_fraction must lie in [0, 1), got {validation_fraction}")
         if padding_free and pad_to_multiple_of != 1:
             raise ValueError("padding_free batches have nothing to pad: leave pad_to_multiple_of at 1")
+        if forgetting is not None and validation is None and not validation_fraction:
+            raise ValueError("forgetting is a second validation set: give validation or validation_fraction as well")
         if validation_fraction and validation is not None:
             raise ValueError("give validation or validation_fraction, not both")
-        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict or test}
+        self.sources = {
+            "train": train,
+            "validation": validation,
+            "forgetting": forgetting,
+            "test": test,
+            "predict": predict or test,
+        }
         self.columns = RowColumns(row_form, prompt_column, completion_column, messages_column)
         self.validation_fraction = validation_fraction
         self.tokenizer_name = tokenizer
@@ -182,7 +192,7 @@ class InstructionDataModule(pl.LightningDataModule):
         for split in SPLITS_OF_STAGE[stage]:
             if split in self._rows:
                 continue
-            conversations = self._conversations(split, required=stage != "fit" or split == "train")
+            conversations = self._conversations(split, required=split == SPLITS_OF_STAGE[stage][0])
             if conversations is not None:
                 self._rows[split] = self._tokenize(split, conversations)
         self._divided.clear()
@@ -249,6 +259,9 @@ class InstructionDataModule(pl.LightningDataModule):
         return self._loader("train", shuffle=self.shuffle)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The validation rows; a list of them and the ``forgetting`` rows where there are such."""
+        if "forgetting" in self._rows:
+            return [self._loader("validation"), self._loader("forgetting")]
         return self._loader("validation") if "validation" in self._rows else []
 
     def test_dataloader(self) -> DataLoader[Any]:
@@ -257,15 +270,23 @@ class InstructionDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader("predict", with_prompts=True)
 
-    def generation_dataloader(self, limit: int | None = None) -> DataLoader[Any]:
-        """The first ``limit`` validation rows (all for ``None``) with their prompts, to generate along ``fit``.
+    def generation_dataloader(self, limit: int | None = None, split: str = "validation") -> DataLoader[Any]:
+        """The first ``limit`` rows of a split (all for ``None``) with their prompts, to generate along ``fit``.
 
         Raises:
-            InputError: there are no validation rows.
+            InputError: there are no such rows.
         """
-        if "validation" not in self._rows:
-            raise InputError("generation along fit needs validation rows: set data.validation")
-        return self._loader("validation", with_prompts=True, limit=limit)
+        if split not in self._rows:
+            raise InputError(f"generation along fit needs {split} rows: set data.{split}")
+        return self._loader(split, with_prompts=True, limit=limit)
+
+    def evaluation_dataloader(self, split: str, limit: int | None = None) -> DataLoader[Any]:
+        """The first ``limit`` rows of a split (all for ``None``) in their own order, of ``train`` too."""
+        return self._loader(split, limit=limit)
+
+    def has_split(self, split: str) -> bool:
+        """Whether a split's rows are loaded."""
+        return split in self._rows
 
     def references(self, split: str, limit: int | None = None) -> list[str | None]:
         """What the completions of a split are scored against: the final assistant turn of the first ``limit`` rows."""

@@ -1,4 +1,4 @@
-"""The one division: gradients of token sums become the gradient of the token mean over the whole optimizer step."""
+"""The one division: gradients of token sums become the gradient of the mean over the whole optimizer step."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ class TokenNormalizer:
     of two change no digits, and :meth:`rescale` multiplies it back. It is constant within a step and equal on all
     ranks, taken from the mean over ranks.
 
+    Where :meth:`weigh` was called for the step, the divisor is the sum of the tokens' weights in place of their number.
+
     Args:
         all_reduce: sums a tensor over ranks.
         world_size: number of data-parallel ranks.
@@ -31,6 +33,7 @@ class TokenNormalizer:
         self._world_size = world_size
         self._divisor: float | None = None
         self._count: Tensor | None = None
+        self._weight: Tensor | None = None
 
     @property
     def pending(self) -> bool:
@@ -47,28 +50,51 @@ class TokenNormalizer:
             self._divisor = _power_of_two(mean)
         return self._divisor
 
+    def weigh(self, weights: Tensor) -> None:
+        """Count a micro-batch's weights (``-dL/dl`` of each target): the step is divided by their sum over all."""
+        total = weights.detach().double().sum()
+        self._weight = total if self._weight is None else self._weight + total
+
     @torch.no_grad()
     def rescale(self, parameters: Iterable[Tensor], accumulate_grad_batches: int) -> None:
-        """Turn the accumulated gradients into those of the token mean.
+        """Turn the accumulated gradients into those of the token mean, or of the mean by weight.
 
-        Where the whole step had no target on any rank, gradients are removed, so that the optimizer leaves the
-        parameters as they are, weight decay included. Does nothing where nothing was counted.
+        Where the whole step had no target on any rank, or none with a weight, gradients are removed, so that the
+        optimizer leaves the parameters as they are, weight decay included. Does nothing where nothing was counted.
+
+        Raises:
+            RuntimeError: the weights' sum is negative or not finite.
         """
         if self._count is None:
             return
-        tokens = int(self._all_reduce(self._count))
-        self._count = None
-        if tokens == 0:
+        tokens, total = self._totals()
+        if total == 0:
             for parameter in parameters:
                 parameter.grad = None
             return
         assert self._divisor is not None
         micro_batches = accumulate_grad_batches * self._world_size
-        factor = self._divisor * micro_batches / tokens
+        factor = self._divisor * micro_batches / total
         self._divisor = _power_of_two(tokens / micro_batches)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, factor)
+
+    def _totals(self) -> tuple[int, float]:
+        """Targets of the step over all ranks, and what to divide by: the same, or the sum of their weights."""
+        count, weight = self._count, self._weight
+        self._count = self._weight = None
+        assert count is not None
+        if weight is None:
+            tokens = int(self._all_reduce(count))
+            return tokens, tokens
+        both = self._all_reduce(torch.stack([count.double(), weight])).tolist()  # one exchange, one wait
+        if not 0 <= both[1] < math.inf:
+            raise RuntimeError(
+                f"renormalize divides by the sum of the tokens' weights -dL/dl, which is {both[1]} in this step: "
+                "it needs a loss whose weights are finite and not negative"
+            )
+        return int(both[0]), both[1]
 
 
 def _power_of_two(count: float) -> float:

@@ -12,6 +12,7 @@ Example:
 """
 
 from dft_lightning.losses.base import TokenLoss, token_loss_and_weight
+from dft_lightning.losses.combined import MixtureLoss, ScheduledLoss
 from dft_lightning.losses.cross_entropy import CrossEntropyLoss
 from dft_lightning.losses.dft import DFTLoss
 from dft_lightning.losses.focal import FocalLoss
@@ -23,6 +24,8 @@ __all__ = [
     "CrossEntropyLoss",
     "DFTLoss",
     "FocalLoss",
+    "MixtureLoss",
+    "ScheduledLoss",
     "Statistic",
     "TokenLoss",
     "TokenStats",

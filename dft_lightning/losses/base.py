@@ -28,6 +28,7 @@ class TokenLoss(Component, nn.Module):
         needs: the statistics beyond ``log_prob`` that :meth:`token_loss` reads, as names or :class:`Statistic`.
         pointwise: whether token ``i``'s loss depends on token ``i``'s statistics alone. A loss that sets it to
             ``False`` may also depend on the other tokens of the same sequence, never on the rest of the batch.
+        uses_step: whether :meth:`token_loss` reads ``stats.step``. Whoever calls such a loss has to give the step.
 
     Raises:
         ValueError: the reduction is unknown.
@@ -42,6 +43,7 @@ class TokenLoss(Component, nn.Module):
     """
 
     pointwise: bool = True
+    uses_step: bool = False
 
     def __init__(self, *, ignore_index: int = -100, reduction: str = "mean") -> None:
         super().__init__()
@@ -65,7 +67,7 @@ class TokenLoss(Component, nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define token_loss(self, stats)")
 
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, targets: Tensor, *, step: int | None = None) -> Tensor:
         """The loss as a criterion on logits.
 
         Targets are checked on the host, which waits for the device once per call (not under ``torch.compile``).
@@ -74,15 +76,18 @@ class TokenLoss(Component, nn.Module):
             logits: ``[..., V]``, classes last, any floating dtype. Half precision is raised to float32.
             targets: ``[...]`` class indices, where ``ignore_index`` marks targets to leave out (their logits
                 get a gradient of exactly zero), or ``[..., V]`` one-hot or soft targets, none ignored.
+            step: the optimizer step, which losses with a schedule (``uses_step``) need.
 
         Returns:
             A scalar, or ``[...]`` for ``reduction="none"`` (0 at ignored targets); float32, or float64 for
             float64 logits.
 
         Raises:
-            ValueError: shapes that do not match, a class index out of range, negative soft targets.
+            ValueError: shapes that do not match, a class index out of range, negative soft targets, no step for a loss
+                with a schedule.
             TypeError: logits or class indices of the wrong dtype.
         """
+        step = required_step(self, step)
         soft = check_logits_and_targets(logits, targets, self.ignore_index)
         shape = logits.shape[:-1]
         rows = logits.reshape(-1, logits.shape[-1])
@@ -95,13 +100,22 @@ class TokenLoss(Component, nn.Module):
             # Ignored rows are dropped, not multiplied by zero: an inf or nan there stays out of the gradient.
             kept = targets != self.ignore_index
             rows, targets, sequence_index = rows[kept], targets[kept], sequence_index[kept]
-        stats = statistics_from_logits(rows, targets, normalise_needs(self.needs), sequence_index=sequence_index)
+        stats = statistics_from_logits(
+            rows, targets, normalise_needs(self.needs), sequence_index=sequence_index, step=step
+        )
         losses = unreduced(self, stats)
         if self.reduction == "none":
             full = losses if kept is None else losses.new_zeros(kept.shape).masked_scatter(kept, losses)
             return full.reshape(shape)
         total = losses.sum()
         return total if self.reduction == "sum" else total / max(losses.numel(), 1)
+
+
+def required_step(loss: TokenLoss, step: int | None) -> int:
+    """The optimizer step, which may only be left out where the loss does not read it."""
+    if step is None and loss.uses_step:
+        raise ValueError(f"{type(loss).__name__} follows a schedule: give the optimizer step, step=...")
+    return step or 0
 
 
 def sequence_index_of(shape: torch.Size, device: torch.device) -> Tensor:

@@ -31,7 +31,7 @@ def compute_loss_func(loss: TokenLoss) -> Callable[..., Tensor]:
         loss: any token loss with the default ``ignore_index`` and ``reduction``.
 
     Raises:
-        ValueError: ``loss`` has other values of ``ignore_index`` or ``reduction``.
+        ValueError: ``loss`` has other values of ``ignore_index`` or ``reduction``, or follows a schedule.
 
     Example:
         >>> import torch
@@ -41,6 +41,11 @@ def compute_loss_func(loss: TokenLoss) -> Callable[..., Tensor]:
         tensor(0.3466)
     """
     require_default_forward_options(loss, "compute_loss_func")
+    if loss.uses_step:
+        raise ValueError(
+            f"{type(loss).__name__} follows a schedule, and transformers.Trainer tells compute_loss_func no step: "
+            "call loss(logits, targets, step=trainer.state.global_step) in a compute_loss of your own"
+        )
     summed = copy.deepcopy(loss)
     summed.reduction = "sum"
 

@@ -30,8 +30,11 @@ def fused_batch_loss(
         batch: ``input_ids``, ``labels`` and perhaps ``attention_mask``, all ``[B, T]``; or one row of whole documents
             with ``position_ids``, all ``[1, T]``.
         loss: any token loss.
-        options: ``normalizer``, ``statistics`` and ``step`` of :func:`~dft_lightning.ops.linear_token_loss`.
+        options: ``normalizer``, ``statistics`` and ``step`` of :func:`~dft_lightning.ops.linear_token_loss`, and
+            ``auxiliary_by_weight``: whether the step will be divided by its weights rather than its targets.
     """
+    options = dict(options)
+    by_weight = options.pop("auxiliary_by_weight")
     labels = batch["labels"]
     hidden, model_output = run_without_head(model, head, **model_inputs(model, batch))
     # Shifted by one, with nothing to predict at the end: so that hidden states need not be copied.
@@ -47,7 +50,7 @@ def fused_batch_loss(
         **head.options,
         **options,
     )
-    return _with_auxiliary_loss(output, auxiliary_loss(model, model_output), options["normalizer"])
+    return _with_auxiliary_loss(output, auxiliary_loss(model, model_output), options["normalizer"], by_weight)
 
 
 def full_batch_loss(
@@ -66,6 +69,8 @@ def full_batch_loss(
         loss: see :func:`fused_batch_loss`.
         options: see :func:`fused_batch_loss`.
     """
+    options = dict(options)
+    by_weight = options.pop("auxiliary_by_weight")
     outputs: list[Any] = []
     handle = model.register_forward_hook(lambda model, args, output: outputs.append(output))
     try:
@@ -75,7 +80,7 @@ def full_batch_loss(
         handle.remove()
     output = logits_token_loss(logits[:, :-1], batch["labels"][:, 1:], loss, **options)
     auxiliary = auxiliary_loss(model, outputs[-1]) if outputs else None
-    return _with_auxiliary_loss(output, auxiliary, options["normalizer"])
+    return _with_auxiliary_loss(output, auxiliary, options["normalizer"], by_weight)
 
 
 def _sequence_index(batch: dict[str, Any]) -> Tensor:
@@ -85,10 +90,16 @@ def _sequence_index(batch: dict[str, Any]) -> Tensor:
     return sequence_index_of(batch["labels"].shape, batch["labels"].device)
 
 
-def _with_auxiliary_loss(output: TokenOutput, auxiliary: Tensor | None, normalizer: float | None) -> TokenOutput:
-    """Added once per target token, so that the token mean of the objective is the model's own sum of the two."""
+def _with_auxiliary_loss(
+    output: TokenOutput, auxiliary: Tensor | None, normalizer: float | None, by_weight: bool
+) -> TokenOutput:
+    """Added once per target token, or per unit of weight, whichever the step is divided by.
+
+    So the mean of the objective is the model's own sum of the two.
+    """
     if auxiliary is None:
         return output
-    total = auxiliary * output.log_prob.numel()
+    targets = output.log_prob.numel()
+    total = auxiliary * (output.weight.sum() if by_weight else targets)
     loss = output.loss + (total if normalizer is None else total / normalizer)
-    return dataclasses.replace(output, loss=loss, loss_sum=output.loss_sum + total.detach())
+    return dataclasses.replace(output, loss=loss, loss_sum=output.loss_sum + auxiliary.detach() * targets)

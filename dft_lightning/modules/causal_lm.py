@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -44,11 +45,12 @@ Batch = dict[str, Any]
 class CausalLMModule(pl.LightningModule):
     """Fine-tunes a causal language model with a pluggable token loss.
 
-    The gradient of an optimizer step is that of the token mean of the loss over the whole step, however it is
-    split into micro-batches and over ranks. Batches are dicts with ``input_ids``, ``labels`` and, where there is
-    padding, ``attention_mask``, all ``[B, T]``; labels are aligned with the inputs (the module shifts them) and -100
-    where there is no target. Padding-free batches are one row of whole documents: ``input_ids``, ``labels`` and
-    ``position_ids``, all ``[1, T]``, whose positions start anew and whose first label is -100 at each document.
+    The gradient of an optimizer step is that of the token mean of the loss over the whole step (or, with
+    ``renormalize``, of its mean by weight), however it is split into micro-batches and over ranks. Batches are dicts
+    with ``input_ids``, ``labels`` and, where there is padding, ``attention_mask``, all ``[B, T]``; labels are aligned
+    with the inputs (the module shifts them) and -100 where there is no target. Padding-free batches are one row of
+    whole documents: ``input_ids``, ``labels`` and ``position_ids``, all ``[1, T]``, whose positions start anew and
+    whose first label is -100 at each document.
 
     Override one at a time: :meth:`build_model`, :meth:`build_parameter_groups`, :meth:`build_optimizer`,
     :meth:`build_scheduler`, :meth:`generate`.
@@ -73,6 +75,9 @@ class CausalLMModule(pl.LightningModule):
             ``"full"`` takes the model's own logits, for models whose head the fused one does not know.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the checkpoint.
+        renormalize: divide a step's gradient by the sum of its tokens' weights ``-dL/dl`` over all micro-batches and
+            ranks, in place of their number. Weights then have mean one, so that clipping acts alike on every loss.
+            What is logged stays the mean per target token.
         log_train_entropy: compute the entropy in training as well; it is always there in validation.
         generation: how ``predict`` and ``test`` generate.
         answer_extractor: finds the answer that ``test`` compares, or a dict with ``class_path`` and ``init_args``.
@@ -110,6 +115,7 @@ class CausalLMModule(pl.LightningModule):
         head: Literal["fused", "full"] = "fused",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        renormalize: bool = False,
         log_train_entropy: bool = False,
         generation: GenerationOptions = GenerationOptions(),  # noqa: B008 (frozen)
         answer_extractor: AnswerExtractor = LastNumber(),  # noqa: B008 (stateless)
@@ -130,10 +136,12 @@ class CausalLMModule(pl.LightningModule):
         self._head_checked = self._documents_checked = False
         self.train_telemetry = TrainTelemetry()
         self.val_metrics = TokenMetrics()
+        self.forgetting_metrics = TokenMetrics()
         self.test_metrics = TokenMetrics()
         self.test_exact_match = ExactMatch(self.answer_extractor)
         self._normalizer: TokenNormalizer | None = None
         self._normalized_step = 0
+        self._loss_step = 0
         self._step_learning_rate = 0.0
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -259,7 +267,8 @@ class CausalLMModule(pl.LightningModule):
         options: dict[str, Any] = {
             "normalizer": normalizer,
             "statistics": statistics,
-            "step": self.global_step if self._trainer is not None else 0,
+            "step": self._step_of_loss(),
+            "auxiliary_by_weight": self.hparams["renormalize"],
         }
         assert self.model is not None, "call configure_model() first"
         if "position_ids" in batch and not self._documents_checked:
@@ -272,6 +281,18 @@ class CausalLMModule(pl.LightningModule):
             check_head(self.model, head)
             self._head_checked = True
         return fused_batch_loss(self.model, head, batch, self.loss, options)
+
+    def _step_of_loss(self) -> int:
+        """Optimizer steps behind the weights: those of this ``fit``, of the last one, or of the checkpoint.
+
+        A trainer that only tests counts from 0 again, which would take a scheduled loss back to its beginning.
+        """
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._loss_step = self.global_step
+        return self._loss_step
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._loss_step = int(checkpoint.get("global_step", 0))
 
     # -- training ----------------------------------------------------------------------------------------------
 
@@ -289,7 +310,9 @@ class CausalLMModule(pl.LightningModule):
         divisor = self._normalizer.count((batch["labels"][:, 1:] != -100).sum())
         statistics = ("entropy",) if self.hparams["log_train_entropy"] else ()
         output = self.token_output(batch, normalizer=divisor, statistics=statistics)
-        self.train_telemetry.update(output, _count_tokens(batch))
+        if self.hparams["renormalize"]:
+            self._normalizer.weigh(output.weight)
+        self.train_telemetry.update(output, count_tokens(batch))
         return output.loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -332,6 +355,9 @@ class CausalLMModule(pl.LightningModule):
         self.train_telemetry.reset()
         self.train_telemetry.start_clock()
 
+    def on_train_end(self) -> None:
+        self._loss_step = self.global_step
+
     def on_validation_start(self) -> None:
         self.train_telemetry.stop_clock()
 
@@ -355,11 +381,14 @@ class CausalLMModule(pl.LightningModule):
 
     # -- validation, test, predict -----------------------------------------------------------------------------
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.val_metrics.update(self.token_output(batch, statistics=("entropy",)), _count_tokens(batch))
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Token metrics of the validation rows, and of ``data.forgetting``, the second loader, where there is one."""
+        metrics = self.forgetting_metrics if dataloader_idx else self.val_metrics
+        metrics.update(self.token_output(batch, statistics=("entropy",)), count_tokens(batch))
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val", self.val_metrics, prog_bar=("nll",))
+        self._log_evaluation("forgetting", self.forgetting_metrics, prog_bar=())
 
     def on_test_start(self) -> None:
         # On every rank and before anything is generated: one rank that stops alone leaves the others waiting.
@@ -369,7 +398,7 @@ class CausalLMModule(pl.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Token metrics and exact match of the generated answers. Returns a record of each row as ``predictions``."""
-        self.test_metrics.update(self.token_output(batch, statistics=("entropy",)), _count_tokens(batch))
+        self.test_metrics.update(self.token_output(batch, statistics=("entropy",)), count_tokens(batch))
         records = self.predict_step(batch, batch_idx)
         for record in records:
             record["correct"] = self.test_exact_match.score(record["completion"], record["reference"])
@@ -465,6 +494,7 @@ class CausalLMModule(pl.LightningModule):
         return LambdaLR(optimizer, factor)
 
 
-def _count_tokens(batch: Batch) -> Tensor | int:
+def count_tokens(batch: Batch) -> Tensor | int:
+    """Tokens of a batch that are no padding."""
     mask = batch.get("attention_mask")
     return cast(int, batch["input_ids"].numel()) if mask is None else cast(Tensor, mask.sum())

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dft_lightning.losses.base import TokenLoss, token_loss_and_weight
+from dft_lightning.losses.base import TokenLoss, required_step, token_loss_and_weight
 from dft_lightning.losses.statistics import Statistic, TokenStats, normalise_needs
 from dft_lightning.ops.normalizer import inverse_normalizer
 from dft_lightning.ops.one_pass import one_pass
@@ -35,7 +35,7 @@ def linear_token_loss(
     token_inputs: Mapping[str, Tensor] | None = None,
     token_weight: Tensor | None = None,
     statistics: Iterable[Statistic | str] = (),
-    step: int = 0,
+    step: int | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> TokenOutput:
     """The summed token loss of a linear head, with per-token statistics, without ever holding its logits.
@@ -66,7 +66,7 @@ def linear_token_loss(
         token_weight: ``[n]`` factors of the tokens' losses. They count in the statistic ``weight``, not in the
             normaliser.
         statistics: what to compute beyond ``loss.needs``, such as ``"entropy"``.
-        step: the optimizer step, for losses with a schedule.
+        step: the optimizer step, which losses with a schedule need.
         chunk_bytes: at most what the buffer of a chunk's logits takes (and never less than one token's logits). On
             the CPU the buffer is kept for the next call (:func:`release_scratch` frees it).
 
@@ -87,6 +87,7 @@ def linear_token_loss(
         >>> output.weight
         tensor([0.2500, 0.2500])
     """
+    step = required_step(loss, step)
     needs = (*normalise_needs(loss.needs), *normalise_needs(statistics))
     batch = target_tokens(hidden, weight, targets, bias, ignore_index, token_inputs, token_weight)
     settings = _settings(

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dft_lightning.losses.base import TokenLoss, token_loss_and_weight
+from dft_lightning.losses.base import TokenLoss, required_step, token_loss_and_weight
 from dft_lightning.losses.statistics import Statistic, normalise_needs, statistics_from_logits
 from dft_lightning.ops.normalizer import inverse_normalizer
 from dft_lightning.ops.output import TokenOutput, connected, detached
@@ -21,7 +21,7 @@ def logits_token_loss(
     ignore_index: int = -100,
     normalizer: Tensor | float | None = None,
     statistics: Iterable[Statistic | str] = (),
-    step: int = 0,
+    step: int | None = None,
 ) -> TokenOutput:
     """Sum a token loss over the targets of a batch, with per-token statistics from the same pass.
 
@@ -33,8 +33,9 @@ def logits_token_loss(
         ignore_index: the target that is left out.
         normalizer: what the sum is divided by.
         statistics: what to compute beyond ``loss.needs``, such as ``"entropy"``.
-        step: the optimizer step, for losses with a schedule.
+        step: the optimizer step, which losses with a schedule need.
     """
+    step = required_step(loss, step)
     kept = targets != ignore_index
     kept_logits, kept_targets = logits[kept], targets[kept]
     needs = normalise_needs(loss.needs)
