@@ -11,8 +11,14 @@ import yaml
 from conftest import ROOT, TINY_LLAMA
 from dft_lightning.cli import main
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-OVERLAYS = {"quickstart_ce": "quickstart", "quickstart_focal": "quickstart"}
+# Comparisons are no fit configs; test_compare_settings has them.
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "compare")
+OVERLAYS = {
+    "quickstart_ce": "quickstart",
+    "quickstart_focal": "quickstart",
+    "arithmetic_competent": "arithmetic_base",
+    "arithmetic_three_digits": "arithmetic_base",
+}
 TINY = {**TINY_LLAMA, "vocab_size": 20}
 
 
@@ -57,6 +63,8 @@ def test_config_runs(path, tmp_path):
         "quickstart_ce": "CrossEntropyLoss",
         "quickstart_focal": "FocalLoss",
         "arithmetic_base": "CrossEntropyLoss",
+        "arithmetic_competent": "CrossEntropyLoss",
+        "arithmetic_three_digits": "CrossEntropyLoss",
     }
     assert type(cli.model.loss).__name__ == expected.get(path.stem, "DFTLoss")
 

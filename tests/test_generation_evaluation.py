@@ -12,7 +12,7 @@ from dft_lightning import CausalLMModule, DFTLoss, GenerationEvaluation, Instruc
 from dft_lightning.assets import resolve
 from dft_lightning.data import ArithmeticRows
 from dft_lightning.errors import InputError
-from dft_lightning.metrics import BoxedAnswer, ExactMatch, HashAnswer, LastNumber, WholeText
+from dft_lightning.metrics import BoxedAnswer, ExactMatch, HashAnswer, LastNumber, MathAnswer, WholeText
 from dft_lightning.modules import GenerationOptions
 from small_runs import TINY_ARITHMETIC, trainer
 
@@ -38,6 +38,10 @@ def test_when_it_evaluates():
     fit([callback], max_steps=5)
     assert [step for step, _ in callback.history] == [0, 2, 4, 5]
     assert all(set(values) == {"greedy", "sampled"} for _, values in callback.history)
+    callback = GenerationEvaluation(num_samples=4, limit=2, at_end=False)
+    fit([callback], max_steps=1)
+    (_, values), *_ = callback.history
+    assert list(values) == ["greedy", "sampled", "pass_at_2", "pass_at_4"]
     callback = GenerationEvaluation(at_start=False, at_end=False, num_samples=0, limit=3)
     fit([callback])
     assert callback.history == []
@@ -114,6 +118,18 @@ def test_base_is_small_and_half_knows_the_skill():
     assert 0.65 <= values["test/exact_match"] <= 0.85
 
 
+@pytest.mark.parametrize(
+    ("name", "digits", "least", "most"),
+    [("competent", (3, 5), 0.95, 1.0), ("three-digits", (1, 3), 0.9, 1.0), ("three-digits", (4, 5), 0.0, 0.05)],
+)
+def test_the_other_bases_know_what_their_names_say(name, digits, least, most):
+    problems = ArithmeticRows(100, min_digits=digits[0], max_digits=digits[1], part="held_out", seed=78)
+    module = CausalLMModule(f"asset://arithmetic-{name}", generation=GenerationOptions(max_new_tokens=80))
+    rows = InstructionDataModule(test=problems, tokenizer="asset://arithmetic-base", eval_batch_size=100)
+    (values,) = trainer().test(module, datamodule=rows, verbose=False)
+    assert least <= values["test/exact_match"] <= most
+
+
 # -- extractors ----------------------------------------------------------------------------------------------------
 
 
@@ -174,3 +190,29 @@ def test_references_that_cannot_be_scored_end_the_run_before_training():
     with pytest.raises(InputError, match=r"HashAnswer\(\) finds no answer in the reference"):
         trainer(callbacks=[GenerationEvaluation(at_start=False), Watch()]).fit(module, datamodule=data())
     assert seen == []
+
+
+def test_math_answers_are_compared_by_value():
+    """math-verify is independent of everything here; what it calls equal is listed by hand."""
+    answer = MathAnswer()
+    equal = [
+        (r"so $x = \boxed{0.5}$", r"\boxed{\frac{1}{2}}"),
+        (r"\boxed{y + x}", r"\boxed{x+y}"),
+        (r"the answer is $\boxed{12}$.", r"\boxed{12}"),
+    ]
+    for completion, reference in equal:
+        assert answer.matches(completion, reference), completion
+        assert not BoxedAnswer().matches(completion, reference) or "12" in reference
+    assert not answer.matches(r"\boxed{\frac{1}{3}}", r"\boxed{\frac{1}{2}}")
+    assert not answer.matches("no idea", r"\boxed{1}")
+    metric = ExactMatch(answer)
+    metric.update([r"\boxed{\frac{2}{4}}", r"\boxed{2}"], [r"\boxed{0.5}"] * 2)
+    assert metric.compute().item() == 0.5
+    with pytest.raises(InputError, match=r"finds no answer in the reference 'none'"):
+        metric.update([r"\boxed{1}"], ["none"])
+
+
+def test_math_answer_names_its_extra(monkeypatch):
+    monkeypatch.setattr("dft_lightning.metrics.math_answer.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'dft-lightning\[math\]'"):
+        MathAnswer()

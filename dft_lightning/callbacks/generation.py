@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
-from dft_lightning.errors import InputError
-from dft_lightning.metrics import ExactMatch
+from dft_lightning.callbacks.evaluation import (
+    at_temperature,
+    check_prompts,
+    count_correct,
+    require_instruction_data,
+    shares,
+)
 from dft_lightning.modules.causal_lm import CausalLMModule
-from dft_lightning.modules.generation import GenerationOptions, evaluating
 
 
 class GenerationEvaluation(Callback):
     """Generates answers to validation prompts before, along and after ``fit``, and scores them by exact match.
 
     Logs ``generation/greedy`` (likeliest tokens), and ``generation/sampled``: the mean over ``num_samples`` samples
-    per problem at ``temperature``, which is avg@k. Both are also in ``trainer.callback_metrics``, for a
+    per problem at ``temperature``, which is avg@k, with ``generation/pass_at_K`` (at least one of K samples right, for
+    powers of two up to ``num_samples``). All are also in ``trainer.callback_metrics``, for a
     ``ModelCheckpoint`` to monitor, from the first evaluation after a training step. Sampling has its own random
     state: a run trains the same with or without it.
 
@@ -38,7 +40,7 @@ class GenerationEvaluation(Callback):
         ValueError: options out of range.
 
     Attributes:
-        history: ``(step, {"greedy": share, "sampled": share})`` of each evaluation.
+        history: ``(step, {"greedy": share, "sampled": share, ...})`` of each evaluation.
 
     Example:
         >>> callback = GenerationEvaluation(every_n_steps=100, num_samples=4, temperature=1.0, limit=200)
@@ -76,13 +78,9 @@ class GenerationEvaluation(Callback):
         if stage != "fit":
             return
         self.history = []
-        # Before any training, and on every rank: a run that cannot be evaluated at its end should not begin.
-        if not hasattr(getattr(trainer, "datamodule", None), "generation_dataloader"):
-            raise InputError("GenerationEvaluation takes its prompts from InstructionDataModule: fit with datamodule=")
+        require_instruction_data(trainer, "GenerationEvaluation")
         assert isinstance(pl_module, CausalLMModule)
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        data.generation_dataloader(self.limit)
-        ExactMatch(pl_module.answer_extractor).check(data.references("validation", self.limit), "validation")
+        check_prompts(trainer, pl_module, "validation", self.limit)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.at_start and trainer.global_step == 0:
@@ -115,11 +113,9 @@ class GenerationEvaluation(Callback):
         assert isinstance(pl_module, CausalLMModule)
         telemetry = pl_module.train_telemetry
         telemetry.stop_clock()
-        options = pl_module.generation
-        values = {"greedy": self._score(trainer, pl_module, replace(options, do_sample=False), 1)}
-        if self.num_samples:
-            sampling = replace(options, do_sample=True, temperature=self.temperature, top_p=1.0, top_k=0)
-            values["sampled"] = self._score(trainer, pl_module, sampling, self.num_samples)
+        greedy = self._count(trainer, pl_module, 0.0, 1)
+        sampled = self._count(trainer, pl_module, self.temperature, self.num_samples) if self.num_samples else None
+        values = shares(greedy, sampled, self.num_samples)
         self.history.append((trainer.global_step, values))
         for logger in trainer.loggers:
             logger.log_metrics({f"generation/{k}": v for k, v in values.items()}, step=trainer.global_step)
@@ -128,24 +124,6 @@ class GenerationEvaluation(Callback):
         telemetry.start_clock()
         return values
 
-    def _score(
-        self, trainer: pl.Trainer, module: CausalLMModule, options: GenerationOptions, num_samples: int
-    ) -> float:
-        metric = ExactMatch(module.answer_extractor).to(module.device)
-        devices = [module.device] if module.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), evaluating(module), trainer.precision_plugin.forward_context():
-            torch.manual_seed(self.seed + trainer.global_rank)
-            for batch in trainer.datamodule.generation_dataloader(self.limit):  # type: ignore[attr-defined]
-                real = [i for i, index in enumerate(batch["index"].tolist()) if index >= 0]
-                ids, mask = (
-                    _repeat(batch[f"prompt_{k}"], num_samples, module) for k in ("input_ids", "attention_mask")
-                )
-                completions = module.generate(ids, mask, options)
-                for i in real:
-                    samples = completions[i * num_samples : (i + 1) * num_samples]
-                    metric.update(samples, [batch["reference"][i]] * num_samples)
-        return float(metric.compute())
-
-
-def _repeat(tensor: Tensor, times: int, module: pl.LightningModule) -> Tensor:
-    return tensor.repeat_interleave(times, dim=0).to(module.device)
+    def _count(self, trainer: pl.Trainer, module: CausalLMModule, temperature: float, num_samples: int) -> list[int]:
+        options = at_temperature(module.generation, temperature)
+        return count_correct(trainer, module, options, limit=self.limit, num_samples=num_samples, seed=self.seed)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from dft_lightning.distributed import gather_lists
 from dft_lightning.errors import InputError
 
 
@@ -68,10 +68,7 @@ class PredictionWriter(Callback):
     def _write(self, trainer: pl.Trainer, default_name: str) -> None:
         records, self._records = self._records, []
         log_dir = trainer.log_dir  # a broadcast: every rank asks
-        if trainer.world_size > 1:
-            parts: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, records)
-            records = [record for part in parts for record in part]
+        records = gather_lists(records, trainer.world_size)
         if not trainer.is_global_zero or not records:
             return
         path = Path(self.path) if self.path else Path(log_dir or ".") / default_name

@@ -3,6 +3,8 @@
 from dft_lightning.metrics.answers import AnswerExtractor, BoxedAnswer, HashAnswer, LastNumber, WholeText
 from dft_lightning.metrics.exact_match import ExactMatch
 from dft_lightning.metrics.gradients import GradientMetrics
+from dft_lightning.metrics.math_answer import MathAnswer
+from dft_lightning.metrics.pass_at_k import pass_at_k, reported_k
 from dft_lightning.metrics.tokens import TokenMetrics
 
 __all__ = [
@@ -12,6 +14,9 @@ __all__ = [
     "GradientMetrics",
     "HashAnswer",
     "LastNumber",
+    "MathAnswer",
     "TokenMetrics",
     "WholeText",
+    "pass_at_k",
+    "reported_k",
 ]

@@ -11,11 +11,19 @@ _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)
 
 
 class AnswerExtractor(Component):
-    """Finds the final answer in a text, in a form that is equal for equal answers. Subclass and write ``extract``."""
+    """Finds the final answer in a text, in a form that is equal for equal answers. Subclass and write ``extract``.
+
+    Where no such form is to be had, override :meth:`matches` as well.
+    """
 
     def extract(self, text: str) -> str | None:
         """The normalised answer, or ``None`` where the text gives none."""
         raise NotImplementedError(f"{type(self).__name__} must define extract(self, text)")
+
+    def matches(self, completion: str, reference: str) -> bool:
+        """Whether both texts give an answer, and the same."""
+        expected = self.extract(reference)
+        return expected is not None and self.extract(completion) == expected
 
 
 def _normalise(answer: str) -> str:

@@ -33,7 +33,8 @@ class ExactMatch(ExactSums):
 
     def score(self, completion: str, reference: str) -> bool:
         """Whether one completion's answer equals the reference's. Raises as :meth:`expected`."""
-        return self.extractor.extract(completion) == self.expected(reference)
+        self.expected(reference)
+        return self.extractor.matches(completion, reference)
 
     def expected(self, reference: str) -> str:
         """The reference's answer.
@@ -45,7 +46,7 @@ class ExactMatch(ExactSums):
         if expected is None:
             raise InputError(
                 f"{self.extractor!r} finds no answer in the reference {reference[-80:]!r}: choose another "
-                "answer_extractor (HashAnswer, BoxedAnswer, LastNumber, WholeText or your own)"
+                "answer_extractor (HashAnswer, BoxedAnswer, LastNumber, WholeText, MathAnswer or your own)"
             )
         return expected
 

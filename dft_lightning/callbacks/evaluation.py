@@ -1,0 +1,121 @@
+"""What a callback measures of a module on some rows: generated answers, token metrics, probabilities of targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from dft_lightning.distributed import gather_lists
+from dft_lightning.errors import InputError
+from dft_lightning.metrics import ExactMatch, TokenMetrics, pass_at_k, reported_k
+from dft_lightning.modules.causal_lm import CausalLMModule, count_tokens
+from dft_lightning.modules.generation import GenerationOptions, evaluating
+
+
+def check_prompts(trainer: pl.Trainer, module: CausalLMModule, split: str, limit: int | None) -> None:
+    """Raise before any training, and on every rank: a run that cannot be evaluated at its end should not begin.
+
+    Raises:
+        InputError: no rows of the split, or a row that no answer could match.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    data.generation_dataloader(limit, split)
+    ExactMatch(module.answer_extractor).check(data.references(split, limit), split)
+
+
+@contextmanager
+def measuring(trainer: pl.Trainer, module: CausalLMModule, seed: int = 0) -> Iterator[None]:
+    """Evaluation mode, the run's precision, and a random state of its own: training goes on as if nothing happened."""
+    devices = [module.device] if module.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), evaluating(module), trainer.precision_plugin.forward_context():
+        torch.manual_seed(seed + trainer.global_rank)
+        yield
+
+
+def count_correct(
+    trainer: pl.Trainer,
+    module: CausalLMModule,
+    options: GenerationOptions,
+    *,
+    split: str = "validation",
+    limit: int | None = None,
+    num_samples: int = 1,
+    seed: int = 0,
+) -> list[int]:
+    """How many of ``num_samples`` completions are right, for each of the first ``limit`` problems of a split.
+
+    A collective: call it on every rank. Every rank gets the counts of all rows, in the rows' order.
+    """
+    metric = ExactMatch(module.answer_extractor)
+    counts: list[tuple[int, int]] = []
+    with measuring(trainer, module, seed):
+        for batch in trainer.datamodule.generation_dataloader(limit, split):  # type: ignore[attr-defined]
+            ids, mask = (_repeat(batch[f"prompt_{k}"], num_samples, module) for k in ("input_ids", "attention_mask"))
+            completions = module.generate(ids, mask, options)
+            for i, index in enumerate(batch["index"].tolist()):
+                if index >= 0:  # rows of index -1 only make the ranks even
+                    samples = completions[i * num_samples : (i + 1) * num_samples]
+                    counts.append((index, sum(metric.score(text, batch["reference"][i]) for text in samples)))
+    return [count for _, count in sorted(gather_lists(counts, trainer.world_size))]
+
+
+def _repeat(tensor: Tensor, times: int, module: pl.LightningModule) -> Tensor:
+    return tensor.repeat_interleave(times, dim=0).to(module.device)
+
+
+def at_temperature(options: GenerationOptions, temperature: float) -> GenerationOptions:
+    """Sampling from the model's whole distribution at a temperature; greedy at 0."""
+    if temperature == 0:
+        return replace(options, do_sample=False)
+    return replace(options, do_sample=True, temperature=temperature, top_p=1.0, top_k=0)
+
+
+def shares(greedy: list[int], sampled: list[int] | None, num_samples: int) -> dict[str, float]:
+    """Exact match ``greedy``, ``sampled`` (avg@n) and ``pass_at_K`` from the right completions of each problem."""
+    values = {"greedy": sum(greedy) / len(greedy)}
+    if sampled is not None:
+        values["sampled"] = sum(sampled) / (num_samples * len(sampled))
+        for k in reported_k(num_samples):
+            values[f"pass_at_{k}"] = sum(pass_at_k(num_samples, count, k) for count in sampled) / len(sampled)
+    return values
+
+
+def token_values(trainer: pl.Trainer, module: CausalLMModule, split: str, limit: int | None = None) -> dict[str, float]:
+    """Token metrics of the first ``limit`` rows of a split, over all ranks. A collective."""
+    metrics = TokenMetrics().to(module.device)
+    with measuring(trainer, module):
+        for batch in _batches(trainer, module, split, limit):
+            metrics.update(module.token_output(batch, statistics=("entropy",)), count_tokens(batch))
+    values = {name: float(value) for name, value in metrics.compute().items()}
+    del values["tokens"]
+    return values
+
+
+def target_log_probs(trainer: pl.Trainer, module: CausalLMModule, split: str, limit: int | None = None) -> list[float]:
+    """Log-probability of each target of the first ``limit`` rows of a split, in nats. A collective.
+
+    In the order of rank, row and token, which is the same at every call in a run.
+    """
+    found: list[float] = []
+    with measuring(trainer, module):
+        for batch in _batches(trainer, module, split, limit):
+            found += module.token_output(batch).log_prob.tolist()
+    return gather_lists(found, trainer.world_size)
+
+
+def _batches(trainer: pl.Trainer, module: CausalLMModule, split: str, limit: int | None) -> Iterator[dict[str, Any]]:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    for batch in data.evaluation_dataloader(split, limit):
+        yield cast(dict[str, Any], trainer.strategy.batch_to_device(batch, module.device))
+
+
+def require_instruction_data(trainer: pl.Trainer, name: str) -> None:
+    """Raise ``InputError`` unless the trainer has a data module with prompts."""
+    if not hasattr(getattr(trainer, "datamodule", None), "generation_dataloader"):
+        raise InputError(f"{name} takes its prompts from InstructionDataModule: fit with datamodule=")
