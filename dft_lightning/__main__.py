@@ -1,8 +1,9 @@
-"""``python -m dft_lightning fit|validate|test|predict --config ...``"""
+"""``python -m dft_lightning fit|validate|test|predict --config ...`` and ``python -m dft_lightning compare ...``"""
 
 from __future__ import annotations
 
 import os
+import sys
 
 # Large tensors on huge pages, where Linux gives them and the user has not decided: a training step on the CPU is some
 # percent faster. torch reads this at its first large tensor, which importing Lightning may make.
@@ -13,6 +14,10 @@ from dft_lightning.cli import main
 
 def run() -> None:
     """The console script: exits with status 0 after a run, with 2 after a mistake."""
+    if sys.argv[1:2] == ["compare"]:
+        from dft_lightning.compare.command import main as compare
+
+        raise SystemExit(compare(sys.argv[2:]))
     main()
 
 

@@ -1,0 +1,5 @@
+"""Losses compared from the same start on the same rows: runs, statistics, plots, report."""
+
+from dft_lightning.compare.recorder import RunRecorder
+
+__all__ = ["RunRecorder"]

@@ -1,0 +1,64 @@
+"""The whole config of a ``fit``, from files, as the command would take it."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dft_lightning.cli import TRAINER_DEFAULTS, DFTLightningCLI, Parser
+from dft_lightning.data import InstructionDataModule
+from dft_lightning.modules import CausalLMModule
+
+
+class _ConfigReader(DFTLightningCLI):
+    """Parses and stops there."""
+
+    def _set_seed(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+    def whole_config(self) -> dict[str, Any]:
+        text = self._parser("fit").dump(self.config["fit"], skip_none=False)
+        content: dict[str, Any] = yaml.safe_load(text)
+        content.pop("config", None)
+        return content
+
+
+def read_fit_config(paths: list[Path], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Every key of a ``fit`` config, defaults included, checked as the command checks them.
+
+    Args:
+        paths: config files, later ones over earlier ones.
+        overrides: keys over all of them.
+
+    Raises:
+        SystemExit: with status 2 after one message, where a key or value is wrong.
+    """
+    with contextlib.ExitStack() as stack:
+        files = [str(path) for path in paths]
+        if overrides:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            file = Path(folder) / "overrides.yaml"
+            file.write_text(yaml.safe_dump(overrides))
+            files.append(str(file))
+        reader = _ConfigReader(
+            CausalLMModule,
+            InstructionDataModule,
+            trainer_defaults=dict(TRAINER_DEFAULTS),
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"prog": "python -m dft_lightning"},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=["fit", *(argument for file in files for argument in ("--config", file))],
+        )
+    return reader.whole_config()

@@ -1,0 +1,175 @@
+"""``python -m dft_lightning compare``: run a grid of losses, learning rates and seeds, and report on it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from dft_lightning.compare.files import SETTINGS, write_text
+from dft_lightning.errors import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"error: {message}\n")
+        raise SystemExit(2)
+
+
+def _arguments(args: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="python -m dft_lightning compare", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, help="the comparison, such as configs/compare/quickstart.yaml")
+    parser.add_argument("--output", type=Path, help="folder of the runs and the report; a second call goes on there")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
+    parser.add_argument("--print-commands", action="store_true", help="print what is left to run, a line a run")
+    parser.add_argument("--report-only", type=Path, metavar="FOLDER", help="rebuild the report from the runs there")
+    given = parser.parse_args(args)
+    if given.report_only is not None:
+        if given.config is not None or given.output is not None or given.print_commands:
+            parser.error("--report-only takes the output folder of a comparison and nothing else")
+    elif given.config is None or given.output is None:
+        parser.error("give --config FILE and --output FOLDER, or --report-only FOLDER")
+    if given.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {given.jobs}")
+    return given
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+        args: what follows ``compare`` on the command line.
+
+    Returns:
+        The exit status: 0 where every run ended well, 1 where one failed (the report says which), 130 where the
+        comparison was interrupted.
+
+    Raises:
+        SystemExit: with status 2 after one message on standard error, where the input was wrong.
+    """
+    given = _arguments(args)
+    try:
+        if given.report_only is not None:
+            from dft_lightning.compare.report import write_report
+
+            _require_packages()
+            write_report(given.report_only)
+            return 0
+        return _compare(given)
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped: the same command goes on with the runs that have not ended\n")
+        return 130
+
+
+def _require_packages() -> None:
+    missing = [name for name in ("matplotlib", "scipy", "jinja2") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"the report needs {', '.join(missing)}: pip install 'dft-lightning[compare]'")
+
+
+def _compare(given: argparse.Namespace) -> int:
+    _require_packages()
+    from dft_lightning.compare.base_config import read_fit_config
+    from dft_lightning.compare.execute import ending_on_sigterm, execute
+    from dft_lightning.compare.grid import base_run, runs_at_best, sweep_runs, write_config
+    from dft_lightning.compare.report import write_report
+    from dft_lightning.compare.settings import read_settings
+
+    settings = read_settings(given.config)
+    fit_config = read_fit_config(settings.base, settings.overrides)
+    _check_data(fit_config, given.config)
+    output = given.output
+    with _only_one(output), ending_on_sigterm():
+        sweep = [base_run(settings, fit_config, output), *sweep_runs(settings, fit_config, output)]
+        for run in sweep:
+            write_config(run)
+        _write_settings(settings, output)
+        if given.print_commands and _print_commands(sweep):
+            return 0
+        failures = [] if given.print_commands else execute(sweep, given.jobs, "sweep")
+        if settings.seeds_at_best:
+            further = runs_at_best(settings, fit_config, output, _best_rates(settings, output))
+            for run in further:
+                write_config(run)
+            if given.print_commands and _print_commands(further):
+                return 0
+            failures += [] if given.print_commands else execute(further, given.jobs, "seeds at the best rates")
+        if given.print_commands:
+            sys.stderr.write(f"nothing left to run: python -m dft_lightning compare --report-only {output}\n")
+            return 0
+        write_report(output)
+    return 1 if failures else 0
+
+
+def _check_data(fit_config: dict[str, Any], path: Path) -> None:
+    """What the runs need and a plain ``fit`` may do without."""
+    data = fit_config["data"]
+    if data["train"] is None or data["test"] is None:
+        missing = "train" if data["train"] is None else "test"
+        raise InputError(f"{path}: the base config has no data.{missing}: set it there or in overrides")
+    if data["validation"] is None and not data["validation_fraction"]:
+        raise InputError(f"{path}: the base config has no data.validation: learning rates are chosen on those rows")
+
+
+def _best_rates(settings: Any, output: Path) -> dict[str, list[float]]:
+    """The learning rates that further seeds are run at: for each loss the best by each measure of ``best_by``."""
+    from dft_lightning.compare.analysis import choose
+    from dft_lightning.compare.measures import measures_of
+    from dft_lightning.compare.records import read_records
+
+    measures = measures_of(settings.evaluation["num_samples"])
+    records = [record for record in read_records(output) if record.whole]
+    best: dict[str, list[float]] = {}
+    for loss in settings.losses:
+        if any(record.loss == loss and record.run["sweep"] for record in records):
+            rates = {choose(records, loss, measures[name]).learning_rate for name in settings.best_by}
+            best[loss] = sorted(rates)
+    return best
+
+
+def _print_commands(runs: Sequence[Any]) -> bool:
+    from dft_lightning.compare.grid import shell_line
+
+    lines = [line for line in map(shell_line, runs) if line]
+    if lines:
+        print("\n".join(lines))
+    return bool(lines)
+
+
+def _write_settings(settings: Any, output: Path) -> None:
+    """What the report needs to know of the comparison, beside the runs."""
+    content = {
+        "config": str(settings.path),
+        "base": [os.path.normpath(path) for path in settings.base],
+        **{name: getattr(settings, name) for name in ("losses", "learning_rates", "seeds", "seeds_at_best")},
+        **{name: getattr(settings, name) for name in ("overrides", "best_by", "measures", "evaluation")},
+    }
+    write_text(output / SETTINGS, yaml.safe_dump(content, sort_keys=False))
+
+
+@contextlib.contextmanager
+def _only_one(output: Path) -> Iterator[None]:
+    """Two comparisons in one folder would run everything twice."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output: {output} is a file")
+    output.mkdir(parents=True, exist_ok=True)
+    handle = os.open(output / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"--output: another comparison is running in {output}") from None
+    else:
+        yield
+    finally:
+        os.close(handle)

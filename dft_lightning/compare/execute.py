@@ -1,0 +1,190 @@
+"""Runs as processes of their own, several at once: one that fails takes no other with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import IO, Any
+
+import torch
+from tqdm import tqdm
+
+from dft_lightning.compare.grid import Run
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that did not end well.
+
+    Attributes:
+        name: of the run.
+        stage: ``"fit"`` or ``"test"``.
+        message: its error, in a line.
+        log: the file with all that it wrote.
+    """
+
+    name: str
+    stage: str
+    message: str
+    log: str
+
+
+def execute(runs: Sequence[Run], jobs: int, describe: str) -> list[Failure]:
+    """Run what is left of each run, ``jobs`` at a time.
+
+    Returns:
+        The runs that failed.
+
+    Raises:
+        KeyboardInterrupt: after every process has been ended.
+    """
+    left = [run for run in runs if run.commands()]
+    failures: list[Failure] = []
+    if not left:
+        return failures
+    children = _Children()
+    places: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for environment in job_environments(jobs):
+        places.put(environment)
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(left), desc=describe, unit="run", dynamic_ncols=True) as bar:
+        try:
+            tasks = {pool.submit(_run_stages, run, places, children): run for run in left}
+            for task in as_completed(tasks):
+                failure = task.result()
+                bar.update()
+                if failure is not None:
+                    failures.append(failure)
+                    tqdm.write(f"failed: {failure.name} ({failure.stage}): {failure.message}", file=sys.stderr)
+        except BaseException:
+            children.end_all()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return failures
+
+
+def _run_stages(run: Run, places: SimpleQueue[dict[str, str]], children: _Children) -> Failure | None:
+    place = places.get()
+    try:
+        for stage, arguments in run.commands().items():
+            log = run.folder / f"{stage}.log"
+            with log.open("w", encoding="utf-8") as output:
+                status = children.run([sys.executable, "-m", "dft_lightning", *arguments], output, place)
+            if status != 0:
+                text = log.read_text(encoding="utf-8", errors="replace")
+                return Failure(run.identity.name, stage, last_error(text, status), str(log))
+    finally:
+        places.put(place)
+    left = run.commands()
+    if left:  # it ended without an error and without its record
+        stage = next(iter(left))
+        return Failure(run.identity.name, stage, f"{stage} left no record", str(run.folder / f"{stage}.log"))
+    return None
+
+
+def last_error(log: str, status: int) -> str:
+    """What a failed process said: the command's own message, or the last line of a traceback.
+
+    Example:
+        >>> last_error("step 3\\nerror: data.train: no such file\\n", 2)
+        'data.train: no such file'
+    """
+    lines: list[str] = [line.strip() for line in re.split(r"[\r\n]+", log) if line.strip()]
+    for line in reversed(lines):
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+    for line in reversed(lines):
+        if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)(:|$)", line):
+            return line
+    if status < 0:
+        return f"ended by {signal.Signals(-status).name}" + (f"; last line: {lines[-1]}" if lines else "")
+    return lines[-1] if lines else f"status {status}, and nothing written"
+
+
+def job_environments(jobs: int) -> list[dict[str, str]]:
+    """What each of the jobs finds set: its share of the cores and, where there are GPUs, of those.
+
+    With as many GPUs as jobs or more, they are dealt out; with fewer, jobs take turns on them.
+    """
+    shared = dict(os.environ)
+    if jobs > 1:
+        shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    devices = _visible_devices()
+    if jobs == 1 or not devices:
+        return [shared] * jobs
+    shares = [devices[i::jobs] if len(devices) >= jobs else [devices[i % len(devices)]] for i in range(jobs)]
+    return [{**shared, "CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
+
+
+def _visible_devices() -> list[str]:
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [device for device in named.split(",") if device.strip()]
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+class _Children:
+    """Processes that are ended together, each with the processes it started."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._ended = False
+
+    def run(self, command: list[str], output: IO[Any], environment: dict[str, str]) -> int:
+        with self._lock:
+            if self._ended:
+                return -signal.SIGTERM
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+            self._running.add(process)
+        try:
+            return process.wait()
+        finally:
+            with self._lock:
+                self._running.discard(process)
+
+    def end_all(self) -> None:
+        """End what runs, and let nothing more begin."""
+        with self._lock:
+            self._ended = True
+            running = list(self._running)
+        _signal(running, signal.SIGTERM)
+        for process in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+        _signal(running, signal.SIGKILL)
+
+
+def _signal(processes: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+
+
+@contextlib.contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """A scheduler's SIGTERM ends the comparison as Ctrl-C does: its runs with it."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)

@@ -1,0 +1,157 @@
+"""The runs of a comparison, each with a config of its own that a person can run by hand."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dft_lightning.compare.files import CONFIG, FIT, TEST, read_json, write_text
+from dft_lightning.compare.recorder import RunIdentity
+from dft_lightning.compare.settings import Settings, slug_of
+from dft_lightning.errors import InputError
+
+RUNS = "runs"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the grid.
+
+    Attributes:
+        identity: its place in the grid.
+        folder: where everything of it is.
+        config: of its ``fit`` and ``test``.
+    """
+
+    identity: RunIdentity
+    folder: Path
+    config: dict[str, Any]
+
+    def commands(self) -> dict[str, list[str]]:
+        """What is left to do: arguments of ``python -m dft_lightning``, by stage."""
+        config = str(self.folder / CONFIG)
+        fit, test = ["fit", "--config", config], ["test", "--config", config]
+        if self.identity.loss is None:
+            return {} if self.tested() else {"test": test}
+        stages = {} if self.fitted() else {"fit": fit}
+        return stages if self.tested() else {**stages, "test": [*test, "--ckpt_path", "last"]}
+
+    def fitted(self) -> bool:
+        """Whether ``fit`` has ended."""
+        return bool((read_json(self.folder / FIT) or {}).get("finished"))
+
+    def tested(self) -> bool:
+        """Whether the model of the ``fit`` was tested."""
+        return is_tested(self.folder)
+
+
+def is_tested(folder: Path) -> bool:
+    """Whether a run is whole: its test is of its last ``fit``, and that has ended (the base model has none)."""
+    fit, test = read_json(folder / FIT), read_json(folder / TEST)
+    if test is None or test["run"]["loss"] is None:
+        return test is not None
+    return fit is not None and fit["finished"] and test["fit_started"] == fit["started"]
+
+
+def base_run(settings: Settings, fit_config: dict[str, Any], output: Path) -> Run:
+    """The base model, which is only tested."""
+    return _run(settings, fit_config, output, RunIdentity("base"))
+
+
+def sweep_runs(settings: Settings, fit_config: dict[str, Any], output: Path) -> list[Run]:
+    """Every loss at every learning rate with every seed of the sweep."""
+    places = [
+        (loss, rate, seed) for seed in settings.seeds for rate in settings.learning_rates for loss in settings.losses
+    ]
+    return [_run(settings, fit_config, output, identity(*place)) for place in places]
+
+
+def runs_at_best(
+    settings: Settings, fit_config: dict[str, Any], output: Path, best: dict[str, list[float]]
+) -> list[Run]:
+    """Every loss at its best learning rates with the further seeds."""
+    places = [(loss, rate, seed) for seed in settings.seeds_at_best for loss in best for rate in best[loss]]
+    return [_run(settings, fit_config, output, identity(*place, sweep=False)) for place in places]
+
+
+def identity(loss: str, learning_rate: float, seed: int, sweep: bool = True) -> RunIdentity:
+    """A place of the grid, and the name of its run."""
+    name = f"{slug_of(loss)}-lr{learning_rate:g}-seed{seed}"
+    return RunIdentity(name, loss, learning_rate, seed, sweep)
+
+
+def _run(settings: Settings, fit_config: dict[str, Any], output: Path, run: RunIdentity) -> Run:
+    folder = output / RUNS / run.name
+    config = copy.deepcopy(fit_config)
+    if run.loss is not None:
+        config["model"] |= {"loss": settings.losses[run.loss], "learning_rate": run.learning_rate}
+        config["seed_everything"] = config["data"]["seed"] = run.seed
+    recorder = {
+        "class_path": "dft_lightning.compare.RunRecorder",
+        "init_args": {"folder": str(folder), "run": dataclasses.asdict(run), "evaluation": settings.evaluation},
+    }
+    config["trainer"] |= {"default_root_dir": str(folder), "enable_progress_bar": False}  # its place is a log file
+    config["trainer"]["logger"] = _loggers(config["trainer"]["logger"], folder)
+    config["trainer"]["callbacks"] = [*_other_callbacks(config["trainer"]["callbacks"]), recorder]
+    return Run(run, folder, config)
+
+
+def _loggers(given: Any, folder: Path) -> Any:
+    """The command's own loggers, or a CSV logger before the base's: ``fit`` and ``test`` each save their config into
+    the first one's folder, which has to be a new one."""
+    if not isinstance(given, (dict, list)):
+        return None
+    own = {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder), "name": "lightning_logs"}}
+    return [own, *(given if isinstance(given, list) else [given])]
+
+
+def _other_callbacks(callbacks: Any) -> list[Any]:
+    """The base's own, without generation along ``fit``: the recorder does that."""
+    listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    return [c for c in listed if not str(c["class_path"]).endswith((".GenerationEvaluation", ".RunRecorder"))]
+
+
+def write_config(run: Run) -> None:
+    """Write a run's config, unless it is there.
+
+    Raises:
+        InputError: there is another config, and something was run by it.
+    """
+    path = run.folder / CONFIG
+    text = f"# python -m dft_lightning fit --config {path}\n" + yaml.safe_dump(run.config, sort_keys=False)
+    if path.is_file():
+        old = yaml.safe_load(path.read_text(encoding="utf-8"))
+        wanted = yaml.safe_load(text)
+        if old == wanted:
+            return
+        if (run.folder / FIT).exists() or (run.folder / TEST).exists():
+            raise InputError(
+                f"{run.folder} was run with another config ({_first_difference(old, wanted)}): "
+                "choose another --output, or move that folder away"
+            )
+    write_text(path, text)
+
+
+def _first_difference(old: Any, new: Any, key: str = "") -> str:
+    """The first dotted key by which two configs differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *(n for n in new if n not in old)]:
+            if name not in old or name not in new or old[name] != new[name]:
+                below = f"{key}.{name}" if key else str(name)
+                return _first_difference(old.get(name, "not set"), new.get(name, "not set"), below)
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            if a != b:
+                return _first_difference(a, b, f"{key}.{i}")
+    return f"{key}: {old} there, {new} now"
+
+
+def shell_line(run: Run) -> str:
+    """What is left of a run as one line for a shell or a scheduler."""
+    return " && ".join(f"python -m dft_lightning {shlex.join(args)}" for args in run.commands().values())

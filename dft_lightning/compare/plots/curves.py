@@ -1,0 +1,148 @@
+"""Figures over steps, temperatures and learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from dft_lightning.compare.analysis import Choice, Findings, choose
+from dft_lightning.compare.plots.style import BASE_COLOUR, Plot, Styles, add_legend, new_figure
+from dft_lightning.compare.statistics import mean_interval
+
+_SPLITS = {"validation": "validation rows", "forgetting": "forgetting rows"}
+
+
+def along_training(findings: Findings, styles: Styles, measure: str, split: str = "validation") -> Plot | None:
+    """A measure against optimizer steps, each loss at its best learning rate, with a band over seeds."""
+    judged = findings.measures[measure].higher_is_better is not None
+    chosen_by = measure if split == "validation" and judged else findings.main_measure
+    choices = _choices(findings, chosen_by)
+    lines = {choice.loss: [record.curve(split, measure) for record in choice.records] for choice in choices}
+    if not any(any(curves) for curves in lines.values()):
+        return None
+    title = findings.measures[measure].title
+    figure, axes = new_figure("optimizer step", title)
+    counts = [_draw_with_band(axes, styles, loss, curves) for loss, curves in lines.items()]
+    if measure == "nll":
+        axes.set_yscale("log")
+    add_legend(axes)
+    caption = f"On {_SPLITS[split]}. {_rates(findings, choices, chosen_by)} {_bands(counts)}"
+    return Plot(f"{split}_{measure}", f"{title}, along training", caption, figure)
+
+
+def logged_in_training(findings: Findings, styles: Styles, name: str, title: str) -> Plot | None:
+    """What the training step logged, at the learning rate that was best by the main measure."""
+    choices = _choices(findings, findings.main_measure)
+    lines = {choice.loss: [record.logged(name) for record in choice.records] for choice in choices}
+    if not any(any(curves) for curves in lines.values()):
+        return None
+    figure, axes = new_figure("optimizer step", title)
+    counts = [_draw_with_band(axes, styles, loss, curves, marked=False) for loss, curves in lines.items()]
+    axes.set_yscale("log")
+    add_legend(axes)
+    caption = f"As logged in training. {_rates(findings, choices, findings.main_measure)} {_bands(counts)}"
+    return Plot(name.replace("/", "_"), title, caption, figure)
+
+
+def temperature_curve(findings: Findings, styles: Styles) -> Plot | None:
+    """Exact match on test rows against the temperature of sampling."""
+    measure = "sampled" if "sampled" in findings.choices else findings.main_measure
+    choices = findings.choices[measure]
+    figure, axes = new_figure("temperature (0 is greedy)", "exact match")
+    base = findings.base.test["curve"] if findings.base and findings.base.test else []
+    if base:
+        axes.plot(*zip(*base, strict=True), color=BASE_COLOUR, linestyle="--", label="base model")
+    counts = []
+    for choice in choices:
+        curves = [record.test["curve"] for record in choice.records if record.test]
+        counts.append(_draw_with_band(axes, styles, choice.loss, curves))
+    axes.set_ylim(-0.02, 1.02)
+    add_legend(axes)
+    caption = f"On test rows, after training. {_rates(findings, choices, measure)} {_bands(counts)}"
+    return Plot("temperature", "Exact match against temperature", caption, figure)
+
+
+def learning_rate_sensitivity(findings: Findings, styles: Styles, measure: str) -> Plot | None:
+    """A measure on validation rows after training, against the learning rate, over the sweep's seeds."""
+    sweep = [record for record in findings.records if record.loss is not None and record.run["sweep"]]
+    if len({record.learning_rate for record in sweep}) < 2:
+        return None
+    title = findings.measures[measure].title
+    figure, axes = new_figure("learning rate", f"{title}, after training")
+    axes.set_xscale("log")
+    seeds = set()
+    for loss in findings.losses:
+        own = [record for record in sweep if record.loss == loss]
+        seeds |= {record.seed for record in own}
+        rates = sorted({record.learning_rate for record in own})
+        values = [
+            float(np.mean([r.at_end("validation", measure) for r in own if r.learning_rate == rate])) for rate in rates
+        ]
+        axes.plot(rates, values, label=loss, **styles.line(loss))
+    rates = sorted({record.learning_rate for record in sweep})
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
+    add_legend(axes)
+    of = "one seed" if len(seeds) == 1 else f"mean of {len(seeds)} seeds"
+    return Plot(f"learning_rate_{measure}", f"{title}, by learning rate", f"On validation rows, {of}.", figure)
+
+
+def nll_against_objective(findings: Findings, styles: Styles) -> Plot | None:
+    """Each loss's way through training: its own objective across, cross-entropy up."""
+    choices = _choices(findings, findings.main_measure)
+    figure, axes = new_figure("objective (its own, per target token)", "nll (nats per token)")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for choice in choices:
+        record = choice.records[0]
+        objective, nll = record.curve("validation", "loss"), record.curve("validation", "nll")
+        if not objective:
+            return None
+        x, y = [value for _, value in objective], [value for _, value in nll]
+        line = styles.line(choice.loss)
+        axes.plot(x, y, label=choice.loss, **line)
+        axes.plot(x[-1:], y[-1:], marker=line["marker"], color=line["color"], markersize=10, markerfacecolor="white")
+    add_legend(axes)
+    caption = (
+        "On validation rows, before training, along it and after (the large hollow mark). On a line with slope one the "
+        "two fall together; where a line rises to the left, cross-entropy grows while the objective falls. "
+        + _rates(findings, choices, findings.main_measure)
+    )
+    return Plot("nll_against_objective", "nll against the objective", caption, figure)
+
+
+def _choices(findings: Findings, measure: str) -> list[Choice]:
+    if measure in findings.choices:
+        return findings.choices[measure]
+    trained = [record for record in findings.records if record.loss is not None]
+    return [choose(trained, loss, findings.measures[measure]) for loss in findings.losses]
+
+
+def _draw_with_band(
+    axes: Axes, styles: Styles, loss: str, curves: Sequence[Sequence[tuple[float, float]]], marked: bool = True
+) -> int:
+    """The mean over runs and, where there are several, the 95% interval as a band; returns how many there are."""
+    common = sorted(set.intersection(*({x for x, _ in curve} for curve in curves)))
+    found = [dict(curve) for curve in curves]
+    intervals = [mean_interval([values[x] for values in found]) for x in common]
+    style = styles.line(loss) if marked else {**styles.line(loss), "marker": ""}
+    axes.plot(common, [interval.mean for interval in intervals], label=loss, **style)
+    if len(curves) > 1:
+        low, high = ([getattr(interval, end) for interval in intervals] for end in ("low", "high"))
+        axes.fill_between(common, low, high, color=styles.colour(loss), alpha=0.15, linewidth=0)
+    return len(curves)
+
+
+def _rates(findings: Findings, choices: Sequence[Choice], measure: str) -> str:
+    rates = ", ".join(f"{choice.loss} {choice.learning_rate:g}" for choice in choices)
+    return f"Learning rates, best by {findings.measures[measure].title} on validation rows: {rates}."
+
+
+def _bands(counts: Sequence[int]) -> str:
+    if max(counts) == 1:
+        return "One seed: no band."
+    fewest, most = min(counts), max(counts)
+    seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
+    return f"Mean and 95% interval over {seeds} seeds."

@@ -1,0 +1,58 @@
+"""The weight that a loss gives a token, as a function of its probability."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dft_lightning.compare.analysis import Findings
+from dft_lightning.compare.plots.style import Plot, Styles, add_legend, new_figure
+from dft_lightning.component import from_plain
+from dft_lightning.errors import one_line
+from dft_lightning.losses import TokenLoss, TokenStats, token_loss_and_weight
+from dft_lightning.losses.statistics import normalise_needs
+
+
+def weights(loss: TokenLoss, probabilities: Tensor, step: int) -> Tensor | None:
+    """``-dL/dl`` at each probability, ``l = log p``; ``None`` where a loss reads more than the probability."""
+    reads_more = any(need.name not in ("log_prob", "log_expected_prob") for need in normalise_needs(loss.needs))
+    if reads_more or not loss.pointwise:
+        return None
+    return token_loss_and_weight(loss, TokenStats(log_prob=probabilities.log(), step=step))[1]
+
+
+def weight_of_p(findings: Findings, styles: Styles) -> Plot | None:
+    """One line a loss; a loss with a schedule has one for its beginning and one for its end."""
+    probabilities = torch.linspace(0.001, 0.999, 500, dtype=torch.float64)
+    last = max((step for record in findings.records for step, _ in record.curve("validation", "nll")), default=0)
+    figure, axes = new_figure("probability p of the target", "weight of the token, -dL/d log p")
+    left_out, drawn = [], 0
+    for name, spec in findings.settings["losses"].items():
+        style = {**styles.line(name), "marker": ""}
+        try:
+            lines = _lines(from_plain(spec, TokenLoss), probabilities, last)
+        except Exception as error:  # a user's own loss: what it raises must not cost the report
+            left_out.append(f"{name} ({one_line(error, 80)})")
+            continue
+        if not lines:
+            left_out.append(f"{name} (it reads more than p)")
+        for when, values in lines.items():
+            dashes = {"linestyle": ":"} if when == "at first" else {}
+            axes.plot(probabilities, values, label=f"{name} {when}".strip(), **{**style, **dashes})
+            drawn += 1
+    if not drawn:
+        return None
+    axes.set_xlim(0, 1)
+    axes.set_ylim(bottom=0)
+    add_legend(axes)
+    caption = "What a token counts in the gradient, whatever the model: cross-entropy counts each alike."
+    if left_out:
+        caption += f" Not drawn: {', '.join(left_out)}."
+    return Plot("weight_of_p", "Weight as a function of p", caption, figure)
+
+
+def _lines(loss: TokenLoss, probabilities: Tensor, last_step: int) -> dict[str, Tensor]:
+    """Weights by what the legend calls them: two lines for a loss with a schedule, none for one that reads more."""
+    steps = {"at first": 0, "at last": last_step} if loss.uses_step else {"": 0}
+    found = {when: weights(loss, probabilities, step) for when, step in steps.items()}
+    return {when: values for when, values in found.items() if values is not None}

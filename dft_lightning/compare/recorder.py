@@ -1,0 +1,305 @@
+"""The callback that measures and records a run, for the report to read."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_info
+
+from dft_lightning.callbacks.evaluation import (
+    at_temperature,
+    check_prompts,
+    count_correct,
+    require_instruction_data,
+    shares,
+    target_log_probs,
+    token_values,
+)
+from dft_lightning.compare.files import FIT, PROBABILITIES, TEST, read_json, write_json
+from dft_lightning.compare.fingerprints import RowHasher, combined, hash_tensors
+from dft_lightning.distributed import gather_lists
+from dft_lightning.errors import InputError
+from dft_lightning.modules.causal_lm import CausalLMModule
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Which place of the grid a run has.
+
+    Attributes:
+        name: of the run and of its folder.
+        loss: the name that the comparison gives the loss; ``None`` for the base model, which is only tested.
+        learning_rate: peak learning rate.
+        seed: of the run.
+        sweep: whether the run takes part in the choice of the learning rate.
+    """
+
+    name: str
+    loss: str | None = None
+    learning_rate: float | None = None
+    seed: int = 0
+    sweep: bool = True
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured of every run, and when.
+
+    Attributes:
+        every_n_steps: optimizer steps between evaluations on validation rows; there is always one before the first
+            step and one after the last.
+        num_samples: samples per problem for avg@k and pass@k.
+        temperature: of those samples, more than 0.
+        temperatures: of the curve of exact match on test rows; 0 is greedy.
+        curve_samples: samples per problem at each of them (``num_samples`` at ``temperature``, one at 0).
+        limit: validation and forgetting rows that are evaluated, from the start of each set; ``None`` for all. The
+            test is on all test rows.
+        probability_rows: training rows, from the start, whose targets' probabilities are kept before and after.
+        seed: of the sampling.
+    """
+
+    every_n_steps: int = 100
+    num_samples: int = 4
+    temperature: float = 1.0
+    temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
+    curve_samples: int = 1
+    limit: int | None = 200
+    probability_rows: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("every_n_steps", "num_samples", "curve_samples", "limit", "probability_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"evaluation.{name} must be at least 1, got {value}")
+        if not self.temperature > 0:
+            raise ValueError(
+                f"evaluation.temperature must be more than 0, got {self.temperature}; greedy is always scored"
+            )
+        if any(not temperature >= 0 for temperature in self.temperatures):
+            raise ValueError(f"evaluation.temperatures must not be negative, got {list(self.temperatures)}")
+
+
+class RunRecorder(Callback):
+    """Measures a run before, along and after ``fit`` and in ``test``, and writes what it finds into the run's folder.
+
+    In ``fit``: exact match (greedy, avg@k, pass@k) and token metrics on validation rows and, where there are some, on
+    ``data.forgetting`` rows; what the run logs; probabilities of the training targets before and after; hashes of the
+    initial weights, the rows and the targets of every step. In ``test``: exact match on test rows at every
+    temperature, for each problem. A run trains the same with or without it.
+
+    Files: ``fit.json``, ``probabilities.npz`` (``before`` and ``after``, log-probabilities in nats), ``test.json``.
+
+    Args:
+        folder: the run's folder.
+        run: which run this is.
+        evaluation: what is measured, and when.
+    """
+
+    def __init__(self, folder: str, run: RunIdentity, evaluation: Evaluation = Evaluation()) -> None:
+        self.folder = Path(folder)
+        self.run = run
+        self.evaluation = evaluation
+        self._history: list[dict[str, Any]] = []
+        self._logged = _LoggedValues(str(self.folder))
+        self._hasher = RowHasher()
+        self._initial_weights = ""
+        self._started = 0.0
+        self._log_probs: dict[str, list[float]] = {}
+
+    # -- fit ---------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage not in ("fit", "test"):
+            return
+        require_instruction_data(trainer, "RunRecorder")
+        assert isinstance(pl_module, CausalLMModule)
+        if stage == "fit":
+            self._history, self._hasher, self._log_probs = [], RowHasher(), {}
+            self._logged = _LoggedValues(str(self.folder))
+            trainer.loggers = [*trainer.loggers, self._logged]
+        for split in self._splits(trainer) if stage == "fit" else ("test",):
+            check_prompts(trainer, pl_module, split, self._limit(split))
+
+    def _limit(self, split: str) -> int | None:
+        return None if split == "test" else self.evaluation.limit
+
+    def _splits(self, trainer: pl.Trainer) -> list[str]:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        return ["validation", *(["forgetting"] if data.has_split("forgetting") else [])]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, CausalLMModule)
+        if trainer.global_step:
+            raise InputError("RunRecorder records whole runs: start fit without --ckpt_path")
+        self._started = time.time()
+        self._initial_weights = hash_tensors(pl_module.state_dict())
+        self._evaluate(trainer, pl_module)
+        self._keep_log_probs(trainer, pl_module, "before")
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._hasher.add(batch)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step and step % self.evaluation.every_n_steps == 0 and self._history[-1]["step"] != step:
+            assert isinstance(pl_module, CausalLMModule)
+            self._evaluate(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, CausalLMModule)
+        if trainer.interrupted or not self._history:
+            return
+        if self._history[-1]["step"] != trainer.global_step:
+            self._evaluate(trainer, pl_module)
+        self._keep_log_probs(trainer, pl_module, "after")
+        self._write_log_probs(trainer)
+        self._write_fit(trainer, finished=True)
+
+    def _evaluate(self, trainer: pl.Trainer, module: CausalLMModule) -> None:
+        telemetry = module.train_telemetry
+        telemetry.stop_clock()
+        limit = self.evaluation.limit
+        record: dict[str, Any] = {"step": trainer.global_step}
+        for split in self._splits(trainer):
+            greedy = self._count(trainer, module, split, 0.0, 1)
+            sampled = self._count(trainer, module, split, self.evaluation.temperature, self.evaluation.num_samples)
+            values = shares(greedy, sampled, self.evaluation.num_samples) | token_values(trainer, module, split, limit)
+            record[split] = values
+            shown = ", ".join(f"{name} {values[name]:.3f}" for name in ("greedy", "sampled", "nll"))
+            rank_zero_info(f"step {trainer.global_step}, {split} rows: {shown}")
+        self._history.append(record)
+        self._write_fit(trainer, finished=False)
+        telemetry.start_clock()
+
+    def _count(
+        self, trainer: pl.Trainer, module: CausalLMModule, split: str, temperature: float, num_samples: int
+    ) -> list[int]:
+        return count_correct(
+            trainer,
+            module,
+            at_temperature(module.generation, temperature),
+            split=split,
+            limit=self._limit(split),
+            num_samples=num_samples,
+            seed=self.evaluation.seed,
+        )
+
+    def _keep_log_probs(self, trainer: pl.Trainer, module: CausalLMModule, when: str) -> None:
+        module.train_telemetry.stop_clock()
+        self._log_probs[when] = target_log_probs(trainer, module, "train", self.evaluation.probability_rows)
+        module.train_telemetry.start_clock()
+
+    def _write_log_probs(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero:
+            path = self.folder / PROBABILITIES
+            partial = path.with_name("partial-" + path.name)
+            arrays: dict[str, Any] = {k: np.asarray(v, dtype=np.float32) for k, v in self._log_probs.items()}
+            np.savez_compressed(partial, **arrays)
+            os.replace(partial, path)
+
+    def _write_fit(self, trainer: pl.Trainer, finished: bool) -> None:
+        hashers = gather_lists([(self._hasher.rows, self._hasher.targets, self._hasher.steps)], trainer.world_size)
+        if not trainer.is_global_zero:
+            return
+        record = {
+            **self._common(trainer),
+            "started": self._started,
+            "seconds": time.time() - self._started,
+            "finished": finished,
+            "history": self._history,
+            "logged": self._logged.records,
+            "initial_weights": self._initial_weights,
+            "rows": combined([rows for rows, _, _ in hashers]),
+            "targets": combined([targets for _, targets, _ in hashers]),
+            "steps": hashers[0][2],
+        }
+        write_json(self.folder / FIT, record)
+
+    def _common(self, trainer: pl.Trainer) -> dict[str, Any]:
+        packages = ("dft-lightning", "torch", "lightning", "transformers")
+        return {
+            "run": vars(self.run),
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+            "device": _device_name(trainer),
+            "world_size": trainer.world_size,
+            "precision": str(trainer.precision),
+        }
+
+    # -- test --------------------------------------------------------------------------------------------------
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, CausalLMModule)
+        evaluation = self.evaluation
+        samples = dict.fromkeys(evaluation.temperatures, evaluation.curve_samples)
+        samples |= {0.0: 1, evaluation.temperature: evaluation.num_samples}
+        counts = {t: self._count(trainer, pl_module, "test", t, n) for t, n in samples.items()}
+        curve = [(t, sum(counts[t]) / (samples[t] * len(counts[t]))) for t in sorted(evaluation.temperatures)]
+        weights = hash_tensors(pl_module.state_dict())
+        if not trainer.is_global_zero:
+            return
+        logged = {k.removeprefix("test/"): float(v) for k, v in trainer.callback_metrics.items() if k[:5] == "test/"}
+        fit = read_json(self.folder / FIT) if self.run.loss is not None else None
+        greedy, sampled = counts[0.0], counts[evaluation.temperature]
+        record = {
+            **self._common(trainer),
+            "fit_started": fit["started"] if fit else None,
+            "weights": weights,
+            "num_samples": evaluation.num_samples,
+            "temperature": evaluation.temperature,
+            "values": logged | shares(greedy, sampled, evaluation.num_samples),
+            "curve": curve,
+            "correct": {"greedy": greedy, "sampled": sampled},
+        }
+        write_json(self.folder / TEST, record)
+
+
+class _LoggedValues(Logger):
+    """Keeps what a run logs: ``(step, values)``, the learning-rate monitor's left out."""
+
+    def __init__(self, save_dir: str) -> None:
+        super().__init__()
+        self._save_dir = save_dir
+        self.records: list[tuple[int, dict[str, float]]] = []
+
+    @property
+    def save_dir(self) -> str:
+        return self._save_dir
+
+    @property
+    def name(self) -> str:
+        return "compare"
+
+    @property
+    def version(self) -> str:
+        return "0"
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The run's config is beside its record."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        values = {name: float(value) for name, value in metrics.items() if name.startswith("train/")}
+        if values and step is not None:
+            self.records.append((step, values))
+
+
+def _device_name(trainer: pl.Trainer) -> str:
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"

@@ -1,0 +1,126 @@
+"""What runs left behind, read back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dft_lightning.compare.files import CONFIG, FIT, PROBABILITIES, TEST, read_json
+from dft_lightning.compare.grid import RUNS, is_tested
+from dft_lightning.compare.statistics import Values
+from dft_lightning.errors import InputError, one_line
+from dft_lightning.metrics import pass_at_k
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run that has ended, or the part of one that was recorded.
+
+    Attributes:
+        folder: of the run.
+        run: its :class:`~dft_lightning.compare.recorder.RunIdentity`, as a dict.
+        fit: content of ``fit.json``, or ``None``.
+        test: content of ``test.json``, or ``None``.
+        whole: whether its ``fit`` and the ``test`` of that fit have ended.
+    """
+
+    folder: Path
+    run: dict[str, Any]
+    fit: dict[str, Any] | None
+    test: dict[str, Any] | None
+    whole: bool
+
+    @property
+    def name(self) -> str:
+        return str(self.run["name"])
+
+    @property
+    def loss(self) -> str | None:
+        """The comparison's name of the loss; ``None`` for the base model."""
+        return self.run["loss"]  # type: ignore[no-any-return]
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.run["learning_rate"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.run["seed"])
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Evaluations along ``fit``."""
+        return self.fit["history"] if self.fit else []
+
+    def curve(self, split: str, measure: str) -> list[tuple[int, float]]:
+        """``(step, value)`` of a measure along ``fit``; empty where it was not measured."""
+        return [(e["step"], e[split][measure]) for e in self.history if measure in e.get(split, {})]
+
+    def logged(self, name: str) -> list[tuple[int, float]]:
+        """``(step, value)`` of what training logged."""
+        return [(step, values[name]) for step, values in (self.fit or {}).get("logged", []) if name in values]
+
+    def at_end(self, split: str, measure: str) -> float:
+        """A measure after the last step, on validation or forgetting rows; on test rows from ``test``.
+
+        Raises:
+            InputError: it was never measured.
+        """
+        if split == "test":
+            values = (self.test or {}).get("values", {})
+        else:
+            values = self.history[-1].get(split, {}) if self.history else {}
+        if measure not in values:
+            raise InputError(
+                f"{self.folder}: {measure!r} was never logged on {split} rows; there are {', '.join(values) or 'none'}"
+            )
+        return float(values[measure])
+
+    def by_problem(self, measure: str) -> Values:
+        """``[problems]``: a measure's value on each test problem: ``greedy``, ``sampled`` or ``pass_at_K``."""
+        assert self.test is not None
+        correct, samples = self.test["correct"], self.test["num_samples"]
+        if measure == "greedy":
+            return np.array(correct["greedy"], dtype=np.float64)
+        if measure == "sampled":
+            shares: Values = np.array(correct["sampled"], dtype=np.float64) / samples
+            return shares
+        k = int(measure.removeprefix("pass_at_"))
+        return np.array([pass_at_k(samples, count, k) for count in correct["sampled"]], dtype=np.float64)
+
+    def probabilities(self, when: str) -> Values:
+        """``[targets]``: probability of each kept training target, ``"before"`` or ``"after"``."""
+        with np.load(self.folder / PROBABILITIES) as arrays:
+            log_probs: Values = arrays[when].astype(np.float64)
+        probabilities: Values = np.exp(log_probs)
+        return probabilities
+
+
+def read_records(output: Path) -> list[Record]:
+    """Every run below a comparison's folder, by name, runs made elsewhere and copied there included.
+
+    Raises:
+        InputError: there are no runs, or one's record cannot be read.
+    """
+    folders = sorted(path for path in (output / RUNS).glob("*") if path.is_dir())
+    records = []
+    for folder in folders:
+        try:
+            fit, test = read_json(folder / FIT), read_json(folder / TEST)
+            found = fit or test
+            if found is not None:
+                records.append(Record(folder, found["run"], fit, test, is_tested(folder)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{folder}: broken record: {one_line(error)}; run it again or move it away") from error
+    if not folders:
+        raise InputError(f"{output}: no runs in {output / RUNS}")
+    return records
+
+
+def without_record(output: Path) -> list[str]:
+    """Names of the runs that have a config and have recorded nothing."""
+    folders = sorted(path for path in (output / RUNS).glob("*") if (path / CONFIG).is_file())
+    return [path.name for path in folders if not (path / FIT).exists() and not (path / TEST).exists()]

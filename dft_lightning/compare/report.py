@@ -1,0 +1,238 @@
+"""``report.html``, ``report.md``, ``results.csv`` and the plots, from the runs' records."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from dft_lightning.compare.analysis import BASE, Findings, analyse
+from dft_lightning.compare.execute import last_error
+from dft_lightning.compare.files import CONFIG, FIT, SETTINGS, TEST, write_text
+from dft_lightning.compare.grid import RUNS, is_tested
+from dft_lightning.compare.plots import Plot, all_plots
+from dft_lightning.compare.records import read_records
+from dft_lightning.compare.tables import (
+    Table,
+    bucket_table,
+    description_table,
+    forgetting_table,
+    number,
+    pair_table,
+    result_table,
+    results_csv,
+    sweep_table,
+)
+from dft_lightning.errors import InputError
+
+PLOTS = "plots"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report.
+
+    Attributes:
+        title: its heading.
+        text: what stands below it.
+        tables: likewise.
+        plots: likewise.
+    """
+
+    title: str
+    text: list[str]
+    tables: list[Table]
+    plots: list[Plot]
+
+
+def write_report(output: Path) -> None:
+    """Build the report of the runs below a comparison's folder.
+
+    Raises:
+        InputError: the folder is no comparison's, or no run of a loss has ended in it.
+    """
+    settings = read_written_settings(output)
+    records = read_records(output)
+    unfinished = unfinished_runs(output)
+    if not any(record.whole and record.loss is not None for record in records):
+        names = "; ".join(f"{name}: {reason}" for name, reason in list(unfinished.items())[:3])
+        raise InputError(f"{output}: {len(unfinished)} runs and none of a loss has ended ({names})")
+    findings = analyse(settings, records)
+    plots = all_plots(findings)
+    for plot in plots:
+        plot.save(output / PLOTS)
+    context = {
+        "title": f"Comparison of losses: {', '.join(findings.losses)}",
+        "summary": summary(findings),
+        "facts": facts(findings),
+        "sections": sections(findings, plots, unfinished),
+        "config": yaml.safe_dump(settings, sort_keys=False),
+    }
+    write_text(output / "results.csv", results_csv(findings, records))
+    for name in ("report.md", "report.html"):
+        write_text(output / name, _render(name, {**context, "plots": PLOTS}))
+    sys.stderr.write(f"report: {output / 'report.html'}\n")
+
+
+def read_written_settings(output: Path) -> dict[str, Any]:
+    """The comparison's config as it lies beside the runs.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = output / SETTINGS
+    if not path.is_file():
+        raise InputError(f"{output}: no {SETTINGS} here: not the output folder of a comparison")
+    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return content
+
+
+def unfinished_runs(output: Path) -> dict[str, str]:
+    """Why each run that has not ended has not, by name."""
+    found = {}
+    for folder in sorted((output / RUNS).glob("*")):
+        if not (folder / CONFIG).is_file() or is_tested(folder):
+            continue
+        stages = [(stage, folder / f"{stage}.log") for stage in ("test", "fit")]
+        log = next(((stage, path) for stage, path in stages if path.is_file()), None)
+        if log is not None:
+            text = log[1].read_text(encoding="utf-8", errors="replace")
+            found[folder.name] = f"{log[0]}: {last_error(text, 1)}"
+        else:
+            begun = (folder / FIT).exists() or (folder / TEST).exists()
+            found[folder.name] = "begun" if begun else "not begun"
+    return found
+
+
+def summary(findings: Findings) -> list[str]:
+    """The report in sentences, with no winner beyond what the intervals carry."""
+    if not findings.comparable:
+        return [
+            "NOT COMPARABLE: runs that must have the same start, rows and targets do not (see the checks). No loss is "
+            "set against another."
+        ]
+    lines = []
+    for name in findings.choices:
+        measure = findings.measures[name]
+        if measure.by_problem:
+            lines.append(f"{measure.title}: {_in_words(findings, name)}.")
+    lines.append("Where none is called better, no difference is shown beyond chance.")
+    seeds = {record.seed for record in findings.records if record.loss is not None}
+    if len(seeds) == 1:
+        lines.append(
+            "There is one seed: the intervals are over problems alone and say nothing of what another seed would do."
+        )
+    return lines
+
+
+def _in_words(findings: Findings, measure: str) -> str:
+    """Each loss, the best first, with what it is better than."""
+    better: dict[str, list[str]] = {}
+    for pair in findings.pairs(measure):
+        if pair.winner is not None:
+            better.setdefault(pair.winner, []).append(pair.second if pair.winner == pair.first else pair.first)
+    means = {choice.loss: choice.over_seeds("test", measure).mean for choice in findings.choices[measure]}
+    if findings.base:
+        means[BASE] = findings.base.at_end("test", measure)
+    order = sorted(means, key=lambda name: -means[name])
+    return "; ".join(
+        f"{name} {number(means[name])}" + (f", better than {_listed(better[name], order)}" if name in better else "")
+        for name in order
+    )
+
+
+def _listed(names: list[str], order: list[str]) -> str:
+    ordered = sorted(names, key=order.index)
+    return " and ".join([", ".join(ordered[:-1]), ordered[-1]] if len(ordered) > 1 else ordered)
+
+
+def facts(findings: Findings) -> list[tuple[str, str]]:
+    """What was run, on what."""
+    settings = findings.settings
+    trained = [record for record in findings.records if record.fit]
+    fits = [record.fit for record in trained if record.fit]
+    versions = [{**fit["versions"]} for fit in fits]
+    devices = sorted({f"{fit['device']}, {fit['world_size']} process(es), {fit['precision']}" for fit in fits})
+    minutes = sum(fit["seconds"] for fit in fits) / 60
+    return [
+        ("losses", ", ".join(findings.losses)),
+        ("learning rates", ", ".join(f"{rate:g}" for rate in settings["learning_rates"])),
+        ("seeds", _seeds(settings)),
+        ("steps", ", ".join(sorted({str(fit["history"][-1]["step"]) for fit in fits}))),
+        ("runs", f"{len(trained)} trained, {minutes:.0f} minutes of training and evaluation in sum"),
+        ("base config", ", ".join(settings["base"])),
+        ("device", "; ".join(devices)),
+        ("versions", "; ".join(sorted({", ".join(f"{k} {v}" for k, v in each.items()) for each in versions}))),
+    ]
+
+
+def _seeds(settings: dict[str, Any]) -> str:
+    swept = ", ".join(map(str, settings["seeds"]))
+    further = ", ".join(map(str, settings["seeds_at_best"]))
+    return swept + (f" at every rate, {further} at the best" if further else "")
+
+
+def sections(findings: Findings, plots: list[Plot], unfinished: dict[str, str]) -> list[Section]:
+    """The body, in order."""
+    by_name = {plot.name: plot for plot in plots}
+
+    def take(*prefixes: str) -> list[Plot]:
+        return [by_name.pop(name) for name in list(by_name) if name.startswith(prefixes)]
+
+    learning_rate = "Each loss at the learning rate that was best for it on validation rows, by the table's measure."
+    measured = [findings.measures[name] for name in findings.settings["measures"]]
+    results = [result_table(findings, measure) for measure in measured]
+    parts = [Section("Results on test rows", [learning_rate], results, take("temperature"))]
+    if findings.comparable:
+        pairs = [pair_table(findings, m, findings.pairs(m.name)) for m in measured if m.by_problem]
+        text = [
+            "Paired bootstrap over problems (10,000 resamples), and Student's t over the seeds that both losses have. "
+            "One is called better only where no interval includes zero. Intervals are not widened for the number of "
+            "pairs: of twenty that do not differ, one would be called different by chance."
+        ]
+        parts.append(Section("Pairs of losses", text, pairs, []))
+    parts.append(Section("Along training", [], [], take("validation_greedy", "validation_sampled", "validation_pass")))
+    sweep = sweep_table(findings)
+    if sweep is not None:
+        parts.append(Section("Learning rates", [], [sweep], take("learning_rate")))
+    inside = take("validation_", "train_", "nll_")
+    parts.append(Section("Inside the model", [], [description_table(findings)], inside))
+    parts.append(Section("What was taught and what was given up", [], [bucket_table(findings)], take("probabilit")))
+    forgetting = forgetting_table(findings)
+    if forgetting is not None:
+        parts.append(Section("Forgetting", ["On the second validation set."], [forgetting], take("forgetting")))
+    parts.append(Section("The losses", [], [], take("weight")))
+    parts.append(Section("Checks", [], [_check_table(findings)], []))
+    if unfinished:
+        rows = [[name, reason] for name, reason in unfinished.items()]
+        parts.append(Section("Runs that have not ended", [], [Table("", ["run", "why"], rows)], []))
+    return parts
+
+
+def _check_table(findings: Findings) -> Table:
+    rows = []
+    for check in findings.checks:
+        if check.agrees:
+            rows.append([check.what, check.scope, "the same", next(iter(check.hashes))[:16]])
+        else:
+            groups = "; ".join(f"{value[:8]}: {', '.join(names)}" for value, names in check.hashes.items())
+            rows.append([check.what, check.scope, f"DIFFERENT {check.note}".strip(), groups])
+    caption = f"SHA-256, first 16 digits. The initial weights are those of the {BASE} too, where it was tested."
+    return Table("", ["what", "runs", "result", "hash"], rows, caption)
+
+
+def _render(name: str, context: dict[str, Any]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dft_lightning.compare"),
+        autoescape=name.endswith(".html"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+    return environment.get_template(f"{name}.jinja").render(context)

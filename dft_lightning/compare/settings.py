@@ -1,0 +1,186 @@
+"""The comparison's own config: which losses, learning rates and seeds, over which base."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dft_lightning.cli import Parser
+from dft_lightning.compare.measures import check_measures, default_measures
+from dft_lightning.compare.recorder import Evaluation
+from dft_lightning.errors import InputError, one_line
+from dft_lightning.losses import TokenLoss
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A grid of runs: losses x learning rates x seeds, over one base ``fit`` config.
+
+    Attributes:
+        base: the ``fit`` config, or several that compose; paths are relative to the comparison's own file.
+        losses: each with the name that the report gives it.
+        learning_rates: the sweep of every loss.
+        seeds: of the sweep. A seed decides the order of rows and whatever else is random in a run.
+        overrides: keys of the ``fit`` config, over the base, for every run.
+        seeds_at_best: further seeds, run at the learning rate that was best for a loss on validation rows.
+        best_by: the measures that choose those learning rates.
+        measures: what the report compares on test rows, each at the learning rate that was best by it; ``None`` for
+            exact match (greedy, sampled, pass@k), ``nll`` and ``token_accuracy``.
+        evaluation: what is measured of every run, and when.
+    """
+
+    base: str | list[str]
+    losses: dict[str, TokenLoss]
+    learning_rates: list[float]
+    seeds: list[int] = field(default_factory=lambda: [0])
+    overrides: dict[str, Any] = field(default_factory=dict)
+    seeds_at_best: list[int] = field(default_factory=list)
+    best_by: list[str] = field(default_factory=lambda: ["greedy", "sampled"])
+    measures: list[str] | None = None
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A comparison as read from its file.
+
+    Attributes:
+        path: of the file.
+        base: paths of the base configs.
+        losses: class path and options of each, by name.
+        learning_rates: as in :class:`Comparison`.
+        seeds: likewise.
+        overrides: likewise.
+        seeds_at_best: likewise.
+        best_by: likewise.
+        measures: likewise, never ``None``.
+        evaluation: likewise, as plain values.
+    """
+
+    path: Path
+    base: list[Path]
+    losses: dict[str, dict[str, Any]]
+    learning_rates: list[float]
+    seeds: list[int]
+    overrides: dict[str, Any]
+    seeds_at_best: list[int]
+    best_by: list[str]
+    measures: list[str]
+    evaluation: dict[str, Any]
+
+
+def read_settings(path: Path) -> Settings:
+    """Read and check a comparison's config.
+
+    Raises:
+        InputError: the file or something in it is wrong.
+        SystemExit: with status 2 after one message, for a wrong key or value.
+    """
+    content = read_yaml(path)
+    if not content.get("losses"):
+        raise InputError(f"{path}: losses: name at least one loss to compare")
+    known = [key.name for key in fields(Comparison)]
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+            raise InputError(f"{path}: unknown key {key}{hint}")
+    parser = Parser(prog="python -m dft_lightning compare", env_prefix="DFT_LIGHTNING_COMPARE")
+    parser.add_class_arguments(Comparison, None)
+    config = parser.parse_object(content)
+    try:
+        parser.instantiate_classes(config)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    plain: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False))
+    base = [plain["base"]] if isinstance(plain["base"], str) else plain["base"]
+    measures = plain["measures"] or default_measures(plain["evaluation"]["num_samples"])
+    settings = Settings(**{**plain, "path": path, "base": [path.parent / file for file in base], "measures": measures})
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    where = settings.path
+    for file in settings.base:
+        if not file.is_file():
+            raise InputError(f"{where}: base: no such file: {file}")
+    if not settings.base:
+        raise InputError(f"{where}: base: name a fit config")
+    for name in ("learning_rates", "seeds"):
+        if not getattr(settings, name):
+            raise InputError(f"{where}: {name}: give at least one")
+    for name in ("learning_rates", "seeds", "seeds_at_best", "best_by", "measures"):
+        _check_distinct(getattr(settings, name), f"{where}: {name}")
+    if both := set(settings.seeds) & set(settings.seeds_at_best):
+        raise InputError(f"{where}: seeds_at_best: {min(both)} is among seeds already")
+    if any(not rate > 0 for rate in settings.learning_rates):
+        raise InputError(f"{where}: learning_rates must be more than 0, got {settings.learning_rates}")
+    slugs: dict[str, str] = {"base": "base"}
+    for name in settings.losses:
+        slug = slug_of(name)
+        if not slug or slug in slugs:
+            other = f"{slugs[slug]!r} has the same" if slug else "it has neither letters nor digits"
+            raise InputError(f"{where}: losses: {name!r} gives its runs the name {slug!r}; {other}: rename it")
+        slugs[slug] = name
+    check_measures([*settings.best_by, *settings.measures], settings.evaluation["num_samples"], str(where))
+
+
+def _check_distinct(values: list[Any], key: str) -> None:
+    for value in values:
+        if values.count(value) > 1:
+            raise InputError(f"{key}: {value} is there twice, and would give two runs one name")
+
+
+def slug_of(name: str) -> str:
+    """A name as it stands in a folder's name.
+
+    Example:
+        >>> slug_of("CE, then DFT")
+        'ce-then-dft'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+class _StrictLoader(yaml.SafeLoader):  # type: ignore[misc]
+    """Refuses a key that is there twice, of which YAML would keep the last and lose the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise InputError(f"{key!r} is there twice, in lines {seen[key]} and {key_node.start_mark.line + 1}")
+            seen[key] = key_node.start_mark.line + 1
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+# YAML 1.1 takes 1e-4 for a string; people mean the number.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of keys and values.
+
+    Raises:
+        InputError: no such file, broken YAML, a key that is there twice, or no mapping.
+    """
+    if not path.is_file():
+        raise InputError(f"--config: no such file: {path}")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: broken YAML: {one_line(error)}") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected keys and values: base, losses, learning_rates")
+    return content

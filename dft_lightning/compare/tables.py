@@ -1,0 +1,205 @@
+"""The report's tables, as text in rows and columns."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dft_lightning.compare.analysis import BASE, Choice, Findings, Pair
+from dft_lightning.compare.buckets import BUCKETS, bucket_means
+from dft_lightning.compare.measures import Measure
+from dft_lightning.compare.records import Record
+from dft_lightning.compare.statistics import Interval
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its words.
+
+    Attributes:
+        title: above it.
+        columns: headings.
+        rows: cells; the first of each is what the row is of.
+        caption: below it.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    caption: str = ""
+
+
+def number(value: float) -> str:
+    """Three decimals, or three digits for what is smaller or larger than those show.
+
+    Example:
+        >>> [number(x) for x in (0.97375, 0.000630, 5.0, 12345.6, float("nan"))]
+        ['0.974', '0.00063', '5.000', '1.23e+04', 'none']
+    """
+    if math.isnan(value):
+        return "none"
+    if value and not 0.01 <= abs(value) < 1000:
+        return f"{value:.3g}"
+    return f"{value:.3f}"
+
+
+def signed(value: float) -> str:
+    """A difference, with its sign."""
+    return f"{'+' if value > 0 else ''}{number(value)}"
+
+
+def interval_text(interval: Interval, show: bool = True) -> str:
+    """The 95% interval, or why there is none."""
+    if interval.low is None or interval.high is None:
+        return "one seed" if show else ""
+    return f"{number(interval.low)} to {number(interval.high)}"
+
+
+def result_table(findings: Findings, measure: Measure) -> Table:
+    """Each loss on test rows at the learning rate that was best by the measure on validation rows."""
+    rows = []
+    if findings.base:
+        value = findings.base.at_end("test", measure.name)
+        rows.append([BASE, "", number(_start(findings, measure.name)), number(value), "", ""])
+    for choice in findings.choices[measure.name]:
+        test = choice.over_seeds("test", measure.name)
+        rate = f"{choice.learning_rate:g}" + (" *" if choice.at_edge else "")
+        cells = [choice.loss, rate, number(choice.validation), number(test.mean), interval_text(test), str(test.count)]
+        rows.append(cells)
+    caption = ""
+    if any(choice.at_edge for choice in findings.choices[measure.name]):
+        caption = "* the lowest or highest rate of the sweep: a better one may lie beyond."
+    columns = ["loss", "learning rate", "validation", "test", "95% interval over seeds", "seeds"]
+    return Table(measure.title, columns, rows, caption)
+
+
+def _start(findings: Findings, measure: str) -> float:
+    """The base model on validation rows."""
+    trained = next(record for record in findings.records if record.history)
+    return float(trained.history[0]["validation"].get(measure, math.nan))
+
+
+def pair_table(findings: Findings, measure: Measure, pairs: Sequence[Pair]) -> Table:
+    """Differences on test problems, and who is better where anybody is."""
+    rows = [
+        [
+            pair.first,
+            pair.second,
+            signed(pair.over_problems.mean),
+            interval_text(pair.over_problems),
+            interval_text(pair.over_seeds),
+            pair.winner or "no difference shown",
+        ]
+        for pair in pairs
+    ]
+    columns = ["loss", "less", "difference", "95% over problems", "95% over seeds", "better"]
+    return Table(f"{measure.title}: differences on test problems", columns, rows)
+
+
+def forgetting_table(findings: Findings) -> Table | None:
+    """Before and after, on the second validation set."""
+    choices = findings.choices[findings.main_measure]
+    names = [name for name in ("greedy", "sampled", "nll", "token_accuracy", "entropy") if _measured(choices, name)]
+    if not names:
+        return None
+    first = choices[0].records[0].history[0]["forgetting"]
+    rows = [["before training", *(number(first[name]) for name in names)]]
+    for choice in choices:
+        rows.append([choice.loss, *(_with_interval(choice.over_seeds("forgetting", name)) for name in names)])
+    titles = [findings.measures[name].title for name in names]
+    return Table(
+        "Forgetting", ["", *titles], rows, "After training, mean and 95% interval over seeds where there are several."
+    )
+
+
+def _measured(choices: Sequence[Choice], name: str) -> bool:
+    return all(record.curve("forgetting", name) for choice in choices for record in choice.records)
+
+
+def _with_interval(interval: Interval) -> str:
+    text = interval_text(interval, show=False)
+    return number(interval.mean) + (f" ({text})" if text else "")
+
+
+def description_table(findings: Findings) -> Table:
+    """What judges nothing, after training, on test rows; and the gradient norm in training."""
+    names = ["loss", "nll", "perplexity", "entropy", "mean_weight"]
+    rows = []
+    for choice in findings.choices[findings.main_measure]:
+        cells = [_with_interval(choice.over_seeds("test", name)) for name in names]
+        norms = [value for record in choice.records for _, value in record.logged("train/grad_norm")]
+        clipped = [value for record in choice.records for _, value in record.logged("train/clipped_steps")]
+        cells += [number(_mean(norms)), number(_mean(clipped))]
+        rows.append([choice.loss, *cells])
+    columns = ["loss", *(findings.measures[name].title for name in names), "gradient norm", "clipped steps (share)"]
+    return Table(
+        "What the losses leave behind", columns, rows, "After training on test rows; the last two, means over training."
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def bucket_table(findings: Findings) -> Table:
+    """Mean probability of the training targets after training, by bucket of initial probability."""
+    choices = findings.choices[findings.main_measure]
+    counts, before, _ = bucket_means(choices[0].records[0])
+    after = [bucket_means(choice.records[0])[2] for choice in choices]
+    rows = [
+        [f"{low:g} to {high:g}", str(counts[i]), number(before[i]), *(number(values[i]) for values in after)]
+        for i, (low, high) in enumerate(BUCKETS)
+    ]
+    columns = ["probability before", "targets", "mean before", *(choice.loss for choice in choices)]
+    return Table("Probabilities of the training targets, before and after", columns, rows)
+
+
+def sweep_table(findings: Findings) -> Table | None:
+    """Every learning rate of every loss, on validation rows, over the sweep's seeds."""
+    sweep = [record for record in findings.records if record.loss is not None and record.run["sweep"]]
+    rates = sorted({record.learning_rate for record in sweep})
+    if len(rates) < 2:
+        return None
+    rows = []
+    for loss in findings.losses:
+        for rate in rates:
+            own = [record for record in sweep if (record.loss, record.learning_rate) == (loss, rate)]
+            if own:
+                names = findings.settings["measures"]
+                cells = [number(_mean([r.at_end("validation", name) for r in own])) for name in names]
+                rows.append([loss, f"{rate:g}", *cells])
+    titles = [findings.measures[name].title for name in findings.settings["measures"]]
+    return Table("Every learning rate, on validation rows", ["loss", "learning rate", *titles], rows)
+
+
+def results_csv(findings: Findings, records: Sequence[Record]) -> str:
+    """A row a run: what it is, and every measure before training, after it and on test rows."""
+    names = list(findings.measures)
+    columns = ["run", "loss", "learning_rate", "seed", "sweep", "finished", "steps", "seconds"]
+    columns += [f"{when}_{name}" for when in ("start", "end", "forgetting", "test") for name in names]
+    columns += ["initial_weights", "rows", "targets"]
+    output = io.StringIO()
+    writer = csv.DictWriter(output, columns, lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        writer.writerow(_csv_row(record, names))
+    return output.getvalue()
+
+
+def _csv_row(record: Record, names: Sequence[str]) -> dict[str, object]:
+    run, fit = record.run, record.fit or {}
+    row: dict[str, object] = {"run": run["name"], "loss": run["loss"] or BASE, "finished": record.whole}
+    if run["loss"] is not None:
+        row |= {key: run[key] for key in ("learning_rate", "seed", "sweep")}
+    if record.history:
+        row |= {"steps": record.history[-1]["step"], "seconds": round(fit["seconds"], 1)}
+        first, last = record.history[0], record.history[-1]
+        parts = {"start": first["validation"], "end": last["validation"], "forgetting": last.get("forgetting", {})}
+    else:
+        parts = {}
+    parts["test"] = (record.test or {}).get("values", {})
+    row |= {f"{when}_{name}": values[name] for when, values in parts.items() for name in names if name in values}
+    return row | {name: fit[name] for name in ("initial_weights", "rows", "targets") if name in fit}

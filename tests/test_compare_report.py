@@ -1,0 +1,180 @@
+"""What a report says of records: chosen rates, winners, checks, files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import pytest
+import yaml
+
+from compare_records import whole_comparison, write_run, write_settings
+from dft_lightning.compare.analysis import analyse
+from dft_lightning.compare.command import main
+from dft_lightning.compare.records import read_records
+
+
+def findings_of(output):
+    return analyse(yaml.safe_load((output / "compare.yaml").read_text()), read_records(output))
+
+
+def fails(capsys, *args):
+    with pytest.raises(SystemExit) as error:
+        main([str(arg) for arg in args])
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert len(message.strip().splitlines()) == 1
+    return message
+
+
+def test_each_measure_chooses_its_own_rate_on_validation(tmp_path):
+    """Greedy is best at 1e-3 and sampled at 1e-4; what the further seeds got on validation has no say."""
+    whole_comparison(tmp_path)
+    findings = findings_of(tmp_path)
+    for loss in range(2):
+        greedy, sampled = (findings.choices[name][loss] for name in ("greedy", "sampled"))
+        assert (greedy.learning_rate, greedy.validation, len(greedy.records)) == (1e-3, 0.7, 3)
+        assert (sampled.learning_rate, sampled.validation, len(sampled.records)) == (1e-4, 0.2, 1)
+        assert greedy.at_edge
+    assert findings.choices["greedy"][0].over_seeds("test", "greedy").mean == pytest.approx((20 + 21 + 22) / 120)
+
+
+def test_nll_is_better_when_lower(tmp_path):
+    write_settings(tmp_path)
+    write_run(tmp_path, "CE", 1e-4, nll=0.5)
+    write_run(tmp_path, "CE", 1e-3, nll=0.25)
+    assert findings_of(tmp_path).choices["nll"][0].learning_rate == 1e-3
+
+
+def test_a_rate_that_lost_a_seed_takes_no_part(tmp_path):
+    write_settings(tmp_path, seeds=[0, 1])
+    for seed in (0, 1):
+        write_run(tmp_path, "CE", 1e-4, seed, validation=(0.5, 0.5))
+    write_run(tmp_path, "CE", 1e-3, 0, validation=(0.9, 0.9))
+    write_run(tmp_path, "CE", 1e-3, 1, validation=(0.9, 0.9), finished=False, tested=False)
+    assert findings_of(tmp_path).choices["greedy"][0].learning_rate == 1e-4
+
+
+def test_winners(tmp_path):
+    """Ten problems of forty more, with every seed: better. Both are better than the base, by problems and seeds."""
+    whole_comparison(tmp_path)
+    pairs = {(pair.first, pair.second): pair for pair in findings_of(tmp_path).pairs("greedy")}
+    found = pairs["CE", "DFT"]
+    assert found.winner == "DFT"
+    assert found.over_problems.mean == pytest.approx(-0.25)
+    assert found.over_seeds.count == 3
+    assert pairs["DFT", "base model"].winner == "DFT"
+
+
+def test_no_winner_where_seeds_disagree(tmp_path):
+    """DFT gains 12, 1 and -1 problems of 40: sure over these problems, not over seeds."""
+    write_settings(tmp_path, learning_rates=[1e-3])
+    for seed, gain in enumerate((12, 1, -1)):
+        write_run(tmp_path, "CE", 1e-3, seed, sweep=seed == 0, right=20)
+        write_run(tmp_path, "DFT", 1e-3, seed, sweep=seed == 0, right=20 + gain)
+    (pair,) = findings_of(tmp_path).pairs("greedy")
+    assert pair.over_problems.excludes_zero()
+    assert not pair.over_seeds.excludes_zero()
+    assert pair.winner is None
+
+
+def test_no_winner_where_problems_leave_it_open(tmp_path):
+    write_settings(tmp_path)
+    write_run(tmp_path, "CE", 1e-3, right=20)
+    write_run(tmp_path, "DFT", 1e-3, right=21)
+    (pair,) = findings_of(tmp_path).pairs("greedy")
+    assert pair.over_problems.mean == pytest.approx(-1 / 40)
+    assert pair.winner is None
+
+
+def test_the_files(tmp_path):
+    whole_comparison(tmp_path)
+    assert main(["--report-only", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page)  # one file, nothing beside it
+    assert "<script" not in page
+    assert 'name="viewport"' in page
+    assert page.count("data:image/svg+xml;base64,") == len(list((tmp_path / "plots").glob("*.svg"))) >= 15
+    assert len(list((tmp_path / "plots").glob("*.png"))) == len(list((tmp_path / "plots").glob("*.svg")))
+    text = (tmp_path / "report.md").read_text()
+    assert "exact match, greedy: DFT 0.775, better than CE and base model; CE 0.525, better than base model" in text
+    assert "| targets per step | seed 0, 4 runs | the same | t |" in text
+    for picture in re.findall(r"\]\((plots/[^)]+)\)", text):
+        assert (tmp_path / picture).is_file()
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert len(rows) == 9
+    best = next(row for row in rows if row["run"] == "dft-lr0.001-seed2")
+    assert (best["loss"], best["seed"], best["finished"], float(best["test_greedy"])) == ("DFT", "2", "True", 32 / 40)
+    assert float(best["start_greedy"]) == 0.3
+
+
+def test_a_difference_in_targets_is_no_comparison(tmp_path):
+    whole_comparison(tmp_path)
+    write_run(tmp_path, "DFT", 3e-4, targets="other")
+    findings = findings_of(tmp_path)
+    assert [check.what for check in findings.checks if not check.agrees] == ["targets per step"]
+    main(["--report-only", str(tmp_path)])
+    text = (tmp_path / "report.md").read_text()
+    assert "NOT COMPARABLE" in text
+    assert "DIFFERENT they part at micro-batch 2" in text
+    assert "better than" not in text
+
+
+def test_a_base_of_other_weights_is_no_comparison(tmp_path):
+    whole_comparison(tmp_path)
+    path = tmp_path / "runs" / "base" / "test.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "weights": "other"}))
+    assert [check.what for check in findings_of(tmp_path).checks if not check.agrees] == ["initial weights"] * 3
+
+
+def test_a_loss_made_elsewhere_is_reported_too(tmp_path):
+    whole_comparison(tmp_path)
+    write_run(tmp_path, "other", 1e-3, right=5)
+    assert findings_of(tmp_path).losses == ["CE", "DFT", "other"]
+    assert main(["--report-only", str(tmp_path)]) == 0
+    assert "| other | 0.001 |" in (tmp_path / "report.md").read_text()
+
+
+def test_unfinished_runs_are_named_with_their_error(tmp_path):
+    whole_comparison(tmp_path)
+    folder = write_run(tmp_path, "DFT", 3e-4, finished=False, tested=False)
+    (folder / "fit.log").write_text("step 1\nTraceback (most recent call last):\n  x\nRuntimeError: out of memory\n")
+    main(["--report-only", str(tmp_path)])
+    assert "| dft-lr0.0003-seed0 | fit: RuntimeError: out of memory |" in (tmp_path / "report.md").read_text()
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_unfinished_runs(tmp_path, capsys):
+    write_settings(tmp_path)
+    write_run(tmp_path, None)
+    write_run(tmp_path, "CE", 1e-3, finished=False, tested=False)
+    message = fails(capsys, "--report-only", tmp_path)
+    assert "1 runs and none of a loss has ended (ce-lr0.001-seed0: begun)" in message
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_a_measure_that_was_never_logged(tmp_path, capsys):
+    whole_comparison(tmp_path)
+    write_settings(tmp_path, measures=["greedy", "pass_at_2", "token_accuracy"])
+    path = tmp_path / "runs" / "ce-lr0.001-seed0" / "fit.json"
+    fit = json.loads(path.read_text())
+    del fit["history"][-1]["validation"]["token_accuracy"]
+    path.write_text(json.dumps(fit))
+    message = fails(capsys, "--report-only", tmp_path)
+    assert "ce-lr0.001-seed0: 'token_accuracy' was never logged on validation rows; there are greedy," in message
+
+
+def test_folders_that_are_no_comparison(tmp_path, capsys):
+    assert "no compare.yaml here: not the output folder" in fails(capsys, "--report-only", tmp_path)
+    write_settings(tmp_path)
+    assert "no runs in" in fails(capsys, "--report-only", tmp_path)
+
+
+def test_a_broken_record(tmp_path, capsys):
+    whole_comparison(tmp_path)
+    (tmp_path / "runs" / "base" / "test.json").write_text('{"run": ')
+    assert "base: broken record: " in fails(capsys, "--report-only", tmp_path)

@@ -1,0 +1,289 @@
+"""Runs of a comparison: what the recorder measures, and the whole command on real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from conftest import ROOT
+from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, InstructionDataModule
+from dft_lightning.compare.command import main
+from dft_lightning.compare.execute import _Children, job_environments, last_error
+from dft_lightning.compare.recorder import Evaluation, RunIdentity, RunRecorder
+from dft_lightning.compare.records import Record
+from dft_lightning.data import ArithmeticRows
+from dft_lightning.errors import InputError
+from dft_lightning.modules import GenerationOptions
+from small_runs import TINY_ARITHMETIC, trainer
+from test_compare_report import fails
+from test_compare_settings import write
+
+# -- the recorder --------------------------------------------------------------------------------------------------
+
+EVALUATION = Evaluation(every_n_steps=2, num_samples=2, temperatures=(0.0, 0.5), limit=5, probability_rows=6)
+DROPOUT = {**TINY_ARITHMETIC, "resid_pdrop": 0.2}
+
+
+def rows_of(forgetting=True, data_seed=0, batch_size=4):
+    sources = {
+        "train": ArithmeticRows(16, min_digits=1, max_digits=3, seed=1),
+        "validation": ArithmeticRows(7, part="held_out", seed=2),
+        "test": ArithmeticRows(5, part="held_out", seed=3),
+    }
+    if forgetting:
+        sources["forgetting"] = ArithmeticRows(6, min_digits=1, max_digits=1, seed=4)
+    return InstructionDataModule(**sources, tokenizer="asset://arithmetic-base", batch_size=batch_size, seed=data_seed)
+
+
+def fit(folder, loss, *, record=True, model=TINY_ARITHMETIC, steps=3, seed=0, forgetting=True, **options):
+    pl.seed_everything(seed)
+    short = GenerationOptions(max_new_tokens=6)
+    module = CausalLMModule(model, loss=loss, learning_rate=1e-2, generation=short)
+    identity = RunIdentity("run", "loss", 1e-2, seed)
+    recorder = RunRecorder(str(folder), identity, EVALUATION)
+    run = trainer(
+        max_steps=steps, max_epochs=-1, callbacks=[recorder] if record else [], log_every_n_steps=1, **options
+    )
+    run.fit(module, datamodule=rows_of(forgetting, data_seed=seed))
+    return module, recorder
+
+
+def read(folder):
+    files = [
+        json.loads((folder / name).read_text()) if (folder / name).exists() else None
+        for name in ("fit.json", "test.json")
+    ]
+    return Record(folder, files[0]["run"], *files, True)
+
+
+def test_what_is_recorded_of_a_fit(tmp_path):
+    module, _ = fit(tmp_path, DFTLoss())
+    record = read(tmp_path)
+    assert record.fit["finished"]
+    assert [entry["step"] for entry in record.history] == [0, 2, 3]
+    names = {"greedy", "sampled", "pass_at_2", "loss", "nll", "perplexity", "token_accuracy", "entropy", "mean_weight"}
+    for split in ("validation", "forgetting"):
+        assert names <= set(record.history[-1][split])
+    assert [step for step, _ in record.logged("train/grad_norm")] == [0, 1, 2]
+    assert len(record.fit["steps"]) == 3
+    # nll of the first five validation rows, by the model's own logits.
+    data = rows_of()
+    data.prepare_data()
+    log_probs = []
+    with torch.no_grad():
+        for row in [data._rows["validation"][i] for i in range(5)]:
+            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
+            logits = module.model.eval()(ids).logits[0, :-1].double().log_softmax(-1)
+            log_probs.append(logits[labels != -100].gather(1, labels[labels != -100][:, None]))
+    assert record.at_end("validation", "nll") == pytest.approx(-float(torch.cat(log_probs).mean()), rel=1e-5)
+
+
+def test_probabilities_are_of_the_first_training_rows_before_and_after(tmp_path):
+    module, _ = fit(tmp_path, CrossEntropyLoss())
+    data = rows_of()
+    data.prepare_data()
+    before = CausalLMModule(TINY_ARITHMETIC)
+    pl.seed_everything(0)
+    before.configure_model()
+    record = read(tmp_path)
+    for when, model in (("before", before.model), ("after", module.model)):
+        expected = []
+        with torch.no_grad():
+            for row in [data._rows["train"][i] for i in range(6)]:
+                ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
+                probabilities = model.eval()(ids).logits[0, :-1].softmax(-1)
+                expected.append(probabilities[labels != -100].gather(1, labels[labels != -100][:, None])[:, 0])
+        np.testing.assert_allclose(record.probabilities(when), torch.cat(expected), rtol=1e-4)
+
+
+def test_a_run_trains_the_same_with_and_without_its_recorder(tmp_path):
+    weights = []
+    for record in (True, False):
+        module, _ = fit(tmp_path / str(record), DFTLoss(), record=record, model=DROPOUT)
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_hashes_tell_starts_rows_and_targets_apart(tmp_path):
+    def hashes(name, *args, **options):
+        fit(tmp_path / name, *args, **options)
+        record = read(tmp_path / name).fit
+        return {key: record[key] for key in ("initial_weights", "rows", "targets", "steps")}
+
+    first = hashes("ce", CrossEntropyLoss())
+    assert hashes("dft", DFTLoss(), forgetting=False) == first  # the loss and what is watched change nothing
+    other = hashes("seed", CrossEntropyLoss(), seed=1)
+    assert all(other[key] != first[key] for key in first)
+    shorter = hashes("shorter", CrossEntropyLoss(), steps=2)
+    assert shorter["steps"] == first["steps"][:2]
+    assert shorter["initial_weights"] == first["initial_weights"]
+    assert shorter["rows"] != first["rows"]
+
+
+def test_what_is_recorded_of_a_test(tmp_path):
+    module, recorder = fit(tmp_path, DFTLoss())
+    run = trainer(callbacks=[recorder])
+    (values,) = run.test(module, datamodule=rows_of(), verbose=False)
+    record = read(tmp_path)
+    assert record.test["fit_started"] == record.fit["started"]
+    assert [temperature for temperature, _ in record.test["curve"]] == [0.0, 0.5]
+    assert len(record.by_problem("greedy")) == 5
+    assert record.at_end("test", "greedy") == record.by_problem("greedy").mean() == values["test/exact_match"]
+    assert record.at_end("test", "nll") == pytest.approx(values["test/nll"])
+    assert record.test["weights"] != record.fit["initial_weights"]
+
+
+def test_a_recorder_refuses_what_it_cannot_record(tmp_path):
+    module = CausalLMModule(TINY_ARITHMETIC)
+    recorder = RunRecorder(str(tmp_path), RunIdentity("x", "x"), EVALUATION)
+    without = InstructionDataModule(ArithmeticRows(4), tokenizer="asset://arithmetic-base")
+    with pytest.raises(InputError, match="needs validation rows: set data.validation"):
+        trainer(callbacks=[recorder]).fit(module, datamodule=without)
+
+
+# -- processes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("log", "status", "message"),
+    [
+        ("Epoch 0\rEpoch 1\nerror: data.train: no such file\n", 2, "data.train: no such file"),
+        ("Traceback\n  File\nRuntimeError: bad\nException ignored\n", 1, "RuntimeError: bad"),
+        ("torch.OutOfMemoryError: CUDA out of memory\n", 1, "torch.OutOfMemoryError: CUDA out of memory"),
+        ("step 3\n", -9, "ended by SIGKILL; last line: step 3"),
+        ("", 3, "status 3, and nothing written"),
+    ],
+)
+def test_last_error(log, status, message):
+    assert last_error(log, status) == message
+
+
+def test_jobs_share_cores_and_gpus(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    environments = job_environments(2)
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == ["0,2", "1,3"]
+    assert [e["OMP_NUM_THREADS"] for e in environments] == ["4", "4"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in job_environments(3)] == ["5"] * 3
+    assert "OMP_NUM_THREADS" not in job_environments(1)[0]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert job_environments(2)[0]["OMP_NUM_THREADS"] == "3"
+
+
+def test_ending_children_ends_theirs_too(tmp_path):
+    """A process that started another: both are gone, and nothing begins afterwards."""
+    children = _Children()
+    script = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        thread = threading.Thread(target=children.run, args=([sys.executable, "-c", script], output, dict(os.environ)))
+        thread.start()
+        deadline = time.time() + 30
+        while not log.read_text().strip() and time.time() < deadline:
+            time.sleep(0.05)
+        children.end_all()
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+        assert children.run(["true"], output, dict(os.environ)) != 0
+    state = Path(f"/proc/{int(log.read_text())}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+# -- the whole command ---------------------------------------------------------------------------------------------
+
+LOSSES = {"CE": "CrossEntropyLoss", "DFT": "DFTLoss", "broken": "failing_loss.FailingLoss"}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A comparison of two losses and one that fails, run once."""
+    folder = tmp_path_factory.mktemp("compare")
+    out = folder / "out"
+    path = write(folder, losses=LOSSES, learning_rates=[1e-3])
+    old = dict(os.environ)
+    os.environ |= {"PYTHONPATH": str(ROOT / "tests"), "HF_DATASETS_CACHE": str(folder / "cache")}
+    try:
+        status = main(["--config", str(path), "--output", str(out), "--jobs", "2"])
+        times = {file: file.stat().st_mtime_ns for file in sorted(out.glob("runs/*/*.json"))}
+        yield path, out, status, times
+    finally:
+        os.environ.clear()
+        os.environ.update(old)
+
+
+def test_a_failed_run_is_reported_and_the_rest_go_on(compared):
+    _, out, status, times = compared
+    assert status == 1
+    names = {"base", "ce-lr0.001-seed0", "dft-lr0.001-seed0", "broken-lr0.001-seed0"}
+    assert {folder.name for folder in (out / "runs").iterdir()} == names
+    assert {file.parent.name for file in times if file.name == "test.json"} == names - {"broken-lr0.001-seed0"}
+    text = (out / "report.md").read_text()
+    assert "| broken-lr0.001-seed0 | fit: RuntimeError: this loss fails on purpose |" in text
+    assert "| CE | 0.001 |" in text
+
+
+def test_runs_had_the_same_start_rows_and_targets(compared):
+    out = compared[1]
+    text = (out / "report.md").read_text()
+    assert text.count("| the same |") == 3
+    fits = [
+        json.loads((out / "runs" / name / "fit.json").read_text()) for name in ("ce-lr0.001-seed0", "dft-lr0.001-seed0")
+    ]
+    base = json.loads((out / "runs" / "base" / "test.json").read_text())
+    assert fits[0]["initial_weights"] == fits[1]["initial_weights"] == base["weights"]
+    assert fits[0]["steps"] == fits[1]["steps"]
+    assert fits[0]["history"][0] == fits[1]["history"][0] | {"validation": fits[0]["history"][0]["validation"]}
+    assert fits[0]["history"][-1]["validation"]["nll"] != fits[1]["history"][-1]["validation"]["nll"]
+
+
+def test_a_run_can_be_repeated_by_hand(compared):
+    """By its own config, in another folder: the same record but for the time."""
+    out = compared[1]
+    folder = out / "runs" / "dft-lr0.001-seed0"
+    again = out.parent / "again"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["trainer"]["default_root_dir"] = str(again)
+    config["trainer"]["callbacks"][-1]["init_args"]["folder"] = str(again)
+    again.mkdir()
+    (again / "config.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "dft_lightning", "fit", "--config", str(again / "config.yaml")]
+    subprocess.run(command, check=True, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    first, second = (json.loads((where / "fit.json").read_text()) for where in (folder, again))
+    assert first["history"] == second["history"]
+    assert first["targets"] == second["targets"]
+
+
+def test_a_second_call_runs_what_is_new_and_nothing_twice(compared):
+    path, out, _, times = compared
+    config = yaml.safe_load(path.read_text())
+    del config["losses"]["broken"]
+    path.write_text(yaml.safe_dump({**config, "seeds_at_best": [1]}))
+    assert main(["--config", str(path), "--output", str(out), "--jobs", "2"]) == 0
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+    assert (out / "runs" / "dft-lr0.001-seed1" / "test.json").is_file()
+    assert "| 0 at every rate" not in (out / "report.md").read_text()
+    rows = [line for line in (out / "report.md").read_text().splitlines() if line.startswith("| CE | 0.001 |")]
+    assert rows[0].endswith("| 2 |")  # seeds
+
+
+def test_a_changed_config_is_noticed(compared, capsys):
+    path, out, _, times = compared
+    config = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**config, "overrides": {"model": {"weight_decay": 0.25}}}))
+    message = fails(capsys, "--config", path, "--output", out)
+    assert "was run with another config (model.weight_decay: 0.01 there, 0.25 now): choose another --output" in message
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+    path.write_text(yaml.safe_dump(config))

@@ -1,0 +1,159 @@
+"""A comparison's config: what is read, what is refused, and the runs it makes."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from conftest import ROOT, TINY_LLAMA
+from dft_lightning.compare.base_config import read_fit_config
+from dft_lightning.compare.command import main
+from dft_lightning.compare.grid import base_run, sweep_runs
+from dft_lightning.compare.settings import read_settings
+from test_compare_report import fails
+
+ROWS = {"class_path": "ArithmeticRows", "init_args": {"num_rows": 6, "min_digits": 1, "max_digits": 2}}
+BASE = {
+    "model": {"model": {**TINY_LLAMA, "vocab_size": 20}, "loss": "FocalLoss", "generation": {"max_new_tokens": 3}},
+    "data": {"train": ROWS, "validation": ROWS, "test": ROWS, "tokenizer": "asset://arithmetic-base", "batch_size": 3},
+    "trainer": {"max_steps": 2, "accelerator": "cpu", "devices": 1, "log_every_n_steps": 1, "logger": False},
+}
+COMPARISON = {
+    "base": "base.yaml",
+    "losses": {"CE": "CrossEntropyLoss", "sharp DFT": {"class_path": "DFTLoss"}},
+    "learning_rates": [1e-3, 1e-2],
+    "evaluation": {"every_n_steps": 1, "num_samples": 2, "temperatures": [0.0, 1.0], "limit": 3, "probability_rows": 4},
+}
+
+
+def write(folder, fit_config=BASE, **changes):
+    (folder / "base.yaml").write_text(yaml.safe_dump(fit_config))
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in {**COMPARISON, **changes}.items() if v is not None}))
+    return path
+
+
+def grid(path, output):
+    settings = read_settings(path)
+    config = read_fit_config(settings.base, settings.overrides)
+    return [base_run(settings, config, output), *sweep_runs(settings, config, output)]
+
+
+def test_the_grid(tmp_path):
+    path = write(tmp_path, seeds=[3, 4], overrides={"model": {"weight_decay": 0.5, "renormalize": True}})
+    runs = grid(path, tmp_path / "out")
+    assert [run.identity.name for run in runs] == ["base"] + [
+        f"{loss}-lr{rate}-seed{seed}" for seed in (3, 4) for rate in (0.001, 0.01) for loss in ("ce", "sharp-dft")
+    ]
+    run = next(run for run in runs if run.identity.name == "sharp-dft-lr0.01-seed4")
+    model, data, trainer = (run.config[key] for key in ("model", "data", "trainer"))
+    assert model["loss"]["class_path"] == "dft_lightning.DFTLoss"
+    assert (model["learning_rate"], model["weight_decay"], model["renormalize"]) == (0.01, 0.5, True)
+    assert (run.config["seed_everything"], data["seed"]) == (4, 4)
+    assert trainer["default_root_dir"] == str(tmp_path / "out" / "runs" / "sharp-dft-lr0.01-seed4")
+    assert [c["class_path"] for c in trainer["callbacks"]] == ["dft_lightning.compare.RunRecorder"]
+    assert list(runs[0].commands()) == ["test"]
+    assert list(run.commands()) == ["fit", "test"]
+    assert run.commands()["test"][-2:] == ["--ckpt_path", "last"]
+
+
+def test_the_bases_own_callbacks_stay_but_generation_along_fit(tmp_path):
+    callbacks = [{"class_path": "GenerationEvaluation"}, {"class_path": "LearningRateMonitor"}]
+    base = {**BASE, "trainer": {**BASE["trainer"], "callbacks": callbacks}}
+    run = grid(write(tmp_path, base), tmp_path / "out")[1]
+    names = [callback["class_path"].rpartition(".")[2] for callback in run.config["trainer"]["callbacks"]]
+    assert names == ["LearningRateMonitor", "RunRecorder"]
+
+
+def test_print_commands_writes_configs_and_runs_nothing(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["--config", str(write(tmp_path)), "--output", str(out), "--print-commands"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    folder = out / "runs" / "ce-lr0.001-seed0"
+    assert lines[1] == (
+        f"python -m dft_lightning fit --config {folder}/config.yaml && "
+        f"python -m dft_lightning test --config {folder}/config.yaml --ckpt_path last"
+    )
+    assert {path.name for path in folder.iterdir()} == {"config.yaml"}
+    assert (folder / "config.yaml").read_text().startswith(f"# python -m dft_lightning fit --config {folder}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"losses": {}}, "losses: name at least one loss to compare"),
+        ({"losses": None}, "losses: name at least one loss to compare"),
+        ({"losses": {"a b": "DFTLoss", "A-B": "DFTLoss"}}, "'a b' gives its runs the name 'a-b'; 'A-B' has the same"),
+        ({"losses": {"base": "DFTLoss"}}, "'base' gives its runs the name 'base'"),
+        ({"losses": {"?": "DFTLoss"}}, "neither letters nor digits"),
+        ({"losses": {"focal": {"class_path": "FocalLoss", "init_args": {"gamma": -1}}}}, "gamma must be finite"),
+        ({"losses": {"DFT": "DFTLos"}}, "DFTLos"),
+        ({"base": "nowhere.yaml"}, "base: no such file: "),
+        ({"base": []}, "base: name a fit config"),
+        ({"base": None}, "base: required, but not given"),
+        ({"learning_rates": []}, "learning_rates: give at least one"),
+        ({"learning_rates": [1e-3, 0.001]}, "learning_rates: 0.001 is there twice, and would give two runs one name"),
+        ({"learning_rates": [-1.0]}, "learning_rates must be more than 0"),
+        ({"learning_rates": ["fast"]}, "learning_rates"),
+        ({"seeds": [1, 1]}, "seeds: 1 is there twice"),
+        ({"seeds": [1], "seeds_at_best": [1]}, "seeds_at_best: 1 is among seeds already"),
+        ({"measures": ["bleu"]}, "'bleu' is never measured; known: greedy, sampled, pass_at_2, nll"),
+        ({"best_by": ["entropy"]}, "'entropy' judges nothing"),
+        ({"evaluation": {"num_samples": 0}}, "num_samples must be at least 1"),
+        ({"evaluation": {"temperatures": [-1.0]}}, "temperatures must not be negative"),
+        ({"learning_rate": [1e-3]}, "unknown key learning_rate"),
+        ({"overrides": {"model": {"learning_rat": 1}}}, "unknown key model.learning_rat; did you mean"),
+        ({"overrides": {"data": {"validation": None}}}, "no data.validation"),
+        ({"overrides": {"data": {"test": None}}}, "no data.test"),
+    ],
+)  # fmt: skip
+def test_bad_configs(tmp_path, capsys, changes, message):
+    with pytest.raises(SystemExit) as error:
+        main(["--config", str(write(tmp_path, **changes)), "--output", str(tmp_path / "out")])
+    assert error.value.code == 2
+    found = capsys.readouterr().err
+    assert message in found
+    assert found.startswith("error: ")
+    assert "Traceback" not in found
+    assert len(found.strip().splitlines()) <= 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("losses:\n  DFT: DFTLoss\n  DFT: FocalLoss\n", "'DFT' is there twice, in lines 2 and 3"),
+        ("losses: [", "broken YAML"),
+        ("nothing", "expected keys and values"),
+    ],
+)
+def test_bad_files(tmp_path, capsys, text, message):
+    path = tmp_path / "compare.yaml"
+    path.write_text(text)
+    assert message in fails(capsys, "--config", path, "--output", tmp_path / "out")
+
+
+def test_bad_arguments(tmp_path, capsys):
+    path = write(tmp_path)
+    out = tmp_path / "out"
+    assert "no such file" in fails(capsys, "--config", tmp_path / "none.yaml", "--output", out)
+    assert "give --config FILE and --output FOLDER" in fails(capsys, "--config", path)
+    assert "--jobs must be at least 1" in fails(capsys, "--config", path, "--output", out, "--jobs", 0)
+    assert "and nothing else" in fails(capsys, "--report-only", out, "--config", path)
+    assert "is a file" in fails(capsys, "--config", path, "--output", path)
+
+
+def test_numbers_in_scientific_notation_are_numbers(tmp_path):
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace("- 0.001", "- 1e-3"))
+    assert "1e-3" in path.read_text()
+    assert read_settings(path).learning_rates == [0.001, 0.01]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "compare").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_comparisons(path, tmp_path):
+    settings = read_settings(path)
+    runs = grid(path, tmp_path)
+    assert len(runs) == 1 + len(settings.losses) * len(settings.learning_rates) * len(settings.seeds)
+    assert f"--config configs/compare/{path.name} --output" in path.read_text()

@@ -1,0 +1,97 @@
+"""Intervals and pass@k against independent references."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dft_lightning.compare.statistics import mean_interval, paired_bootstrap
+from dft_lightning.metrics import pass_at_k, reported_k
+
+
+def test_interval_over_seeds():
+    """The textbook's: t for 2 degrees of freedom is 4.30265, s of 1, 2, 3 is 1."""
+    interval = mean_interval([3.0, 1.0, 2.0])
+    half = 4.302652729911275 / 3**0.5
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((2.0, 2 - half, 2 + half), abs=1e-8)
+    values = np.random.default_rng(0).normal(size=7)
+    expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    found = mean_interval(values.tolist())
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_one_value_has_no_interval():
+    interval = mean_interval([0.25])
+    assert (interval.mean, interval.low, interval.high, interval.count) == (0.25, None, None, 1)
+    assert not interval.excludes_zero()
+
+
+def test_interval_covers_what_it_should():
+    """Of 400 means of three normal numbers, 95% of the intervals hold the true mean: 380 +- 4 standard errors."""
+    generator = np.random.default_rng(1)
+    hits = 0
+    for _ in range(400):
+        interval = mean_interval(generator.normal(5.0, 2.0, 3).tolist())
+        hits += interval.low <= 5.0 <= interval.high
+    assert 380 - 18 <= hits <= 380 + 18
+
+
+def test_bootstrap_against_scipy():
+    generator = np.random.default_rng(2)
+    a, b = generator.integers(0, 5, 120) / 4, generator.integers(0, 5, 120) / 4
+    found = paired_bootstrap(a, b)
+    reference = stats.bootstrap(
+        (a, b),
+        lambda x, y, axis: (x - y).mean(axis=axis),
+        paired=True,
+        method="percentile",
+        n_resamples=10_000,
+        rng=np.random.default_rng(3),
+    ).confidence_interval
+    assert found.mean == pytest.approx((a - b).mean(), abs=1e-12)
+    # Two runs of 10,000 resamples: a quantile's own error is near 0.002 here.
+    assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.008)
+
+
+def test_pairs_are_kept_together():
+    """Scores that differ from problem to problem, but by a constant from each other: no doubt about the difference."""
+    scores = np.random.default_rng(4).random(50)
+    interval = paired_bootstrap(scores + 0.25, scores)
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((0.25, 0.25, 0.25), abs=1e-12)
+    assert interval.excludes_zero()
+
+
+def test_bootstrap_of_a_coin():
+    """Two problems, one each way: a third of the resamples or so at every end, so zero is inside."""
+    interval = paired_bootstrap(np.array([1.0, 0.0]), np.array([0.0, 1.0]))
+    assert (interval.mean, interval.low, interval.high) == (0.0, -1.0, 1.0)
+    assert not interval.excludes_zero()
+
+
+def test_bootstrap_refuses_other_problems():
+    with pytest.raises(ValueError, match="scores of the same problems"):
+        paired_bootstrap(np.zeros(3), np.zeros(4))
+
+
+@pytest.mark.parametrize("samples", range(1, 7))
+def test_pass_at_k_is_the_share_of_subsets(samples):
+    """Every subset of k of the samples, counted."""
+    for right in range(samples + 1):
+        outcomes = [1] * right + [0] * (samples - right)
+        for k in range(1, samples + 1):
+            subsets = list(itertools.combinations(outcomes, k))
+            expected = sum(any(subset) for subset in subsets) / len(subsets)
+            assert pass_at_k(samples, right, k) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("samples", "right", "k"), [(4, 2, 0), (4, 2, 5), (4, 5, 2), (4, -1, 2)])
+def test_pass_at_k_refuses(samples, right, k):
+    with pytest.raises(ValueError, match="k <= num_samples"):
+        pass_at_k(samples, right, k)
+
+
+def test_reported_k():
+    assert [reported_k(n) for n in (1, 2, 4, 6, 16)] == [[], [2], [2, 4], [2, 4, 6], [2, 4, 8, 16]]
