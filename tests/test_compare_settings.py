@@ -34,7 +34,7 @@ def write(folder, fit_config=BASE, **changes):
 
 
 def grid(path, output):
-    settings = read_settings(path)
+    settings = read_settings([path])
     config = read_fit_config(settings.base, settings.overrides)
     return [base_run(settings, config, output), *sweep_runs(settings, config, output)]
 
@@ -148,12 +148,23 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
     path = write(tmp_path)
     path.write_text(path.read_text().replace("- 0.001", "- 1e-3"))
     assert "1e-3" in path.read_text()
-    assert read_settings(path).learning_rates == [0.001, 0.01]
+    assert read_settings([path]).learning_rates == [0.001, 0.01]
+
+
+def test_files_compose(tmp_path):
+    path = write(tmp_path, overrides={"model": {"weight_decay": 0.5}, "trainer": {"max_steps": 5}})
+    above = tmp_path / "above.yaml"
+    changes = {"learning_rates": [0.5], "evaluation": {"limit": 1}, "overrides": {"trainer": {"max_steps": 6}}}
+    above.write_text(yaml.safe_dump(changes))
+    settings = read_settings([path, above])
+    assert (settings.learning_rates, list(settings.losses)) == ([0.5], ["CE", "sharp DFT"])
+    assert (settings.evaluation["limit"], settings.evaluation["num_samples"]) == (1, 2)
+    assert settings.overrides == {"model": {"weight_decay": 0.5}, "trainer": {"max_steps": 6}}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "compare").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_comparisons(path, tmp_path):
-    settings = read_settings(path)
+    settings = read_settings([path])
     runs = grid(path, tmp_path)
     assert len(runs) == 1 + len(settings.losses) * len(settings.learning_rates) * len(settings.seeds)
     assert f"--config configs/compare/{path.name} --output" in path.read_text()

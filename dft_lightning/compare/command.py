@@ -26,7 +26,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _arguments(args: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog="python -m dft_lightning compare", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, help="the comparison, such as configs/compare/quickstart.yaml")
+    what = "the comparison, such as configs/compare/quickstart.yaml; a further one goes over it"
+    parser.add_argument("--config", type=Path, action="append", help=what)
     parser.add_argument("--output", type=Path, help="folder of the runs and the report; a second call goes on there")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
     parser.add_argument("--print-commands", action="store_true", help="print what is left to run, a line a run")
@@ -88,13 +89,13 @@ def _compare(given: argparse.Namespace) -> int:
 
     settings = read_settings(given.config)
     fit_config = read_fit_config(settings.base, settings.overrides)
-    _check_data(fit_config, given.config)
+    _check_data(fit_config, settings.path)
     output = given.output
     with _only_one(output), ending_on_sigterm():
         sweep = [base_run(settings, fit_config, output), *sweep_runs(settings, fit_config, output)]
         for run in sweep:
             write_config(run)
-        _write_settings(settings, output)
+        _write_settings(settings, given.config, output)
         if given.print_commands and _print_commands(sweep):
             return 0
         failures = [] if given.print_commands else execute(sweep, given.jobs, "sweep")
@@ -147,11 +148,11 @@ def _print_commands(runs: Sequence[Any]) -> bool:
     return bool(lines)
 
 
-def _write_settings(settings: Any, output: Path) -> None:
+def _write_settings(settings: Any, paths: list[Path], output: Path) -> None:
     """What the report needs to know of the comparison, beside the runs."""
     content = {
-        "config": str(settings.path),
-        "base": [os.path.normpath(path) for path in settings.base],
+        "config": [str(path) for path in paths],
+        "base": [str(path) for path in settings.base],
         **{name: getattr(settings, name) for name in ("losses", "learning_rates", "seeds", "seeds_at_best")},
         **{name: getattr(settings, name) for name in ("overrides", "best_by", "measures", "evaluation")},
     }

@@ -65,6 +65,8 @@ class Evaluation:
         curve_samples: samples per problem at each of them (``num_samples`` at ``temperature``, one at 0).
         limit: validation and forgetting rows that are evaluated, from the start of each set; ``None`` for all. The
             test is on all test rows.
+        forgetting_answers: score answers on ``data.forgetting`` rows too; without, token metrics alone, for rows in
+            which the answer extractor finds none.
         probability_rows: training rows, from the start, whose targets' probabilities are kept before and after.
         seed: of the sampling.
     """
@@ -75,6 +77,7 @@ class Evaluation:
     temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
     curve_samples: int = 1
     limit: int | None = 200
+    forgetting_answers: bool = True
     probability_rows: int = 500
     seed: int = 0
 
@@ -130,7 +133,11 @@ class RunRecorder(Callback):
             self._logged = _LoggedValues(str(self.folder))
             trainer.loggers = [*trainer.loggers, self._logged]
         for split in self._splits(trainer) if stage == "fit" else ("test",):
-            check_prompts(trainer, pl_module, split, self._limit(split))
+            if self._has_answers(split):
+                check_prompts(trainer, pl_module, split, self._limit(split))
+
+    def _has_answers(self, split: str) -> bool:
+        return split != "forgetting" or self.evaluation.forgetting_answers
 
     def _limit(self, split: str) -> int | None:
         return None if split == "test" else self.evaluation.limit
@@ -177,11 +184,13 @@ class RunRecorder(Callback):
         limit = self.evaluation.limit
         record: dict[str, Any] = {"step": trainer.global_step}
         for split in self._splits(trainer):
-            greedy = self._count(trainer, module, split, 0.0, 1)
-            sampled = self._count(trainer, module, split, self.evaluation.temperature, self.evaluation.num_samples)
-            values = shares(greedy, sampled, self.evaluation.num_samples) | token_values(trainer, module, split, limit)
+            values = token_values(trainer, module, split, limit)
+            if self._has_answers(split):
+                greedy = self._count(trainer, module, split, 0.0, 1)
+                sampled = self._count(trainer, module, split, self.evaluation.temperature, self.evaluation.num_samples)
+                values |= shares(greedy, sampled, self.evaluation.num_samples)
             record[split] = values
-            shown = ", ".join(f"{name} {values[name]:.3f}" for name in ("greedy", "sampled", "nll"))
+            shown = ", ".join(f"{n} {values[n]:.3f}" for n in ("greedy", "sampled", "nll") if n in values)
             rank_zero_info(f"step {trainer.global_step}, {split} rows: {shown}")
         self._history.append(record)
         self._write_fit(trainer, finished=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -50,7 +51,7 @@ class Settings:
     """A comparison as read from its file.
 
     Attributes:
-        path: of the file.
+        path: of the file, or of the last of several.
         base: paths of the base configs.
         losses: class path and options of each, by name.
         learning_rates: as in :class:`Comparison`.
@@ -74,22 +75,22 @@ class Settings:
     evaluation: dict[str, Any]
 
 
-def read_settings(path: Path) -> Settings:
+def read_settings(paths: list[Path]) -> Settings:
     """Read and check a comparison's config.
 
+    Args:
+        paths: its files, later ones over earlier ones: ``overrides`` and ``evaluation`` key by key, the rest whole.
+
     Raises:
-        InputError: the file or something in it is wrong.
+        InputError: a file or something in it is wrong.
         SystemExit: with status 2 after one message, for a wrong key or value.
     """
-    content = read_yaml(path)
+    content: dict[str, Any] = {}
+    for path in paths:
+        content = _merged(content, _read_one(path))
+    path = paths[-1]
     if not content.get("losses"):
         raise InputError(f"{path}: losses: name at least one loss to compare")
-    known = [key.name for key in fields(Comparison)]
-    for key in content:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
-            raise InputError(f"{path}: unknown key {key}{hint}")
     parser = Parser(prog="python -m dft_lightning compare", env_prefix="DFT_LIGHTNING_COMPARE")
     parser.add_class_arguments(Comparison, None)
     config = parser.parse_object(content)
@@ -100,9 +101,44 @@ def read_settings(path: Path) -> Settings:
     plain: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False))
     base = [plain["base"]] if isinstance(plain["base"], str) else plain["base"]
     measures = plain["measures"] or default_measures(plain["evaluation"]["num_samples"])
-    settings = Settings(**{**plain, "path": path, "base": [path.parent / file for file in base], "measures": measures})
+    settings = Settings(**{**plain, "path": path, "base": [Path(file) for file in base], "measures": measures})
     _check(settings)
     return settings
+
+
+def _read_one(path: Path) -> dict[str, Any]:
+    """A file's content, with the paths of its base seen from here."""
+    content = read_yaml(path)
+    known = [key.name for key in fields(Comparison)]
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+            raise InputError(f"{path}: unknown key {key}{hint}")
+    base = content.get("base")
+    if isinstance(base, str):
+        content["base"] = os.path.normpath(path.parent / base)
+    elif isinstance(base, list):
+        content["base"] = [os.path.normpath(path.parent / str(file)) for file in base]
+    return content
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = {**below, **above}
+    for key in ("overrides", "evaluation"):
+        if isinstance(below.get(key), dict) and isinstance(above.get(key), dict):
+            merged[key] = _deep(below[key], above[key])
+    return merged
+
+
+def _deep(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Key by key; a class with its options is replaced whole."""
+    if "class_path" in below or "class_path" in above:
+        return above
+    both = {
+        k: _deep(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v for k, v in above.items()
+    }
+    return {**below, **both}
 
 
 def _check(settings: Settings) -> None:
