@@ -38,7 +38,18 @@ def test_each_measure_chooses_its_own_rate_on_validation(tmp_path):
         assert (greedy.learning_rate, greedy.validation, len(greedy.records)) == (1e-3, 0.7, 3)
         assert (sampled.learning_rate, sampled.validation, len(sampled.records)) == (1e-4, 0.2, 1)
         assert greedy.at_edge
+        assert not greedy.tied
     assert findings.choices["greedy"][0].over_seeds("test", "greedy").mean == pytest.approx((20 + 21 + 22) / 120)
+
+
+def test_of_equal_rates_the_one_with_lower_nll_is_taken_and_the_report_says_so(tmp_path):
+    write_settings(tmp_path)
+    for rate, greedy, nll in ((1e-2, 0.5, 0.4), (1e-3, 0.5, 0.3), (1e-4, 0.5, 0.3), (1e-5, 0.25, 0.1)):
+        write_run(tmp_path, "CE", rate, validation=(greedy, 0.5), nll=nll)
+    choice = findings_of(tmp_path).choices["greedy"][0]
+    assert (choice.learning_rate, choice.tied, choice.at_edge) == (1e-4, True, False)
+    main(["--report-only", str(tmp_path)])
+    assert "| CE | 0.0001 = | 0.500 |" in (tmp_path / "report.md").read_text()
 
 
 def test_nll_is_better_when_lower(tmp_path):

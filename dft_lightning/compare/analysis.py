@@ -28,6 +28,7 @@ class Choice:
         learning_rate: the rate.
         validation: mean over the sweep's seeds on validation rows, by which it was chosen.
         at_edge: whether it is the lowest or the highest of the sweep: a better one may lie beyond.
+        tied: whether another rate was as good by the measure.
         records: its runs, the sweep's and those of further seeds.
     """
 
@@ -36,6 +37,7 @@ class Choice:
     learning_rate: float
     validation: float
     at_edge: bool
+    tied: bool
     records: list[Record] = field(repr=False)
 
     def over_seeds(self, split: str, measure: str) -> Interval:
@@ -46,7 +48,8 @@ class Choice:
 def choose(records: Sequence[Record], loss: str, measure: Measure) -> Choice:
     """The learning rate of a loss that is best on validation rows after the last step, over the sweep's seeds.
 
-    Of equally good ones the lowest. Rates of which a seed of the sweep has failed take no part.
+    Of equally good ones, which are common where few problems are counted, the one with the lower ``nll`` on the same
+    rows, and then the lowest. Rates of which a seed of the sweep has failed take no part.
 
     Raises:
         InputError: the measure was never logged, or no rate has all its runs.
@@ -54,19 +57,25 @@ def choose(records: Sequence[Record], loss: str, measure: Measure) -> Choice:
     own = [record for record in records if record.loss == loss]
     sweep = [record for record in own if record.run["sweep"]]
     seeds = {record.seed for record in sweep}
-    means = {}
+    means, nll = {}, {}
     for rate in sorted({record.learning_rate for record in sweep}):
         of_rate = [record for record in sweep if record.learning_rate == rate]
         if {record.seed for record in of_rate} == seeds:
-            means[rate] = sum(r.at_end("validation", measure.name) for r in of_rate) / len(of_rate)
+            means[rate] = _mean_at_end(of_rate, measure.name)
+            nll[rate] = _mean_at_end(of_rate, "nll")
     if not means:
         raise InputError(f"{loss}: no learning rate has a finished run of each seed of the sweep")
     sign = 1 if measure.higher_is_better else -1
     finite = {rate: value for rate, value in means.items() if np.isfinite(value)}
-    best = max(finite or means, key=lambda rate: (sign * means[rate], -rate))
+    best = max(finite or means, key=lambda rate: (sign * means[rate], -nll[rate], -rate))
     at_edge = len(means) > 1 and best in (min(means), max(means))
     runs = sorted((record for record in own if record.learning_rate == best), key=lambda record: record.seed)
-    return Choice(loss, measure, best, means[best], at_edge, runs)
+    tied = list(means.values()).count(means[best]) > 1
+    return Choice(loss, measure, best, means[best], at_edge, tied, runs)
+
+
+def _mean_at_end(records: Sequence[Record], measure: str) -> float:
+    return sum(record.at_end("validation", measure) for record in records) / len(records)
 
 
 @dataclass(frozen=True)

@@ -66,14 +66,16 @@ def result_table(findings: Findings, measure: Measure) -> Table:
         rows.append([BASE, "", number(_start(findings, measure.name)), number(value), "", ""])
     for choice in findings.choices[measure.name]:
         test = choice.over_seeds("test", measure.name)
-        rate = f"{choice.learning_rate:g}" + (" *" if choice.at_edge else "")
+        rate = f"{choice.learning_rate:g}{' *' if choice.at_edge else ''}{' =' if choice.tied else ''}"
         cells = [choice.loss, rate, number(choice.validation), number(test.mean), interval_text(test), str(test.count)]
         rows.append(cells)
-    caption = ""
+    notes = []
     if any(choice.at_edge for choice in findings.choices[measure.name]):
-        caption = "* the lowest or highest rate of the sweep: a better one may lie beyond."
+        notes.append("* the lowest or highest rate of the sweep: a better one may lie beyond.")
+    if any(choice.tied for choice in findings.choices[measure.name]):
+        notes.append("= another rate was as good on validation rows; the one with the lower nll is taken.")
     columns = ["loss", "learning rate", "validation", "test", "95% interval over seeds", "seeds"]
-    return Table(measure.title, columns, rows, caption)
+    return Table(measure.title, columns, rows, " ".join(notes))
 
 
 def _start(findings: Findings, measure: str) -> float:
@@ -95,7 +97,7 @@ def pair_table(findings: Findings, measure: Measure, pairs: Sequence[Pair]) -> T
         ]
         for pair in pairs
     ]
-    columns = ["loss", "less", "difference", "95% over problems", "95% over seeds", "better"]
+    columns = ["loss", "against", "difference", "95% over problems", "95% over seeds", "better"]
     return Table(f"{measure.title}: differences on test problems", columns, rows)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dft_lightning.compare.analysis import Choice, Findings, choose
-from dft_lightning.compare.plots.style import BASE_COLOUR, Plot, Styles, add_legend, new_figure
+from dft_lightning.compare.plots.style import BASE_COLOUR, Plot, Styles, add_legend, new_figure, plain_ticks
 from dft_lightning.compare.statistics import mean_interval
 
 _SPLITS = {"validation": "validation rows", "forgetting": "forgetting rows"}
@@ -27,6 +27,7 @@ def along_training(findings: Findings, styles: Styles, measure: str, split: str 
     counts = [_draw_with_band(axes, styles, loss, curves) for loss, curves in lines.items()]
     if measure == "nll":
         axes.set_yscale("log")
+        plain_ticks(axes.yaxis)
     add_legend(axes)
     caption = f"On {_SPLITS[split]}. {_rates(findings, choices, chosen_by)} {_bands(counts)}"
     return Plot(f"{split}_{measure}", f"{title}, along training", caption, figure)
@@ -41,6 +42,7 @@ def logged_in_training(findings: Findings, styles: Styles, name: str, title: str
     figure, axes = new_figure("optimizer step", title)
     counts = [_draw_with_band(axes, styles, loss, curves, marked=False) for loss, curves in lines.items()]
     axes.set_yscale("log")
+    plain_ticks(axes.yaxis)
     add_legend(axes)
     caption = f"As logged in training. {_rates(findings, choices, findings.main_measure)} {_bands(counts)}"
     return Plot(name.replace("/", "_"), title, caption, figure)
@@ -70,7 +72,7 @@ def learning_rate_sensitivity(findings: Findings, styles: Styles, measure: str) 
     if len({record.learning_rate for record in sweep}) < 2:
         return None
     title = findings.measures[measure].title
-    figure, axes = new_figure("learning rate", f"{title}, after training")
+    figure, axes = new_figure("learning rate", title)
     axes.set_xscale("log")
     seeds = set()
     for loss in findings.losses:
@@ -86,7 +88,9 @@ def learning_rate_sensitivity(findings: Findings, styles: Styles, measure: str) 
     axes.minorticks_off()
     add_legend(axes)
     of = "one seed" if len(seeds) == 1 else f"mean of {len(seeds)} seeds"
-    return Plot(f"learning_rate_{measure}", f"{title}, by learning rate", f"On validation rows, {of}.", figure)
+    return Plot(
+        f"learning_rate_{measure}", f"{title}, by learning rate", f"After training, on validation rows, {of}.", figure
+    )
 
 
 def nll_against_objective(findings: Findings, styles: Styles) -> Plot | None:
@@ -95,6 +99,8 @@ def nll_against_objective(findings: Findings, styles: Styles) -> Plot | None:
     figure, axes = new_figure("objective (its own, per target token)", "nll (nats per token)")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    plain_ticks(axes.xaxis)
+    plain_ticks(axes.yaxis)
     for choice in choices:
         record = choice.records[0]
         objective, nll = record.curve("validation", "loss"), record.curve("validation", "nll")

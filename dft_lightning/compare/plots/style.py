@@ -13,7 +13,9 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers tell losses apart in black and white too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -115,3 +117,10 @@ def add_legend(axes: Axes) -> None:
         return
     columns = 3 if max(map(len, labels)) < 14 else 2
     axes.figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Few and plain numbers on a logarithmic axis, be it less than a decade or several."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
