@@ -25,7 +25,7 @@ from dft_lightning.compare.records import Record
 from dft_lightning.data import ArithmeticRows
 from dft_lightning.errors import InputError
 from dft_lightning.modules import GenerationOptions
-from small_runs import TINY_ARITHMETIC, trainer
+from small_runs import TINY_ARITHMETIC, run_two_processes, trainer
 from test_compare_report import fails
 from test_compare_settings import write
 
@@ -46,16 +46,19 @@ def rows_of(forgetting=True, data_seed=0, batch_size=4):
     return InstructionDataModule(**sources, tokenizer="asset://arithmetic-base", batch_size=batch_size, seed=data_seed)
 
 
-def fit(folder, loss, *, record=True, model=TINY_ARITHMETIC, steps=3, seed=0, forgetting=True, **options):
+def fit(
+    folder, loss, *, record=True, model=TINY_ARITHMETIC, steps=3, seed=0, forgetting=True, batch_size=4,
+    dtype="float32", **options,
+):  # fmt: skip
     pl.seed_everything(seed)
     short = GenerationOptions(max_new_tokens=6)
-    module = CausalLMModule(model, loss=loss, learning_rate=1e-2, generation=short)
+    module = CausalLMModule(model, loss=loss, learning_rate=1e-2, generation=short, dtype=dtype)
     identity = RunIdentity("run", "loss", 1e-2, seed)
     recorder = RunRecorder(str(folder), identity, EVALUATION)
     run = trainer(
         max_steps=steps, max_epochs=-1, callbacks=[recorder] if record else [], log_every_n_steps=1, **options
     )
-    run.fit(module, datamodule=rows_of(forgetting, data_seed=seed))
+    run.fit(module, datamodule=rows_of(forgetting, data_seed=seed, batch_size=batch_size))
     return module, recorder
 
 
@@ -142,6 +145,22 @@ def test_what_is_recorded_of_a_test(tmp_path):
     assert record.at_end("test", "greedy") == record.by_problem("greedy").mean() == values["test/exact_match"]
     assert record.at_end("test", "nll") == pytest.approx(values["test/nll"])
     assert record.test["weights"] != record.fit["initial_weights"]
+
+
+def test_two_processes_record_what_one_does(tmp_path):
+    """Rows that do not divide: 5 test problems, 5 of 7 validation rows. Samples are drawn anew on each rank."""
+    module, recorder = fit(tmp_path / "one", DFTLoss(), precision="64-true", dtype="float64")
+    trainer(callbacks=[recorder], precision="64-true").test(module, datamodule=rows_of(), verbose=False)
+    run_two_processes("ddp_recorder.py", str(tmp_path / "two"))
+    one, two = read(tmp_path / "one"), read(tmp_path / "two")
+    for split in ("validation", "forgetting"):
+        for name in ("nll", "loss", "entropy", "mean_weight", "token_accuracy", "target_tokens", "greedy"):
+            found, expected = (np.array([y for _, y in record.curve(split, name)]) for record in (two, one))
+            np.testing.assert_allclose(found, expected, rtol=1e-9, err_msg=name)
+    for when in ("before", "after"):
+        np.testing.assert_allclose(sorted(two.probabilities(when)), sorted(one.probabilities(when)), rtol=1e-5)
+    assert two.by_problem("greedy").tolist() == one.by_problem("greedy").tolist()
+    assert two.fit["initial_weights"] == one.fit["initial_weights"]
 
 
 def test_a_recorder_refuses_what_it_cannot_record(tmp_path):
