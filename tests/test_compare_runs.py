@@ -181,7 +181,9 @@ def test_a_recorder_refuses_what_it_cannot_record(tmp_path):
         ("Traceback\n  File\nRuntimeError: bad\nException ignored\n", 1, "RuntimeError: bad"),
         ("torch.OutOfMemoryError: CUDA out of memory\n", 1, "torch.OutOfMemoryError: CUDA out of memory"),
         ("step 3\n", -9, "ended by SIGKILL; last line: step 3"),
-        ("", 3, "status 3, and nothing written"),
+        ("step 3\n", 1, "ended with status 1; last line: step 3"),
+        ("", 3, "ended with status 3, and wrote nothing"),
+        ("step 3\n", None, "stopped; last line: step 3"),
     ],
 )
 def test_last_error(log, status, message):

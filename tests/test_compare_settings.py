@@ -152,14 +152,26 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
 
 
 def test_files_compose(tmp_path):
-    path = write(tmp_path, overrides={"model": {"weight_decay": 0.5}, "trainer": {"max_steps": 5}})
+    data = {"train": {"class_path": "ArithmeticRows", "init_args": {"num_rows": 9, "seed": 3}}, "forgetting": ROWS}
+    overrides = {"model": {"weight_decay": 0.5}, "trainer": {"max_steps": 5}, "data": data}
+    path = write(tmp_path, overrides=overrides)
     above = tmp_path / "above.yaml"
-    changes = {"learning_rates": [0.5], "evaluation": {"limit": 1}, "overrides": {"trainer": {"max_steps": 6}}}
+    local = {"class_path": "LocalRows", "init_args": {"path": "rows.jsonl"}}
+    changes = {
+        "learning_rates": [0.5],
+        "evaluation": {"limit": 1},
+        "overrides": {"trainer": {"max_steps": 6}, "data": {"train": {"init_args": {"seed": 4}}, "forgetting": local}},
+    }
     above.write_text(yaml.safe_dump(changes))
     settings = read_settings([path, above])
     assert (settings.learning_rates, list(settings.losses)) == ([0.5], ["CE", "sharp DFT"])
     assert (settings.evaluation["limit"], settings.evaluation["num_samples"]) == (1, 2)
-    assert settings.overrides == {"model": {"weight_decay": 0.5}, "trainer": {"max_steps": 6}}
+    data["train"]["init_args"]["seed"] = 4
+    assert settings.overrides == {
+        "model": {"weight_decay": 0.5},
+        "trainer": {"max_steps": 6},
+        "data": {"train": data["train"], "forgetting": local},
+    }
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "compare").glob("*.yaml")), ids=lambda path: path.stem)

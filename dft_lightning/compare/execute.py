@@ -90,8 +90,12 @@ def _run_stages(run: Run, places: SimpleQueue[dict[str, str]], children: _Childr
     return None
 
 
-def last_error(log: str, status: int) -> str:
-    """What a failed process said: the command's own message, or the last line of a traceback.
+def last_error(log: str, status: int | None = None) -> str:
+    """What a process that did not end well said: the command's own message, or the last line of a traceback.
+
+    Args:
+        log: all that it wrote.
+        status: its exit status, where that is known.
 
     Example:
         >>> last_error("step 3\\nerror: data.train: no such file\\n", 2)
@@ -104,9 +108,10 @@ def last_error(log: str, status: int) -> str:
     for line in reversed(lines):
         if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)(:|$)", line):
             return line
-    if status < 0:
-        return f"ended by {signal.Signals(-status).name}" + (f"; last line: {lines[-1]}" if lines else "")
-    return lines[-1] if lines else f"status {status}, and nothing written"
+    end = "stopped" if status is None else f"ended with status {status}"
+    if status is not None and status < 0:
+        end = f"ended by {signal.Signals(-status).name}"
+    return f"{end}; last line: {lines[-1]}" if lines else f"{end}, and wrote nothing"
 
 
 def job_environments(jobs: int) -> list[dict[str, str]]:

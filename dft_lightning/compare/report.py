@@ -101,7 +101,7 @@ def unfinished_runs(output: Path) -> dict[str, str]:
         log = next(((stage, path) for stage, path in stages if path.is_file()), None)
         if log is not None:
             text = log[1].read_text(encoding="utf-8", errors="replace")
-            found[folder.name] = f"{log[0]}: {last_error(text, 1)}"
+            found[folder.name] = f"{log[0]}: {last_error(text)}"
         else:
             begun = (folder / FIT).exists() or (folder / TEST).exists()
             found[folder.name] = "begun" if begun else "not begun"

@@ -132,8 +132,8 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _deep(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Key by key; a class with its options is replaced whole."""
-    if "class_path" in below or "class_path" in above:
+    """Key by key; another class takes the place of one with its options."""
+    if "class_path" in above:
         return above
     both = {
         k: _deep(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v for k, v in above.items()
