@@ -45,21 +45,26 @@ def write_run(
     rate: float | None = None,
     seed: int = 0,
     *,
-    sweep: bool = True,
     validation: tuple[float, float] = (0.5, 0.5),
     right: int = 20,
     finished: bool = True,
     tested: bool = True,
     targets: str = "t",
+    folder: str | None = None,
     **more: float,
 ) -> Path:
     """A run whose test got the first ``right`` problems right, greedy and in all four samples."""
     name = "base" if loss is None else f"{loss.lower()}-lr{rate:g}-seed{seed}"
-    folder = output / "runs" / name
-    folder.mkdir(parents=True)
-    run = {"name": name, "loss": loss, "learning_rate": rate, "seed": seed, "sweep": sweep}
+    path = output / "runs" / (folder or name)
+    path.mkdir(parents=True)
+    run = {"name": name, "loss": loss, "learning_rate": rate, "seed": seed}
     common = {"run": run, "versions": {"torch": "2"}, "device": "cpu", "world_size": 1, "precision": "32-true"}
-    (folder / "config.yaml").write_text("model: {}\n")
+    config = {
+        "model": {"loss": LOSSES.get(loss), "learning_rate": rate},
+        "data": {"seed": seed},
+        "seed_everything": seed,
+    }
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
     if loss is not None:
         start, end = values(0.3, 0.3), values(*validation, **more)
         fit = {
@@ -73,19 +78,20 @@ def write_run(
             ],
             "logged": [[5, {"train/grad_norm": 0.5, "train/clipped_steps": 0.0}], [10, {"train/grad_norm": 0.25}]],
             "initial_weights": "w",
+            "final_weights": f"{name} after",
             "rows": f"r{seed}",
             "targets": targets,
             "steps": [[3, "aa"], [3, targets]],
         }
-        (folder / "fit.json").write_text(json.dumps(fit))
+        (path / "fit.json").write_text(json.dumps(fit))
         before = np.log(np.array([0.05, 0.3, 0.7, 0.95, 0.99], dtype=np.float32))
-        np.savez(folder / "probabilities.npz", before=before, after=before / 2)
+        np.savez(path / "probabilities.npz", before=before, after=before / 2)
     if tested:
         share = right / PROBLEMS
         test = {
             **common,
-            "fit_started": None if loss is None else 1.0,
-            "weights": "w",
+            "weights": "w" if loss is None else f"{name} after",
+            "problems": "p",
             "num_samples": 4,
             "temperature": 1.0,
             "values": values(share, share, **more),
@@ -95,8 +101,8 @@ def write_run(
                 "sampled": [4] * right + [0] * (PROBLEMS - right),
             },
         }
-        (folder / "test.json").write_text(json.dumps(test))
-    return folder
+        (path / "test.json").write_text(json.dumps(test))
+    return path
 
 
 def whole_comparison(output: Path) -> None:
@@ -107,4 +113,4 @@ def whole_comparison(output: Path) -> None:
         write_run(output, loss, 1e-4, validation=(0.6, 0.2), right=18 + extra)
         write_run(output, loss, 1e-3, validation=(0.7, 0.1), right=20 + extra)
         for seed in (1, 2):
-            write_run(output, loss, 1e-3, seed, sweep=False, validation=(0.9, 0.9), right=20 + extra + seed)
+            write_run(output, loss, 1e-3, seed, validation=(0.9, 0.9), right=20 + extra + seed)

@@ -14,3 +14,10 @@ class FailingLoss(TokenLoss):
         if stats.step > 0:
             raise RuntimeError("this loss fails on purpose")
         return -stats.log_prob
+
+
+class UnbuildableLoss(TokenLoss):
+    """Raises what nobody expects of a constructor."""
+
+    def __init__(self):
+        raise RuntimeError("this loss cannot be built")

@@ -9,7 +9,7 @@ import re
 import pytest
 import yaml
 
-from compare_records import whole_comparison, write_run, write_settings
+from compare_records import LOSSES, whole_comparison, write_run, write_settings
 from dft_lightning.compare.analysis import analyse
 from dft_lightning.compare.command import main
 from dft_lightning.compare.records import read_records
@@ -43,7 +43,7 @@ def test_each_measure_chooses_its_own_rate_on_validation(tmp_path):
 
 
 def test_of_equal_rates_the_one_with_lower_nll_is_taken_and_the_report_says_so(tmp_path):
-    write_settings(tmp_path)
+    write_settings(tmp_path, learning_rates=[1e-5, 1e-4, 1e-3, 1e-2])
     for rate, greedy, nll in ((1e-2, 0.5, 0.4), (1e-3, 0.5, 0.3), (1e-4, 0.5, 0.3), (1e-5, 0.25, 0.1)):
         write_run(tmp_path, "CE", rate, validation=(greedy, 0.5), nll=nll)
     choice = findings_of(tmp_path).choices["greedy"][0]
@@ -60,12 +60,20 @@ def test_nll_is_better_when_lower(tmp_path):
 
 
 def test_a_rate_that_lost_a_seed_takes_no_part(tmp_path):
-    write_settings(tmp_path, seeds=[0, 1])
+    write_settings(tmp_path, seeds=[0, 1], seeds_at_best=[])
     for seed in (0, 1):
         write_run(tmp_path, "CE", 1e-4, seed, validation=(0.5, 0.5))
     write_run(tmp_path, "CE", 1e-3, 0, validation=(0.9, 0.9))
     write_run(tmp_path, "CE", 1e-3, 1, validation=(0.9, 0.9), finished=False, tested=False)
-    assert findings_of(tmp_path).choices["greedy"][0].learning_rate == 1e-4
+    # And a loss that lost a seed at every rate: it is left out and named, and the report of the rest is written.
+    write_run(tmp_path, "DFT", 1e-4, 0)
+    write_run(tmp_path, "DFT", 1e-3, 1)
+    findings = findings_of(tmp_path)
+    assert findings.losses == ["CE"]
+    assert findings.choices["greedy"][0].learning_rate == 1e-4
+    assert findings.choices["greedy"][0].at_edge  # of the two that were asked for
+    assert main(["--report-only", str(tmp_path)]) == 0
+    assert "DFT (all of it) | no learning rate has a finished run of each seed" in (tmp_path / "report.md").read_text()
 
 
 def test_winners(tmp_path):
@@ -83,16 +91,32 @@ def test_no_winner_where_seeds_disagree(tmp_path):
     """DFT gains 12, 1 and -1 problems of 40: sure over these problems, not over seeds."""
     write_settings(tmp_path, learning_rates=[1e-3])
     for seed, gain in enumerate((12, 1, -1)):
-        write_run(tmp_path, "CE", 1e-3, seed, sweep=seed == 0, right=20)
-        write_run(tmp_path, "DFT", 1e-3, seed, sweep=seed == 0, right=20 + gain)
+        write_run(tmp_path, "CE", 1e-3, seed, right=20)
+        write_run(tmp_path, "DFT", 1e-3, seed, right=20 + gain)
     (pair,) = findings_of(tmp_path).pairs("greedy")
     assert pair.over_problems.excludes_zero()
     assert not pair.over_seeds.excludes_zero()
     assert pair.winner is None
 
 
+def test_one_seed_among_several_is_judged_by_nothing(tmp_path):
+    """The same runs: a winner where there is no other seed, none where the comparison has three."""
+    for name, seeds_at_best in (("one", []), ("three", [1, 2])):
+        out = tmp_path / name
+        write_settings(out, seeds_at_best=seeds_at_best)
+        for loss, right in (("CE", 20), ("DFT", 35)):
+            write_run(out, loss, 1e-3, right=right)
+        (pair,) = findings_of(out).pairs("greedy")
+        assert pair.over_problems.excludes_zero()
+        assert pair.winner == (None if seeds_at_best else "DFT")
+        main(["--report-only", str(out)])
+        text = (out / "report.md").read_text()
+        assert ("(one seed: judged by nothing)" in text) == bool(seeds_at_best)
+        assert ("There is one seed" in text) == (not seeds_at_best)
+
+
 def test_no_winner_where_problems_leave_it_open(tmp_path):
-    write_settings(tmp_path)
+    write_settings(tmp_path, seeds_at_best=[])
     write_run(tmp_path, "CE", 1e-3, right=20)
     write_run(tmp_path, "DFT", 1e-3, right=21)
     (pair,) = findings_of(tmp_path).pairs("greedy")
@@ -123,7 +147,7 @@ def test_the_files(tmp_path):
 
 def test_a_difference_in_targets_is_no_comparison(tmp_path):
     whole_comparison(tmp_path)
-    write_run(tmp_path, "DFT", 3e-4, targets="other")
+    write_run(tmp_path, "DFT", 1e-4, 1, targets="other")
     findings = findings_of(tmp_path)
     assert [check.what for check in findings.checks if not check.agrees] == ["targets per step"]
     main(["--report-only", str(tmp_path)])
@@ -137,23 +161,83 @@ def test_a_base_of_other_weights_is_no_comparison(tmp_path):
     whole_comparison(tmp_path)
     path = tmp_path / "runs" / "base" / "test.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "weights": "other"}))
-    assert [check.what for check in findings_of(tmp_path).checks if not check.agrees] == ["initial weights"] * 3
+    assert [check.what for check in findings_of(tmp_path).checks if not check.agrees] == ["initial weights"]
+    pairs = findings_of(tmp_path).pairs("greedy")
+    assert all("base model" not in (pair.first, pair.second) for pair in pairs)
 
 
-def test_a_loss_made_elsewhere_is_reported_too(tmp_path):
+@pytest.mark.parametrize(
+    ("place", "config", "reason"),
+    [
+        (("other", 1e-3, 0), {}, "'other' is none of the comparison's losses"),
+        (("CE", 1e-2, 0), {}, "learning rate 0.01 is none of the comparison's"),
+        (("CE", 1e-3, 7), {}, "seed 7 is none of the comparison's"),
+        (("CE", 1e-3, 2), {"model": {"loss": {"class_path": "Other"}}}, "its config has another loss by the name 'CE'"),
+    ],
+)
+def test_runs_that_are_no_part_of_the_comparison(tmp_path, place, config, reason):
+    """Left of an older config, say: they take no part in choices and winners, and are named."""
+    write_settings(tmp_path)
+    for loss in ("CE", "DFT"):
+        write_run(tmp_path, loss, 1e-3)
+    folder = write_run(tmp_path, *place, validation=(0.99, 0.99), right=40)
+    if config:
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    findings = findings_of(tmp_path)
+    assert findings.left_out == {folder.name: reason}
+    assert {len(choice.records) for choice in findings.choices["greedy"]} == {1}
+    main(["--report-only", str(tmp_path)])
+    assert reason in (tmp_path / "report.md").read_text().replace("\\", "")
+
+
+def test_a_difference_in_config_is_no_comparison(tmp_path):
     whole_comparison(tmp_path)
-    write_run(tmp_path, "other", 1e-3, right=5)
-    assert findings_of(tmp_path).losses == ["CE", "DFT", "other"]
+    path = tmp_path / "runs" / "ce-lr0.001-seed0" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["model"]["weight_decay"] = 0.5
+    path.write_text(yaml.safe_dump(config))
+    (check,) = [check for check in findings_of(tmp_path).checks if not check.agrees]
+    assert check.what == "config but for loss, learning rate and seed"
+    assert check.note in ("(model.weight_decay: not set, 0.5)", "(model.weight_decay: 0.5, not set)")
+
+
+def test_other_test_problems_are_no_comparison(tmp_path):
+    whole_comparison(tmp_path)
+    path = tmp_path / "runs" / "dft-lr0.001-seed1" / "test.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "problems": "others"}))
+    assert [check.what for check in findings_of(tmp_path).checks if not check.agrees] == ["test problems"]
+
+
+def test_a_test_of_other_weights_is_no_test(tmp_path):
+    whole_comparison(tmp_path)
+    path = tmp_path / "runs" / "dft-lr0.001-seed1" / "test.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "weights": "some steps before"}))
+    assert [record.name for record in read_records(tmp_path) if not record.whole] == ["dft-lr0.001-seed1"]
+
+
+def test_names_are_text(tmp_path):
+    """In a table, in a page and in a figure: dollar signs are no mathematics, and angle brackets no tags."""
+    names = {"CE $\\nope$": "CE", "<b>x|y*z*</b>": "DFT"}
+    for name, loss in names.items():
+        LOSSES[name] = LOSSES[loss]
+    write_settings(tmp_path, losses={name: LOSSES[name] for name in names}, seeds_at_best=[])
+    for i, name in enumerate(names):
+        folder = write_run(tmp_path, name, 1e-3, folder=f"run{i}")
+        assert folder.is_dir()
+        del LOSSES[name]
     assert main(["--report-only", str(tmp_path)]) == 0
-    assert "| other | 0.001 |" in (tmp_path / "report.md").read_text()
+    assert "<b>x" not in (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.md").read_text().partition("## The comparison's config")[0]
+    assert "\\<b\\>x\\|y\\*z\\*\\</b\\>" in text
+    assert "<b>" not in text.replace("\\<b\\>", "")
 
 
 def test_unfinished_runs_are_named_with_their_error(tmp_path):
     whole_comparison(tmp_path)
-    folder = write_run(tmp_path, "DFT", 3e-4, finished=False, tested=False)
+    folder = write_run(tmp_path, "DFT", 1e-4, 1, finished=False, tested=False)
     (folder / "fit.log").write_text("step 1\nTraceback (most recent call last):\n  x\nRuntimeError: out of memory\n")
     main(["--report-only", str(tmp_path)])
-    assert "| dft-lr0.0003-seed0 | fit: RuntimeError: out of memory |" in (tmp_path / "report.md").read_text()
+    assert "| dft-lr0.0001-seed1 | fit: RuntimeError: out of memory |" in (tmp_path / "report.md").read_text()
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------
@@ -188,4 +272,10 @@ def test_folders_that_are_no_comparison(tmp_path, capsys):
 def test_a_broken_record(tmp_path, capsys):
     whole_comparison(tmp_path)
     (tmp_path / "runs" / "base" / "test.json").write_text('{"run": ')
-    assert "base: broken record: " in fails(capsys, "--report-only", tmp_path)
+    assert "test.json: broken record: " in fails(capsys, "--report-only", tmp_path)
+    whole = tmp_path / "whole"
+    whole_comparison(whole)
+    (whole / "runs" / "ce-lr0.001-seed0" / "probabilities.npz").unlink()
+    assert "probabilities.npz: missing: copy it with its run" in fails(capsys, "--report-only", whole)
+    (whole / "compare.yaml").write_text("[")
+    assert "compare.yaml: cannot be read: " in fails(capsys, "--report-only", whole)

@@ -19,7 +19,7 @@ import yaml
 from conftest import ROOT
 from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, InstructionDataModule
 from dft_lightning.compare.command import main
-from dft_lightning.compare.execute import _Children, job_environments, last_error
+from dft_lightning.compare.execute import _Children, check_jobs, job_environments, last_error
 from dft_lightning.compare.recorder import Evaluation, RunIdentity, RunRecorder
 from dft_lightning.compare.records import Record
 from dft_lightning.data import ArithmeticRows
@@ -135,16 +135,78 @@ def test_hashes_tell_starts_rows_and_targets_apart(tmp_path):
 
 
 def test_what_is_recorded_of_a_test(tmp_path):
-    module, recorder = fit(tmp_path, DFTLoss())
-    run = trainer(callbacks=[recorder])
-    (values,) = run.test(module, datamodule=rows_of(), verbose=False)
-    record = read(tmp_path)
-    assert record.test["fit_started"] == record.fit["started"]
-    assert [temperature for temperature, _ in record.test["curve"]] == [0.0, 0.5]
-    assert len(record.by_problem("greedy")) == 5
-    assert record.at_end("test", "greedy") == record.by_problem("greedy").mean() == values["test/exact_match"]
+    """Of the base that half knows addition, so that some answers are right, and others with another temperature."""
+    module = CausalLMModule("asset://arithmetic-base", generation=GenerationOptions(max_new_tokens=70))
+    data = rows_of()
+    data.sources["test"] = ArithmeticRows(12, min_digits=4, part="held_out", seed=3)
+    evaluation = Evaluation(num_samples=3, temperatures=(0.0, 0.5, 1.0), curve_samples=2)
+    recorder = RunRecorder(str(tmp_path), RunIdentity("base"), evaluation)
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_test_batch_end(self, trainer, module, outputs, *args):
+            seen.extend(outputs["predictions"])
+
+    (values,) = trainer(callbacks=[recorder, Watch()]).test(module, datamodule=data, verbose=False)
+    record = Record(tmp_path, {}, None, json.loads((tmp_path / "test.json").read_text()), True)
+    assert record.by_problem("greedy").tolist() == [row["correct"] for row in seen]
+    assert 0 < record.at_end("test", "greedy") == values["test/exact_match"] < 1
+    sampled = record.test["correct"]["sampled"]
+    assert 0 < sum(sampled) < 36
+    assert sampled != record.test["correct"]["greedy"]
+    assert record.at_end("test", "sampled") == pytest.approx(sum(sampled) / 36)
+    assert record.at_end("test", "pass_at_3") == pytest.approx(sum(count > 0 for count in sampled) / 12)
+    curve = dict(record.test["curve"])
+    assert curve[0.0] == record.at_end("test", "greedy")
+    assert curve[1.0] == record.at_end("test", "sampled")
+    assert (curve[0.5] * 24) == pytest.approx(round(curve[0.5] * 24))
     assert record.at_end("test", "nll") == pytest.approx(values["test/nll"])
-    assert record.test["weights"] != record.fit["initial_weights"]
+
+
+def test_the_last_weights_are_those_that_are_tested(tmp_path):
+    module, recorder = fit(tmp_path, DFTLoss())
+    again = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), generation=GenerationOptions(max_new_tokens=6))
+    path = tmp_path / "last.ckpt"
+    trainer(callbacks=[recorder]).test(again, datamodule=rows_of(), verbose=False, ckpt_path=path, weights_only=True)
+    record = read(tmp_path)
+    assert record.test["weights"] == record.fit["final_weights"] != record.fit["initial_weights"]
+    weights = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (module, again)]
+    assert torch.equal(*weights)
+    assert "optimizer_states" not in torch.load(path, weights_only=True)
+
+
+def test_what_a_loss_keeps_is_no_part_of_the_start(tmp_path):
+    class Weighted(DFTLoss):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("class_weights", torch.ones(3))
+
+    for name, loss in (("plain", DFTLoss()), ("weighted", Weighted())):
+        fit(tmp_path / name, loss, steps=1)
+    plain, weighted = (read(tmp_path / name).fit["initial_weights"] for name in ("plain", "weighted"))
+    assert plain == weighted
+
+
+def test_forgetting_rows_without_answers(tmp_path):
+    class NoAnswers(ArithmeticRows):
+        def rows(self):
+            for number, _ in super().rows():
+                yield number, {"prompt": "1+1=", "completion": "||"}
+
+    def run(**options):
+        module = CausalLMModule(TINY_ARITHMETIC, generation=GenerationOptions(max_new_tokens=3))
+        data = rows_of()
+        data.sources["forgetting"] = NoAnswers(3)
+        evaluation = Evaluation(num_samples=1, limit=2, probability_rows=2, **options)
+        recorder = RunRecorder(str(tmp_path), RunIdentity("run", "loss", 1e-3), evaluation)
+        trainer(max_steps=1, callbacks=[recorder], limit_val_batches=0).fit(module, datamodule=data)
+
+    with pytest.raises(InputError, match="forgetting row 1: .* or set evaluation.forgetting_answers: false"):
+        run()
+    run(forgetting_answers=False)
+    values = read(tmp_path).history[-1]["forgetting"]
+    assert "nll" in values
+    assert "greedy" not in values
 
 
 def test_two_processes_record_what_one_does(tmp_path):
@@ -192,7 +254,7 @@ def test_last_error(log, status, message):
 
 def test_jobs_share_cores_and_gpus(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     environments = job_environments(2)
     assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == ["0,2", "1,3"]
@@ -204,9 +266,17 @@ def test_jobs_share_cores_and_gpus(monkeypatch):
     assert job_environments(2)[0]["OMP_NUM_THREADS"] == "3"
 
 
+def test_jobs_that_want_more_gpus_than_there_are(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    check_jobs(2, {"devices": 2})
+    check_jobs(4, {"devices": "auto"})
+    with pytest.raises(InputError, match="--jobs 4: trainer.devices is 2, and 4 GPUs are visible"):
+        check_jobs(4, {"devices": 2})
+
+
 def test_ending_children_ends_theirs_too(tmp_path):
     """A process that started another: both are gone, and nothing begins afterwards."""
-    children = _Children()
+    children = _Children(os.open(tmp_path, os.O_RDONLY))
     script = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
     log = tmp_path / "log"
     with log.open("w") as output:
@@ -295,8 +365,12 @@ def test_a_second_call_runs_what_is_new_and_nothing_twice(compared):
     assert main(["--config", str(path), "--output", str(out), "--jobs", "2"]) == 0
     assert {file: file.stat().st_mtime_ns for file in times} == times
     assert (out / "runs" / "dft-lr0.001-seed1" / "test.json").is_file()
-    assert "| 0 at every rate" not in (out / "report.md").read_text()
-    rows = [line for line in (out / "report.md").read_text().splitlines() if line.startswith("| CE | 0.001 |")]
+    text = (out / "report.md").read_text()
+    assert "- **seeds**: 0 at every rate, 1 at the best" in text
+    # The model is drawn at random, so each seed has another start: that is right, but there is no one base.
+    assert "NOT COMPARABLE" not in text
+    assert "| CE | base model |" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| CE | 0.001 |")]
     assert rows[0].endswith("| 2 |")  # seeds
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import yaml
 
+from compare_records import LOSSES, write_run
 from conftest import ROOT, TINY_LLAMA
 from dft_lightning.compare.base_config import read_fit_config
 from dft_lightning.compare.command import main
-from dft_lightning.compare.grid import base_run, sweep_runs
+from dft_lightning.compare.grid import base_run, sweep_runs, write_config
 from dft_lightning.compare.settings import read_settings
+from dft_lightning.errors import InputError
 from test_compare_report import fails
 
 ROWS = {"class_path": "ArithmeticRows", "init_args": {"num_rows": 6, "min_digits": 1, "max_digits": 2}}
@@ -54,15 +59,59 @@ def test_the_grid(tmp_path):
     assert [c["class_path"] for c in trainer["callbacks"]] == ["dft_lightning.compare.RunRecorder"]
     assert list(runs[0].commands()) == ["test"]
     assert list(run.commands()) == ["fit", "test"]
-    assert run.commands()["test"][-2:] == ["--ckpt_path", "last"]
+    assert run.commands()["test"][-2:] == ["--ckpt_path", str(run.folder / "last.ckpt")]
 
 
 def test_the_bases_own_callbacks_stay_but_generation_along_fit(tmp_path):
-    callbacks = [{"class_path": "GenerationEvaluation"}, {"class_path": "LearningRateMonitor"}]
+    names = ("GenerationEvaluation", "LearningRateMonitor", "ModelCheckpoint")
+    callbacks = [{"class_path": name} for name in names]
     base = {**BASE, "trainer": {**BASE["trainer"], "callbacks": callbacks}}
     run = grid(write(tmp_path, base), tmp_path / "out")[1]
     names = [callback["class_path"].rpartition(".")[2] for callback in run.config["trainer"]["callbacks"]]
     assert names == ["LearningRateMonitor", "RunRecorder"]
+
+
+def test_a_seed_is_another_order_and_no_other_split(tmp_path):
+    data = {key: value for key, value in BASE["data"].items() if key != "validation"}
+    base = {**BASE, "data": {**data, "validation_fraction": 0.5, "seed": 5}}
+    runs = grid(write(tmp_path, base, seeds=[3, 4]), tmp_path / "out")
+    assert {(run.config["data"]["split_seed"], run.config["data"]["seed"]) for run in runs} == {(5, 3), (5, 4)}
+
+
+def test_another_way_to_the_same_folder_is_no_other_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = grid(write(tmp_path), tmp_path / "out")
+    write_config(runs[1])
+    (runs[1].folder / "fit.log").write_text("begun\n")
+    (same,) = [run for run in grid(tmp_path / "compare.yaml", Path("out")) if run.identity == runs[1].identity]
+    write_config(same)
+    same.config["model"]["weight_decay"] = 0.5
+    with pytest.raises(InputError, match=r"another config \(model.weight_decay: 0.01 there, 0.5 now\)"):
+        write_config(same)
+
+
+def test_print_commands_goes_on_to_the_best_rates(tmp_path, capsys):
+    """A loss whose sweep has ended has its further seeds printed, beside what is left of the others."""
+    path, out = write(tmp_path, seeds_at_best=[1], evaluation={"num_samples": 4}), tmp_path / "out"
+    arguments = ["--config", str(path), "--output", str(out), "--print-commands"]
+    assert main(arguments) == 0
+    loss = yaml.safe_load((out / "compare.yaml").read_text())["losses"]["CE"]
+    monkeyed = {name: LOSSES[name] for name in LOSSES}
+    LOSSES["CE"] = loss
+    try:
+        for rate in (1e-3, 1e-2):
+            folder = out / "runs" / f"ce-lr{rate:g}-seed0"
+            config = (folder / "config.yaml").read_text()
+            shutil.rmtree(folder)
+            write_run(out, "CE", rate)
+            (folder / "config.yaml").write_text(config)
+    finally:
+        LOSSES.update(monkeyed)
+    capsys.readouterr()
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [Path(line.split("--config ")[1].split()[0]).parent.name for line in lines]
+    assert names == ["base", "sharp-dft-lr0.001-seed0", "sharp-dft-lr0.01-seed0", "ce-lr0.001-seed1"]
 
 
 def test_print_commands_writes_configs_and_runs_nothing(tmp_path, capsys):
@@ -73,7 +122,7 @@ def test_print_commands_writes_configs_and_runs_nothing(tmp_path, capsys):
     folder = out / "runs" / "ce-lr0.001-seed0"
     assert lines[1] == (
         f"python -m dft_lightning fit --config {folder}/config.yaml && "
-        f"python -m dft_lightning test --config {folder}/config.yaml --ckpt_path last"
+        f"python -m dft_lightning test --config {folder}/config.yaml --ckpt_path {folder}/last.ckpt"
     )
     assert {path.name for path in folder.iterdir()} == {"config.yaml"}
     assert (folder / "config.yaml").read_text().startswith(f"# python -m dft_lightning fit --config {folder}")
@@ -94,14 +143,24 @@ def test_print_commands_writes_configs_and_runs_nothing(tmp_path, capsys):
         ({"base": None}, "base: required, but not given"),
         ({"learning_rates": []}, "learning_rates: give at least one"),
         ({"learning_rates": [1e-3, 0.001]}, "learning_rates: 0.001 is there twice, and would give two runs one name"),
-        ({"learning_rates": [-1.0]}, "learning_rates must be more than 0"),
+        ({"learning_rates": [-1.0]}, "learning_rates must be finite and more than 0"),
         ({"learning_rates": ["fast"]}, "learning_rates"),
+        ({"learning_rates": [float("inf")]}, "learning_rates must be finite"),
+        ({"learning_rates": [1e-3, 1.0000001e-3]}, "learning_rates: 0.001 is there twice"),
+        ({"losses": {1: "DFTLoss"}}, "losses: 1 is no text: put the name in quotes"),
+        ({"losses": {"_x": "DFTLoss"}}, "begins with an underscore"),
+        ({"losses": {"Base model": "DFTLoss"}}, "'Base model' gives its runs the name 'base-model'"),
+        ({"losses": {"bad": "failing_loss.UnbuildableLoss"}}, "this loss cannot be built"),
+        ({"overrides": {"model": {"loss": "DFTLoss"}}}, "overrides: model.loss is set for each run: use losses"),
+        ({"overrides": {"seed_everything": 3}}, "overrides: seed_everything is set for each run: use seeds"),
+        ({"overrides": {"trainer": {"limit_test_batches": 1}}}, "limit_test_batches: every loss is tested on all"),
+        ({"seeds": [-1]}, "seeds must not be negative"),
         ({"seeds": [1, 1]}, "seeds: 1 is there twice"),
         ({"seeds": [1], "seeds_at_best": [1]}, "seeds_at_best: 1 is among seeds already"),
         ({"measures": ["bleu"]}, "'bleu' is never measured; known: greedy, sampled, pass_at_2, nll"),
         ({"best_by": ["entropy"]}, "'entropy' judges nothing"),
         ({"evaluation": {"num_samples": 0}}, "num_samples must be at least 1"),
-        ({"evaluation": {"temperatures": [-1.0]}}, "temperatures must not be negative"),
+        ({"evaluation": {"temperatures": [-1.0]}}, "temperatures must be finite and not negative"),
         ({"learning_rate": [1e-3]}, "unknown key learning_rate"),
         ({"overrides": {"model": {"learning_rat": 1}}}, "unknown key model.learning_rat; did you mean"),
         ({"overrides": {"data": {"validation": None}}}, "no data.validation"),
@@ -116,7 +175,7 @@ def test_bad_configs(tmp_path, capsys, changes, message):
     assert message in found
     assert found.startswith("error: ")
     assert "Traceback" not in found
-    assert len(found.strip().splitlines()) <= 2
+    assert len(found.strip().splitlines()) <= (2 if "known: " in found else 1)  # a list of classes has its own line
     assert not (tmp_path / "out").exists()
 
 

@@ -65,10 +65,19 @@ def test_pairs_are_kept_together():
 
 
 def test_bootstrap_of_a_coin():
-    """Two problems, one each way: a third of the resamples or so at every end, so zero is inside."""
-    interval = paired_bootstrap(np.array([1.0, 0.0]), np.array([0.0, 1.0]))
-    assert (interval.mean, interval.low, interval.high) == (0.0, -1.0, 1.0)
+    """Twenty differences of one either way: the mean of a resample is 2 B / 20 - 1, B binomial with p = 1/2."""
+    ones = np.tile([1.0, 0.0], 10)
+    interval = paired_bootstrap(ones, 1 - ones)
+    low, high = stats.binom.ppf([0.025, 0.975], 20, 0.5) / 10 - 1
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((0.0, low, high))
     assert not interval.excludes_zero()
+
+
+def test_few_problems_have_no_interval():
+    interval = paired_bootstrap(np.ones(19), np.zeros(19))
+    assert (interval.mean, interval.low, interval.high) == (1.0, None, None)
+    assert not interval.excludes_zero()
+    assert paired_bootstrap(np.ones(20), np.zeros(20)).excludes_zero()
 
 
 def test_bootstrap_refuses_other_problems():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,37 +46,49 @@ class Choice:
         return mean_interval([record.at_end(split, measure) for record in self.records])
 
 
-def choose(records: Sequence[Record], loss: str, measure: Measure) -> Choice:
+def choose(records: Sequence[Record], loss: str, measure: Measure, settings: dict[str, Any]) -> Choice | None:
     """The learning rate of a loss that is best on validation rows after the last step, over the sweep's seeds.
 
     Of equally good ones, which are common where few problems are counted, the one with the lower ``nll`` on the same
-    rows, and then the lowest. Rates of which a seed of the sweep has failed take no part.
+    rows, and then the lowest. Rates of which a seed of the sweep has no finished run take no part.
+
+    Args:
+        records: finished runs.
+        loss: its name.
+        measure: by which to choose.
+        settings: the comparison's, of which ``learning_rates`` and ``seeds`` are read.
+
+    Returns:
+        ``None`` where no rate has a finished run of each seed of the sweep.
 
     Raises:
-        InputError: the measure was never logged, or no rate has all its runs.
+        InputError: the measure was never logged.
     """
     own = [record for record in records if record.loss == loss]
-    sweep = [record for record in own if record.run["sweep"]]
-    seeds = {record.seed for record in sweep}
-    means, nll = {}, {}
-    for rate in sorted({record.learning_rate for record in sweep}):
-        of_rate = [record for record in sweep if record.learning_rate == rate]
-        if {record.seed for record in of_rate} == seeds:
-            means[rate] = _mean_at_end(of_rate, measure.name)
-            nll[rate] = _mean_at_end(of_rate, "nll")
-    if not means:
-        raise InputError(f"{loss}: no learning rate has a finished run of each seed of the sweep")
+    found: dict[float, tuple[float, float]] = {}
+    for rate in settings["learning_rates"]:
+        sweep = [r for r in own if r.learning_rate == rate and r.seed in settings["seeds"]]
+        if {record.seed for record in sweep} == set(settings["seeds"]):
+            found[rate] = _mean_at_end(sweep, measure.name), _mean_at_end(sweep, "nll")
+    if not found:
+        return None
     sign = 1 if measure.higher_is_better else -1
-    finite = {rate: value for rate, value in means.items() if np.isfinite(value)}
-    best = max(finite or means, key=lambda rate: (sign * means[rate], -nll[rate], -rate))
-    at_edge = len(means) > 1 and best in (min(means), max(means))
+    best = max(found, key=lambda rate: (*(_rank(sign * found[rate][0]), _rank(-found[rate][1])), -rate))
+    rates = settings["learning_rates"]
+    at_edge = len(rates) > 1 and best in (min(rates), max(rates))
+    tied = [value for value, _ in found.values()].count(found[best][0]) > 1
     runs = sorted((record for record in own if record.learning_rate == best), key=lambda record: record.seed)
-    tied = list(means.values()).count(means[best]) > 1
-    return Choice(loss, measure, best, means[best], at_edge, tied, runs)
+    return Choice(loss, measure, best, found[best][0], at_edge, tied, runs)
 
 
 def _mean_at_end(records: Sequence[Record], measure: str) -> float:
-    return sum(record.at_end("validation", measure) for record in records) / len(records)
+    # Rounded: sums of equal shares in another order differ in the last digit, and would be no tie.
+    return round(math.fsum(record.at_end("validation", measure) for record in records) / len(records), 12)
+
+
+def _rank(value: float) -> float:
+    """What is no number is worse than any."""
+    return value if math.isfinite(value) else -math.inf
 
 
 @dataclass(frozen=True)
@@ -97,27 +110,26 @@ class Pair:
     winner: str | None
 
 
-def compare_pair(a: Choice, b: Choice) -> Pair:
+def compare_pair(a: Choice, b: Choice, several_seeds: bool) -> Pair:
     """Whether one loss is better than the other on test problems, beyond chance.
 
-    A winner needs the bootstrap's interval to exclude zero and, where there is more than one seed, the interval over
-    seeds as well: the first knows nothing of what another seed would have done.
+    A winner needs the bootstrap's interval to exclude zero and, where the comparison has several seeds, the interval
+    over seeds as well: the first knows nothing of what another seed would have done.
 
-    Raises:
-        InputError: they have no seed in common, or were tested on other problems.
+    Args:
+        a: one loss.
+        b: the other.
+        several_seeds: whether the comparison has more than one.
     """
     seeds = sorted({r.seed for r in a.records} & {r.seed for r in b.records})
-    if not seeds:
-        raise InputError(f"{a.loss} and {b.loss} have no seed in common")
-    return _compare(a.loss, _scores(a, seeds), b.loss, _scores(b, seeds))
+    return _compare((a.loss, b.loss), _scores(a, seeds), _scores(b, seeds), several_seeds)
 
 
-def compare_with_base(choice: Choice, base: Record) -> Pair:
+def compare_with_base(choice: Choice, base: Record, several_seeds: bool) -> Pair:
     """The same between a loss and the base model, which has no seeds."""
     scores = _scores(choice, [record.seed for record in choice.records])
     of_base = base.by_problem(choice.measure.name)
-    of_base = np.broadcast_to(of_base, (len(scores), len(of_base)))
-    return _compare(choice.loss, scores, BASE, of_base)
+    return _compare((choice.loss, BASE), scores, np.broadcast_to(of_base, scores.shape), several_seeds)
 
 
 def _scores(choice: Choice, seeds: Sequence[int]) -> Values:
@@ -126,15 +138,12 @@ def _scores(choice: Choice, seeds: Sequence[int]) -> Values:
     return np.stack([runs[seed].by_problem(choice.measure.name) for seed in seeds])
 
 
-def _compare(first: str, a: Values, second: str, b: Values) -> Pair:
-    if a.shape != b.shape:
-        raise InputError(f"{first} and {second} were tested on different numbers of problems")
+def _compare(names: tuple[str, str], a: Values, b: Values, several_seeds: bool) -> Pair:
     over_problems = paired_bootstrap(a.mean(axis=0), b.mean(axis=0))
     over_seeds = mean_interval((a - b).mean(axis=1).tolist())
-    sure = over_problems.excludes_zero() and (len(a) == 1 or over_seeds.excludes_zero())
-    return Pair(
-        first, second, over_problems, over_seeds, (first if over_problems.mean > 0 else second) if sure else None
-    )
+    sure = over_problems.excludes_zero() and (not several_seeds or over_seeds.excludes_zero())
+    winner = names[0 if over_problems.mean > 0 else 1] if sure else None
+    return Pair(*names, over_problems, over_seeds, winner)
 
 
 @dataclass(frozen=True)
@@ -144,8 +153,9 @@ class Findings:
     Attributes:
         settings: the comparison's config, as ``compare.yaml`` has it.
         measures: every measure, by name.
-        losses: names of the losses that have finished runs, in the config's order.
-        records: the finished runs.
+        losses: names of the losses that have a learning rate with all its runs, in the config's order.
+        records: the finished runs that belong to the comparison.
+        left_out: the names of runs and losses that are not in it, with the reason.
         base: the base model's test, where it was run.
         choices: by measure, each loss at its best learning rate.
         checks: whether runs that must agree do.
@@ -155,6 +165,7 @@ class Findings:
     measures: dict[str, Measure]
     losses: list[str]
     records: list[Record]
+    left_out: dict[str, str]
     base: Record | None
     choices: dict[str, list[Choice]]
     checks: list[Check]
@@ -169,34 +180,88 @@ class Findings:
         """Whether every check agrees: otherwise no loss is set against another."""
         return all(check.agrees for check in self.checks)
 
+    @property
+    def several_seeds(self) -> bool:
+        """Whether the comparison has more than one seed."""
+        return len(self.settings["seeds"]) + len(self.settings["seeds_at_best"]) > 1
+
+    @property
+    def base_is_the_start(self) -> bool:
+        """Whether every run began with the weights that were tested as the base model's."""
+        weights = self.base.test["weights"] if self.base and self.base.test else None
+        return all(record.fit["initial_weights"] == weights for record in self.records if record.fit)
+
     def pairs(self, measure: str) -> list[Pair]:
-        """Every pair of losses by a measure that problems have, and each loss with the base."""
-        choices = self.choices[measure]
-        pairs = [compare_pair(a, b) for a, b in itertools.combinations(choices, 2)]
-        return pairs + ([compare_with_base(choice, self.base) for choice in choices] if self.base else [])
+        """Every pair of losses by a measure that problems have, and each loss with the base if all began there."""
+        choices, several = self.choices[measure], self.several_seeds
+        pairs = [compare_pair(a, b, several) for a, b in itertools.combinations(choices, 2)]
+        if self.base is not None and self.base_is_the_start:
+            pairs += [compare_with_base(choice, self.base, several) for choice in choices]
+        return pairs
+
+    def sweep(self) -> list[Record]:
+        """The runs by which learning rates are chosen."""
+        return [r for r in self.records if r.loss in self.losses and r.seed in self.settings["seeds"]]
+
+    def chosen_by(self, measure: str) -> list[Choice]:
+        """Each loss at the learning rate that was best by any measure."""
+        if measure in self.choices:
+            return self.choices[measure]
+        return _choose_all(self.records, self.losses, self.measures[measure], self.settings)
 
 
 def analyse(settings: dict[str, Any], records: Sequence[Record]) -> Findings:
     """Choose learning rates and check sameness.
 
     Raises:
-        InputError: no run of a loss has ended, or a measure was never logged.
+        InputError: no loss has a learning rate with all its runs, or a measure was never logged.
     """
-    whole = [record for record in records if record.whole]
-    trained = [record for record in whole if record.loss is not None]
-    if not trained:
-        raise InputError("no run of a loss has ended: there is nothing to report yet")
     evaluation = settings["evaluation"]
     measures = measures_of(evaluation["num_samples"], evaluation["temperature"])
-    found = {record.loss for record in trained}
-    losses = [name for name in settings["losses"] if name in found]
-    losses += sorted(str(name) for name in found if name not in losses)  # runs made elsewhere, copied there
-    losses = [name for name in losses if _has_sweep(trained, name)]
+    belonging, left_out = sort_records(settings, records)
+    main = measures[settings["best_by"][0]]
+    losses = []
+    for loss in settings["losses"]:
+        if choose(belonging, loss, main, settings) is not None:
+            losses.append(loss)
+        else:
+            left_out[f"{loss} (all of it)"] = "no learning rate has a finished run of each seed of the sweep"
+    if not losses:
+        raise InputError("no loss has a learning rate with a finished run of each seed: there is nothing to report yet")
     wanted = dict.fromkeys([*settings["measures"], *settings["best_by"]])
-    choices = {name: [choose(trained, loss, measures[name]) for loss in losses] for name in wanted}
-    base = next((record for record in whole if record.loss is None), None)
-    return Findings(settings, measures, losses, whole, base, choices, check_sameness(whole))
+    choices = {name: _choose_all(belonging, losses, measures[name], settings) for name in wanted}
+    base = next((record for record in belonging if record.loss is None), None)
+    return Findings(settings, measures, losses, belonging, left_out, base, choices, check_sameness(belonging))
 
 
-def _has_sweep(records: Sequence[Record], loss: str) -> bool:
-    return any(record.loss == loss and record.run["sweep"] for record in records)
+def _choose_all(
+    records: Sequence[Record], losses: Sequence[str], measure: Measure, settings: dict[str, Any]
+) -> list[Choice]:
+    choices = [choose(records, loss, measure, settings) for loss in losses]
+    return [choice for choice in choices if choice is not None]
+
+
+def sort_records(settings: dict[str, Any], records: Sequence[Record]) -> tuple[list[Record], dict[str, str]]:
+    """The finished runs of the comparison's grid, and why each other finished run is none of them."""
+    belonging, left_out = [], {}
+    for record in records:
+        if not record.whole:
+            continue
+        reason = _reason_against(settings, record) if record.loss is not None else None
+        if reason is None:
+            belonging.append(record)
+        else:
+            left_out[record.name] = reason
+    return belonging, left_out
+
+
+def _reason_against(settings: dict[str, Any], record: Record) -> str | None:
+    if record.loss not in settings["losses"]:
+        return f"{record.loss!r} is none of the comparison's losses"
+    if record.config.get("model", {}).get("loss") != settings["losses"][record.loss]:
+        return f"its config has another loss by the name {record.loss!r}"
+    if record.learning_rate not in settings["learning_rates"]:
+        return f"learning rate {record.learning_rate:g} is none of the comparison's"
+    if record.seed not in (*settings["seeds"], *settings["seeds_at_best"]):
+        return f"seed {record.seed} is none of the comparison's"
+    return None

@@ -1,4 +1,4 @@
-"""Whether runs that must agree do: same start, same rows in the same order, same targets at every step."""
+"""Whether runs that must agree do: same config, start, rows, targets at every step, and test problems."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dft_lightning.compare.fingerprints import hash_texts
+from dft_lightning.compare.grid import common_part, first_difference
 from dft_lightning.compare.records import Record
 
 
@@ -32,19 +34,36 @@ class Check:
 
 
 def check_sameness(records: Sequence[Record]) -> list[Check]:
-    """Initial weights, row order and targets, among the runs of each seed; the base's weights with them all."""
-    checks = []
+    """What all runs share, then initial weights, row order and targets among the runs of each seed.
+
+    The base model's weights belong to the seed that it was tested with: a model that is drawn at random differs from
+    seed to seed.
+    """
+    checks = [_check_configs(records)]
+    problems = {r.name: r.test["problems"] for r in records if r.test}
+    checks.append(Check("test problems", f"{len(problems)} runs", _grouped(problems)))
     trained = [record for record in records if record.fit]
     for seed in sorted({record.seed for record in trained}):
         runs = [record for record in trained if record.seed == seed]
         scope = f"seed {seed}, {len(runs)} runs"
         starts = {r.name: r.fit["initial_weights"] for r in runs if r.fit}
-        starts |= {r.name: r.test["weights"] for r in records if r.loss is None and r.test}
+        starts |= {r.name: r.test["weights"] for r in records if r.loss is None and r.test and r.seed == seed}
         checks.append(Check("initial weights", scope, _grouped(starts)))
         checks.append(Check("row order", scope, _grouped({r.name: r.fit["rows"] for r in runs if r.fit})))
         targets = _grouped({r.name: r.fit["targets"] for r in runs if r.fit})
         checks.append(Check("targets per step", scope, targets, _first_parting(runs) if len(targets) > 1 else ""))
     return checks
+
+
+def _check_configs(records: Sequence[Record]) -> Check:
+    common = {record.name: common_part(record.config) for record in records}
+    groups = _grouped({name: hash_texts([repr(config)]) for name, config in common.items()})
+    note = ""
+    if len(groups) > 1:
+        first, second = (common[names[0]] for names in list(groups.values())[:2])
+        note = f"({first_difference(first, second)})".replace(" there", "").replace(" now", "")
+    what = "config but for loss, learning rate and seed"
+    return Check(what, f"{len(common)} runs", groups, note)
 
 
 def _grouped(hashes: dict[str, str]) -> dict[str, list[str]]:

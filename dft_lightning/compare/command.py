@@ -82,38 +82,37 @@ def _require_packages() -> None:
 def _compare(given: argparse.Namespace) -> int:
     _require_packages()
     from dft_lightning.compare.base_config import read_fit_config
-    from dft_lightning.compare.execute import ending_on_sigterm, execute
+    from dft_lightning.compare.execute import check_jobs, ending_on_signals, execute
     from dft_lightning.compare.grid import base_run, runs_at_best, sweep_runs, write_config
     from dft_lightning.compare.report import write_report
     from dft_lightning.compare.settings import read_settings
 
     settings = read_settings(given.config)
     fit_config = read_fit_config(settings.base, settings.overrides)
-    _check_data(fit_config, settings.path)
+    _check_fit_config(fit_config, settings.path)
+    check_jobs(given.jobs, fit_config["trainer"])
     output = given.output
-    with _only_one(output), ending_on_sigterm():
+    with _only_one(output) as lock, ending_on_signals():
         sweep = [base_run(settings, fit_config, output), *sweep_runs(settings, fit_config, output)]
         for run in sweep:
             write_config(run)
         _write_settings(settings, given.config, output)
-        if given.print_commands and _print_commands(sweep):
-            return 0
-        failures = [] if given.print_commands else execute(sweep, given.jobs, "sweep")
-        if settings.seeds_at_best:
-            further = runs_at_best(settings, fit_config, output, _best_rates(settings, output))
-            for run in further:
-                write_config(run)
-            if given.print_commands and _print_commands(further):
-                return 0
-            failures += [] if given.print_commands else execute(further, given.jobs, "seeds at the best rates")
+        failures = [] if given.print_commands else execute(sweep, given.jobs, "sweep", lock)
+        # Before the sweep of a loss has ended its best rate is not known; when it has, what failed takes no part.
+        ended = set(settings.losses)
         if given.print_commands:
-            sys.stderr.write(f"nothing left to run: python -m dft_lightning compare --report-only {output}\n")
-            return 0
+            ended -= {str(run.identity.loss) for run in sweep if run.commands()}
+        further = runs_at_best(settings, fit_config, output, _best_rates(settings, output, ended))
+        for run in further:
+            write_config(run)
+        if given.print_commands:
+            return _print_commands([*sweep, *further], output)
+        failures += execute(further, given.jobs, "seeds at the best rates", lock)
         write_report(output)
     return 1 if failures else 0
 
 
-def _check_data(fit_config: dict[str, Any], path: Path) -> None:
+def _check_fit_config(fit_config: dict[str, Any], path: Path) -> None:
     """What the runs need and a plain ``fit`` may do without."""
     data = fit_config["data"]
     if data["train"] is None or data["test"] is None:
@@ -121,31 +120,39 @@ def _check_data(fit_config: dict[str, Any], path: Path) -> None:
         raise InputError(f"{path}: the base config has no data.{missing}: set it there or in overrides")
     if data["validation"] is None and not data["validation_fraction"]:
         raise InputError(f"{path}: the base config has no data.validation: learning rates are chosen on those rows")
+    if fit_config["trainer"]["limit_test_batches"] is not None:
+        raise InputError(
+            f"{path}: trainer.limit_test_batches: every loss is tested on all of data.test; take fewer rows"
+        )
 
 
-def _best_rates(settings: Any, output: Path) -> dict[str, list[float]]:
+def _best_rates(settings: Any, output: Path, losses: set[str]) -> dict[str, list[float]]:
     """The learning rates that further seeds are run at: for each loss the best by each measure of ``best_by``."""
-    from dft_lightning.compare.analysis import choose
+    if not settings.seeds_at_best:
+        return {}
+    from dft_lightning.compare.analysis import choose, sort_records
     from dft_lightning.compare.measures import measures_of
     from dft_lightning.compare.records import read_records
 
     measures = measures_of(settings.evaluation["num_samples"])
-    records = [record for record in read_records(output) if record.whole]
+    records, _ = sort_records(vars(settings), read_records(output))
     best: dict[str, list[float]] = {}
     for loss in settings.losses:
-        if any(record.loss == loss and record.run["sweep"] for record in records):
-            rates = {choose(records, loss, measures[name]).learning_rate for name in settings.best_by}
-            best[loss] = sorted(rates)
+        choices = [choose(records, loss, measures[name], vars(settings)) for name in settings.best_by]
+        if loss in losses:
+            best[loss] = sorted({choice.learning_rate for choice in choices if choice is not None})
     return best
 
 
-def _print_commands(runs: Sequence[Any]) -> bool:
+def _print_commands(runs: Sequence[Any], output: Path) -> int:
     from dft_lightning.compare.grid import shell_line
 
     lines = [line for line in map(shell_line, runs) if line]
     if lines:
         print("\n".join(lines))
-    return bool(lines)
+    else:
+        sys.stderr.write(f"nothing left to run: python -m dft_lightning compare --report-only {output}\n")
+    return 0
 
 
 def _write_settings(settings: Any, paths: list[Path], output: Path) -> None:
@@ -160,8 +167,11 @@ def _write_settings(settings: Any, paths: list[Path], output: Path) -> None:
 
 
 @contextlib.contextmanager
-def _only_one(output: Path) -> Iterator[None]:
-    """Two comparisons in one folder would run everything twice."""
+def _only_one(output: Path) -> Iterator[int]:
+    """A lock on the folder: two comparisons there would run everything twice. Yields its file descriptor.
+
+    The runs inherit it: should this process be killed, they still hold it until they end.
+    """
     if output.exists() and not output.is_dir():
         raise InputError(f"--output: {output} is a file")
     output.mkdir(parents=True, exist_ok=True)
@@ -169,8 +179,8 @@ def _only_one(output: Path) -> Iterator[None]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise InputError(f"--output: another comparison is running in {output}") from None
+        raise InputError(f"--output: another comparison, or a run of one, is at work in {output}") from None
     else:
-        yield
+        yield handle
     finally:
         os.close(handle)

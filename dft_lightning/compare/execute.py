@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from dft_lightning.compare.grid import Run
+from dft_lightning.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,14 @@ class Failure:
     log: str
 
 
-def execute(runs: Sequence[Run], jobs: int, describe: str) -> list[Failure]:
+def execute(runs: Sequence[Run], jobs: int, describe: str, lock: int) -> list[Failure]:
     """Run what is left of each run, ``jobs`` at a time.
+
+    Args:
+        runs: some of which may have ended.
+        jobs: how many at once.
+        describe: what the progress bar says.
+        lock: a file descriptor that the processes keep open until they end.
 
     Returns:
         The runs that failed.
@@ -51,7 +58,7 @@ def execute(runs: Sequence[Run], jobs: int, describe: str) -> list[Failure]:
     failures: list[Failure] = []
     if not left:
         return failures
-    children = _Children()
+    children = _Children(lock)
     places: SimpleQueue[dict[str, str]] = SimpleQueue()
     for environment in job_environments(jobs):
         places.put(environment)
@@ -121,12 +128,21 @@ def job_environments(jobs: int) -> list[dict[str, str]]:
     """
     shared = dict(os.environ)
     if jobs > 1:
-        shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+        shared.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
     devices = _visible_devices()
     if jobs == 1 or not devices:
         return [shared] * jobs
     shares = [devices[i::jobs] if len(devices) >= jobs else [devices[i % len(devices)]] for i in range(jobs)]
     return [{**shared, "CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
+
+
+def check_jobs(jobs: int, trainer: dict[str, Any]) -> None:
+    """Raise ``InputError`` where each job wants more GPUs than its share."""
+    wanted, visible = trainer["devices"], len(_visible_devices())
+    if jobs > 1 and visible and isinstance(wanted, int) and wanted > max(1, visible // jobs):
+        raise InputError(
+            f"--jobs {jobs}: trainer.devices is {wanted}, and {visible} GPUs are visible: run fewer at once"
+        )
 
 
 def _visible_devices() -> list[str]:
@@ -137,9 +153,14 @@ def _visible_devices() -> list[str]:
 
 
 class _Children:
-    """Processes that are ended together, each with the processes it started."""
+    """Processes that are ended together, each with the processes it started.
 
-    def __init__(self) -> None:
+    Args:
+        lock: a file descriptor that they keep open.
+    """
+
+    def __init__(self, lock: int) -> None:
+        self._inherited = (lock,)
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[bytes]] = set()
         self._ended = False
@@ -155,6 +176,7 @@ class _Children:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
+                pass_fds=self._inherited,
             )
             self._running.add(process)
         try:
@@ -182,14 +204,15 @@ def _signal(processes: list[subprocess.Popen[bytes]], number: signal.Signals) ->
 
 
 @contextlib.contextmanager
-def ending_on_sigterm() -> Iterator[None]:
-    """A scheduler's SIGTERM ends the comparison as Ctrl-C does: its runs with it."""
+def ending_on_signals() -> Iterator[None]:
+    """A scheduler's SIGTERM and a closed terminal's SIGHUP end the comparison as Ctrl-C does: its runs with it."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    old = signal.signal(signal.SIGTERM, interrupt)
+    old = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)

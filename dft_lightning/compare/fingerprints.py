@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -21,6 +22,16 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         add_tensor(digest, name, tensors[name])
     return digest.hexdigest()
+
+
+def hash_weights(module: nn.Module) -> str:
+    """SHA-256 of a module's parameters and buffers without those of its ``loss``, by which runs may differ."""
+    return hash_tensors({name: t for name, t in module.state_dict().items() if not name.startswith("loss.")})
+
+
+def hash_texts(texts: Iterable[str]) -> str:
+    """SHA-256 of texts in their order."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
 def add_tensor(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 
 import yaml
 
-from dft_lightning.compare.files import CONFIG, FIT, TEST, read_json, write_text
+from dft_lightning.compare.files import CHECKPOINT, CONFIG, FIT, TEST, read_json, read_yaml, write_text
+from dft_lightning.compare.names import slug_of
 from dft_lightning.compare.recorder import RunIdentity
-from dft_lightning.compare.settings import Settings, slug_of
+from dft_lightning.compare.settings import Settings
 from dft_lightning.errors import InputError
 
 RUNS = "runs"
+_REPLACED = ("GenerationEvaluation", "ModelCheckpoint", "RunRecorder")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Run:
         if self.identity.loss is None:
             return {} if self.tested() else {"test": test}
         stages = {} if self.fitted() else {"fit": fit}
-        return stages if self.tested() else {**stages, "test": [*test, "--ckpt_path", "last"]}
+        return stages if self.tested() else {**stages, "test": [*test, "--ckpt_path", str(self.folder / CHECKPOINT)]}
 
     def fitted(self) -> bool:
         """Whether ``fit`` has ended."""
@@ -52,16 +54,16 @@ class Run:
 
 
 def is_tested(folder: Path) -> bool:
-    """Whether a run is whole: its test is of its last ``fit``, and that has ended (the base model has none)."""
+    """Whether a run is whole: its test is of the weights at the end of its last ``fit`` (the base model has none)."""
     fit, test = read_json(folder / FIT), read_json(folder / TEST)
     if test is None or test["run"]["loss"] is None:
         return test is not None
-    return fit is not None and fit["finished"] and test["fit_started"] == fit["started"]
+    return fit is not None and fit["finished"] and test["weights"] == fit["final_weights"]
 
 
 def base_run(settings: Settings, fit_config: dict[str, Any], output: Path) -> Run:
-    """The base model, which is only tested."""
-    return _run(settings, fit_config, output, RunIdentity("base"))
+    """The base model, which is only tested, with the first seed of the sweep."""
+    return _run(settings, fit_config, output, RunIdentity("base", seed=settings.seeds[0]))
 
 
 def sweep_runs(settings: Settings, fit_config: dict[str, Any], output: Path) -> list[Run]:
@@ -77,13 +79,13 @@ def runs_at_best(
 ) -> list[Run]:
     """Every loss at its best learning rates with the further seeds."""
     places = [(loss, rate, seed) for seed in settings.seeds_at_best for loss in best for rate in best[loss]]
-    return [_run(settings, fit_config, output, identity(*place, sweep=False)) for place in places]
+    return [_run(settings, fit_config, output, identity(*place)) for place in places]
 
 
-def identity(loss: str, learning_rate: float, seed: int, sweep: bool = True) -> RunIdentity:
+def identity(loss: str, learning_rate: float, seed: int) -> RunIdentity:
     """A place of the grid, and the name of its run."""
     name = f"{slug_of(loss)}-lr{learning_rate:g}-seed{seed}"
-    return RunIdentity(name, loss, learning_rate, seed, sweep)
+    return RunIdentity(name, loss, learning_rate, seed)
 
 
 def _run(settings: Settings, fit_config: dict[str, Any], output: Path, run: RunIdentity) -> Run:
@@ -91,12 +93,18 @@ def _run(settings: Settings, fit_config: dict[str, Any], output: Path, run: RunI
     config = copy.deepcopy(fit_config)
     if run.loss is not None:
         config["model"] |= {"loss": settings.losses[run.loss], "learning_rate": run.learning_rate}
-        config["seed_everything"] = config["data"]["seed"] = run.seed
+    if config["data"]["split_seed"] is None:  # a seed is another order of rows and not another split
+        config["data"]["split_seed"] = config["data"]["seed"]
+    config["seed_everything"] = config["data"]["seed"] = run.seed
     recorder = {
         "class_path": "dft_lightning.compare.RunRecorder",
         "init_args": {"folder": str(folder), "run": dataclasses.asdict(run), "evaluation": settings.evaluation},
     }
-    config["trainer"] |= {"default_root_dir": str(folder), "enable_progress_bar": False}  # its place is a log file
+    config["trainer"] |= {
+        "default_root_dir": str(folder),
+        "enable_progress_bar": False,  # what it writes is a log file
+        "enable_checkpointing": False,  # the recorder saves the last weights, and those are tested
+    }
     config["trainer"]["logger"] = _loggers(config["trainer"]["logger"], folder)
     config["trainer"]["callbacks"] = [*_other_callbacks(config["trainer"]["callbacks"]), recorder]
     return Run(run, folder, config)
@@ -112,9 +120,9 @@ def _loggers(given: Any, folder: Path) -> Any:
 
 
 def _other_callbacks(callbacks: Any) -> list[Any]:
-    """The base's own, without generation along ``fit``: the recorder does that."""
+    """The base's own, without what the recorder does: generation along ``fit`` and checkpoints."""
     listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
-    return [c for c in listed if not str(c["class_path"]).endswith((".GenerationEvaluation", ".RunRecorder"))]
+    return [c for c in listed if str(c["class_path"]).rpartition(".")[2] not in _REPLACED]
 
 
 def write_config(run: Run) -> None:
@@ -124,31 +132,55 @@ def write_config(run: Run) -> None:
         InputError: there is another config, and something was run by it.
     """
     path = run.folder / CONFIG
-    text = f"# python -m dft_lightning fit --config {path}\n" + yaml.safe_dump(run.config, sort_keys=False)
-    if path.is_file():
-        old = yaml.safe_load(path.read_text(encoding="utf-8"))
-        wanted = yaml.safe_load(text)
-        if old == wanted:
-            return
-        if (run.folder / FIT).exists() or (run.folder / TEST).exists():
+    begun = any((run.folder / name).exists() for name in (FIT, TEST, "fit.log", "test.log"))
+    if path.is_file() and begun:
+        old, new = without_paths(read_yaml(path)), without_paths(run.config)
+        if old != new:
             raise InputError(
-                f"{run.folder} was run with another config ({_first_difference(old, wanted)}): "
+                f"{run.folder} was run with another config ({first_difference(old, new)}): "
                 "choose another --output, or move that folder away"
             )
+        return
+    text = f"# python -m dft_lightning fit --config {path}\n" + yaml.safe_dump(run.config, sort_keys=False)
     write_text(path, text)
 
 
-def _first_difference(old: Any, new: Any, key: str = "") -> str:
+def without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config without where it writes: it may lie elsewhere, or be called by another path."""
+    plain = copy.deepcopy(config)
+    trainer = plain.get("trainer", {})
+    for key in ("default_root_dir", "logger"):
+        trainer.pop(key, None)
+    for callback in trainer.get("callbacks") or []:
+        if str(callback["class_path"]).endswith(".RunRecorder"):
+            callback["init_args"].pop("folder", None)
+    return plain
+
+
+def common_part(config: dict[str, Any]) -> dict[str, Any]:
+    """What the configs of all runs of a comparison share: all but loss, learning rate, seed and paths."""
+    plain = without_paths(config)
+    for key in ("loss", "learning_rate"):
+        plain.get("model", {}).pop(key, None)
+    plain.pop("seed_everything", None)
+    plain.get("data", {}).pop("seed", None)
+    for callback in plain.get("trainer", {}).get("callbacks") or []:
+        if str(callback["class_path"]).endswith(".RunRecorder"):
+            callback["init_args"].pop("run", None)
+    return plain
+
+
+def first_difference(old: Any, new: Any, key: str = "") -> str:
     """The first dotted key by which two configs differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in [*old, *(n for n in new if n not in old)]:
             if name not in old or name not in new or old[name] != new[name]:
                 below = f"{key}.{name}" if key else str(name)
-                return _first_difference(old.get(name, "not set"), new.get(name, "not set"), below)
+                return first_difference(old.get(name, "not set"), new.get(name, "not set"), below)
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for i, (a, b) in enumerate(zip(old, new, strict=True)):
             if a != b:
-                return _first_difference(a, b, f"{key}.{i}")
+                return first_difference(a, b, f"{key}.{i}")
     return f"{key}: {old} there, {new} now"
 
 

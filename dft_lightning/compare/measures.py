@@ -24,6 +24,11 @@ class Measure:
     higher_is_better: bool | None
     by_problem: bool = False
 
+    @property
+    def is_share(self) -> bool:
+        """Whether it lies between 0 and 1."""
+        return self.by_problem or self.name == "token_accuracy"
+
 
 _TOKEN_MEASURES = (
     Measure("nll", "nll (nats per token)", False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -26,8 +27,8 @@ from dft_lightning.callbacks.evaluation import (
     target_log_probs,
     token_values,
 )
-from dft_lightning.compare.files import FIT, PROBABILITIES, TEST, read_json, write_json
-from dft_lightning.compare.fingerprints import RowHasher, combined, hash_tensors
+from dft_lightning.compare.files import CHECKPOINT, FIT, PROBABILITIES, TEST, read_json, write_json
+from dft_lightning.compare.fingerprints import RowHasher, combined, hash_texts, hash_weights
 from dft_lightning.distributed import gather_lists
 from dft_lightning.errors import InputError
 from dft_lightning.modules.causal_lm import CausalLMModule
@@ -42,14 +43,12 @@ class RunIdentity:
         loss: the name that the comparison gives the loss; ``None`` for the base model, which is only tested.
         learning_rate: peak learning rate.
         seed: of the run.
-        sweep: whether the run takes part in the choice of the learning rate.
     """
 
     name: str
     loss: str | None = None
     learning_rate: float | None = None
     seed: int = 0
-    sweep: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,12 +85,12 @@ class Evaluation:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"evaluation.{name} must be at least 1, got {value}")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"evaluation.temperature must be more than 0, got {self.temperature}; greedy is always scored"
             )
-        if any(not temperature >= 0 for temperature in self.temperatures):
-            raise ValueError(f"evaluation.temperatures must not be negative, got {list(self.temperatures)}")
+        if any(not 0 <= temperature < math.inf for temperature in self.temperatures):
+            raise ValueError(f"evaluation.temperatures must be finite and not negative, got {list(self.temperatures)}")
 
 
 class RunRecorder(Callback):
@@ -102,7 +101,8 @@ class RunRecorder(Callback):
     initial weights, the rows and the targets of every step. In ``test``: exact match on test rows at every
     temperature, for each problem. A run trains the same with or without it.
 
-    Files: ``fit.json``, ``probabilities.npz`` (``before`` and ``after``, log-probabilities in nats), ``test.json``.
+    Files: ``fit.json``, ``probabilities.npz`` (``before`` and ``after``, log-probabilities in nats), ``last.ckpt`` (the
+    weights after the last step, which are those to test), ``test.json``.
 
     Args:
         folder: the run's folder.
@@ -134,7 +134,15 @@ class RunRecorder(Callback):
             trainer.loggers = [*trainer.loggers, self._logged]
         for split in self._splits(trainer) if stage == "fit" else ("test",):
             if self._has_answers(split):
-                check_prompts(trainer, pl_module, split, self._limit(split))
+                self._check_prompts(trainer, pl_module, split)
+
+    def _check_prompts(self, trainer: pl.Trainer, module: CausalLMModule, split: str) -> None:
+        try:
+            check_prompts(trainer, module, split, self._limit(split))
+        except InputError as problem:
+            if split == "forgetting":
+                raise InputError(f"{problem}; or set evaluation.forgetting_answers: false") from None
+            raise
 
     def _has_answers(self, split: str) -> bool:
         return split != "forgetting" or self.evaluation.forgetting_answers
@@ -151,7 +159,7 @@ class RunRecorder(Callback):
         if trainer.global_step:
             raise InputError("RunRecorder records whole runs: start fit without --ckpt_path")
         self._started = time.time()
-        self._initial_weights = hash_tensors(pl_module.state_dict())
+        self._initial_weights = hash_weights(pl_module)
         self._evaluate(trainer, pl_module)
         self._keep_log_probs(trainer, pl_module, "before")
 
@@ -176,7 +184,9 @@ class RunRecorder(Callback):
             self._evaluate(trainer, pl_module)
         self._keep_log_probs(trainer, pl_module, "after")
         self._write_log_probs(trainer)
-        self._write_fit(trainer, finished=True)
+        # Its own, and not one that the base's callbacks may have chosen by some value or some steps ago.
+        trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=True)
+        self._write_fit(trainer, finished=True, final_weights=hash_weights(pl_module))
 
     def _evaluate(self, trainer: pl.Trainer, module: CausalLMModule) -> None:
         telemetry = module.train_telemetry
@@ -222,7 +232,7 @@ class RunRecorder(Callback):
             np.savez_compressed(partial, **arrays)
             os.replace(partial, path)
 
-    def _write_fit(self, trainer: pl.Trainer, finished: bool) -> None:
+    def _write_fit(self, trainer: pl.Trainer, finished: bool, final_weights: str | None = None) -> None:
         hashers = gather_lists([(self._hasher.rows, self._hasher.targets, self._hasher.steps)], trainer.world_size)
         if not trainer.is_global_zero:
             return
@@ -234,6 +244,7 @@ class RunRecorder(Callback):
             "history": self._history,
             "logged": self._logged.records,
             "initial_weights": self._initial_weights,
+            "final_weights": final_weights,
             "rows": combined([rows for rows, _, _ in hashers]),
             "targets": combined([targets for _, targets, _ in hashers]),
             "steps": hashers[0][2],
@@ -259,7 +270,7 @@ class RunRecorder(Callback):
         samples |= {0.0: 1, evaluation.temperature: evaluation.num_samples}
         counts = {t: self._count(trainer, pl_module, "test", t, n) for t, n in samples.items()}
         curve = [(t, sum(counts[t]) / (samples[t] * len(counts[t]))) for t in sorted(evaluation.temperatures)]
-        weights = hash_tensors(pl_module.state_dict())
+        weights = hash_weights(pl_module)
         if not trainer.is_global_zero:
             return
         logged = {k.removeprefix("test/"): float(v) for k, v in trainer.callback_metrics.items() if k[:5] == "test/"}
@@ -269,6 +280,7 @@ class RunRecorder(Callback):
             **self._common(trainer),
             "fit_started": fit["started"] if fit else None,
             "weights": weights,
+            "problems": hash_texts(trainer.datamodule.problems("test")),  # type: ignore[attr-defined]
             "num_samples": evaluation.num_samples,
             "temperature": evaluation.temperature,
             "values": logged | shares(greedy, sampled, evaluation.num_samples),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dft_lightning.compare.files import CONFIG, FIT, PROBABILITIES, TEST, read_json
+from dft_lightning.compare.files import CONFIG, FIT, PROBABILITIES, TEST, read_json, read_yaml
 from dft_lightning.compare.grid import RUNS, is_tested
 from dft_lightning.compare.statistics import Values
 from dft_lightning.errors import InputError, one_line
@@ -49,6 +50,11 @@ class Record:
     @property
     def seed(self) -> int:
         return int(self.run["seed"])
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The config that the run was made by."""
+        return read_yaml(self.folder / CONFIG)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -93,7 +99,10 @@ class Record:
 
     def probabilities(self, when: str) -> Values:
         """``[targets]``: probability of each kept training target, ``"before"`` or ``"after"``."""
-        with np.load(self.folder / PROBABILITIES) as arrays:
+        path = self.folder / PROBABILITIES
+        if not path.is_file():
+            raise InputError(f"{path}: missing: copy it with its run, or run that again")
+        with np.load(path) as arrays:
             log_probs: Values = arrays[when].astype(np.float64)
         probabilities: Values = np.exp(log_probs)
         return probabilities
@@ -118,9 +127,3 @@ def read_records(output: Path) -> list[Record]:
     if not folders:
         raise InputError(f"{output}: no runs in {output / RUNS}")
     return records
-
-
-def without_record(output: Path) -> list[str]:
-    """Names of the runs that have a config and have recorded nothing."""
-    folders = sorted(path for path in (output / RUNS).glob("*") if (path / CONFIG).is_file())
-    return [path.name for path in folders if not (path / FIT).exists() and not (path / TEST).exists()]

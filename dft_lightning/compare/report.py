@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 
 from dft_lightning.compare.analysis import BASE, Findings, analyse
 from dft_lightning.compare.execute import last_error
-from dft_lightning.compare.files import CONFIG, FIT, SETTINGS, TEST, write_text
+from dft_lightning.compare.files import CONFIG, FIT, SETTINGS, TEST, read_yaml, write_text
 from dft_lightning.compare.grid import RUNS, is_tested
 from dft_lightning.compare.plots import Plot, all_plots
 from dft_lightning.compare.records import read_records
@@ -87,8 +88,7 @@ def read_written_settings(output: Path) -> dict[str, Any]:
     path = output / SETTINGS
     if not path.is_file():
         raise InputError(f"{output}: no {SETTINGS} here: not the output folder of a comparison")
-    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return content
+    return read_yaml(path)
 
 
 def unfinished_runs(output: Path) -> dict[str, str]:
@@ -121,8 +121,7 @@ def summary(findings: Findings) -> list[str]:
         if measure.by_problem:
             lines.append(f"{measure.title}: {_in_words(findings, name)}.")
     lines.append("Where none is called better, no difference is shown beyond chance.")
-    seeds = {record.seed for record in findings.records if record.loss is not None}
-    if len(seeds) == 1:
+    if not findings.several_seeds:
         lines.append(
             "There is one seed: the intervals are over problems alone and say nothing of what another seed would do."
         )
@@ -139,8 +138,11 @@ def _in_words(findings: Findings, measure: str) -> str:
     if findings.base:
         means[BASE] = findings.base.at_end("test", measure)
     order = sorted(means, key=lambda name: -means[name])
+    alone = {c.loss for c in findings.choices[measure] if findings.several_seeds and len(c.records) == 1}
     return "; ".join(
-        f"{name} {number(means[name])}" + (f", better than {_listed(better[name], order)}" if name in better else "")
+        f"{name} {number(means[name])}"
+        + (" (one seed: judged by nothing)" if name in alone else "")
+        + (f", better than {_listed(better[name], order)}" if name in better else "")
         for name in order
     )
 
@@ -191,8 +193,9 @@ def sections(findings: Findings, plots: list[Plot], unfinished: dict[str, str]) 
         pairs = [pair_table(findings, m, findings.pairs(m.name)) for m in measured if m.by_problem]
         text = [
             "Paired bootstrap over problems (10,000 resamples), and Student's t over the seeds that both losses have. "
-            "One is called better only where no interval includes zero. Intervals are not widened for the number of "
-            "pairs: of twenty that do not differ, one would be called different by chance."
+            "One is called better only where neither interval includes zero; where the comparison has several seeds, "
+            "one alone is judged by nothing. Intervals are not widened for the number of pairs: of twenty that do not "
+            "differ, one would be called different by chance."
         ]
         parts.append(Section("Pairs of losses", text, pairs, []))
     parts.append(Section("Along training", [], [], take("validation_greedy", "validation_sampled", "validation_pass")))
@@ -207,6 +210,9 @@ def sections(findings: Findings, plots: list[Plot], unfinished: dict[str, str]) 
         parts.append(Section("Forgetting", ["On the second validation set."], [forgetting], take("forgetting")))
     parts.append(Section("The losses", [], [], take("weight")))
     parts.append(Section("Checks", [], [_check_table(findings)], []))
+    if findings.left_out:
+        rows = [[name, reason] for name, reason in findings.left_out.items()]
+        parts.append(Section("Not part of the comparison", [], [Table("", ["what", "why"], rows)], []))
     if unfinished:
         rows = [[name, reason] for name, reason in unfinished.items()]
         parts.append(Section("Runs that have not ended", [], [Table("", ["run", "why"], rows)], []))
@@ -221,7 +227,9 @@ def _check_table(findings: Findings) -> Table:
         else:
             groups = "; ".join(f"{value[:8]}: {', '.join(names)}" for value, names in check.hashes.items())
             rows.append([check.what, check.scope, f"DIFFERENT {check.note}".strip(), groups])
-    caption = f"SHA-256, first 16 digits. The initial weights are those of the {BASE} too, where it was tested."
+    caption = (
+        f"SHA-256, first 16 digits. The initial weights are those of the {BASE} too, of the seed it was tested with."
+    )
     return Table("", ["what", "runs", "result", "hash"], rows, caption)
 
 
@@ -234,5 +242,5 @@ def _render(name: str, context: dict[str, Any]) -> str:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+    environment.filters["md"] = lambda text: re.sub(r"([\\`*_|<>\[\]])", r"\\\1", str(text).replace("\n", " "))
     return environment.get_template(f"{name}.jinja").render(context)

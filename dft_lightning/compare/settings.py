@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from dataclasses import dataclass, field, fields
@@ -13,6 +14,7 @@ import yaml
 
 from dft_lightning.cli import Parser
 from dft_lightning.compare.measures import check_measures, default_measures
+from dft_lightning.compare.names import slug_of
 from dft_lightning.compare.recorder import Evaluation
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.losses import TokenLoss
@@ -91,13 +93,16 @@ def read_settings(paths: list[Path]) -> Settings:
     path = paths[-1]
     if not content.get("losses"):
         raise InputError(f"{path}: losses: name at least one loss to compare")
+    for name in content["losses"]:
+        if not isinstance(name, str):
+            raise InputError(f"{path}: losses: {name} is no text: put the name in quotes")
     parser = Parser(prog="python -m dft_lightning compare", env_prefix="DFT_LIGHTNING_COMPARE")
     parser.add_class_arguments(Comparison, None)
     config = parser.parse_object(content)
     try:
         parser.instantiate_classes(config)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
+    except Exception as error:  # whatever a loss's own constructor raises
+        raise InputError(f"{path}: {one_line(error)}") from error
     plain: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False))
     base = [plain["base"]] if isinstance(plain["base"], str) else plain["base"]
     measures = plain["measures"] or default_measures(plain["evaluation"]["num_samples"])
@@ -155,11 +160,17 @@ def _check(settings: Settings) -> None:
         _check_distinct(getattr(settings, name), f"{where}: {name}")
     if both := set(settings.seeds) & set(settings.seeds_at_best):
         raise InputError(f"{where}: seeds_at_best: {min(both)} is among seeds already")
-    if any(not rate > 0 for rate in settings.learning_rates):
-        raise InputError(f"{where}: learning_rates must be more than 0, got {settings.learning_rates}")
-    slugs: dict[str, str] = {"base": "base"}
+    if any(not 0 < rate < math.inf for rate in settings.learning_rates):
+        raise InputError(f"{where}: learning_rates must be finite and more than 0, got {settings.learning_rates}")
+    _check_distinct([f"{rate:g}" for rate in settings.learning_rates], f"{where}: learning_rates")
+    if any(seed < 0 for seed in (*settings.seeds, *settings.seeds_at_best)):
+        raise InputError(f"{where}: seeds must not be negative")
+    _check_overrides(settings)
+    slugs: dict[str, str] = {slug: slug for slug in ("base", "base-model")}
     for name in settings.losses:
         slug = slug_of(name)
+        if name.startswith("_"):
+            raise InputError(f"{where}: losses: {name!r} begins with an underscore, which legends leave out: rename it")
         if not slug or slug in slugs:
             other = f"{slugs[slug]!r} has the same" if slug else "it has neither letters nor digits"
             raise InputError(f"{where}: losses: {name!r} gives its runs the name {slug!r}; {other}: rename it")
@@ -167,20 +178,21 @@ def _check(settings: Settings) -> None:
     check_measures([*settings.best_by, *settings.measures], settings.evaluation["num_samples"], str(where))
 
 
+def _check_overrides(settings: Settings) -> None:
+    """What the grid sets for each run cannot be overridden for all of them."""
+    for keys in (("seed_everything",), ("model", "loss"), ("model", "learning_rate"), ("data", "seed")):
+        below: Any = settings.overrides
+        for key in keys:
+            below = below.get(key) if isinstance(below, dict) else None
+        if below is not None:
+            name = {"loss": "losses", "learning_rate": "learning_rates"}.get(keys[-1], "seeds")
+            raise InputError(f"{settings.path}: overrides: {'.'.join(keys)} is set for each run: use {name}")
+
+
 def _check_distinct(values: list[Any], key: str) -> None:
     for value in values:
         if values.count(value) > 1:
             raise InputError(f"{key}: {value} is there twice, and would give two runs one name")
-
-
-def slug_of(name: str) -> str:
-    """A name as it stands in a folder's name.
-
-    Example:
-        >>> slug_of("CE, then DFT")
-        'ce-then-dft'
-    """
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 class _StrictLoader(yaml.SafeLoader):  # type: ignore[misc]

@@ -12,6 +12,8 @@ from scipy import stats
 
 Values = np.ndarray[Any, np.dtype[np.float64]]
 LEVEL = 0.95
+# Of fewer problems a bootstrap's interval is far too narrow: where all agree it has no width at all.
+FEWEST_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def mean_interval(values: Sequence[float]) -> Interval:
 def paired_bootstrap(a: Values, b: Values, resamples: int = 10_000, seed: int = 0) -> Interval:
     """Mean of ``a - b`` over problems, with the 95% percentile interval of resampled problems.
 
-    Problems are drawn with replacement, each with what both losses scored on it.
+    Problems are drawn with replacement, each with what both losses scored on it. There is no interval for fewer than 20
+    problems.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13; paired over test items as in
     Koehn, "Statistical Significance Tests for Machine Translation Evaluation" (2004).
@@ -75,6 +78,8 @@ def paired_bootstrap(a: Values, b: Values, resamples: int = 10_000, seed: int = 
     if a.shape != b.shape or a.ndim != 1 or not len(a):
         raise ValueError(f"need the scores of the same problems, got shapes {a.shape} and {b.shape}")
     difference = a - b
+    if len(a) < FEWEST_PROBLEMS:
+        return Interval(float(difference.mean()), None, None, len(a))
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
     for start in range(0, resamples, 1000):  # a thousand at a time: memory stays small for large tests

@@ -51,10 +51,10 @@ def signed(value: float) -> str:
     return f"{'+' if value > 0 else ''}{number(value)}"
 
 
-def interval_text(interval: Interval, show: bool = True) -> str:
-    """The 95% interval, or why there is none."""
+def interval_text(interval: Interval, without: str = "one seed") -> str:
+    """The 95% interval, or what to say where there is none."""
     if interval.low is None or interval.high is None:
-        return "one seed" if show else ""
+        return without
     return f"{number(interval.low)} to {number(interval.high)}"
 
 
@@ -91,7 +91,7 @@ def pair_table(findings: Findings, measure: Measure, pairs: Sequence[Pair]) -> T
             pair.first,
             pair.second,
             signed(pair.over_problems.mean),
-            interval_text(pair.over_problems),
+            interval_text(pair.over_problems, "too few problems"),
             interval_text(pair.over_seeds),
             pair.winner or "no difference shown",
         ]
@@ -104,7 +104,9 @@ def pair_table(findings: Findings, measure: Measure, pairs: Sequence[Pair]) -> T
 def forgetting_table(findings: Findings) -> Table | None:
     """Before and after, on the second validation set."""
     choices = findings.choices[findings.main_measure]
-    names = [name for name in ("greedy", "sampled", "nll", "token_accuracy", "entropy") if _measured(choices, name)]
+    passes = [name for name in findings.measures if name.startswith("pass_at_")][-1:]
+    wanted = ("greedy", "sampled", *passes, "nll", "token_accuracy", "entropy")
+    names = [name for name in wanted if _measured(choices, name)]
     if not names:
         return None
     first = choices[0].records[0].history[0]["forgetting"]
@@ -122,7 +124,7 @@ def _measured(choices: Sequence[Choice], name: str) -> bool:
 
 
 def _with_interval(interval: Interval) -> str:
-    text = interval_text(interval, show=False)
+    text = interval_text(interval, "")
     return number(interval.mean) + (f" ({text})" if text else "")
 
 
@@ -161,7 +163,7 @@ def bucket_table(findings: Findings) -> Table:
 
 def sweep_table(findings: Findings) -> Table | None:
     """Every learning rate of every loss, on validation rows, over the sweep's seeds."""
-    sweep = [record for record in findings.records if record.loss is not None and record.run["sweep"]]
+    sweep = findings.sweep()
     rates = sorted({record.learning_rate for record in sweep})
     if len(rates) < 2:
         return None
@@ -180,7 +182,7 @@ def sweep_table(findings: Findings) -> Table | None:
 def results_csv(findings: Findings, records: Sequence[Record]) -> str:
     """A row a run: what it is, and every measure before training, after it and on test rows."""
     names = list(findings.measures)
-    columns = ["run", "loss", "learning_rate", "seed", "sweep", "finished", "steps", "seconds"]
+    columns = ["run", "loss", "learning_rate", "seed", "finished", "steps", "seconds"]
     columns += [f"{when}_{name}" for when in ("start", "end", "forgetting", "test") for name in names]
     columns += ["initial_weights", "rows", "targets"]
     output = io.StringIO()
@@ -195,7 +197,7 @@ def _csv_row(record: Record, names: Sequence[str]) -> dict[str, object]:
     run, fit = record.run, record.fit or {}
     row: dict[str, object] = {"run": run["name"], "loss": run["loss"] or BASE, "finished": record.whole}
     if run["loss"] is not None:
-        row |= {key: run[key] for key in ("learning_rate", "seed", "sweep")}
+        row |= {key: run[key] for key in ("learning_rate", "seed")}
     if record.history:
         row |= {"steps": record.history[-1]["step"], "seconds": round(fit["seconds"], 1)}
         first, last = record.history[0], record.history[-1]

@@ -69,7 +69,8 @@ class InstructionDataModule(pl.LightningDataModule):
         padding_free: join the rows of a micro-batch into one instead of padding them; they stay separate documents to
             the model, which is checked. ``model.attn_implementation`` should be ``documents`` or a flash attention.
         shuffle: a new row order in each epoch, by ``seed``; the same for any number of ranks.
-        seed: of the order and of the split.
+        seed: of the order and, unless ``split_seed`` is given, of the split.
+        split_seed: of the split by ``validation_fraction``.
         num_workers: of the data loaders.
         num_proc: processes that tokenise; ``None`` for this one.
 
@@ -107,6 +108,7 @@ class InstructionDataModule(pl.LightningDataModule):
         padding_free: bool = False,
         shuffle: bool = True,
         seed: int = 0,
+        split_seed: int | None = None,
         num_workers: int = 0,
         num_proc: int | None = None,
     ) -> None:
@@ -147,6 +149,7 @@ class InstructionDataModule(pl.LightningDataModule):
         self.padding_free = padding_free
         self.shuffle = shuffle
         self.seed = seed
+        self.split_seed = seed if split_seed is None else split_seed
         self.num_workers = num_workers
         self.num_proc = num_proc
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -223,7 +226,9 @@ class InstructionDataModule(pl.LightningDataModule):
         if source is None:
             raise InputError("data.train is not set, so data.validation_fraction has nothing to divide")
         conversations = self._read("train", source)
-        order = torch.randperm(len(conversations.messages), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        order = torch.randperm(
+            len(conversations.messages), generator=torch.Generator().manual_seed(self.split_seed)
+        ).tolist()
         size = round(len(order) * self.validation_fraction)
         if not 0 < size < len(order):
             raise InputError(
@@ -292,6 +297,11 @@ class InstructionDataModule(pl.LightningDataModule):
         """What the completions of a split are scored against: the final assistant turn of the first ``limit`` rows."""
         rows = self._rows[split]
         return list(rows["reference"][: len(rows) if limit is None else limit])
+
+    def problems(self, split: str) -> list[str]:
+        """Prompt and reference of each row of a split, to tell whether two runs had the same."""
+        rows = self._rows[split]
+        return [f"{prompt}{reference}" for prompt, reference in zip(rows["prompt"], rows["reference"], strict=True)]
 
     def _loader(
         self, split: str, *, shuffle: bool = False, with_prompts: bool = False, limit: int | None = None

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from dft_lightning.compare.analysis import Choice, Findings, choose
-from dft_lightning.compare.plots.style import BASE_COLOUR, Plot, Styles, add_legend, new_figure, plain_ticks
+from dft_lightning.compare.analysis import Choice, Findings
+from dft_lightning.compare.plots.style import BASE_COLOUR, Plot, Styles, add_legend, make_logarithmic, new_figure
 from dft_lightning.compare.statistics import mean_interval
 
 _SPLITS = {"validation": "validation rows", "forgetting": "forgetting rows"}
@@ -18,7 +18,7 @@ def along_training(findings: Findings, styles: Styles, measure: str, split: str 
     """A measure against optimizer steps, each loss at its best learning rate, with a band over seeds."""
     judged = findings.measures[measure].higher_is_better is not None
     chosen_by = measure if split == "validation" and judged else findings.main_measure
-    choices = _choices(findings, chosen_by)
+    choices = findings.chosen_by(chosen_by)
     lines = {choice.loss: [record.curve(split, measure) for record in choice.records] for choice in choices}
     if not any(any(curves) for curves in lines.values()):
         return None
@@ -26,8 +26,10 @@ def along_training(findings: Findings, styles: Styles, measure: str, split: str 
     figure, axes = new_figure("optimizer step", title)
     counts = [_draw_with_band(axes, styles, loss, curves) for loss, curves in lines.items()]
     if measure == "nll":
-        axes.set_yscale("log")
-        plain_ticks(axes.yaxis)
+        make_logarithmic(axes, x=False)
+    if findings.measures[measure].is_share:
+        bottom, top = axes.get_ylim()  # a band may reach beyond what a share can be
+        axes.set_ylim(max(bottom, -0.02), min(top, 1.02))
     add_legend(axes)
     caption = f"On {_SPLITS[split]}. {_rates(findings, choices, chosen_by)} {_bands(counts)}"
     return Plot(f"{split}_{measure}", f"{title}, along training", caption, figure)
@@ -35,14 +37,13 @@ def along_training(findings: Findings, styles: Styles, measure: str, split: str 
 
 def logged_in_training(findings: Findings, styles: Styles, name: str, title: str) -> Plot | None:
     """What the training step logged, at the learning rate that was best by the main measure."""
-    choices = _choices(findings, findings.main_measure)
+    choices = findings.choices[findings.main_measure]
     lines = {choice.loss: [record.logged(name) for record in choice.records] for choice in choices}
     if not any(any(curves) for curves in lines.values()):
         return None
     figure, axes = new_figure("optimizer step", title)
     counts = [_draw_with_band(axes, styles, loss, curves, marked=False) for loss, curves in lines.items()]
-    axes.set_yscale("log")
-    plain_ticks(axes.yaxis)
+    make_logarithmic(axes, x=False)
     add_legend(axes)
     caption = f"As logged in training. {_rates(findings, choices, findings.main_measure)} {_bands(counts)}"
     return Plot(name.replace("/", "_"), title, caption, figure)
@@ -68,7 +69,7 @@ def temperature_curve(findings: Findings, styles: Styles) -> Plot | None:
 
 def learning_rate_sensitivity(findings: Findings, styles: Styles, measure: str) -> Plot | None:
     """A measure on validation rows after training, against the learning rate, over the sweep's seeds."""
-    sweep = [record for record in findings.records if record.loss is not None and record.run["sweep"]]
+    sweep = findings.sweep()
     if len({record.learning_rate for record in sweep}) < 2:
         return None
     title = findings.measures[measure].title
@@ -95,12 +96,8 @@ def learning_rate_sensitivity(findings: Findings, styles: Styles, measure: str) 
 
 def nll_against_objective(findings: Findings, styles: Styles) -> Plot | None:
     """Each loss's way through training: its own objective across, cross-entropy up."""
-    choices = _choices(findings, findings.main_measure)
+    choices = findings.choices[findings.main_measure]
     figure, axes = new_figure("objective (its own, per target token)", "nll (nats per token)")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    plain_ticks(axes.xaxis)
-    plain_ticks(axes.yaxis)
     for choice in choices:
         record = choice.records[0]
         objective, nll = record.curve("validation", "loss"), record.curve("validation", "nll")
@@ -110,6 +107,7 @@ def nll_against_objective(findings: Findings, styles: Styles) -> Plot | None:
         line = styles.line(choice.loss)
         axes.plot(x, y, label=choice.loss, **line)
         axes.plot(x[-1:], y[-1:], marker=line["marker"], color=line["color"], markersize=10, markerfacecolor="white")
+    make_logarithmic(axes)
     add_legend(axes)
     caption = (
         "On validation rows, before training, along it and after (the large hollow mark). On a line with slope one the "
@@ -117,13 +115,6 @@ def nll_against_objective(findings: Findings, styles: Styles) -> Plot | None:
         + _rates(findings, choices, findings.main_measure)
     )
     return Plot("nll_against_objective", "nll against the objective", caption, figure)
-
-
-def _choices(findings: Findings, measure: str) -> list[Choice]:
-    if measure in findings.choices:
-        return findings.choices[measure]
-    trained = [record for record in findings.records if record.loss is not None]
-    return [choose(trained, loss, findings.measures[measure]) for loss in findings.losses]
 
 
 def _draw_with_band(

@@ -6,6 +6,7 @@ import numpy as np
 
 from dft_lightning.compare.analysis import Findings
 from dft_lightning.compare.buckets import BUCKETS, bucket_means
+from dft_lightning.compare.names import slug_of
 from dft_lightning.compare.plots.style import BASE_COLOUR, Plot, Styles, add_legend, new_figure
 
 _BINS = [i / 20 for i in range(21)]
@@ -27,8 +28,7 @@ def histogram(findings: Findings, styles: Styles, loss: str) -> Plot | None:
         f"Below 0.1: {np.mean(before < 0.1):.1%} before, {np.mean(after < 0.1):.1%} after; "
         f"from 0.9: {np.mean(before >= 0.9):.1%} before, {np.mean(after >= 0.9):.1%} after."
     )
-    name = f"probabilities_{record.name}"
-    return Plot(name, f"Probabilities of the targets: {loss}", caption, figure)
+    return Plot(f"probabilities_{slug_of(loss)}", f"Probabilities of the targets: {loss}", caption, figure)
 
 
 def by_bucket(findings: Findings, styles: Styles) -> Plot | None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -36,6 +36,7 @@ _RC: Any = {
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
     "svg.fonttype": "path",
+    "text.parse_math": False,  # a name with dollar signs is a name
     "svg.hashsalt": "dft_lightning",  # the same figure gives the same file
 }
 
@@ -119,8 +120,18 @@ def add_legend(axes: Axes) -> None:
     axes.figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
 
 
-def plain_ticks(axis: Axis) -> None:
-    """Few and plain numbers on a logarithmic axis, be it less than a decade or several."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
+def make_logarithmic(axes: Axes, x: bool = True, y: bool = True) -> None:
+    """Logarithmic axes with few and plain numbers; an axis stays linear where a value is 0 or less.
+
+    Call it when the lines are drawn.
+    """
+    data = np.concatenate([np.column_stack(line.get_data()).astype(float) for line in axes.get_lines()])
+    for wanted, axis, values, scale in (
+        (x, axes.xaxis, data[:, 0], axes.set_xscale),
+        (y, axes.yaxis, data[:, 1], axes.set_yscale),
+    ):
+        if wanted and (values > 0).all():
+            scale("log")
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_locator(NullLocator())

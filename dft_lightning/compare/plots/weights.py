@@ -12,6 +12,9 @@ from dft_lightning.errors import one_line
 from dft_lightning.losses import TokenLoss, TokenStats, token_loss_and_weight
 from dft_lightning.losses.statistics import normalise_needs
 
+# Of a schedule: dashed, for its ends lie on the lines of the losses it goes between.
+_DASHES = {"at first": ":", "at last": "--"}
+
 
 def weights(loss: TokenLoss, probabilities: Tensor, step: int) -> Tensor | None:
     """``-dL/dl`` at each probability, ``l = log p``; ``None`` where a loss reads more than the probability."""
@@ -26,7 +29,7 @@ def weight_of_p(findings: Findings, styles: Styles) -> Plot | None:
     probabilities = torch.linspace(0.001, 0.999, 500, dtype=torch.float64)
     last = max((step for record in findings.records for step, _ in record.curve("validation", "nll")), default=0)
     figure, axes = new_figure("probability p of the target", "weight of the token, -dL/d log p")
-    left_out, drawn = [], 0
+    left_out, drawn, lowest = [], 0, 0.0
     for name, spec in findings.settings["losses"].items():
         style = {**styles.line(name), "marker": ""}
         try:
@@ -37,13 +40,13 @@ def weight_of_p(findings: Findings, styles: Styles) -> Plot | None:
         if not lines:
             left_out.append(f"{name} (it reads more than p)")
         for when, values in lines.items():
-            dashes = {"linestyle": ":"} if when == "at first" else {}
+            dashes = {"linestyle": _DASHES[when]} if when in _DASHES else {}
             axes.plot(probabilities, values, label=f"{name} {when}".strip(), **{**style, **dashes})
-            drawn += 1
+            drawn, lowest = drawn + 1, min(lowest, float(values.min()))
     if not drawn:
         return None
     axes.set_xlim(0, 1)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if lowest < 0 else 0)
     add_legend(axes)
     caption = "What a token counts in the gradient, whatever the model: cross-entropy counts each alike."
     if left_out:
