@@ -142,6 +142,18 @@ def user_message(error: Exception) -> str | None:
     return None
 
 
+def cli_options() -> dict[str, Any]:
+    """How :class:`DFTLightningCLI` is built, but for its classes and arguments."""
+    return {
+        "trainer_defaults": dict(TRAINER_DEFAULTS),
+        "seed_everything_default": 0,
+        "parser_class": Parser,
+        "parser_kwargs": {"prog": "python -m dft_lightning"},
+        "auto_configure_optimizers": False,
+        "load_from_checkpoint_support": False,
+    }
+
+
 def main(
     args: list[str] | None = None,
     module_class: type[CausalLMModule] = CausalLMModule,
@@ -165,12 +177,7 @@ def main(
         return DFTLightningCLI(
             module_class,
             datamodule_class,
-            trainer_defaults=dict(TRAINER_DEFAULTS),
-            seed_everything_default=0,
-            parser_class=Parser,
-            parser_kwargs={"prog": "python -m dft_lightning"},
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
+            **cli_options(),
             args=args,
         )
     except Exception as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from dft_lightning.cli import TRAINER_DEFAULTS, DFTLightningCLI, Parser
+from dft_lightning.cli import DFTLightningCLI, cli_options
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.modules import CausalLMModule
 
@@ -53,12 +53,7 @@ def read_fit_config(paths: list[Path], overrides: dict[str, Any]) -> dict[str, A
         reader = _ConfigReader(
             CausalLMModule,
             InstructionDataModule,
-            trainer_defaults=dict(TRAINER_DEFAULTS),
-            seed_everything_default=0,
-            parser_class=Parser,
-            parser_kwargs={"prog": "python -m dft_lightning"},
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
+            **cli_options(),
             args=["fit", *(argument for file in files for argument in ("--config", file))],
         )
     return reader.whole_config()
