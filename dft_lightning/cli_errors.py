@@ -123,7 +123,7 @@ def _subclasses(base: type) -> list[type]:
 
 
 def _is_own(cls: type) -> bool:
-    return cls.__module__.startswith("dft_lightning.")
+    return cls.__module__.startswith("dft_lightning.") and not cls.__name__.startswith("_")
 
 
 def _not_subclass(match: re.Match[str], message: str, parser: ArgumentParser) -> str:

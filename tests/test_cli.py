@@ -71,7 +71,7 @@ def fails(capfd, *args, lines=3):
         (["--data.batchsize", "1"], "unknown key data.batchsize; did you mean data.batch_size?"),
         (["--trainer.max_stepz", "1"], "unknown key trainer.max_stepz; did you mean trainer.max_steps?"),
         (["--model.loss", "DFTLos"], "model.loss: unknown class 'DFTLos'; did you mean DFTLoss?\n"),
-        (["--model.loss", "DFTLos"], "known: CrossEntropyLoss, DFTLoss, FocalLoss, or the dotted path of your own"),
+        (["--model.loss", "DFTLos"], "known: CrossEntropyLoss, DFTLoss, FocalLoss, MixtureLoss, ScheduledLoss, or the dotted path of your own"),
         (["--model.loss", "torch.nn.Linear"], "model.loss: torch.nn.Linear is not a subclass of TokenLoss"),
         (["--model.loss", "DFTLoss", "--model.loss.gamma", "1"],
          "model.loss.gamma: DFTLoss has no option 'gamma'; it has ignore_index, reduction"),
