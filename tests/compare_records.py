@@ -69,7 +69,6 @@ def write_run(
         start, end = values(0.3, 0.3), values(*validation, **more)
         fit = {
             **common,
-            "started": 1.0,
             "seconds": 60.0,
             "finished": finished,
             "history": [
@@ -93,7 +92,6 @@ def write_run(
             "weights": "w" if loss is None else f"{name} after",
             "problems": "p",
             "num_samples": 4,
-            "temperature": 1.0,
             "values": values(share, share, **more),
             "curve": [[0.0, share], [1.0, share]],
             "correct": {

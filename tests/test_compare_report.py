@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -79,7 +81,7 @@ def test_a_rate_that_lost_a_seed_takes_no_part(tmp_path):
 def test_winners(tmp_path):
     """Ten problems of forty more, with every seed: better. Both are better than the base, by problems and seeds."""
     whole_comparison(tmp_path)
-    pairs = {(pair.first, pair.second): pair for pair in findings_of(tmp_path).pairs("greedy")}
+    pairs = {(pair.first, pair.second): pair for pair in findings_of(tmp_path).pairs["greedy"]}
     found = pairs["CE", "DFT"]
     assert found.winner == "DFT"
     assert found.over_problems.mean == pytest.approx(-0.25)
@@ -93,7 +95,7 @@ def test_no_winner_where_seeds_disagree(tmp_path):
     for seed, gain in enumerate((12, 1, -1)):
         write_run(tmp_path, "CE", 1e-3, seed, right=20)
         write_run(tmp_path, "DFT", 1e-3, seed, right=20 + gain)
-    (pair,) = findings_of(tmp_path).pairs("greedy")
+    (pair,) = findings_of(tmp_path).pairs["greedy"]
     assert pair.over_problems.excludes_zero()
     assert not pair.over_seeds.excludes_zero()
     assert pair.winner is None
@@ -106,7 +108,7 @@ def test_one_seed_among_several_is_judged_by_nothing(tmp_path):
         write_settings(out, seeds_at_best=seeds_at_best)
         for loss, right in (("CE", 20), ("DFT", 35)):
             write_run(out, loss, 1e-3, right=right)
-        (pair,) = findings_of(out).pairs("greedy")
+        (pair,) = findings_of(out).pairs["greedy"]
         assert pair.over_problems.excludes_zero()
         assert pair.winner == (None if seeds_at_best else "DFT")
         main(["--report-only", str(out)])
@@ -119,7 +121,7 @@ def test_no_winner_where_problems_leave_it_open(tmp_path):
     write_settings(tmp_path, seeds_at_best=[])
     write_run(tmp_path, "CE", 1e-3, right=20)
     write_run(tmp_path, "DFT", 1e-3, right=21)
-    (pair,) = findings_of(tmp_path).pairs("greedy")
+    (pair,) = findings_of(tmp_path).pairs["greedy"]
     assert pair.over_problems.mean == pytest.approx(-1 / 40)
     assert pair.winner is None
 
@@ -162,7 +164,7 @@ def test_a_base_of_other_weights_is_no_comparison(tmp_path):
     path = tmp_path / "runs" / "base" / "test.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "weights": "other"}))
     assert [check.what for check in findings_of(tmp_path).checks if not check.agrees] == ["initial weights"]
-    pairs = findings_of(tmp_path).pairs("greedy")
+    pairs = findings_of(tmp_path).pairs["greedy"]
     assert all("base model" not in (pair.first, pair.second) for pair in pairs)
 
 
@@ -279,3 +281,11 @@ def test_a_broken_record(tmp_path, capsys):
     assert "probabilities.npz: missing: copy it with its run" in fails(capsys, "--report-only", whole)
     (whole / "compare.yaml").write_text("[")
     assert "compare.yaml: cannot be read: " in fails(capsys, "--report-only", whole)
+
+
+@pytest.mark.parametrize("args", [["--report-only", "runs"], ["--config", "c.yaml", "--output", "runs"]])
+def test_without_the_extra(args):
+    script = f"import sys; sys.modules['jinja2'] = None; from dft_lightning.compare.command import main; main({args})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == "error: the report needs jinja2: pip install 'dft-lightning[compare]'\n"

@@ -107,7 +107,7 @@ def test_probabilities_are_of_the_first_training_rows_before_and_after(tmp_path)
                 ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
                 probabilities = model.eval()(ids).logits[0, :-1].softmax(-1)
                 expected.append(probabilities[labels != -100].gather(1, labels[labels != -100][:, None])[:, 0])
-        np.testing.assert_allclose(record.probabilities(when), torch.cat(expected), rtol=1e-4)
+        np.testing.assert_allclose(record.probabilities[when], torch.cat(expected), rtol=1e-4)
 
 
 def test_a_run_trains_the_same_with_and_without_its_recorder(tmp_path):
@@ -220,7 +220,7 @@ def test_two_processes_record_what_one_does(tmp_path):
             found, expected = (np.array([y for _, y in record.curve(split, name)]) for record in (two, one))
             np.testing.assert_allclose(found, expected, rtol=1e-9, err_msg=name)
     for when in ("before", "after"):
-        np.testing.assert_allclose(sorted(two.probabilities(when)), sorted(one.probabilities(when)), rtol=1e-5)
+        np.testing.assert_allclose(sorted(two.probabilities[when]), sorted(one.probabilities[when]), rtol=1e-5)
     assert two.by_problem("greedy").tolist() == one.by_problem("greedy").tolist()
     assert two.fit["initial_weights"] == one.fit["initial_weights"]
 

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -191,9 +192,13 @@ class Findings:
         weights = self.base.test["weights"] if self.base and self.base.test else None
         return all(record.fit["initial_weights"] == weights for record in self.records if record.fit)
 
-    def pairs(self, measure: str) -> list[Pair]:
-        """Every pair of losses by a measure that problems have, and each loss with the base if all began there."""
-        choices, several = self.choices[measure], self.several_seeds
+    @cached_property
+    def pairs(self) -> dict[str, list[Pair]]:
+        """By each measure that problems have: every pair of losses, and each loss with the base if all began there."""
+        return {name: self._pairs(self.choices[name]) for name in self.choices if self.measures[name].by_problem}
+
+    def _pairs(self, choices: list[Choice]) -> list[Pair]:
+        several = self.several_seeds
         pairs = [compare_pair(a, b, several) for a, b in itertools.combinations(choices, 2)]
         if self.base is not None and self.base_is_the_start:
             pairs += [compare_with_base(choice, self.base, several) for choice in choices]

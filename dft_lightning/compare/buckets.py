@@ -15,7 +15,7 @@ def bucket_means(record: Record) -> tuple[list[int], Values, Values]:
 
     A bucket has its lower end and not its upper one; the last has both. The mean of none is nan.
     """
-    before, after = record.probabilities("before"), record.probabilities("after")
+    before, after = record.probabilities["before"], record.probabilities["after"]
     inner_edges = [high for _, high in BUCKETS[:-1]]
     places = np.searchsorted(inner_edges, before, side="right")
     members = [places == i for i in range(len(BUCKETS))]

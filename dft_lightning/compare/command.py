@@ -58,10 +58,10 @@ def main(args: Sequence[str]) -> int:
     """
     given = _arguments(args)
     try:
+        _require_packages()  # before the modules that import them
         if given.report_only is not None:
             from dft_lightning.compare.report import write_report
 
-            _require_packages()
             write_report(given.report_only)
             return 0
         return _compare(given)
@@ -80,7 +80,6 @@ def _require_packages() -> None:
 
 
 def _compare(given: argparse.Namespace) -> int:
-    _require_packages()
     from dft_lightning.compare.base_config import read_fit_config
     from dft_lightning.compare.execute import check_jobs, ending_on_signals, execute
     from dft_lightning.compare.grid import base_run, runs_at_best, sweep_runs, write_config
@@ -99,9 +98,8 @@ def _compare(given: argparse.Namespace) -> int:
         _write_settings(settings, given.config, output)
         failures = [] if given.print_commands else execute(sweep, given.jobs, "sweep", lock)
         # Before the sweep of a loss has ended its best rate is not known; when it has, what failed takes no part.
-        ended = set(settings.losses)
-        if given.print_commands:
-            ended -= {str(run.identity.loss) for run in sweep if run.commands()}
+        not_ended = {run.identity.loss for run in sweep if given.print_commands and run.commands()}
+        ended = [loss for loss in settings.losses if loss not in not_ended]
         further = runs_at_best(settings, fit_config, output, _best_rates(settings, output, ended))
         for run in further:
             write_config(run)
@@ -126,7 +124,7 @@ def _check_fit_config(fit_config: dict[str, Any], path: Path) -> None:
         )
 
 
-def _best_rates(settings: Any, output: Path, losses: set[str]) -> dict[str, list[float]]:
+def _best_rates(settings: Any, output: Path, losses: list[str]) -> dict[str, list[float]]:
     """The learning rates that further seeds are run at: for each loss the best by each measure of ``best_by``."""
     if not settings.seeds_at_best:
         return {}
@@ -137,10 +135,9 @@ def _best_rates(settings: Any, output: Path, losses: set[str]) -> dict[str, list
     measures = measures_of(settings.evaluation["num_samples"])
     records, _ = sort_records(vars(settings), read_records(output))
     best: dict[str, list[float]] = {}
-    for loss in settings.losses:
+    for loss in losses:
         choices = [choose(records, loss, measures[name], vars(settings)) for name in settings.best_by]
-        if loss in losses:
-            best[loss] = sorted({choice.learning_rate for choice in choices if choice is not None})
+        best[loss] = sorted({choice.learning_rate for choice in choices if choice is not None})
     return best
 
 

@@ -30,13 +30,11 @@ class Failure:
         name: of the run.
         stage: ``"fit"`` or ``"test"``.
         message: its error, in a line.
-        log: the file with all that it wrote.
     """
 
     name: str
     stage: str
     message: str
-    log: str
 
 
 def execute(runs: Sequence[Run], jobs: int, describe: str, lock: int) -> list[Failure]:
@@ -87,13 +85,13 @@ def _run_stages(run: Run, places: SimpleQueue[dict[str, str]], children: _Childr
                 status = children.run([sys.executable, "-m", "dft_lightning", *arguments], output, place)
             if status != 0:
                 text = log.read_text(encoding="utf-8", errors="replace")
-                return Failure(run.identity.name, stage, last_error(text, status), str(log))
+                return Failure(run.identity.name, stage, last_error(text, status))
     finally:
         places.put(place)
     left = run.commands()
     if left:  # it ended without an error and without its record
         stage = next(iter(left))
-        return Failure(run.identity.name, stage, f"{stage} left no record", str(run.folder / f"{stage}.log"))
+        return Failure(run.identity.name, stage, f"{stage} left no record")
     return None
 
 

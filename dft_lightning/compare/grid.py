@@ -18,6 +18,8 @@ from dft_lightning.compare.settings import Settings
 from dft_lightning.errors import InputError
 
 RUNS = "runs"
+_PATHS = {"trainer": {"default_root_dir", "logger"}}
+_PLACE = {"model": {"loss", "learning_rate"}, "data": {"seed"}}  # of a run in the grid
 _REPLACED = ("GenerationEvaluation", "ModelCheckpoint", "RunRecorder")
 
 
@@ -147,26 +149,25 @@ def write_config(run: Run) -> None:
 
 def without_paths(config: dict[str, Any]) -> dict[str, Any]:
     """A run's config without where it writes: it may lie elsewhere, or be called by another path."""
-    plain = copy.deepcopy(config)
-    trainer = plain.get("trainer", {})
-    for key in ("default_root_dir", "logger"):
-        trainer.pop(key, None)
-    for callback in trainer.get("callbacks") or []:
-        if str(callback["class_path"]).endswith(".RunRecorder"):
-            callback["init_args"].pop("folder", None)
-    return plain
+    return _without(config, _PATHS, {"folder"})
 
 
 def common_part(config: dict[str, Any]) -> dict[str, Any]:
     """What the configs of all runs of a comparison share: all but loss, learning rate, seed and paths."""
-    plain = without_paths(config)
-    for key in ("loss", "learning_rate"):
-        plain.get("model", {}).pop(key, None)
+    plain = _without(config, {**_PATHS, **_PLACE}, {"folder", "run"})
     plain.pop("seed_everything", None)
-    plain.get("data", {}).pop("seed", None)
-    for callback in plain.get("trainer", {}).get("callbacks") or []:
-        if str(callback["class_path"]).endswith(".RunRecorder"):
-            callback["init_args"].pop("run", None)
+    return plain
+
+
+def _without(config: dict[str, Any], keys: dict[str, set[str]], of_recorder: set[str]) -> dict[str, Any]:
+    """A copy without some keys of each section and some options of the recorder."""
+    plain = copy.deepcopy(config)
+    callbacks = plain.get("trainer", {}).get("callbacks") or []
+    recorders = [c["init_args"] for c in callbacks if str(c["class_path"]).endswith(".RunRecorder")]
+    places = [(plain.get(section, {}), names) for section, names in keys.items()]
+    for place, names in [*places, *((recorder, of_recorder) for recorder in recorders)]:
+        for name in names:
+            place.pop(name, None)
     return plain
 
 

@@ -27,7 +27,7 @@ from dft_lightning.callbacks.evaluation import (
     target_log_probs,
     token_values,
 )
-from dft_lightning.compare.files import CHECKPOINT, FIT, PROBABILITIES, TEST, read_json, write_json
+from dft_lightning.compare.files import CHECKPOINT, FIT, PROBABILITIES, TEST, write_json
 from dft_lightning.compare.fingerprints import RowHasher, combined, hash_texts, hash_weights
 from dft_lightning.distributed import gather_lists
 from dft_lightning.errors import InputError
@@ -238,7 +238,6 @@ class RunRecorder(Callback):
             return
         record = {
             **self._common(trainer),
-            "started": self._started,
             "seconds": time.time() - self._started,
             "finished": finished,
             "history": self._history,
@@ -274,15 +273,12 @@ class RunRecorder(Callback):
         if not trainer.is_global_zero:
             return
         logged = {k.removeprefix("test/"): float(v) for k, v in trainer.callback_metrics.items() if k[:5] == "test/"}
-        fit = read_json(self.folder / FIT) if self.run.loss is not None else None
         greedy, sampled = counts[0.0], counts[evaluation.temperature]
         record = {
             **self._common(trainer),
-            "fit_started": fit["started"] if fit else None,
             "weights": weights,
             "problems": hash_texts(trainer.datamodule.problems("test")),  # type: ignore[attr-defined]
             "num_samples": evaluation.num_samples,
-            "temperature": evaluation.temperature,
             "values": logged | shares(greedy, sampled, evaluation.num_samples),
             "curve": curve,
             "correct": {"greedy": greedy, "sampled": sampled},

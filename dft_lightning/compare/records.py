@@ -97,15 +97,14 @@ class Record:
         k = int(measure.removeprefix("pass_at_"))
         return np.array([pass_at_k(samples, count, k) for count in correct["sampled"]], dtype=np.float64)
 
-    def probabilities(self, when: str) -> Values:
-        """``[targets]``: probability of each kept training target, ``"before"`` or ``"after"``."""
+    @cached_property
+    def probabilities(self) -> dict[str, Values]:
+        """``[targets]``: probability of each kept training target, ``"before"`` and ``"after"``."""
         path = self.folder / PROBABILITIES
         if not path.is_file():
             raise InputError(f"{path}: missing: copy it with its run, or run that again")
         with np.load(path) as arrays:
-            log_probs: Values = arrays[when].astype(np.float64)
-        probabilities: Values = np.exp(log_probs)
-        return probabilities
+            return {when: np.exp(arrays[when].astype(np.float64)) for when in ("before", "after")}
 
 
 def read_records(output: Path) -> list[Record]:

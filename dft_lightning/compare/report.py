@@ -131,7 +131,7 @@ def summary(findings: Findings) -> list[str]:
 def _in_words(findings: Findings, measure: str) -> str:
     """Each loss, the best first, with what it is better than."""
     better: dict[str, list[str]] = {}
-    for pair in findings.pairs(measure):
+    for pair in findings.pairs[measure]:
         if pair.winner is not None:
             better.setdefault(pair.winner, []).append(pair.second if pair.winner == pair.first else pair.first)
     means = {choice.loss: choice.over_seeds("test", measure).mean for choice in findings.choices[measure]}
@@ -190,7 +190,7 @@ def sections(findings: Findings, plots: list[Plot], unfinished: dict[str, str]) 
     results = [result_table(findings, measure) for measure in measured]
     parts = [Section("Results on test rows", [learning_rate], results, take("temperature"))]
     if findings.comparable:
-        pairs = [pair_table(findings, m, findings.pairs(m.name)) for m in measured if m.by_problem]
+        pairs = [pair_table(findings, m, findings.pairs[m.name]) for m in measured if m.by_problem]
         text = [
             "Paired bootstrap over problems (10,000 resamples), and Student's t over the seeds that both losses have. "
             "One is called better only where neither interval includes zero; where the comparison has several seeds, "

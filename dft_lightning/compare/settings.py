@@ -113,7 +113,7 @@ def read_settings(paths: list[Path]) -> Settings:
 
 def _read_one(path: Path) -> dict[str, Any]:
     """A file's content, with the paths of its base seen from here."""
-    content = read_yaml(path)
+    content = _read_strictly(path)
     known = [key.name for key in fields(Comparison)]
     for key in content:
         if key not in known:
@@ -215,7 +215,7 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def _read_strictly(path: Path) -> dict[str, Any]:
     """A YAML file of keys and values.
 
     Raises:

@@ -16,7 +16,7 @@ def histogram(findings: Findings, styles: Styles, loss: str) -> Plot | None:
     """Targets by probability, before training and after, one loss."""
     choice = next(c for c in findings.choices[findings.main_measure] if c.loss == loss)
     record = choice.records[0]
-    before, after = record.probabilities("before"), record.probabilities("after")
+    before, after = record.probabilities["before"], record.probabilities["after"]
     figure, axes = new_figure("probability of the target", "targets")
     axes.hist(after, _BINS, color=styles.colour(loss), alpha=0.75, label=f"after {loss}")
     axes.hist(before, _BINS, histtype="step", color=BASE_COLOUR, linewidth=1.8, label="before")
