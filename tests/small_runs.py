@@ -11,6 +11,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 from dft_lightning import CausalLMModule, InstructionDataModule
 from dft_lightning.data import ArithmeticRows
@@ -20,6 +23,7 @@ from dft_lightning.data import ArithmeticRows
 TINY_GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": 97, "n_positions": 256}
 TINY_GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 TINY_ARITHMETIC = {**TINY_GPT2, "vocab_size": 20}
+CLIP = 0.01  # less than any of these gradients' norms
 
 
 def arithmetic_data(num_rows: int = 16, **options: Any) -> InstructionDataModule:
@@ -43,16 +47,86 @@ def trainer(**options: Any) -> pl.Trainer:
     return pl.Trainer(**{**defaults, **options})
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor, of all its shards where it has some."""
+    return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor.clone()
+
+
 class GradientRecorder(CausalLMModule):
-    """Keeps the gradient of each optimizer step as the optimizer gets it, before clipping."""
+    """Keeps each optimizer step's gradient, before clipping and as the optimizer gets it.
+
+    With ``rounded``, weights are drawn in ``dtype`` and rounded, so that every precision starts from the same model.
+    """
+
+    rounded: torch.dtype | None = None
+
+    def build_model(self) -> torch.nn.Module:
+        return super().build_model().to(self.rounded)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self.gradients: list[torch.Tensor] = []
+        self.clipped: list[torch.Tensor] = []
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        self.gradients.append(torch.cat([p.grad.flatten().clone() for p in self.parameters()]))
+        self.gradients.append(self._whole_gradient())
         super().configure_gradient_clipping(*args, **kwargs)
+        self.clipped.append(self._whole_gradient())
+
+    def _whole_gradient(self) -> torch.Tensor:
+        with whole_parameters(self.trainer.model):
+            return torch.cat([whole(p.grad).flatten() for p in self.parameters()])
+
+
+def whole_parameters(root: Any) -> Any:
+    """FSDP1's parameters and gradients in their own shapes."""
+    if isinstance(root, FullyShardedDataParallel):
+        return FullyShardedDataParallel.summon_full_params(root, with_grads=True)
+    return contextlib.nullcontext()
+
+
+class FSDP1OnCPU(FSDPStrategy):
+    """Lightning's refuses the CPU, where torch's FSDP1 runs."""
+
+    def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        options = {**self.kwargs, "mixed_precision": self.mixed_precision_config}
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+
+
+def strategy_of(name: str) -> Any:
+    """A strategy for two processes, which a trainer of its own needs each time."""
+    if name == "fsdp2":
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    if name == "fsdp1":
+        from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+        return FSDP1OnCPU(auto_wrap_policy={GPT2Block})
+    return name
+
+
+def step_gradient(
+    batch_size: int,
+    accumulate: int,
+    dtype: str,
+    loss: str,
+    num_rows: int = 16,
+    trainer_options: Any = None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of the first step of a fit on arithmetic rows, before and after clipping."""
+    pl.seed_everything(0)
+    loss_options = {"class_path": f"dft_lightning.{loss}"}
+    module = GradientRecorder(TINY_ARITHMETIC, loss=loss_options, dtype="float64", **options)
+    module.rounded = getattr(torch, dtype)
+    data = arithmetic_data(num_rows, batch_size=batch_size, shuffle=False)
+    run = trainer(
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=CLIP,
+        **(trainer_options or {}),
+    )
+    run.fit(module, datamodule=data)
+    assert {p.dtype for p in module.parameters()} == {module.rounded}
+    return module.gradients[0], module.clipped[0]
 
 
 def run_two_processes(script: str, *args: str, timeout: float = 150) -> str:

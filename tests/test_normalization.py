@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -11,20 +13,20 @@ from torch.utils.data import DataLoader
 from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss
 from dft_lightning.data.batches import Collator
 from dft_lightning.distributed import TokenNormalizer
-from small_runs import TINY_ARITHMETIC, TINY_GPT2, GradientRecorder, arithmetic_data, run_two_processes, trainer
+from small_runs import (
+    CLIP,
+    TINY_ARITHMETIC,
+    TINY_GPT2,
+    GradientRecorder,
+    arithmetic_data,
+    run_two_processes,
+    step_gradient,
+    trainer,
+)
 
 SPLITS = [(16, 1), (4, 4), (1, 16), (3, 6)]
 LOSSES = [CrossEntropyLoss(), DFTLoss(), FocalLoss()]
-TOLERANCE = {"64-true": 1e-10, "32-true": 1e-6}
-
-
-def step_gradient(batch_size, accumulate, precision, loss, num_rows=16, **options):
-    pl.seed_everything(0)
-    # Weights are drawn in float64 and rounded, so that every precision starts from the same model.
-    module = GradientRecorder(TINY_ARITHMETIC, loss=loss, dtype="float64", **options)
-    data = arithmetic_data(num_rows, batch_size=batch_size, shuffle=False)
-    trainer(precision=precision, accumulate_grad_batches=accumulate).fit(module, datamodule=data)
-    return module.gradients[0]
+TOLERANCE = {"float64": 1e-10, "float32": 1e-6}
 
 
 def reference_gradient(loss, num_rows=16, renormalize=False):
@@ -56,36 +58,57 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
-@pytest.mark.parametrize("precision", TOLERANCE)
-def test_every_split_gives_the_same_gradient(loss, precision):
-    gradients = [step_gradient(*split, precision, loss) for split in SPLITS]
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_split_gives_the_same_gradient(loss, dtype):
+    gradients = [step_gradient(*split, dtype, type(loss).__name__)[0] for split in SPLITS]
     for split, gradient in zip(SPLITS, gradients, strict=True):
-        assert relative(gradient, gradients[0]) < TOLERANCE[precision], split
-    assert relative(gradients[0], reference_gradient(loss)) < {"64-true": 1e-10, "32-true": 1e-5}[precision]
+        assert relative(gradient, gradients[0]) < TOLERANCE[dtype], split
+    assert relative(gradients[0], reference_gradient(loss)) < {"float64": 1e-10, "float32": 1e-5}[dtype]
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
-@pytest.mark.parametrize("precision", TOLERANCE)
-def test_renormalised_gradients_are_over_the_sum_of_weights(loss, precision):
-    gradients = [step_gradient(*split, precision, loss, renormalize=True) for split in SPLITS]
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_renormalised_gradients_are_over_the_sum_of_weights(loss, dtype):
+    gradients = [step_gradient(*split, dtype, type(loss).__name__, renormalize=True)[0] for split in SPLITS]
     for split, gradient in zip(SPLITS, gradients, strict=True):
-        assert relative(gradient, gradients[0]) < TOLERANCE[precision], split
+        assert relative(gradient, gradients[0]) < TOLERANCE[dtype], split
     reference = reference_gradient(loss, renormalize=True)
-    assert relative(gradients[0], reference) < {"64-true": 1e-10, "32-true": 1e-5}[precision]
+    assert relative(gradients[0], reference) < {"float64": 1e-10, "float32": 1e-5}[dtype]
     if isinstance(loss, CrossEntropyLoss):  # weights of one: nothing changes
-        assert torch.equal(gradients[0], step_gradient(*SPLITS[0], precision, loss))
+        assert torch.equal(gradients[0], step_gradient(*SPLITS[0], dtype, "CrossEntropyLoss")[0])
 
 
-@pytest.mark.parametrize("precision", TOLERANCE)
-@pytest.mark.parametrize(
-    ("num_rows", "batch_size", "accumulate", "renormalize"), [(16, 3, 3, False), (15, 4, 2, False), (15, 4, 2, True)]
-)
-def test_two_processes_give_the_same_gradient(tmp_path, precision, num_rows, batch_size, accumulate, renormalize):
-    out = tmp_path / "gradient.pt"
-    split = (str(batch_size), str(accumulate))
-    run_two_processes("ddp_gradient.py", str(out), precision, *split, "DFTLoss", str(num_rows), str(int(renormalize)))
-    expected = step_gradient(num_rows, 1, precision, DFTLoss(), num_rows, renormalize=renormalize)
-    assert relative(torch.load(out), expected) < TOLERANCE[precision]
+# Rows, rows of a micro-batch on each of two ranks, micro-batches.
+TWO_PROCESS_SPLITS = [(16, 8, 1), (16, 2, 4), (15, 4, 2)]
+OBJECTIVES = [("CrossEntropyLoss", False), ("DFTLoss", False), ("DFTLoss", True)]
+CASES = [
+    {"strategy": strategy, "dtype": dtype, "loss": loss, "renormalize": renormalize}
+    | {"num_rows": num_rows, "batch_size": batch_size, "accumulate": accumulate}
+    for strategy in ("ddp", "fsdp2")
+    for dtype in TOLERANCE
+    for loss, renormalize in OBJECTIVES
+    for num_rows, batch_size, accumulate in TWO_PROCESS_SPLITS
+]
+
+
+@pytest.fixture(scope="module")
+def two_process_gradients(tmp_path_factory):
+    out = tmp_path_factory.mktemp("two") / "gradients.pt"
+    run_two_processes("two_gradients.py", str(out), json.dumps(CASES))
+    return torch.load(out)
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=["-".join(map(str, case.values())) for case in CASES])
+def test_two_processes_give_the_same_gradient(two_process_gradients, index):
+    """Before clipping and after, with an uneven last batch among them, sharded and not."""
+    case = dict(CASES[index])
+    for name in ("strategy", "batch_size", "accumulate"):
+        del case[name]
+    expected = step_gradient(case["num_rows"], 1, **case)
+    for gradient, alone in zip(two_process_gradients[index], expected, strict=True):
+        assert relative(gradient, alone) < TOLERANCE[case["dtype"]]
+    assert float(expected[0].norm()) > CLIP
+    assert float(expected[1].norm()) == pytest.approx(CLIP, rel=1e-4)  # torch adds 1e-6 to the norm
 
 
 def test_weights_that_cannot_be_divided_by():

@@ -24,10 +24,10 @@ def validation_data(num_rows=15, **options):
     return InstructionDataModule(rows, validation=rows, tokenizer="asset://arithmetic-base", **options)
 
 
-def validate(loss, batch_size, **options):
+def validate(loss, batch_size, num_rows=15, **options):
     pl.seed_everything(0)
     module = CausalLMModule(TINY_ARITHMETIC, loss=loss)
-    data = validation_data(eval_batch_size=batch_size)
+    data = validation_data(num_rows, eval_batch_size=batch_size)
     (values,) = trainer(**options).validate(module, datamodule=data, verbose=False)
     return {name.removeprefix("val/"): value for name, value in values.items()}
 
@@ -78,17 +78,23 @@ def test_mean_weight_in_validation_needs_no_gradients_of_the_model(inference_mod
     assert values["mean_weight"] == pytest.approx(float(reference(DFTLoss())["mean_weight"]), rel=1e-6)
 
 
-def test_validation_numbers_are_the_same_on_two_processes(tmp_path):
-    """15 rows on 2 ranks: a sampler that repeats a row to even them out would be seen."""
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2"])
+def test_validation_and_predictions_are_the_same_on_two_processes(tmp_path, strategy):
+    """15 rows on 2 ranks: a sampler that repeats a row to even them out would be seen.
+
+    Answers are of different lengths: ranks that generate alone would wait for each other for ever.
+    """
     out, predictions = tmp_path / "values.json", tmp_path / "predictions.jsonl"
-    run_two_processes("ddp_validate.py", str(out), str(predictions))
+    run_two_processes("two_validate.py", strategy, str(out), str(predictions))
     values = json.loads(out.read_text())
     expected = validate(DFTLoss(), 4)
     for stage in ("validate", "fit"):
         assert {k.removeprefix("val/"): v for k, v in values[stage].items()} == pytest.approx(expected, rel=1e-6)
-    import ddp_validate  # which imports this module
+    expected = validate(DFTLoss(), 1, num_rows=1)
+    assert {k.removeprefix("val/"): v for k, v in values["alone"].items()} == pytest.approx(expected, rel=1e-6)
+    import two_validate  # which imports this module
 
-    ddp_validate.predict(str(tmp_path / "alone.jsonl"))
+    two_validate.predict(str(tmp_path / "alone.jsonl"))
     alone = (tmp_path / "alone.jsonl").read_text()
     assert len(alone.splitlines()) == 15
     assert predictions.read_text() == alone

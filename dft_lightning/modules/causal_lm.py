@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -17,6 +18,16 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from dft_lightning.component import NotPlainError, from_plain, to_plain
 from dft_lightning.distributed import TokenNormalizer
+from dft_lightning.distributed.gradients import clip_by_norm
+from dft_lightning.distributed.shard_loading import allocate_shards, read_shards
+from dft_lightning.distributed.sharding import ShardingOptions, is_sharded, shard, synchronise_gradients
+from dft_lightning.distributed.strategies import (
+    check_original_parameters,
+    check_wrapped_anew,
+    data_parallel_mesh,
+    gathered_root,
+    shards_parameters,
+)
 from dft_lightning.errors import InputError
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss, require_default_forward_options
 from dft_lightning.metrics import AnswerExtractor, ExactMatch, LastNumber, TokenMetrics
@@ -24,13 +35,14 @@ from dft_lightning.modules.batch_loss import full_batch_loss, fused_batch_loss
 from dft_lightning.modules.documents import check_documents, model_inputs
 from dft_lightning.modules.generation import GenerationOptions, decode_completions, generate
 from dft_lightning.modules.head import WAY_OUT, check_head, find_head
-from dft_lightning.modules.loading import DType, load_causal_lm
+from dft_lightning.modules.loading import DType, empty_causal_lm, load_causal_lm
 from dft_lightning.modules.optimization import (
     Schedule,
     check_adamw_options,
     check_schedule_options,
     decay_groups,
     learning_rate_factor,
+    matrix_names,
     total_optimizer_steps,
 )
 from dft_lightning.modules.telemetry import TrainTelemetry
@@ -40,6 +52,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Batch = dict[str, Any]
+_RUN_THE_MODEL = ("training_step", "validation_step", "test_step", "predict_step", "token_output", "generate")
 
 
 class CausalLMModule(pl.LightningModule):
@@ -75,6 +88,7 @@ class CausalLMModule(pl.LightningModule):
             ``"full"`` takes the model's own logits, for models whose head the fused one does not know.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the checkpoint.
+        sharding: how ``ModelParallelStrategy`` (FSDP2) shards the model; other strategies take no such options.
         renormalize: divide a step's gradient by the sum of its tokens' weights ``-dL/dl`` over all micro-batches and
             ranks, in place of their number. Weights then have mean one, so that clipping acts alike on every loss.
             What is logged stays the mean per target token.
@@ -115,6 +129,7 @@ class CausalLMModule(pl.LightningModule):
         head: Literal["fused", "full"] = "fused",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        sharding: ShardingOptions = ShardingOptions(),  # noqa: B008 (frozen)
         renormalize: bool = False,
         log_train_entropy: bool = False,
         generation: GenerationOptions = GenerationOptions(),  # noqa: B008 (frozen)
@@ -130,6 +145,7 @@ class CausalLMModule(pl.LightningModule):
         if any(parameter.requires_grad for parameter in self.loss.parameters()):
             raise ValueError(f"{type(self.loss).__name__} has trainable parameters; a token loss must have none")
         self.generation = GenerationOptions(**generation) if isinstance(generation, dict) else generation
+        self.sharding = ShardingOptions(**sharding) if isinstance(sharding, dict) else sharding
         self.answer_extractor = from_plain(answer_extractor, AnswerExtractor)
         self.model = None
         self._check_head_option(head)
@@ -143,6 +159,7 @@ class CausalLMModule(pl.LightningModule):
         self._normalized_step = 0
         self._loss_step = 0
         self._step_learning_rate = 0.0
+        self._matrices: frozenset[str] = frozenset()
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def _set_hparams(self, hp: Any) -> None:
@@ -184,10 +201,17 @@ class CausalLMModule(pl.LightningModule):
     # -- the model ---------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Build the model, once. Lightning calls it when device, precision and strategy are known."""
+        """Build the model, once, and shard it. Lightning calls this when device, precision and strategy are known."""
         if self.model is not None:
+            check_wrapped_anew(self._trainer, self.model)
             return
-        self.model = self.build_model()
+        check_original_parameters(self._trainer)
+        mesh = data_parallel_mesh(self._trainer, self.sharding)
+        files: list[Path] | None = None
+        if mesh is not None and self.sharding.load == "shards" and self._loads_checkpoint():
+            self.model, files = empty_causal_lm(self.hparams["model"], **self._loading_options())
+        else:
+            self.model = self.build_model()
         self._check_vocabulary()
         if self.hparams["gradient_checkpointing"]:
             if not hasattr(self.model, "gradient_checkpointing_enable"):
@@ -195,6 +219,19 @@ class CausalLMModule(pl.LightningModule):
             self.model.gradient_checkpointing_enable(  # type: ignore[operator]
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
+        self._matrices = matrix_names(self)
+        if mesh is not None:
+            shard(self, self.model, mesh, self.sharding, self.trainer.precision, _RUN_THE_MODEL)
+        if files is not None:
+            allocate_shards(self, self.trainer.strategy.root_device)
+            read_shards(self.model, files)
+
+    def _loads_checkpoint(self) -> bool:
+        """Whether :meth:`build_model` is the class's own and would load a checkpoint."""
+        return type(self).build_model is CausalLMModule.build_model and isinstance(self.hparams["model"], str)
+
+    def _loading_options(self) -> dict[str, Any]:
+        return {name: self.hparams[name] for name in ("dtype", "attn_implementation", "revision", "trust_remote_code")}
 
     def build_model(self) -> nn.Module:
         """The language model: takes ``input_ids``, ``attention_mask``, ``use_cache`` and returns ``.logits``.
@@ -204,8 +241,7 @@ class CausalLMModule(pl.LightningModule):
         The fused head finds the output layer by ``get_output_embeddings()`` or as ``lm_head``, an ``nn.Linear``; a
         model without needs ``head: full``.
         """
-        options = ("dtype", "attn_implementation", "revision", "trust_remote_code")
-        return load_causal_lm(self.hparams["model"], **{name: self.hparams[name] for name in options})
+        return load_causal_lm(self.hparams["model"], **self._loading_options())
 
     def _check_vocabulary(self) -> None:
         """A token id beyond the embedding would end in an index error far from its cause."""
@@ -275,7 +311,7 @@ class CausalLMModule(pl.LightningModule):
             check_documents(self.model)
             self._documents_checked = True
         if self.hparams["head"] == "full":
-            return full_batch_loss(self.model, self, batch, self.loss, options)
+            return full_batch_loss(self.model, self.forward, batch, self.loss, options)
         head = find_head(self.model)
         if not self._head_checked:  # here and not at start-up, where a sharded model cannot be run
             check_head(self.model, head)
@@ -307,6 +343,9 @@ class CausalLMModule(pl.LightningModule):
                 "gradient was never divided by its number of target tokens"
             )
         self._normalized_step = self.global_step
+        if is_sharded(self):
+            steps = not self.trainer.fit_loop._should_accumulate()
+            synchronise_gradients(self, steps or self.sharding.sync_micro_batches)
         divisor = self._normalizer.count((batch["labels"][:, 1:] != -100).sum())
         statistics = ("entropy",) if self.hparams["log_train_entropy"] else ()
         output = self.token_output(batch, normalizer=divisor, statistics=statistics)
@@ -328,16 +367,15 @@ class CausalLMModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as the trainer says; the norm is taken once and logged."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            self._check_clipping(optimizer)
-            nn.utils.clip_grads_with_norm_(parameters, float(gradient_clip_val), norm)
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         by_norm = gradient_clip_val if gradient_clip_algorithm in (None, "norm") else None
+        if by_norm:
+            self._check_clipping(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = clip_by_norm(parameters, by_norm, root=self.trainer.model)
+        if norm is None:
+            return
+        if not by_norm:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.train_telemetry.update_gradient(norm, by_norm, skips_non_finite=self._scales_gradients)
 
     @property
@@ -439,9 +477,16 @@ class CausalLMModule(pl.LightningModule):
         tokenizer = self.tokenizer
         stops = self._stop_token_ids()
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops[0] if stops else 0)
-        tokens = generate(
-            self.model, input_ids, attention_mask, options, stop_token_ids=stops, pad_token_id=int(cast(int, pad))
-        )
+        with gathered_root(self._trainer):
+            tokens = generate(
+                self.model,
+                input_ids,
+                attention_mask,
+                options,
+                stop_token_ids=stops,
+                pad_token_id=int(cast(int, pad)),
+                ranks_together=shards_parameters(self._trainer),
+            )
         return decode_completions(tokenizer, tokens, stops)
 
     def _stop_token_ids(self) -> list[int]:
@@ -463,7 +508,7 @@ class CausalLMModule(pl.LightningModule):
 
     def build_parameter_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer: matrices with weight decay, norms and biases without."""
-        return decay_groups(self, self.hparams["weight_decay"])
+        return decay_groups(self, self.hparams["weight_decay"], self._matrices)
 
     def build_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         """AdamW, fused where the device allows."""

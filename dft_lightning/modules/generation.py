@@ -75,6 +75,7 @@ def generate(
     *,
     stop_token_ids: Sequence[int],
     pad_token_id: int,
+    ranks_together: bool = False,
 ) -> Tensor:
     """Complete a batch of prompts.
 
@@ -85,6 +86,7 @@ def generate(
         options: how to generate.
         stop_token_ids: a completion ends with the first of these.
         pad_token_id: fills up finished completions.
+        ranks_together: go on until every rank has finished, as a sharded model must: each forward is a collective.
 
     Returns:
         ``[B, S]`` new tokens, the stop token included, ``S <= max_new_tokens``.
@@ -107,7 +109,10 @@ def generate(
     )
     with evaluating(model), _own_generation_config(model, config):
         tokens: Tensor = model.generate(  # type: ignore[operator]
-            input_ids=input_ids, attention_mask=attention_mask, generation_config=config
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=config,
+            synced_gpus=ranks_together,
         )
     return tokens[:, input_ids.shape[1] :]
 

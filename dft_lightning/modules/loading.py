@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +13,8 @@ import torch
 from torch import nn
 
 from dft_lightning.assets import resolve
+from dft_lightning.distributed.shard_loading import WAY_OUT as WHOLE
+from dft_lightning.distributed.shard_loading import parameters_on_meta
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.modules.documents import ATTENTION, register_documents_attention
 
@@ -40,32 +45,119 @@ def load_causal_lm(
     Raises:
         InputError: no such folder or hub name, an unknown ``model_type`` or config value, weights missing.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     register_documents_attention()
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     if isinstance(model, dict):
         return _from_config(model, torch_dtype, attn_implementation, trust_remote_code)
-    path = resolve(model, "model.model")
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise InputError(
-            f"model.model: {path} is a folder without config.json; expected a Hugging Face checkpoint folder"
-        )
+    path = _checkpoint_path(model)
     options: dict[str, Any] = {"revision": revision} if revision is not None else {}
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
+    with _loading(path):
         loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
             path,
-            config=config,
+            config=_read_config(path, trust_remote_code, options),
             dtype=torch_dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             **options,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"model.model: cannot load {path!r}: {one_line(error)}") from error
     _check_attention(loaded, attn_implementation)
     return loaded.train()  # from_pretrained leaves dropout off and gradient checkpointing inactive
+
+
+def empty_causal_lm(
+    model: str | os.PathLike[str],
+    *,
+    dtype: DType = "float32",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, list[Path]]:
+    """A pretrained model without its weights, and the files that have them.
+
+    Parameters are on the meta device, tied where the model ties them; buffers have their values.
+
+    Args:
+        model: a hub name, a local folder or ``asset://NAME``.
+        dtype: see :func:`load_causal_lm`.
+        attn_implementation: see :func:`load_causal_lm`.
+        revision: see :func:`load_causal_lm`.
+        trust_remote_code: see :func:`load_causal_lm`.
+
+    Returns:
+        The model in training mode, and its safetensors files, downloaded if need be.
+
+    Raises:
+        InputError: no such folder or hub name, no safetensors files, or parameters that stay in float32 whatever the
+            ``dtype``.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    register_documents_attention()
+    path = _checkpoint_path(model)
+    options: dict[str, Any] = {"revision": revision} if revision is not None else {}
+    with _loading(path):
+        config = _read_config(path, trust_remote_code, options)
+        own = config.get_text_config().dtype or torch.float32
+        with parameters_on_meta():
+            made: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config,
+                dtype=own if dtype == "auto" else getattr(torch, dtype),
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+            )
+        files = _safetensors_files(path, options)
+        with contextlib.suppress(OSError):  # a checkpoint may have none
+            made.generation_config = GenerationConfig.from_pretrained(path, **options)  # type: ignore[assignment]
+    in_float32 = getattr(made, "_keep_in_fp32_modules_strict", None) or getattr(made, "_keep_in_fp32_modules", None)
+    if in_float32 and dtype != "float32":
+        raise InputError(
+            f"model.dtype: {type(made).__name__} keeps some parameters in float32 ({', '.join(sorted(in_float32))}), "
+            "and FSDP2 shards parameters of one dtype: set model.dtype: float32 and trainer.precision: bf16-mixed"
+        )
+    _check_attention(made, attn_implementation)
+    return made.train(), files
+
+
+def _checkpoint_path(model: str | os.PathLike[str]) -> str:
+    path = resolve(model, "model.model")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise InputError(
+            f"model.model: {path} is a folder without config.json; expected a Hugging Face checkpoint folder"
+        )
+    return path
+
+
+@contextlib.contextmanager
+def _loading(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"model.model: cannot load {path!r}: {one_line(error)}") from error
+
+
+def _read_config(path: str, trust_remote_code: bool, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
+
+
+def _safetensors_files(path: str, options: dict[str, Any]) -> list[Path]:
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+    from transformers.utils.hub import cached_file
+
+    optional = {**options, "_raise_exceptions_for_missing_entries": False}
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **optional)
+    if index is None:
+        single = cached_file(path, SAFE_WEIGHTS_NAME, **optional)
+        if single is None:
+            raise InputError(f"model.model: {path} has no safetensors files; {WHOLE}")
+        return [Path(single)]
+    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    return [Path(str(cached_file(path, name, **options))) for name in names]
 
 
 def _from_config(

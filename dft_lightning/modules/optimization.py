@@ -34,17 +34,35 @@ def check_adamw_options(learning_rate: float, betas: tuple[float, float], eps: f
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
 
 
-def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+# What FSDP1, activation checkpointing and torch.compile put into names.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def matrix_names(module: nn.Module) -> frozenset[str]:
+    """Names of the parameters of two dimensions or more, whatever wraps the module's parts."""
+    return frozenset(_own_name(name) for name, p in module.named_parameters() if p.ndim >= 2)
+
+
+def decay_groups(module: nn.Module, weight_decay: float, matrices: frozenset[str]) -> list[dict[str, Any]]:
     """Two AdamW groups of the trainable parameters: matrices with weight decay; norms and biases without.
 
-    Norms and biases are the parameters of fewer than two dimensions.
+    Args:
+        module: has the parameters.
+        weight_decay: of the matrices.
+        matrices: their names, taken when they had their shapes: FSDP1 flattens them.
     """
-    trainable = [p for p in module.parameters() if p.requires_grad]
+    trainable = [(_own_name(name), p) for name, p in module.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in trainable if name in matrices], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable if name not in matrices], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _own_name(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def learning_rate_factor(

@@ -1,6 +1,6 @@
 """Run by test_compare_runs on two processes: a recorded fit and test.
 
-usage: ddp_recorder.py FOLDER
+usage: two_recorder.py FOLDER
 """
 
 from __future__ import annotations

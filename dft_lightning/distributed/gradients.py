@@ -1,0 +1,52 @@
+"""The norm of a step's whole gradient, whatever holds its parts, and clipping by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+
+@torch.no_grad()
+def clip_by_norm(parameters: Sequence[Tensor], max_norm: float | None, root: object = None) -> Tensor | None:
+    """Scale gradients down to a norm, in place. For shards it is a collective.
+
+    Args:
+        parameters: those without a gradient take no part.
+        max_norm: ``None`` or 0 scales nothing.
+        root: the module as the strategy wrapped it, which clips by itself under FSDP1 (Lightning's own clipping
+            refuses there, issue 19235).
+
+    Returns:
+        The norm before clipping, a scalar; ``None`` where nothing has a gradient.
+    """
+    if isinstance(root, FullyShardedDataParallel):  # a rank may have no part of any gradient, and still takes part
+        return root.clip_grad_norm_(max_norm or math.inf)
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    if not with_gradient:
+        return None
+    norm = total_norm([parameter.grad for parameter in with_gradient])  # type: ignore[misc]
+    if max_norm:
+        nn.utils.clip_grads_with_norm_(with_gradient, float(max_norm), norm)
+    return norm
+
+
+@torch.no_grad()
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, as a scalar of their dtype; of shards over all ranks.
+
+    Shards' squares are summed in float64, so that the number of ranks does not show.
+    """
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    if not sharded:
+        return nn.utils.get_total_norm(gradients)
+    mesh = sharded[0].device_mesh
+    local = [gradient.to_local() for gradient in sharded]
+    square = torch.stack([torch.linalg.vector_norm(shard, dtype=torch.float64) for shard in local]).square().sum()
+    square = square.to(mesh.device_type)  # offloaded gradients are on the CPU, which NCCL does not reach
+    torch.distributed.all_reduce(square, group=mesh.get_group())
+    return square.sqrt().to(local[0])

@@ -1,0 +1,259 @@
+"""Run by test_sharding, on two processes unless it says one.
+
+usage: sharded_runs.py PART FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.tensor import DTensor
+
+from dft_lightning import CausalLMModule, DFTLoss, TokenLoss
+from dft_lightning.errors import InputError
+from small_runs import TINY_ARITHMETIC, GradientRecorder, arithmetic_data, strategy_of, trainer, whole
+
+LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+BLOCK = "transformers.models.gpt2.modeling_gpt2.GPT2Block"
+
+
+class WholeSequence(TokenLoss):
+    """Takes the recomputing path of the head."""
+
+    pointwise = False
+    needs = ("sequence_index", "entropy")
+
+    def token_loss(self, stats: Any) -> torch.Tensor:
+        sums = torch.zeros(32, dtype=stats.log_prob.dtype).index_add(0, stats.sequence_index, stats.log_prob)
+        return -(sums / 90)[stats.sequence_index].exp() * stats.log_prob - 0.1 * stats.entropy
+
+
+class LossRecorder(GradientRecorder):
+    """Keeps the loss of each micro-batch as well."""
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        self.losses.append(float(outputs["loss"].detach()))
+
+
+def three_steps(folder: str | Path, batch_size: int, sharding: dict[str, Any] | None = None, **options: Any) -> Any:
+    """Losses and gradients of the first three steps from a checkpoint."""
+    pl.seed_everything(0)
+    module = LossRecorder(
+        str(folder),
+        loss=DFTLoss(),
+        dtype="float64",
+        learning_rate=0.01,
+        lr_schedule="constant",
+        sharding=sharding or {},
+    )
+    run = trainer(max_steps=3, max_epochs=3, gradient_clip_val=1.0, **options)
+    run.fit(module, datamodule=arithmetic_data(12, batch_size=batch_size, shuffle=False))
+    return module
+
+
+# What one step is tried with: options of the module, and the same where nothing is sharded.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "tied": ({}, {}),
+    "untied": ({"model": {**TINY_ARITHMETIC, "tie_word_embeddings": False}},) * 2,
+    "recomputing head": ({"loss": WholeSequence()},) * 2,
+    "recomputing head, untied": ({"loss": WholeSequence(), "model": {**TINY_ARITHMETIC, "tie_word_embeddings": False}},)
+    * 2,
+    "full head": ({"head": "full"},) * 2,
+    "gradient checkpointing": ({"gradient_checkpointing": True}, {}),
+    "blocks by class path": ({"sharding": {"blocks": [BLOCK]}}, {}),
+    "weights kept after forward": ({"sharding": {"reshard_after_forward": False}}, {}),
+    "every micro-batch reduced": ({"sharding": {"sync_micro_batches": True}}, {}),
+    "offloaded": ({"sharding": {"cpu_offload": True}}, {}),
+}
+
+
+def one_step(batch_size: int, accumulate: int, options: dict[str, Any], trainer_options: dict[str, Any]) -> Any:
+    pl.seed_everything(0)
+    module = GradientRecorder(**{"model": TINY_ARITHMETIC, "loss": DFTLoss(), "dtype": "float64", **options})
+    run = trainer(accumulate_grad_batches=accumulate, **trainer_options)
+    run.fit(module, datamodule=arithmetic_data(16, batch_size=batch_size, shuffle=False))
+    return module.gradients[0]
+
+
+def two(**options: Any) -> dict[str, Any]:
+    return {"devices": 2, "strategy": strategy_of("fsdp2"), **options}
+
+
+def save(value: Any, path: Path) -> None:
+    if torch.distributed.get_rank() == 0:
+        torch.save(value, path)
+
+
+def checkpoints(folder: Path) -> None:
+    """Three steps from each checkpoint below ``folder``, loaded in either way."""
+    found = {}
+    for path in sorted(folder.glob("*-vocabulary-*")):
+        for load in ("shards", "whole"):
+            module = three_steps(path, 2, {"load": load}, **two())
+            losses = torch.tensor(module.losses)
+            torch.distributed.all_reduce(losses)
+            found[path.name, load] = losses, module.gradients
+    save(found, folder / "out.pt")
+
+
+def variants(folder: Path) -> None:
+    gradients = {}
+    for strategy in ("fsdp1", "fsdp2"):
+        for name, (options, _) in VARIANTS.items():
+            if strategy == "fsdp2" or "sharding" not in options:
+                run = {"devices": 2, "strategy": strategy_of(strategy)}
+                gradients[strategy, name] = one_step(2, 4, options, run)
+    save(gradients, folder / "out.pt")
+
+
+class Watch(pl.Callback):
+    """What a sharded run holds, and in which dtypes."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        parameters = dict(module.named_parameters())
+        assert all(isinstance(p, DTensor) for p in parameters.values())
+        self.seen["shards"] = {name: list(p.to_local().shape) for name, p in parameters.items()}
+        layer = module.model.transformer.h[0].mlp.c_fc
+        layer.register_forward_hook(lambda m, args, out: self.seen.update(block=str(m.weight.dtype)))
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        state = trainer.optimizers[0].state.values()
+        self.seen["parameters"] = sorted({str(p.dtype) for p in module.parameters()})
+        self.seen["state"] = sorted({str(s["exp_avg"].dtype) for s in state})
+
+
+def behaviour(folder: Path) -> None:
+    """Precision, the same run twice, checkpoints."""
+    out: dict[str, Any] = {}
+    for precision in ("32-true", "bf16-mixed", "bf16-true"):
+        pl.seed_everything(0)
+        watch = Watch()
+        module = GradientRecorder(TINY_ARITHMETIC, loss=DFTLoss())
+        trainer(**two(precision=precision, callbacks=[watch])).fit(module, datamodule=arithmetic_data(16, batch_size=8))
+        out[precision] = {**watch.seen, "gradient": module.gradients[0]}
+
+    weights = []
+    for _ in range(2):
+        pl.seed_everything(3)
+        module = CausalLMModule({**TINY_ARITHMETIC, "resid_pdrop": 0.3}, loss=DFTLoss(), learning_rate=1e-2)
+        run = trainer(**two(max_steps=4, accumulate_grad_batches=2))
+        run.fit(module, datamodule=arithmetic_data(32, batch_size=2))
+        weights.append(torch.cat([whole(p.detach()).flatten() for p in module.parameters()]))
+    out["twice"] = weights
+
+    for distributed in (True, False):
+        path = folder / f"distributed-{distributed}.ckpt"
+        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=distributed)
+        pl.seed_everything(3)
+        module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), learning_rate=1e-2)
+        run = trainer(devices=2, strategy=strategy, max_steps=2)
+        data = arithmetic_data(8, batch_size=4)
+        data.sources["validation"] = data.sources["train"]
+        run.fit(module, datamodule=data)
+        run.save_checkpoint(path)
+        values = []
+        for ckpt_path in (None, path):
+            fresh = module if ckpt_path is None else CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss())
+            again = trainer(devices=2, strategy=ModelParallelStrategy(2, 1))
+            values += again.validate(fresh, datamodule=data, ckpt_path=ckpt_path, weights_only=True, verbose=False)
+        out[f"checkpoint {distributed}"] = values
+    save(out, folder / "out.pt")
+
+
+def memory(folder: Path) -> None:
+    """The most that a rank had allocated while a checkpoint was loaded, in bytes, by the allocator's own account."""
+
+    class Profiled(CausalLMModule):
+        def configure_model(self) -> None:
+            with torch.profiler.profile(profile_memory=True) as profile:
+                super().configure_model()
+            trace = folder / f"trace-{torch.distributed.get_rank()}.json"
+            profile.export_chrome_trace(str(trace))
+            events = json.loads(trace.read_text())["traceEvents"]
+            levels = [e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]"]
+            self.peak = max(levels) - levels[0]
+            self.kept = sum(p.to_local().nbytes for p in self.parameters())
+
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the account is of this thread
+    found = {}
+    for load in ("shards", "whole"):
+        # Another dtype than the checkpoint's: what is mapped from a file is in nobody's account.
+        module = Profiled(str(folder / "model"), dtype="float64", sharding={"load": load})
+        data = arithmetic_data(2, batch_size=1)
+        data.sources["validation"] = data.sources["train"]
+        trainer(**two(limit_val_batches=1)).validate(module, datamodule=data, verbose=False)
+        found[load] = {"peak": module.peak, "kept": module.kept}
+    save(found, folder / "out.pt")
+
+
+def refusals(folder: Path) -> None:
+    """One process: the message of each thing that is refused."""
+    one = {"devices": 1}
+
+    def message(module: Any, **options: Any) -> str:
+        defaults = {**one, "strategy": ModelParallelStrategy(1, 1), **options}
+        try:
+            data = arithmetic_data(4, batch_size=2)
+            data.sources["validation"] = data.sources["train"]
+            run = trainer(**defaults)
+            if options.get("inference_mode"):
+                run.validate(module, datamodule=data, verbose=False)
+            else:
+                run.fit(module, datamodule=data)
+        except InputError as error:
+            return str(error)
+        return "nothing was refused"
+
+    def make(model: Any = TINY_ARITHMETIC, **options: Any) -> CausalLMModule:
+        return CausalLMModule(model, **options)
+
+    class Bare(CausalLMModule):
+        def build_model(self) -> torch.nn.Module:
+            return torch.nn.Linear(2, 2)
+
+    found = {
+        "no strategy": message(make(sharding={"cpu_offload": True}), strategy="auto"),
+        "another class": message(make(sharding={"blocks": ["transformers.LlamaConfig"]})),
+        "no such path": message(make(sharding={"blocks": ["transformers.Nothing"]})),
+        "no such block": message(make(sharding={"blocks": ["torch.nn.Conv2d"]})),
+        "no list": message(Bare(TINY_ARITHMETIC)),
+        "several dtypes": message(make_mixed()),
+        "another layout": message(make(str(folder / "renamed"))),
+        "no safetensors": message(make(str(folder / "bin"))),
+        "another shape": message(make(str(folder / "shape"))),
+    }
+    import lightning.pytorch.loops.utilities as loops
+
+    loops._distributed_is_initialized = lambda: False  # as on NCCL, where Lightning has inference mode
+    found["inference mode"] = message(make(), inference_mode=True)
+    (folder / "out.json").write_text(json.dumps(found))
+
+
+def make_mixed() -> CausalLMModule:
+    class Mixed(CausalLMModule):
+        def build_model(self) -> torch.nn.Module:
+            model = super().build_model()
+            model.transformer.ln_f.to(torch.bfloat16)
+            return model
+
+    return Mixed(TINY_ARITHMETIC)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,58 @@
+"""Run by test_telemetry on two processes: validation alone and along fit, and predictions.
+
+usage: two_validate.py STRATEGY VALUES PREDICTIONS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import lightning.pytorch.loops.utilities
+
+from dft_lightning import CausalLMModule, DFTLoss
+from dft_lightning.callbacks import PredictionWriter
+from dft_lightning.modules import GenerationOptions
+from small_runs import TINY_ARITHMETIC, strategy_of, trainer
+from test_telemetry import validation_data
+
+
+def make() -> CausalLMModule:
+    pl.seed_everything(0)
+    generation = GenerationOptions(max_new_tokens=8)
+    return CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), learning_rate=0.0, generation=generation)
+
+
+def predict(path: str, **options: Any) -> None:
+    data = validation_data(eval_batch_size=4)
+    data.sources["predict"] = data.sources["validation"]
+    trainer(callbacks=[PredictionWriter(path)], **options).predict(make(), datamodule=data)
+
+
+if __name__ == "__main__":
+    name, values, predictions = sys.argv[1:]
+    # As NCCL is treated: Lightning leaves inference mode alone on gloo, whatever the trainer says.
+    lightning.pytorch.loops.utilities.dist = SimpleNamespace(get_backend=lambda: "nccl")
+
+    def two() -> dict[str, Any]:
+        return {"devices": 2, "strategy": strategy_of(name)}
+
+    module = make()
+    (validated,) = trainer(**two()).validate(module, datamodule=validation_data(eval_batch_size=2), verbose=False)
+
+    run = trainer(**two())
+    if name == "fsdp1":  # a module is wrapped once
+        module = make()
+    run.fit(module, datamodule=validation_data(batch_size=8, eval_batch_size=4))
+    fitted = {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val/")}
+
+    one_row = validation_data(1, eval_batch_size=4)  # the other rank has none
+    (alone,) = trainer(**two()).validate(make(), datamodule=one_row, verbose=False)
+
+    predict(predictions, **two())
+    if run.is_global_zero:
+        Path(values).write_text(json.dumps({"validate": validated, "fit": fitted, "alone": alone}))
