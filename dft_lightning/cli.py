@@ -20,6 +20,7 @@ from dft_lightning.callbacks import PredictionWriter
 from dft_lightning.checkpoints import resolve_checkpoint
 from dft_lightning.cli_errors import shorten
 from dft_lightning.data import InstructionDataModule
+from dft_lightning.distributed.strategies import check_precision
 from dft_lightning.errors import InputError
 from dft_lightning.modules import CausalLMModule
 
@@ -70,6 +71,7 @@ class DFTLightningCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._get(self.config_init, "trainer")
+        check_precision(config.get("strategy"), config.get("precision"))
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         callbacks += default_callbacks(callbacks, config)

@@ -1,24 +1,30 @@
 """Run by test_sharding, on two processes unless it says one.
 
-usage: sharded_runs.py PART FOLDER
+usage: sharded_runs.py FOLDER PART...    (each part has a folder of its own in FOLDER, and leaves a file there)
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from dft_lightning import CausalLMModule, DFTLoss, TokenLoss
+from dft_lightning.data.batches import Collator
+from dft_lightning.distributed.memory import estimate_memory
+from dft_lightning.distributed.strategies import check_precision
 from dft_lightning.errors import InputError
-from small_runs import TINY_ARITHMETIC, GradientRecorder, arithmetic_data, strategy_of, trainer, whole
+from small_runs import TINY_ARITHMETIC, FSDP1OnCPU, GradientRecorder, arithmetic_data, strategy_of, trainer, whole
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
@@ -85,7 +91,11 @@ def one_step(batch_size: int, accumulate: int, options: dict[str, Any], trainer_
     module = GradientRecorder(**{"model": TINY_ARITHMETIC, "loss": DFTLoss(), "dtype": "float64", **options})
     run = trainer(accumulate_grad_batches=accumulate, **trainer_options)
     run.fit(module, datamodule=arithmetic_data(16, batch_size=batch_size, shuffle=False))
-    return module.gradients[0]
+    decayed = [sum(whole(p).numel() for p in group["params"]) for group in run.optimizers[0].param_groups]
+    counts = torch.tensor(decayed)
+    if isinstance(run.model, FullyShardedDataParallel):  # a rank's parts
+        torch.distributed.all_reduce(counts)
+    return module.gradients[0], counts.tolist()
 
 
 def two(**options: Any) -> dict[str, Any]:
@@ -176,18 +186,26 @@ def behaviour(folder: Path) -> None:
     save(out, folder / "out.pt")
 
 
-def memory(folder: Path) -> None:
-    """The most that a rank had allocated while a checkpoint was loaded, in bytes, by the allocator's own account."""
+@contextlib.contextmanager
+def peak_memory(trace: Path) -> Iterator[list[int]]:
+    """Appends the most bytes that were allocated at once within, by the allocator's own account."""
+    found: list[int] = []
+    with torch.profiler.profile(profile_memory=True) as profile:
+        yield found
+    profile.export_chrome_trace(str(trace))
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    before = events[0]["args"]["Total Allocated"] - events[0]["args"]["Bytes"]
+    found.append(max(event["args"]["Total Allocated"] for event in events) - before)
+
+
+def loading(folder: Path) -> None:
+    """Memory of a rank while a checkpoint is loaded, and what it keeps."""
 
     class Profiled(CausalLMModule):
         def configure_model(self) -> None:
-            with torch.profiler.profile(profile_memory=True) as profile:
+            with peak_memory(folder / f"trace-{torch.distributed.get_rank()}.json") as self.peak:
                 super().configure_model()
-            trace = folder / f"trace-{torch.distributed.get_rank()}.json"
-            profile.export_chrome_trace(str(trace))
-            events = json.loads(trace.read_text())["traceEvents"]
-            levels = [e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]"]
-            self.peak = max(levels) - levels[0]
             self.kept = sum(p.to_local().nbytes for p in self.parameters())
 
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the account is of this thread
@@ -198,8 +216,39 @@ def memory(folder: Path) -> None:
         data = arithmetic_data(2, batch_size=1)
         data.sources["validation"] = data.sources["train"]
         trainer(**two(limit_val_batches=1)).validate(module, datamodule=data, verbose=False)
-        found[load] = {"peak": module.peak, "kept": module.kept}
+        found[load] = {"peak": module.peak[0], "kept": module.kept}
     save(found, folder / "out.pt")
+
+
+def training_memory(trace: Path, ranks: int, sizes: dict[str, int], tokens: int, checkpointing: bool) -> list[int]:
+    """Bytes that two steps of two micro-batches took at most, and what the estimate says."""
+    options = two() if ranks == 2 else {}
+    module = CausalLMModule(
+        {**LLAMA, **sizes, "tie_word_embeddings": False, "max_position_embeddings": tokens},
+        loss=DFTLoss(),
+        gradient_checkpointing=checkpointing,
+        sharding={"sync_micro_batches": True} if ranks == 2 else {},
+    )
+    ids = torch.arange(tokens // 2) % sizes["vocab_size"]
+    rows = [{"input_ids": ids.tolist(), "labels": ids.tolist()}] * (8 * ranks)
+    run = trainer(max_steps=2, accumulate_grad_batches=2, precision="bf16-mixed", **options)
+    with peak_memory(trace) as found:
+        run.fit(module, torch.utils.data.DataLoader(rows, batch_size=2, collate_fn=Collator(0)))
+    estimate = estimate_memory(module.model, tokens=tokens, ranks=ranks, gradient_checkpointing=checkpointing)
+    return [*found, estimate.total]
+
+
+_SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "vocab_size": 2048}
+_WIDE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 10, "vocab_size": 8192}
+MEMORY_CASES = [
+    ({**_SMALL, "num_attention_heads": 8, "num_key_value_heads": 4}, 2048, True),
+    ({**_WIDE, "num_attention_heads": 4, "num_key_value_heads": 2}, 2048, False),
+]
+
+
+def training(folder: Path) -> None:
+    trace = folder / f"trace-{os.environ.get('LOCAL_RANK', 0)}.json"
+    save([training_memory(trace, 2, *case) for case in MEMORY_CASES], folder / "out.pt")
 
 
 def refusals(folder: Path) -> None:
@@ -209,6 +258,8 @@ def refusals(folder: Path) -> None:
     def message(module: Any, **options: Any) -> str:
         defaults = {**one, "strategy": ModelParallelStrategy(1, 1), **options}
         try:
+            if "precision" in options:
+                check_precision(defaults["strategy"], options["precision"])
             data = arithmetic_data(4, batch_size=2)
             data.sources["validation"] = data.sources["train"]
             run = trainer(**defaults)
@@ -234,10 +285,15 @@ def refusals(folder: Path) -> None:
         "no such block": message(make(sharding={"blocks": ["torch.nn.Conv2d"]})),
         "no list": message(Bare(TINY_ARITHMETIC)),
         "several dtypes": message(make_mixed()),
+        "fp16": message(make(), precision="16-mixed"),
+        "flat parameters": message(make(), strategy=FSDP1OnCPU(use_orig_params=False)),
         "another layout": message(make(str(folder / "renamed"))),
         "no safetensors": message(make(str(folder / "bin"))),
         "another shape": message(make(str(folder / "shape"))),
     }
+    wrapped = make()
+    found["wrapped once"] = message(wrapped, strategy=strategy_of("fsdp1"))
+    found["wrapped twice"] = message(wrapped, strategy=strategy_of("fsdp1"))
     import lightning.pytorch.loops.utilities as loops
 
     loops._distributed_is_initialized = lambda: False  # as on NCCL, where Lightning has inference mode
@@ -256,4 +312,5 @@ def make_mixed() -> CausalLMModule:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](Path(sys.argv[2]))
+    for part in sys.argv[2:]:
+        globals()[part](Path(sys.argv[1]) / part)

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.strategies.fsdp import _setup_activation_checkpointing
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -90,7 +91,9 @@ class FSDP1OnCPU(FSDPStrategy):
 
     def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:
         options = {**self.kwargs, "mixed_precision": self.mixed_precision_config}
-        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+        _setup_activation_checkpointing(wrapped, self._activation_checkpointing_kwargs)
+        return wrapped
 
 
 def strategy_of(name: str) -> Any:
@@ -100,7 +103,7 @@ def strategy_of(name: str) -> Any:
     if name == "fsdp1":
         from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-        return FSDP1OnCPU(auto_wrap_policy={GPT2Block})
+        return FSDP1OnCPU(auto_wrap_policy={GPT2Block}, activation_checkpointing_policy={GPT2Block})
     return name
 
 
@@ -135,10 +138,18 @@ def run_two_processes(script: str, *args: str, timeout: float = 150) -> str:
     Returns:
         Its standard output.
     """
-    path = os.path.join(os.path.dirname(__file__), script)
+    return run_limited([os.path.join(os.path.dirname(__file__), script), *args], timeout)
+
+
+def run_limited(args: list[str], timeout: float) -> str:
+    """Run Python on these arguments; a hard limit ends it and all that it starts.
+
+    Returns:
+        Its standard output.
+    """
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, path, *args],
+        [sys.executable, *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -10,9 +10,12 @@ import yaml
 
 from conftest import ROOT, TINY_LLAMA
 from dft_lightning.cli import main
+from dft_lightning.compare.base_config import read_fit_config
+from small_runs import run_limited
 
 # Comparisons are no fit configs; test_compare_settings has them.
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "compare")
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+TRAINERS = sorted((ROOT / "configs" / "trainer").glob("*.yaml"))
 OVERLAYS = {
     "quickstart_ce": "quickstart",
     "quickstart_focal": "quickstart",
@@ -46,7 +49,6 @@ def test_config_runs(path, tmp_path):
                 "data": {"train": str(rows), "test": str(rows), "tokenizer": "asset://arithmetic-base"},
                 "trainer": {
                     "max_steps": 2,
-                    "accumulate_grad_batches": 1,
                     "accelerator": "cpu",
                     "devices": 1,
                     "limit_val_batches": 1,
@@ -67,6 +69,60 @@ def test_config_runs(path, tmp_path):
         "arithmetic_three_digits": "CrossEntropyLoss",
     }
     assert type(cli.model.loss).__name__ == expected.get(path.stem, "DFTLoss")
+
+
+STRATEGIES = {
+    "one_gpu": "auto",
+    "ddp": "lightning.pytorch.strategies.DDPStrategy",
+    "fsdp1_8gpus": "lightning.pytorch.strategies.FSDPStrategy",
+    "fsdp2_4nodes": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "fsdp2_8gpus": "lightning.pytorch.strategies.ModelParallelStrategy",
+}
+
+
+@pytest.mark.parametrize("path", TRAINERS, ids=lambda path: path.stem)
+def test_trainer_overlay_parses(path):
+    trainer = read_fit_config([ROOT / "configs" / "alpaca_qwen3.yaml", path], {})["trainer"]
+    assert trainer["precision"] == "bf16-mixed"
+    strategy = trainer["strategy"]
+    if strategy == "auto":
+        assert STRATEGIES[path.stem] == "auto"
+        return
+    assert strategy["class_path"] == STRATEGIES[path.stem]
+    options = strategy["init_args"]
+    if "ModelParallel" in strategy["class_path"]:
+        assert options["tensor_parallel_size"] == 1
+        assert options["data_parallel_size"] == trainer["num_nodes"] * trainer["devices"]
+    if "FSDPStrategy" in strategy["class_path"]:
+        block = "transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer"
+        assert options["auto_wrap_policy"] == options["activation_checkpointing_policy"] == [block]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2_4nodes"])
+def test_trainer_overlay_runs(name, tmp_path):
+    """Over a fit config, on two processes of this machine; a second run loads its checkpoint and tests."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join([json.dumps({"instruction": "1+1=", "output": "1+1+0=2c0|2"})] * 40))
+    strategy = yaml.safe_load((ROOT / "configs" / "trainer" / f"{name}.yaml").read_text())["trainer"]["strategy"]
+    if "ModelParallel" in strategy["class_path"]:
+        strategy["init_args"]["data_parallel_size"] = 2
+    small = tmp_path / "small.yaml"
+    content = {
+        "model": {"model": TINY, "generation": {"max_new_tokens": 4}},
+        "data": {"train": str(rows), "test": str(rows), "tokenizer": "asset://arithmetic-base"}
+        | {"batch_size": 4, "global_batch_size": 16},
+        "trainer": {"accelerator": "cpu", "devices": 2, "num_nodes": 1, "strategy": strategy, "max_steps": 2}
+        | {"default_root_dir": str(tmp_path), "enable_progress_bar": False, "val_check_interval": None},
+    }
+    small.write_text(yaml.safe_dump(content))
+    configs = [ROOT / "configs" / "alpaca_qwen3.yaml", ROOT / "configs" / "trainer" / f"{name}.yaml", small]
+    args = [argument for path in configs for argument in ("--config", str(path))]
+    run_limited(["-m", "dft_lightning", "fit", *args], timeout=120)
+    (run,) = (tmp_path / "lightning_logs").iterdir()
+    assert (run / "config.yaml").is_file()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["epoch=0-step=2.ckpt"]
+    tested = run_limited(["-m", "dft_lightning", "test", *args, "--ckpt_path", "last"], timeout=120)
+    assert "test/exact_match" in tested
 
 
 def test_there_are_configs():

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from transformers import GPT2Tokenizer
 
 from conftest import shared
 from dft_lightning.data import ArithmeticRows, HubRows, InstructionDataModule, LocalRows, arithmetic_tokenizer
+from dft_lightning.data.accumulation import micro_batches_of
 from dft_lightning.data.arithmetic import is_held_out
 from dft_lightning.data.batches import Collator, RowSampler, TokenizedRows
 from dft_lightning.data.messages import RowColumns, read_messages
 from dft_lightning.data.tokenizer import end_of_turn, load_tokenizer
 from dft_lightning.data.tokens import ConversationEncoder
 from dft_lightning.errors import InputError
+from small_runs import TINY_ARITHMETIC, GradientRecorder, arithmetic_data, trainer
 
 TURN = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
 MULTI = [
@@ -499,3 +502,36 @@ def test_shipped_tokenizer_is_the_one_the_code_makes():
     assert shipped.get_vocab() == made.get_vocab()
     assert shipped.chat_template == made.chat_template
     assert torch.equal(torch.tensor(shipped("1+2=?x")["input_ids"]), torch.tensor(made("1+2=?x")["input_ids"]))
+
+
+# -- rows of an optimizer step ----------------------------------------------------------------------------------------
+
+
+def test_global_batch_size_sets_the_accumulation():
+    """12 rows a step in micro-batches of 3: the gradient of one batch of 12."""
+    gradients = []
+    for options in ({"batch_size": 3, "global_batch_size": 12}, {"batch_size": 12}):
+        pl.seed_everything(0)
+        module = GradientRecorder(TINY_ARITHMETIC, dtype="float64")
+        run = trainer()
+        run.fit(module, datamodule=arithmetic_data(24, shuffle=False, **options))
+        gradients.append(module.gradients[0])
+        assert run.accumulate_grad_batches == 12 // options["batch_size"]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "ranks", "nearest"), [(100, 8, 4, 96), (112, 8, 4, 128), (5, 8, 4, 32), (7, 2, 1, 8)]
+)
+def test_a_global_batch_size_that_does_not_divide(size, batch_size, ranks, nearest):
+    with pytest.raises(InputError, match=rf"{size} rows are no whole number .* {nearest} is the nearest size that is"):
+        micro_batches_of(size, batch_size, ranks)
+    assert micro_batches_of(nearest, batch_size, ranks) * batch_size * ranks == nearest
+
+
+def test_a_global_batch_size_beside_another_accumulation():
+    scheduler = pl.callbacks.GradientAccumulationScheduler({0: 2})
+    for options, given in (({"accumulate_grad_batches": 3}, "3"), ({"callbacks": [scheduler]}, "a Gradient")):
+        data = arithmetic_data(8, batch_size=2, global_batch_size=4)
+        with pytest.raises(InputError, match=rf"accumulate_grad_batches is {given}.*leave one of the two out"):
+            trainer(**options).fit(GradientRecorder(TINY_ARITHMETIC), datamodule=data)

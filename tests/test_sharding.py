@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
 import torch
 
-from sharded_runs import LLAMA, VARIANTS, one_step, three_steps
+from conftest import ROOT
+from sharded_runs import LLAMA, MEMORY_CASES, VARIANTS, one_step, three_steps, training_memory
 from small_runs import run_two_processes
 from test_normalization import relative
 
@@ -21,37 +23,50 @@ def save_llama(folder, tied, vocabulary, **options):
     LlamaForCausalLM(LlamaConfig(**values)).save_pretrained(folder)
 
 
-def test_three_steps_from_a_checkpoint(tmp_path):
-    """Tied and untied, with vocabularies that two ranks share evenly and not, read by shards and whole."""
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """A folder with what every part of sharded_runs left, of one launch."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for part in PARTS:
+        (folder / part).mkdir()
     for tied in (True, False):
         for vocabulary in (96, 97):
-            save_llama(tmp_path / f"{'tied' if tied else 'untied'}-vocabulary-{vocabulary}", tied, vocabulary)
-    run_two_processes("sharded_runs.py", "checkpoints", str(tmp_path))
-    found = torch.load(tmp_path / "out.pt")
+            name = f"{'tied' if tied else 'untied'}-vocabulary-{vocabulary}"
+            save_llama(folder / "checkpoints" / name, tied, vocabulary)
+    save_llama(folder / "loading" / "model", True, 512, **LOADED)
+    run_two_processes("sharded_runs.py", str(folder), *PARTS, timeout=400)
+    return folder
+
+
+PARTS = ("checkpoints", "variants", "behaviour", "loading", "training")
+LOADED = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "num_key_value_heads": 2}
+
+
+def test_three_steps_from_a_checkpoint(two_processes):
+    """Tied and untied, with vocabularies that two ranks share evenly and not, read by shards and whole."""
+    found = torch.load(two_processes / "checkpoints" / "out.pt")
     assert len(found) == 8
     for (name, load), (losses, gradients) in found.items():
-        alone = three_steps(tmp_path / name, 4)
+        alone = three_steps(two_processes / "checkpoints" / name, 4)
         for step in range(3):
             assert relative(gradients[step], alone.gradients[step]) < 1e-10, (name, load, step)
         # A micro-batch's sum over a power of two, which is half as large on half the rows.
         assert losses.tolist() == pytest.approx([2 * loss for loss in alone.losses], rel=1e-6), (name, load)
 
 
-def test_every_head_and_option_gives_the_gradient_of_one_process(tmp_path):
-    run_two_processes("sharded_runs.py", "variants", str(tmp_path))
-    gradients = torch.load(tmp_path / "out.pt")
-    assert {strategy for strategy, _ in gradients} == {"fsdp1", "fsdp2"}
-    for (strategy, name), gradient in gradients.items():
-        alone = one_step(16, 1, VARIANTS[name][1], {})
+def test_every_head_and_option_gives_the_gradient_of_one_process(two_processes):
+    found = torch.load(two_processes / "variants" / "out.pt")
+    assert {strategy for strategy, _ in found} == {"fsdp1", "fsdp2"}
+    for (strategy, name), (gradient, decayed) in found.items():
+        alone, decayed_alone = one_step(16, 1, VARIANTS[name][1], {})
+        assert decayed == decayed_alone, (strategy, name)
         # Under FSDP1, Lightning's 32-true computes float64 parameters in float32.
         assert relative(gradient, alone) < {"fsdp2": 1e-10, "fsdp1": 1e-6}[strategy], (strategy, name)
 
 
-@pytest.fixture(scope="module")
-def behaviour(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("behaviour")
-    run_two_processes("sharded_runs.py", "behaviour", str(folder))
-    return torch.load(folder / "out.pt")
+@pytest.fixture
+def behaviour(two_processes):
+    return torch.load(two_processes / "behaviour" / "out.pt")
 
 
 def test_precision(behaviour):
@@ -86,31 +101,55 @@ def test_checkpoints_hold_the_weights(behaviour):
         assert before == after
 
 
-def test_no_rank_loads_more_than_its_shard_and_one_block(tmp_path):
-    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "num_key_value_heads": 2}
-    save_llama(tmp_path / "model", True, 512, **sizes)
-    run_two_processes("sharded_runs.py", "memory", str(tmp_path))
-    found = torch.load(tmp_path / "out.pt")
+def test_no_rank_loads_more_than_its_shard_and_one_block(two_processes):
+    found = torch.load(two_processes / "loading" / "out.pt")
     block = 8 * (4 * 64 * 64 + 3 * 64 * 192 + 2 * 64)
     assert found["shards"]["kept"] == found["whole"]["kept"] == 4 * block + 8 * (512 * 64 + 64) / 2
     assert found["shards"]["peak"] <= found["shards"]["kept"] + block
     assert found["whole"]["peak"] > 2 * found["whole"]["kept"]  # what the account would have shown
 
 
+def test_the_memory_estimate_is_what_the_allocator_measures(two_processes, tmp_path):
+    """To a quarter, on one rank and on two, with and without gradient checkpointing."""
+    alone = [training_memory(tmp_path / "trace.json", 1, *case) for case in MEMORY_CASES]
+    for measured, estimated in [*torch.load(two_processes / "training" / "out.pt"), *alone]:
+        assert estimated == pytest.approx(measured, rel=0.25)
+
+
+def test_the_memory_table_is_the_one_in_the_docs():
+    spec = importlib.util.spec_from_file_location("memory_table", ROOT / "benchmarks" / "memory_table.py")
+    memory_table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(memory_table)
+    billions = {name: sum(p.numel() for p in memory_table.empty_model(name).parameters()) for name in BILLIONS}
+    assert {name: round(count / 1e9, 2) for name, count in billions.items()} == BILLIONS
+    assert memory_table.table() in (ROOT / "docs" / "sharding.md").read_text()
+
+
+# As their model cards have it.
+BILLIONS = {
+    "Qwen2.5-Math-1.5B": 1.54,
+    "LLaMA-3.2-3B": 3.21,
+    "DeepSeekMath-7B": 6.91,
+    "Qwen2.5-Math-7B": 7.62,
+    "LLaMA-3.1-8B": 8.03,
+}
+
+
 def test_what_is_refused(tmp_path):
-    save_llama(tmp_path / "renamed", True, 96)
-    save_llama(tmp_path / "shape", True, 96)
-    save_llama(tmp_path / "bin", True, 96)
-    (tmp_path / "bin" / "model.safetensors").unlink()
+    folder = tmp_path / "refusals"
+    save_llama(folder / "renamed", True, 96)
+    save_llama(folder / "shape", True, 96)
+    save_llama(folder / "bin", True, 96)
+    (folder / "bin" / "model.safetensors").unlink()
     from safetensors.torch import load_file, save_file
 
     for name, change in (("renamed", "model.layers.0.mlp.up.weight"), ("shape", "model.layers.0.mlp.up_proj.weight")):
-        file = tmp_path / name / "model.safetensors"
+        file = folder / name / "model.safetensors"
         tensors = load_file(file)
         taken = tensors.pop("model.layers.0.mlp.up_proj.weight")
         save_file({**tensors, change: taken[:-1].contiguous() if name == "shape" else taken}, file)
-    run_two_processes("sharded_runs.py", "refusals", str(tmp_path))
-    found = json.loads((tmp_path / "out.json").read_text())
+    run_two_processes("sharded_runs.py", str(tmp_path), "refusals")
+    found = json.loads((folder / "out.json").read_text())
     for name, words in REFUSALS.items():
         assert words in found[name], name
     assert set(found) == set(REFUSALS)
@@ -123,6 +162,10 @@ REFUSALS = {
     "no such block": "GPT2LMHeadModel has no module of torch.nn.Conv2d",
     "no list": "Linear has no ModuleList of repeated layers: name their class in model.sharding.blocks",
     "several dtypes": "these are of torch.bfloat16, torch.float32: set model.dtype",
+    "fp16": "16-mixed needs a gradient scaler, and ModelParallelStrategy (FSDP2) has none: use bf16-mixed, or FSDPSt",
+    "flat parameters": "use_orig_params: false makes one parameter of matrices, norms and biases",
+    "wrapped once": "nothing was refused",
+    "wrapped twice": "FSDPStrategy (FSDP1) wraps a module once: make a new one",
     "another layout": "the checkpoint has no model.layers.0.mlp.up_proj.weight (1 such tensors)",
     "no safetensors": "has no safetensors files; set model.sharding.load: whole",
     "another shape": "the checkpoint's model.layers.0.mlp.up_proj.weight is [31, 16], and the model's [32, 16]",

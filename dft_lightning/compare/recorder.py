@@ -30,6 +30,7 @@ from dft_lightning.callbacks.evaluation import (
 from dft_lightning.compare.files import CHECKPOINT, FIT, PROBABILITIES, TEST, write_json
 from dft_lightning.compare.fingerprints import RowHasher, combined, hash_texts, hash_weights
 from dft_lightning.distributed import gather_lists
+from dft_lightning.distributed.strategies import shards_parameters
 from dft_lightning.errors import InputError
 from dft_lightning.modules.causal_lm import CausalLMModule
 
@@ -128,6 +129,11 @@ class RunRecorder(Callback):
             return
         require_instruction_data(trainer, "RunRecorder")
         assert isinstance(pl_module, CausalLMModule)
+        if shards_parameters(trainer):  # weights are hashed and saved whole
+            raise InputError(
+                f"trainer.strategy: a run of compare holds whole weights, and {type(trainer.strategy).__name__} shards "
+                "them: use one GPU a run, or ddp"
+            )
         if stage == "fit":
             self._history, self._hasher, self._log_probs = [], RowHasher(), {}
             self._logged = _LoggedValues(str(self.folder))

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
+from dft_lightning.data.accumulation import accumulate_to
 from dft_lightning.data.batches import Collator, RowSampler, TokenizedRows
 from dft_lightning.data.cache import tokenize
 from dft_lightning.data.messages import Conversations, LastTurn, RowColumns, RowForm, read_messages
@@ -64,7 +65,9 @@ class InstructionDataModule(pl.LightningDataModule):
             dropped and counted.
         train_on_prompts: learn the prompts too.
         batch_size: rows per micro-batch and rank.
-        eval_batch_size: the same in validation, test and predict; ``None`` takes ``batch_size``.
+        global_batch_size: rows of an optimizer step over all ranks and micro-batches; sets the trainer's
+            ``accumulate_grad_batches``. The last step of an epoch may have fewer.
+        eval_batch_size: the same as ``batch_size`` in validation, test and predict; ``None`` takes it.
         pad_to_multiple_of: batch lengths are rounded up to a multiple of this.
         padding_free: join the rows of a micro-batch into one instead of padding them; they stay separate documents to
             the model, which is checked. ``model.attn_implementation`` should be ``documents`` or a flash attention.
@@ -75,7 +78,8 @@ class InstructionDataModule(pl.LightningDataModule):
         num_proc: processes that tokenise; ``None`` for this one.
 
     Raises:
-        InputError: at ``prepare_data`` or ``setup``: bad rows, files or tokenizers.
+        InputError: at ``prepare_data`` or ``setup``: bad rows, files or tokenizers, or a ``global_batch_size`` that
+            is no whole number of micro-batches.
 
     Example:
         >>> from dft_lightning.data import ArithmeticRows, InstructionDataModule
@@ -103,6 +107,7 @@ class InstructionDataModule(pl.LightningDataModule):
         max_length: int | None = None,
         train_on_prompts: bool = False,
         batch_size: int = 8,
+        global_batch_size: int | None = None,
         eval_batch_size: int | None = None,
         pad_to_multiple_of: int = 1,
         padding_free: bool = False,
@@ -115,6 +120,7 @@ class InstructionDataModule(pl.LightningDataModule):
         super().__init__()
         _check_positive(
             batch_size=batch_size,
+            global_batch_size=global_batch_size,
             eval_batch_size=eval_batch_size,
             pad_to_multiple_of=pad_to_multiple_of,
             max_length=max_length,
@@ -144,6 +150,7 @@ class InstructionDataModule(pl.LightningDataModule):
         self.max_length = max_length
         self.train_on_prompts = train_on_prompts
         self.batch_size = batch_size
+        self.global_batch_size = global_batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.pad_to_multiple_of = pad_to_multiple_of
         self.padding_free = padding_free
@@ -172,6 +179,8 @@ class InstructionDataModule(pl.LightningDataModule):
                 raise
 
     def setup(self, stage: str) -> None:
+        if stage == "fit" and self.global_batch_size is not None and self.trainer is not None:
+            accumulate_to(self.trainer, self.global_batch_size, self.batch_size)
         self._load(stage)
 
     def build_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -40,12 +40,17 @@ def data_parallel_mesh(trainer: pl.Trainer | None, options: ShardingOptions) -> 
             "(tensor_parallel_size is the devices of a node unless set), which this module does not: set "
             f"data_parallel_size: {trainer.world_size} and tensor_parallel_size: 1"
         )
-    if "16" in str(trainer.precision) and "bf16" not in str(trainer.precision):
-        raise InputError(
-            f"trainer.precision: {trainer.precision} needs a gradient scaler, and ModelParallelStrategy (FSDP2) has "
-            "none: use bf16-mixed, or FSDPStrategy (FSDP1)"
-        )
+    check_precision(strategy, trainer.precision)
     return mesh["data_parallel"]
+
+
+def check_precision(strategy: object, precision: object) -> None:
+    """Raise ``InputError`` for fp16 under FSDP2."""
+    if isinstance(strategy, ModelParallelStrategy) and str(precision).startswith("16"):
+        raise InputError(
+            f"trainer.precision: {precision} needs a gradient scaler, and ModelParallelStrategy (FSDP2) has none: use "
+            "bf16-mixed, or FSDPStrategy (FSDP1)"
+        )
 
 
 def shards_parameters(trainer: pl.Trainer | None) -> bool:
