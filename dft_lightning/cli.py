@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -14,7 +15,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from dft_lightning.callbacks import PredictionWriter
 from dft_lightning.checkpoints import resolve_checkpoint
@@ -124,6 +124,10 @@ def _quiet() -> None:
     # A fit without validation rows is what was asked for.
     warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    # The module's own values are reduced before they are logged; advice on anybody else's stays.
+    ours = "loss|nll|perplexity|token_accuracy|entropy|mean_weight|target_tokens|exact_match"
+    stages = "val|forgetting|test"
+    warnings.filterwarnings("ignore", message=rf"It is recommended to use `self\.log\('({stages})/({ours})'")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()
     )
@@ -138,10 +142,16 @@ def user_message(error: Exception) -> str | None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, ValueError) and text.startswith("`val_check_interval`"):
         return f"trainer.val_check_interval: {text}"
+    if isinstance(error, RuntimeError) and text.startswith("The sizes `data_parallel_size"):
+        return f"trainer.strategy: {text}"
     if isinstance(error, RuntimeError) and "loading state_dict" in text:
         lines = [line.strip() for line in text.splitlines()]
         return f"--ckpt_path: the checkpoint is of another model: {lines[1] if len(lines) > 1 else text}"[:500]
     return None
+
+
+def _first_on_its_node() -> bool:
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0
 
 
 def cli_options() -> dict[str, Any]:
@@ -186,6 +196,6 @@ def main(
         message = user_message(error)
         if message is None:
             raise
-        if getattr(rank_zero_only, "rank", 0) == 0:  # every rank meets the same mistake
+        if _first_on_its_node():  # every rank there meets the same mistake
             sys.stderr.write(f"error: {message}\n")
         raise SystemExit(2) from None

@@ -21,9 +21,11 @@ from torch.distributed.tensor import DTensor
 
 from dft_lightning import CausalLMModule, DFTLoss, TokenLoss
 from dft_lightning.data.batches import Collator
+from dft_lightning.distributed import gather_lists
 from dft_lightning.distributed.memory import estimate_memory
 from dft_lightning.distributed.strategies import check_precision
 from dft_lightning.errors import InputError
+from dft_lightning.modules import GenerationOptions
 from small_runs import TINY_ARITHMETIC, FSDP1OnCPU, GradientRecorder, arithmetic_data, strategy_of, trainer, whole
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -82,13 +84,18 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "blocks by class path": ({"sharding": {"blocks": [BLOCK]}}, {}),
     "weights kept after forward": ({"sharding": {"reshard_after_forward": False}}, {}),
     "every micro-batch reduced": ({"sharding": {"sync_micro_batches": True}}, {}),
+    "built beforehand": ({"beforehand": True}, {}),
     "offloaded": ({"sharding": {"cpu_offload": True}}, {}),
 }
 
 
 def one_step(batch_size: int, accumulate: int, options: dict[str, Any], trainer_options: dict[str, Any]) -> Any:
     pl.seed_everything(0)
+    options = dict(options)
+    beforehand = options.pop("beforehand", False)
     module = GradientRecorder(**{"model": TINY_ARITHMETIC, "loss": DFTLoss(), "dtype": "float64", **options})
+    if beforehand:
+        module.configure_model()
     run = trainer(accumulate_grad_batches=accumulate, **trainer_options)
     run.fit(module, datamodule=arithmetic_data(16, batch_size=batch_size, shuffle=False))
     decayed = [sum(whole(p).numel() for p in group["params"]) for group in run.optimizers[0].param_groups]
@@ -146,6 +153,77 @@ class Watch(pl.Callback):
         state = trainer.optimizers[0].state.values()
         self.seen["parameters"] = sorted({str(p.dtype) for p in module.parameters()})
         self.seen["state"] = sorted({str(s["exp_avg"].dtype) for s in state})
+
+
+class Generate(pl.Callback):
+    """Completes prompts along ``fit``, for longer on one rank than on the other."""
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        longest = GenerationOptions(max_new_tokens=3 + 5 * trainer.global_rank)
+        prompts = torch.tensor([[3, 4, 5], [6, 7, 8]])
+        module._stop_token_ids = lambda: [19]
+        texts = module.generate(prompts, torch.ones_like(prompts), longest)
+        self.lengths = [len(text) for text in texts]
+
+
+def generation(folder: Path) -> None:
+    lengths = {}
+    for strategy in ("fsdp1", "fsdp2"):
+        pl.seed_everything(0)
+        module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss())
+        callback = Generate()
+        run = trainer(devices=2, strategy=strategy_of(strategy), callbacks=[callback])
+        run.fit(module, datamodule=arithmetic_data(4, batch_size=2))
+        lengths[strategy] = gather_lists(callback.lengths, 2)
+    save(lengths, folder / "out.pt")
+
+
+class StopAfter(pl.Callback):
+    """Ends ``fit`` in the middle of a step's micro-batches."""
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop = batch_idx == 1
+
+
+def again(folder: Path) -> None:
+    """What an earlier call of the same module leaves behind: gradients of a step that never came, gathered weights."""
+    out: dict[str, Any] = {}
+    for strategy in ("ddp", "fsdp2"):
+        data = arithmetic_data(16, batch_size=2, shuffle=False)
+        pl.seed_everything(0)
+        module = GradientRecorder(TINY_ARITHMETIC, loss=DFTLoss(), dtype="float64")
+        options = {"devices": 2, "accumulate_grad_batches": 4}
+        run = trainer(**options, strategy=strategy_of(strategy), callbacks=[StopAfter()], min_epochs=0, max_steps=9)
+        run.fit(module, datamodule=data)
+        assert run.global_step == 0
+        trainer(**options, strategy=strategy_of(strategy)).fit(module, datamodule=data)
+        out[strategy, "gradient"] = module.gradients[0]
+
+        for validated in (True, False):
+            pl.seed_everything(0)
+            module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), dtype="float64", learning_rate=0.01)
+            data.sources["validation"] = data.sources["train"]
+            if validated:
+                trainer(devices=2, strategy=strategy_of(strategy)).validate(module, datamodule=data, verbose=False)
+            trainer(devices=2, strategy=strategy_of(strategy), max_steps=2).fit(module, datamodule=data)
+            out[strategy, validated] = torch.cat([whole(p.detach()).flatten() for p in module.parameters()])
+    save(out, folder / "out.pt")
+
+
+def buffers(folder: Path) -> None:
+    """Rotary frequencies after a step in bfloat16, and before."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    found = {}
+    for name in ("fsdp1", "fsdp2"):
+        strategy = FSDP1OnCPU(auto_wrap_policy={LlamaDecoderLayer}) if name == "fsdp1" else strategy_of(name)
+        for precision in ("bf16-mixed", "bf16-true"):
+            module = CausalLMModule({**LLAMA, "vocab_size": 20}, loss=DFTLoss())
+            run = trainer(devices=2, strategy=strategy, precision=precision)
+            run.fit(module, datamodule=arithmetic_data(4, batch_size=2))
+            found[name, precision] = module.model.model.rotary_emb.inv_freq
+            strategy = FSDP1OnCPU(auto_wrap_policy={LlamaDecoderLayer}) if name == "fsdp1" else strategy_of(name)
+    save(found, folder / "out.pt")
 
 
 def behaviour(folder: Path) -> None:
@@ -279,12 +357,14 @@ def refusals(folder: Path) -> None:
             return torch.nn.Linear(2, 2)
 
     found = {
+        "tied twice": message(make(str(folder / "twice"))),
         "no strategy": message(make(sharding={"cpu_offload": True}), strategy="auto"),
         "another class": message(make(sharding={"blocks": ["transformers.LlamaConfig"]})),
         "no such path": message(make(sharding={"blocks": ["transformers.Nothing"]})),
         "no such block": message(make(sharding={"blocks": ["torch.nn.Conv2d"]})),
         "no list": message(Bare(TINY_ARITHMETIC)),
         "several dtypes": message(make_mixed()),
+        "fsdp1 class": message(make(), strategy=FSDP1OnCPU(auto_wrap_policy={torch.nn.Conv2d})),
         "fp16": message(make(), precision="16-mixed"),
         "flat parameters": message(make(), strategy=FSDP1OnCPU(use_orig_params=False)),
         "another layout": message(make(str(folder / "renamed"))),

@@ -11,6 +11,7 @@ import yaml
 from conftest import ROOT, TINY_LLAMA
 from dft_lightning.cli import main
 from dft_lightning.compare.base_config import read_fit_config
+from dft_lightning.data.accumulation import micro_batches_of
 from small_runs import run_limited
 
 # Comparisons are no fit configs; test_compare_settings has them.
@@ -96,6 +97,17 @@ def test_trainer_overlay_parses(path):
     if "FSDPStrategy" in strategy["class_path"]:
         block = "transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer"
         assert options["auto_wrap_policy"] == options["activation_checkpointing_policy"] == [block]
+
+
+@pytest.mark.parametrize("path", TRAINERS, ids=lambda path: path.stem)
+def test_every_fit_config_has_whole_micro_batches_under_a_trainer_overlay(path):
+    overlay = yaml.safe_load(path.read_text())
+    ranks = overlay["trainer"]["devices"] * overlay["trainer"]["num_nodes"]
+    sizes = [yaml.safe_load(config.read_text()).get("data", {}) for config in CONFIGS]
+    sizes = [{**size, **overlay.get("data", {})} for size in sizes if "global_batch_size" in size]
+    assert len(sizes) == 2
+    for size in sizes:
+        micro_batches_of(size["global_batch_size"], size["batch_size"], ranks)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2_4nodes"])

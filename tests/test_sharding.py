@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
+from dft_lightning import CausalLMModule
+from dft_lightning.distributed import ShardingOptions
+from dft_lightning.distributed.shard_loading import allocate_shards, read_shards
+from dft_lightning.distributed.strategies import data_parallel_mesh
+from dft_lightning.errors import InputError
+from dft_lightning.modules.loading import empty_causal_lm, load_causal_lm
 from sharded_runs import LLAMA, MEMORY_CASES, VARIANTS, one_step, three_steps, training_memory
 from small_runs import run_two_processes
 from test_normalization import relative
@@ -38,7 +47,7 @@ def two_processes(tmp_path_factory):
     return folder
 
 
-PARTS = ("checkpoints", "variants", "behaviour", "loading", "training")
+PARTS = ("generation", "again", "buffers", "checkpoints", "variants", "behaviour", "loading", "training")
 LOADED = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "num_key_value_heads": 2}
 
 
@@ -101,6 +110,29 @@ def test_checkpoints_hold_the_weights(behaviour):
         assert before == after
 
 
+def test_ranks_that_have_answered_wait_for_the_others(two_processes):
+    for lengths in torch.load(two_processes / "generation" / "out.pt").values():
+        assert max(lengths[:2]) <= 3
+        assert max(lengths[2:]) > 3
+
+
+def test_nothing_is_left_of_an_earlier_call(two_processes):
+    """Gradients of half a step that an interrupted fit left, and weights that a validation had gathered."""
+    found = torch.load(two_processes / "again" / "out.pt")
+    alone, _ = one_step(16, 1, {}, {})
+    for strategy in ("ddp", "fsdp2"):
+        assert relative(found[strategy, "gradient"], alone) < 1e-10
+        assert torch.equal(found[strategy, True], found[strategy, False])
+    assert relative(found["fsdp2", True], found["ddp", True]) < 1e-10
+
+
+def test_rotary_frequencies_stay_exact(two_processes):
+    exact = 1 / 10000 ** (torch.arange(0, 8, 2) / 8)
+    for name, frequencies in torch.load(two_processes / "buffers" / "out.pt").items():
+        assert frequencies.dtype == torch.float32, name
+        torch.testing.assert_close(frequencies, exact, rtol=1e-6, atol=0)
+
+
 def test_no_rank_loads_more_than_its_shard_and_one_block(two_processes):
     found = torch.load(two_processes / "loading" / "out.pt")
     block = 8 * (4 * 64 * 64 + 3 * 64 * 192 + 2 * 64)
@@ -135,14 +167,113 @@ BILLIONS = {
 }
 
 
+@pytest.fixture
+def reads(tmp_path):
+    """Reads a checkpoint folder into a model as a rank would, on this one."""
+
+    def read(**options):
+        model, files = empty_causal_lm(str(tmp_path), **options)
+        allocate_shards(model, torch.device("cpu"))
+        model.tie_weights()  # plain tensors, unlike shards, do not stay tied when they are given memory
+        read_shards(model, files)
+        return model
+
+    return read
+
+
+def assert_reads(model, expected):
+    state = model.state_dict()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    frequencies = [name for name, _ in expected.named_buffers()]
+    for name in frequencies:
+        assert torch.equal(model.get_buffer(name), expected.get_buffer(name)), name
+
+
+def test_checkpoints_in_several_files(tmp_path, reads):
+    from transformers import AutoModelForCausalLM
+
+    save_llama(tmp_path, False, 96)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    expected.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_reads(reads(), expected)
+    for file in tmp_path.glob("model-*.safetensors"):  # one file comes before an index of others, as in transformers
+        file.unlink()
+    save_file(expected.state_dict(), tmp_path / "model.safetensors")
+    assert_reads(reads(), expected)
+
+
+def test_a_checkpoint_of_the_backbone_with_buffers_that_are_computed(tmp_path, reads):
+    """As the hub's GPT-2: no prefix, and causal masks among the weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    expected = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=20, n_positions=32))
+    expected.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    save_file({**tensors, "h.0.attn.bias": torch.ones(1, 1, 32, 32)}, file)
+    model = reads()
+    assert_reads(model, expected)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_a_tied_weight_saved_under_either_name_or_both(tmp_path, reads):
+    from transformers import AutoModelForCausalLM
+
+    save_llama(tmp_path, True, 96)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    embedding = tensors.pop("model.embed_tokens.weight")
+    save_file({**tensors, "lm_head.weight": embedding}, file)
+    assert_reads(reads(), expected)
+    save_file({**tensors, "lm_head.weight": embedding, "model.embed_tokens.weight": embedding.clone()}, file)
+    assert_reads(reads(), expected)
+
+
+def test_auto_is_the_dtype_of_the_checkpoint(tmp_path, reads):
+    save_llama(tmp_path, True, 96)
+    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    content = json.loads(config.read_text())
+    del content["dtype"]
+    config.write_text(json.dumps(content))
+    assert {p.dtype for p in reads(dtype="auto").parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_causal_lm(str(tmp_path), dtype="auto").parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in reads(dtype="float64").parameters()} == {torch.float64}
+
+
+def test_options_from_python_are_checked():
+    for options in ({"load": "shard"}, {"param_dtype": "float16"}):
+        with pytest.raises(ValueError, match=f"sharding.{next(iter(options))} must be one of"):
+            CausalLMModule(LLAMA, sharding=options)
+    # A checkpoint of a sharded run, looked at without a trainer.
+    module = CausalLMModule({**LLAMA, "vocab_size": 20}, sharding={"cpu_offload": True})
+    module.configure_model()
+    assert module.model is not None
+
+
+def test_tensors_in_parallel_are_refused():
+    """Lightning's default on one node."""
+    strategy = ModelParallelStrategy()
+    strategy._device_mesh = {"data_parallel": None, "tensor_parallel": SimpleNamespace(size=lambda: 8)}
+    trainer = SimpleNamespace(strategy=strategy, world_size=8, precision="bf16-mixed")
+    with pytest.raises(InputError, match="over 8 processes .* set data_parallel_size: 8 and tensor_parallel_size: 1"):
+        data_parallel_mesh(trainer, ShardingOptions())
+
+
 def test_what_is_refused(tmp_path):
     folder = tmp_path / "refusals"
+    save_llama(folder / "twice", True, 96)
+    file = folder / "twice" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file)
     save_llama(folder / "renamed", True, 96)
     save_llama(folder / "shape", True, 96)
     save_llama(folder / "bin", True, 96)
     (folder / "bin" / "model.safetensors").unlink()
-    from safetensors.torch import load_file, save_file
-
     for name, change in (("renamed", "model.layers.0.mlp.up.weight"), ("shape", "model.layers.0.mlp.up_proj.weight")):
         file = folder / name / "model.safetensors"
         tensors = load_file(file)
@@ -156,6 +287,8 @@ def test_what_is_refused(tmp_path):
 
 
 REFUSALS = {
+    "tied twice": "the config ties lm_head.weight to model.embed_tokens.weight, and the checkpoint has another value",
+    "fsdp1 class": "auto_wrap_policy: GPT2LMHeadModel has no module of Conv2d; its repeated blocks are transformers.",
     "no strategy": "these options are of ModelParallelStrategy (FSDP2), and this is SingleDeviceStrategy",
     "another class": "'transformers.LlamaConfig' is no module class",
     "no such path": "'transformers.Nothing' is no module class",

@@ -161,6 +161,7 @@ class InstructionDataModule(pl.LightningDataModule):
         self.num_proc = num_proc
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.end_of_turn_ids: list[int] = []
+        self._micro_batches = 1
         self.counts: dict[str, RowCounts] = {}
         self._rows: dict[str, Dataset] = {}
         self._divided: dict[str, Conversations] = {}
@@ -180,7 +181,9 @@ class InstructionDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.global_batch_size is not None and self.trainer is not None:
-            accumulate_to(self.trainer, self.global_batch_size, self.batch_size)
+            self._micro_batches = accumulate_to(
+                self.trainer, self.global_batch_size, self.batch_size, self._micro_batches
+            )
         self._load(stage)
 
     def build_tokenizer(self) -> PreTrainedTokenizerBase:

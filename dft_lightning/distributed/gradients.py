@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from dft_lightning.errors import InputError
+
 
 @torch.no_grad()
 def clip_by_norm(parameters: Sequence[Tensor], max_norm: float | None, root: object = None) -> Tensor | None:
@@ -40,10 +42,18 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, as a scalar of their dtype; of shards over all ranks.
 
     Shards' squares are summed in float64, so that the number of ranks does not show.
+
+    Raises:
+        InputError: some are sharded and others are not.
     """
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
     if not sharded:
         return nn.utils.get_total_norm(gradients)
+    if len(sharded) < len(gradients):
+        raise InputError(
+            "a part of the module that was added after super().configure_model() is not sharded, and would be summed "
+            "over no ranks: add it in build_model"
+        )
     mesh = sharded[0].device_mesh
     local = [gradient.to_local() for gradient in sharded]
     square = torch.stack([torch.linalg.vector_norm(shard, dtype=torch.float64) for shard in local]).square().sum()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -54,28 +56,39 @@ def read_shards(model: nn.Module, files: list[Path]) -> None:
         files: of a checkpoint in the model's own layout; a prefix that all its keys lack or have is seen to.
 
     Raises:
-        InputError: a tensor is missing, has another shape, or the checkpoint has tensors that the model has not.
+        InputError: a tensor is missing or has another shape, or tied ones have different values.
     """
     from safetensors import safe_open
 
+    state = model.state_dict(keep_vars=True)  # parameters themselves, under each of their names
     with ExitStack() as stack:
-        where: dict[str, Any] = {}
+        slices: dict[str, Any] = {}
         for file in files:
             handle = stack.enter_context(safe_open(file, framework="pt"))
-            where.update(dict.fromkeys(handle.keys(), handle))
-        wanted = _unique(model)
-        prefix = _prefix_change(set(wanted), set(where), getattr(model, "base_model_prefix", ""))
-        _check_keys(model, wanted, {prefix(key) for key in where})
-        for key, handle in where.items():
-            if (target := wanted.get(prefix(key))) is not None:
-                _copy_slice(prefix(key), target, handle.get_slice(key))
+            slices.update({key: handle.get_slice(key) for key in list(handle.keys())})
+        prefix = _prefix_change(set(state), set(slices), getattr(model, "base_model_prefix", ""))
+        found = {prefix(key): source for key, source in slices.items()}
+        _check_keys(model, state, set(found))
+        filled: dict[int, str] = {}
+        for name in [name for name in state if name in found]:
+            if id(state[name]) not in filled:
+                _copy_slice(name, state[name], found[name])
+                filled[id(state[name])] = name
+            else:
+                _check_tied(filled[id(state[name])], name, state[name], found[name])
 
 
-def _unique(model: nn.Module) -> dict[str, Tensor]:
-    """State by name, what is tied by the first of its names; parameters themselves and no copies."""
-    state = model.state_dict(keep_vars=True)
-    seen: set[int] = set()
-    return {name: tensor for name, tensor in state.items() if not (id(tensor) in seen or seen.add(id(tensor)))}  # type: ignore[func-returns-value]
+def saved_dtype(files: list[Path]) -> torch.dtype:
+    """The dtype of a checkpoint's first floating-point tensor."""
+    from safetensors import safe_open
+
+    known = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            for key in list(handle.keys()):
+                if (dtype := known.get(handle.get_slice(key).get_dtype())) is not None:
+                    return dtype
+    return torch.float32
 
 
 def _prefix_change(wanted: set[str], there: set[str], base: str) -> Callable[[str], str]:
@@ -88,27 +101,59 @@ def _prefix_change(wanted: set[str], there: set[str], base: str) -> Callable[[st
     return lambda key: key
 
 
-def _check_keys(model: nn.Module, wanted: dict[str, Tensor], there: set[str]) -> None:
-    missing = sorted(set(wanted) - there)
-    # A head that is tied is there under both names, or was saved before it was tied.
-    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    unexpected = sorted(there - set(wanted) - own)
-    for names, what in ((missing, "has no"), (unexpected, "has, and the model has not,")):
-        if names:
-            raise InputError(
-                f"model.model: the checkpoint {what} {names[0]} ({len(names)} such tensors): read by shards it must be "
-                f"in the model's own layout; {WAY_OUT}"
-            )
+def _check_keys(model: nn.Module, state: dict[str, Tensor], there: set[str]) -> None:
+    filled = {id(state[name]) for name in state if name in there}  # what is tied is there under one name or more
+    missing = sorted(name for name, tensor in state.items() if id(tensor) not in filled)
+    if missing:
+        raise InputError(
+            f"model.model: the checkpoint has no {missing[0]} ({len(missing)} such tensors): read by shards it must be "
+            f"in the model's own layout; {WAY_OUT}"
+        )
+    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_COMPUTED]
+    unused = sorted(key for key in there - set(state) if not any(re.search(pattern, key) for pattern in ignored))
+    if unused:  # as transformers does
+        rank_zero_warn(f"the checkpoint's {unused[0]} ({len(unused)} such tensors) is in no place of the model")
+
+
+# Buffers that older checkpoints hold and models compute.
+_COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
 
 def _copy_slice(name: str, target: Tensor, source: Any) -> None:
+    own = _own_rows(name, target, source)
+    if own is not None:
+        _local(target).copy_(own)
+
+
+def _check_tied(name: str, other: str, target: Tensor, source: Any) -> None:
+    """Tied by the config and saved twice: transformers unties them where they differ, which every rank must know."""
+    own = _own_rows(other, target, source)
+    differs = torch.tensor(own is not None and not torch.equal(_local(target), own.to(target.dtype)), dtype=torch.int)
+    if isinstance(target, DTensor):
+        differs = differs.to(target.device_mesh.device_type)
+        torch.distributed.all_reduce(differs, group=target.device_mesh.get_group())
+    if differs.item():
+        raise InputError(
+            f"model.model: the config ties {other} to {name}, and the checkpoint has another value for each: set "
+            f"tie_word_embeddings: false in its config.json, or {WAY_OUT}"
+        )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _own_rows(name: str, target: Tensor, source: Any) -> Tensor | None:
+    """This rank's rows of a checkpoint's tensor; ``None`` for a rank beyond the last row."""
     if list(source.get_shape()) != list(target.shape):
         raise InputError(
             f"model.model: the checkpoint's {name} is {source.get_shape()}, and the model's {list(target.shape)}"
         )
     if not isinstance(target, DTensor):
-        target.copy_(source[...])
-        return
+        whole: Tensor = source[...]
+        return whole
     shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    if shape and shape[0] > 0:  # a rank beyond the last row has none
-        target.to_local().copy_(source[offset[0] : offset[0] + shape[0]])
+    if shape[0] == 0:
+        return None
+    rows: Tensor = source[offset[0] : offset[0] + shape[0]]
+    return rows

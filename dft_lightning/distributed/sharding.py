@@ -7,10 +7,10 @@ import functools
 import pydoc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 
 from dft_lightning.errors import InputError
 
@@ -52,6 +53,12 @@ class ShardingOptions:
     cpu_offload: bool = False
     sync_micro_batches: bool = False
     load: Literal["shards", "whole"] = "shards"
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                known = ", ".join(map(repr, get_args(kind)))
+                raise ValueError(f"sharding.{name} must be one of {known}, got {getattr(self, name)!r}")
 
 
 def find_blocks(model: nn.Module, class_paths: list[str] | None = None) -> list[nn.Module]:
@@ -146,7 +153,7 @@ def _precision_policy(options: ShardingOptions, precision: str, dtype: torch.dty
         param_dtype = _DTYPES[options.param_dtype]
     if precision == "bf16-true":  # the strategy converts the shards after this
         dtype = torch.bfloat16
-    reduce_dtype = None if dtype == torch.float64 else _DTYPES[options.reduce_dtype]
+    reduce_dtype = torch.float64 if dtype == torch.float64 else _DTYPES[options.reduce_dtype]
     return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
 
 
@@ -183,3 +190,24 @@ def synchronise_gradients(root: nn.Module, synchronise: bool) -> None:
     """Whether the next backward of a sharded module ends with the gradients summed over ranks and sharded."""
     assert isinstance(root, FSDPModule)
     root.set_requires_gradient_sync(synchronise)
+
+
+def discard_gradients(root: nn.Module) -> None:
+    """Forget gradients of micro-batches whose step never came: ``zero_grad`` does not reach what is not reduced yet."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+                for parameter in group.fsdp_params if group is not None else ():
+                    parameter.unsharded_accumulated_grad = None
+                    if hasattr(parameter, "_unsharded_param"):
+                        parameter.unsharded_param.grad = None
+
+
+def kept_on_cpu(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function of a module's tensors that leaves shards in host memory, and takes the rest where it will."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        return fn(tensor).cpu() if isinstance(tensor, DTensor) else fn(tensor)
+
+    return apply

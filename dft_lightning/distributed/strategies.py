@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._common_utils import TrainingState
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from dft_lightning.distributed.sharding import ShardingOptions
+from dft_lightning.distributed.sharding import ShardingOptions, find_blocks
 from dft_lightning.errors import InputError
 
 
@@ -23,16 +26,16 @@ def data_parallel_mesh(trainer: pl.Trainer | None, options: ShardingOptions) -> 
         InputError: tensors are to be parallel, the precision is 16 bits that need a gradient scaler, or ``options``
             were given to a strategy that does not shard by them.
     """
-    strategy = None if trainer is None else trainer.strategy
+    if trainer is None:  # a checkpoint that is looked at: its options were of the run that wrote it
+        return None
+    strategy = trainer.strategy
     if not isinstance(strategy, ModelParallelStrategy):
         if options != ShardingOptions():
-            name = "no trainer" if strategy is None else type(strategy).__name__
             raise InputError(
-                f"model.sharding: these options are of ModelParallelStrategy (FSDP2), and this is {name}: leave them "
-                "out, or set trainer.strategy"
+                f"model.sharding: these options are of ModelParallelStrategy (FSDP2), and this is "
+                f"{type(strategy).__name__}: leave them out, or set trainer.strategy"
             )
         return None
-    assert trainer is not None
     mesh = strategy.device_mesh
     if (tensor_parallel := mesh["tensor_parallel"].size()) > 1:
         raise InputError(
@@ -72,31 +75,46 @@ def gathered_root(trainer: pl.Trainer | None) -> Iterator[None]:
         yield
 
 
-def check_wrapped_anew(trainer: pl.Trainer | None, model: nn.Module) -> None:
-    """Refuse a model that FSDP1 wrapped for an earlier call.
+def prepare_fsdp1(trainer: pl.Trainer | None, model: nn.Module) -> None:
+    """Before FSDP1 wraps a model: refuse what would train wrongly, and keep buffers and reduction in float32.
 
-    Lightning wraps the blocks in place and forgets the wrapper around all of it: in a second call, embedding and head
-    would be summed over no ranks.
+    Lightning has FSDP1 round buffers to the compute dtype, and with them rotary frequencies, whose phases are then off
+    by radians after a thousand tokens; and it reduces gradients in that dtype. A ``mixed_precision`` of the config's
+    own is left as it is.
 
     Raises:
-        InputError: parts of the model are wrapped already.
+        InputError: the model was wrapped for an earlier call, parameters are to be flattened, or a policy names a class
+            of which the model has no module.
     """
-    if trainer is not None and any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    strategy = None if trainer is None else trainer.strategy
+    if not isinstance(strategy, FSDPStrategy):
+        return
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        # Lightning forgets the wrapper around all of it: embedding and head would be summed over no ranks.
         raise InputError(
             "FSDPStrategy (FSDP1) wraps a module once: make a new one for a second fit, validate, test or predict, "
             "or use ModelParallelStrategy (FSDP2)"
         )
-
-
-def check_original_parameters(trainer: pl.Trainer | None) -> None:
-    """Refuse FSDP1's flat parameters, in which matrices are not told from norms.
-
-    Raises:
-        InputError: ``FSDPStrategy(use_orig_params=False)``.
-    """
-    strategy = None if trainer is None else trainer.strategy
-    if isinstance(strategy, FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
+    if not strategy.kwargs.get("use_orig_params", True):
         raise InputError(
             "trainer.strategy: use_orig_params: false makes one parameter of matrices, norms and biases, of which "
             "matrices alone are to decay: leave it out"
+        )
+    checkpointing = strategy._activation_checkpointing_kwargs or {}
+    _check_policy(model, "auto_wrap_policy", strategy.kwargs.get("auto_wrap_policy"))
+    _check_policy(model, "activation_checkpointing_policy", checkpointing.get("auto_wrap_policy"))
+    own = strategy.mixed_precision_config
+    if strategy.mixed_precision is None and own is not None:
+        strategy.mixed_precision = dataclasses.replace(own, reduce_dtype=torch.float32, buffer_dtype=None)
+
+
+def _check_policy(model: nn.Module, name: str, policy: object) -> None:
+    if not isinstance(policy, ModuleWrapPolicy):
+        return
+    classes = tuple(policy._module_classes)
+    if not any(isinstance(module, classes) for module in model.modules()):
+        blocks = sorted({f"{type(block).__module__}.{type(block).__qualname__}" for block in find_blocks(model)})
+        raise InputError(
+            f"trainer.strategy: {name}: {type(model).__name__} has no module of "
+            f"{', '.join(each.__name__ for each in classes)}; its repeated blocks are {', '.join(blocks)}"
         )

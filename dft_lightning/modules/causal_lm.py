@@ -20,12 +20,18 @@ from dft_lightning.component import NotPlainError, from_plain, to_plain
 from dft_lightning.distributed import TokenNormalizer
 from dft_lightning.distributed.gradients import clip_by_norm
 from dft_lightning.distributed.shard_loading import allocate_shards, read_shards
-from dft_lightning.distributed.sharding import ShardingOptions, is_sharded, shard, synchronise_gradients
+from dft_lightning.distributed.sharding import (
+    ShardingOptions,
+    discard_gradients,
+    is_sharded,
+    kept_on_cpu,
+    shard,
+    synchronise_gradients,
+)
 from dft_lightning.distributed.strategies import (
-    check_original_parameters,
-    check_wrapped_anew,
     data_parallel_mesh,
     gathered_root,
+    prepare_fsdp1,
     shards_parameters,
 )
 from dft_lightning.errors import InputError
@@ -186,6 +192,8 @@ class CausalLMModule(pl.LightningModule):
             for module in (self.model.modules() if self.model is not None else ())
             for name in module._non_persistent_buffers_set
         ]
+        if is_sharded(self) and self.sharding.cpu_offload:
+            fn = kept_on_cpu(fn)
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for module, name, buffer in kept:
             if buffer is not None and buffer.is_floating_point() and not buffer.is_meta:
@@ -202,13 +210,25 @@ class CausalLMModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Build the model, once, and shard it. Lightning calls this when device, precision and strategy are known."""
-        if self.model is not None:
-            check_wrapped_anew(self._trainer, self.model)
-            return
-        check_original_parameters(self._trainer)
         mesh = data_parallel_mesh(self._trainer, self.sharding)
+        if self.model is None:
+            files = self._build(empty=mesh is not None and self.sharding.load == "shards" and self._loads_checkpoint())
+            self._matrices = matrix_names(self)
+        elif is_sharded(self):
+            return
+        else:  # built before there was a trainer, or for an earlier one that did not shard
+            files = None
+        prepare_fsdp1(self._trainer, cast(nn.Module, self.model))
+        if mesh is not None:
+            shard(self, cast(nn.Module, self.model), mesh, self.sharding, self.trainer.precision, _RUN_THE_MODEL)
+        if files is not None:
+            allocate_shards(self, self.trainer.strategy.root_device)
+            read_shards(cast(nn.Module, self.model), files)
+
+    def _build(self, empty: bool) -> list[Path] | None:
+        """Make the model, if ``empty`` without its weights; then the files that have them are returned."""
         files: list[Path] | None = None
-        if mesh is not None and self.sharding.load == "shards" and self._loads_checkpoint():
+        if empty:
             self.model, files = empty_causal_lm(self.hparams["model"], **self._loading_options())
         else:
             self.model = self.build_model()
@@ -219,12 +239,7 @@ class CausalLMModule(pl.LightningModule):
             self.model.gradient_checkpointing_enable(  # type: ignore[operator]
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
-        self._matrices = matrix_names(self)
-        if mesh is not None:
-            shard(self, self.model, mesh, self.sharding, self.trainer.precision, _RUN_THE_MODEL)
-        if files is not None:
-            allocate_shards(self, self.trainer.strategy.root_device)
-            read_shards(self.model, files)
+        return files
 
     def _loads_checkpoint(self) -> bool:
         """Whether :meth:`build_model` is the class's own and would load a checkpoint."""
@@ -390,6 +405,7 @@ class CausalLMModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self._normalizer = None  # this trainer's ranks, and nothing left over from an interrupted step
+        discard_gradients(self)
         self.train_telemetry.reset()
         self.train_telemetry.start_clock()
 

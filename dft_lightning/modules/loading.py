@@ -14,7 +14,7 @@ from torch import nn
 
 from dft_lightning.assets import resolve
 from dft_lightning.distributed.shard_loading import WAY_OUT as WHOLE
-from dft_lightning.distributed.shard_loading import parameters_on_meta
+from dft_lightning.distributed.shard_loading import parameters_on_meta, saved_dtype
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.modules.documents import ATTENTION, register_documents_attention
 
@@ -99,19 +99,22 @@ def empty_causal_lm(
     options: dict[str, Any] = {"revision": revision} if revision is not None else {}
     with _loading(path):
         config = _read_config(path, trust_remote_code, options)
-        own = config.get_text_config().dtype or torch.float32
+        files = _safetensors_files(path, options)
+        auto = config.get_text_config().dtype or saved_dtype(files)
+        wanted = auto if dtype == "auto" else getattr(torch, dtype)
         with parameters_on_meta():
             made: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config,
-                dtype=own if dtype == "auto" else getattr(torch, dtype),
+                dtype=wanted,
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
             )
-        files = _safetensors_files(path, options)
         with contextlib.suppress(OSError):  # a checkpoint may have none
             made.generation_config = GenerationConfig.from_pretrained(path, **options)  # type: ignore[assignment]
-    in_float32 = getattr(made, "_keep_in_fp32_modules_strict", None) or getattr(made, "_keep_in_fp32_modules", None)
-    if in_float32 and dtype != "float32":
+    in_float32 = set(getattr(made, "_keep_in_fp32_modules_strict", None) or ())
+    if wanted == torch.float16:
+        in_float32 |= set(getattr(made, "_keep_in_fp32_modules", None) or ())
+    if in_float32 and wanted in (torch.float16, torch.bfloat16):
         raise InputError(
             f"model.dtype: {type(made).__name__} keeps some parameters in float32 ({', '.join(sorted(in_float32))}), "
             "and FSDP2 shards parameters of one dtype: set model.dtype: float32 and trainer.precision: bf16-mixed"
@@ -150,12 +153,12 @@ def _safetensors_files(path: str, options: dict[str, Any]) -> list[Path]:
     from transformers.utils.hub import cached_file
 
     optional = {**options, "_raise_exceptions_for_missing_entries": False}
+    single = cached_file(path, SAFE_WEIGHTS_NAME, **optional)  # as transformers: it comes before an index
+    if single is not None:
+        return [Path(single)]
     index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **optional)
     if index is None:
-        single = cached_file(path, SAFE_WEIGHTS_NAME, **optional)
-        if single is None:
-            raise InputError(f"model.model: {path} has no safetensors files; {WHOLE}")
-        return [Path(single)]
+        raise InputError(f"model.model: {path} has no safetensors files; {WHOLE}")
     names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     return [Path(str(cached_file(path, name, **options))) for name in names]
 

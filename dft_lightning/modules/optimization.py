@@ -49,12 +49,12 @@ def decay_groups(module: nn.Module, weight_decay: float, matrices: frozenset[str
     Args:
         module: has the parameters.
         weight_decay: of the matrices.
-        matrices: their names, taken when they had their shapes: FSDP1 flattens them.
+        matrices: names of those that FSDP1 may have flattened since; others show that they are.
     """
     trainable = [(_own_name(name), p) for name, p in module.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for name, p in trainable if name in matrices], "weight_decay": weight_decay},
-        {"params": [p for name, p in trainable if name not in matrices], "weight_decay": 0.0},
+        {"params": [p for name, p in trainable if name in matrices or p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable if not (name in matrices or p.ndim >= 2)], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
