@@ -128,7 +128,7 @@ def checkpoints(folder: Path) -> None:
 
 def variants(folder: Path) -> None:
     gradients = {}
-    for strategy in ("fsdp1", "fsdp2"):
+    for strategy in ("ddp", "fsdp1", "fsdp2"):
         for name, (options, _) in VARIANTS.items():
             if strategy == "fsdp2" or "sharding" not in options:
                 run = {"devices": 2, "strategy": strategy_of(strategy)}

@@ -112,7 +112,7 @@ def test_every_fit_config_has_whole_micro_batches_under_a_trainer_overlay(path):
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2_4nodes"])
 def test_trainer_overlay_runs(name, tmp_path):
-    """Over a fit config, on two processes of this machine; a second run loads its checkpoint and tests."""
+    """Over a fit config, on two processes of this machine; a second run loads a sharded checkpoint and tests."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join([json.dumps({"instruction": "1+1=", "output": "1+1+0=2c0|2"})] * 40))
     strategy = yaml.safe_load((ROOT / "configs" / "trainer" / f"{name}.yaml").read_text())["trainer"]["strategy"]
@@ -133,8 +133,9 @@ def test_trainer_overlay_runs(name, tmp_path):
     (run,) = (tmp_path / "lightning_logs").iterdir()
     assert (run / "config.yaml").is_file()
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["epoch=0-step=2.ckpt"]
-    tested = run_limited(["-m", "dft_lightning", "test", *args, "--ckpt_path", "last"], timeout=120)
-    assert "test/exact_match" in tested
+    if name == "fsdp2_4nodes":
+        tested = run_limited(["-m", "dft_lightning", "test", *args, "--ckpt_path", "last"], timeout=120)
+        assert "test/exact_match" in tested
 
 
 def test_there_are_configs():

@@ -78,15 +78,20 @@ def test_mean_weight_in_validation_needs_no_gradients_of_the_model(inference_mod
     assert values["mean_weight"] == pytest.approx(float(reference(DFTLoss())["mean_weight"]), rel=1e-6)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2"])
-def test_validation_and_predictions_are_the_same_on_two_processes(tmp_path, strategy):
-    """15 rows on 2 ranks: a sampler that repeats a row to even them out would be seen.
+STRATEGIES = ("ddp", "fsdp1", "fsdp2")
 
-    Answers are of different lengths: ranks that generate alone would wait for each other for ever.
-    """
-    out, predictions = tmp_path / "values.json", tmp_path / "predictions.jsonl"
-    run_two_processes("two_validate.py", strategy, str(out), str(predictions))
-    values = json.loads(out.read_text())
+
+@pytest.fixture(scope="module")
+def on_two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    run_two_processes("two_validate.py", str(folder), *STRATEGIES)
+    return folder
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_validation_and_predictions_are_the_same_on_two_processes(tmp_path, on_two_processes, strategy):
+    """15 rows on 2 ranks: a sampler that repeats a row to even them out would be seen."""
+    values = json.loads((on_two_processes / f"{strategy}.json").read_text())
     expected = validate(DFTLoss(), 4)
     for stage in ("validate", "fit"):
         assert {k.removeprefix("val/"): v for k, v in values[stage].items()} == pytest.approx(expected, rel=1e-6)
@@ -97,7 +102,7 @@ def test_validation_and_predictions_are_the_same_on_two_processes(tmp_path, stra
     two_validate.predict(str(tmp_path / "alone.jsonl"))
     alone = (tmp_path / "alone.jsonl").read_text()
     assert len(alone.splitlines()) == 15
-    assert predictions.read_text() == alone
+    assert (on_two_processes / f"{strategy}.jsonl").read_text() == alone
 
 
 def test_train_numbers_cover_the_whole_window(tmp_path):

@@ -1,6 +1,6 @@
 """Run by test_telemetry on two processes: validation alone and along fit, and predictions.
 
-usage: two_validate.py STRATEGY VALUES PREDICTIONS
+usage: two_validate.py FOLDER STRATEGY...    (leaves STRATEGY.json and STRATEGY.jsonl)
 """
 
 from __future__ import annotations
@@ -33,26 +33,29 @@ def predict(path: str, **options: Any) -> None:
     trainer(callbacks=[PredictionWriter(path)], **options).predict(make(), datamodule=data)
 
 
-if __name__ == "__main__":
-    name, values, predictions = sys.argv[1:]
-    # As NCCL is treated: Lightning leaves inference mode alone on gloo, whatever the trainer says.
-    lightning.pytorch.loops.utilities.dist = SimpleNamespace(get_backend=lambda: "nccl")
-
+def run(name: str, folder: Path) -> None:
     def two() -> dict[str, Any]:
         return {"devices": 2, "strategy": strategy_of(name)}
 
     module = make()
     (validated,) = trainer(**two()).validate(module, datamodule=validation_data(eval_batch_size=2), verbose=False)
 
-    run = trainer(**two())
+    fit = trainer(**two())
     if name == "fsdp1":  # a module is wrapped once
         module = make()
-    run.fit(module, datamodule=validation_data(batch_size=8, eval_batch_size=4))
-    fitted = {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val/")}
+    fit.fit(module, datamodule=validation_data(batch_size=8, eval_batch_size=4))
+    fitted = {key: float(value) for key, value in fit.callback_metrics.items() if key.startswith("val/")}
 
     one_row = validation_data(1, eval_batch_size=4)  # the other rank has none
     (alone,) = trainer(**two()).validate(make(), datamodule=one_row, verbose=False)
 
-    predict(predictions, **two())
-    if run.is_global_zero:
-        Path(values).write_text(json.dumps({"validate": validated, "fit": fitted, "alone": alone}))
+    predict(str(folder / f"{name}.jsonl"), **two())
+    if fit.is_global_zero:
+        (folder / f"{name}.json").write_text(json.dumps({"validate": validated, "fit": fitted, "alone": alone}))
+
+
+if __name__ == "__main__":
+    # As NCCL is treated: Lightning leaves inference mode alone on gloo, whatever the trainer says.
+    lightning.pytorch.loops.utilities.dist = SimpleNamespace(get_backend=lambda: "nccl")
+    for strategy in sys.argv[2:]:
+        run(strategy, Path(sys.argv[1]))
