@@ -7,6 +7,7 @@ import json
 import lightning.pytorch as pl
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from transformers import GPT2Tokenizer
 
 from conftest import shared
@@ -15,6 +16,7 @@ from dft_lightning.data.accumulation import micro_batches_of
 from dft_lightning.data.arithmetic import is_held_out
 from dft_lightning.data.batches import Collator, RowSampler, TokenizedRows
 from dft_lightning.data.messages import RowColumns, read_messages
+from dft_lightning.data.sources import as_source
 from dft_lightning.data.tokenizer import end_of_turn, load_tokenizer
 from dft_lightning.data.tokens import ConversationEncoder
 from dft_lightning.errors import InputError
@@ -113,6 +115,79 @@ def test_bad_rows_name_file_row_and_column(tmp_path, text, expected):
     assert expected in str(error.value)
 
 
+def read(path, **options):
+    return read_messages(as_source(str(path), "train"), RowColumns(**options))
+
+
+def test_csv_rows_are_text_as_it_stands(tmp_path):
+    """Nothing is guessed: no number of 007, no missing value of NA, no row of a quoted line end."""
+    path = tmp_path / "rows.csv"
+    path.write_bytes('\ufeffprompt,completion\r\n007,NA\r\n"two\nlines, ""quoted""",x\u2028y\r\n\r\nlast,1e3'.encode())
+    found = read(path)
+    assert [[turn["content"] for turn in messages] for messages in found.messages] == [
+        ["007", "NA"],
+        ['two\nlines, "quoted"', "x\u2028y"],
+        ["last", "1e3"],
+    ]
+    assert found.numbers == [2, 3, 6]  # the lines that they begin in
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("prompt,completion\na,b\nc\n", "row 3: 1 fields, and the first line names 2 columns"),
+        ('prompt,completion\na,b\n"c,d\ne,f\n', "broken CSV in the row that begins in line 3"),
+        ("prompt,prompt\na,b\n", "the column 'prompt' is there twice"),
+        ("prompt,completion\n", "no rows"),
+        ("", "no rows"),
+    ],
+)
+def test_bad_csv(tmp_path, text, expected):
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=expected) as error:
+        read(path)
+    assert str(path) in str(error.value)
+
+
+def test_parquet_and_saved_datasets(tmp_path):
+    rows = [{"messages": MULTI}, {"messages": TURN}]
+    dataset = Dataset.from_list(rows)
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    DatasetDict({"train": dataset, "other": dataset.select([1])}).save_to_disk(tmp_path / "splits")
+    for name in ("rows.parquet", "saved", "splits"):
+        assert read(tmp_path / name).messages == [MULTI, TURN], name
+    other = LocalRows(tmp_path / "splits", split="other")
+    assert read_messages(other, RowColumns()).messages == [TURN]
+    with pytest.raises(InputError, match="no split 'nope' there, but 'train', 'other'"):
+        read_messages(LocalRows(tmp_path / "splits", split="nope"), RowColumns())
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(InputError, match="rows.parquet: cannot be read as Parquet"):
+        read(tmp_path / "rows.parquet")
+    next((tmp_path / "saved").glob("*.arrow")).unlink()
+    with pytest.raises(InputError, match="cannot be read as a saved dataset"):
+        read(tmp_path / "saved")
+
+
+def test_a_folder_of_files(tmp_path):
+    """In the order of names; what is bad is named with its file."""
+    write(tmp_path / "b.jsonl", [GOOD, {"prompt": "a"}])
+    (tmp_path / "a.csv").write_text("prompt,completion\nfirst,row\n")
+    (tmp_path / "README.md").write_text("no rows")
+    with pytest.raises(InputError) as error:
+        read(tmp_path)
+    assert str(error.value).splitlines() == [f"{tmp_path}: 1 of 3 rows are bad", "  row b.jsonl:2: completion: missing"]
+    write(tmp_path / "b.jsonl", [GOOD])
+    found = read(tmp_path)
+    assert [messages[0]["content"] for messages in found.messages] == ["first", "a"]
+    assert found.numbers == ["a.csv:2", "b.jsonl:1"]
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with pytest.raises(InputError, match="a folder without a .jsonl, .json, .csv, .parquet file"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("messages", "expected"),
     [
@@ -149,7 +224,7 @@ def test_ten_bad_rows_are_shown_and_all_are_counted(tmp_path):
     ("name", "content", "expected"),
     [
         ("rows.jsonl", None, "no such file"),
-        ("rows.txt", "a", r"expected a .jsonl or .json file"),
+        ("rows.txt", "a", r"expected a .jsonl, .json, .csv, .parquet file"),
         ("rows.jsonl", "", "no rows"),
         ("rows.json", "[]", "no rows"),
         ("rows.json", '{"prompt": "a"}', "expected a list of objects, got an object"),

@@ -11,7 +11,8 @@ import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from dft_lightning.data.sources import BrokenRow, RowSource
+from dft_lightning.data.files import BrokenRow
+from dft_lightning.data.sources import RowSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

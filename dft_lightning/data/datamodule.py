@@ -48,7 +48,8 @@ class InstructionDataModule(pl.LightningDataModule):
     chat template, or a plain one where it has none. The loss is on assistant turns, their end-of-turn token included.
 
     Args:
-        train: training rows: a local ``.jsonl`` or ``.json`` file, a hub name (split ``train``), or a source:
+        train: training rows: a local ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, a folder of such files or
+            one of ``save_to_disk``, a hub name (split ``train``), or a source:
             ``LocalRows``, ``HubRows``, ``ArithmeticRows`` or a subclass of ``RowSource``.
         validation: validation rows, likewise; ``None`` for none or for a part of ``train``.
         test: test rows, likewise.

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from dft_lightning.data.sources import BrokenRow, RowSource
+from dft_lightning.data.files import BrokenRow
+from dft_lightning.data.sources import RowSource
 from dft_lightning.errors import InputError
 
 Message = dict[str, str]
@@ -47,7 +48,7 @@ class Conversations:
     """
 
     name: str
-    numbers: list[int]
+    numbers: list[int | str]
     messages: list[list[Message]]
 
     def select(self, chosen: Sequence[int]) -> Conversations:

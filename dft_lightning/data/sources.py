@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dft_lightning.component import Component
+from dft_lightning.data.files import READERS, BrokenRow, read_file
 from dft_lightning.errors import InputError, one_line
-
-
-@dataclass(frozen=True)
-class BrokenRow:
-    """A row that could not even be read, and why."""
-
-    reason: str
 
 
 class RowSource(Component):
@@ -28,69 +20,58 @@ class RowSource(Component):
         """What an error message calls the source."""
         return repr(self)
 
-    def rows(self) -> Iterator[tuple[int, dict[str, Any] | BrokenRow]]:
-        """Each row with its number, as a person would count it in the file (from 1)."""
+    def rows(self) -> Iterator[tuple[int | str, dict[str, Any] | BrokenRow]]:
+        """Each row with its number, as a person would count it in the file (from 1), or with its place."""
         raise NotImplementedError(f"{type(self).__name__} must define rows(self)")
 
 
 class LocalRows(RowSource):
-    """Rows of a local file: ``.jsonl`` (one object a line) or ``.json`` (a list of objects), UTF-8.
+    """Rows of a local file or folder.
+
+    A file is ``.jsonl`` (one object a line), ``.json`` (a list of objects), ``.csv`` (the first line names the columns,
+    values stay text) or ``.parquet``; text is UTF-8. A folder is one of ``datasets``' ``save_to_disk``, or has such
+    files in it, which are read in the order of their names, other files left aside.
 
     Args:
-        path: the file.
+        path: the file or folder.
+        split: of a ``save_to_disk`` folder that has several; others have none.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], split: str | None = None) -> None:
         self.path = Path(path)
+        self.split = split
 
     @property
     def name(self) -> str:
-        return str(self.path)
+        return str(self.path) if self.split is None else f"{self.path} ({self.split})"
 
-    def rows(self) -> Iterator[tuple[int, dict[str, Any] | BrokenRow]]:
-        if self.path.suffix not in (".jsonl", ".json"):
-            raise InputError(f"{self.path}: expected a .jsonl or .json file")
-        if not self.path.is_file():
-            raise InputError(f"{self.path}: no such file")
+    def rows(self) -> Iterator[tuple[int | str, dict[str, Any] | BrokenRow]]:
+        if any((self.path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            yield from enumerate(self._saved_dataset(), start=1)
+        elif self.path.is_dir():
+            files = sorted(file for file in self.path.iterdir() if file.suffix in READERS)
+            if not files:
+                raise InputError(f"{self.path}: a folder without a {', '.join(READERS)} file")
+            for file in files:
+                yield from ((f"{file.name}:{number}", row) for number, row in read_file(file))
+        else:
+            yield from read_file(self.path)
+
+    def _saved_dataset(self) -> Iterator[dict[str, Any]]:
+        from datasets import DatasetDict, load_from_disk
+
         try:
-            text = self.path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{self.path}: cannot be read as UTF-8 text: {error}") from error
-        yield from _json_lines(text) if self.path.suffix == ".jsonl" else _json_list(text, self.path)
-
-
-def _json_lines(text: str) -> Iterator[tuple[int, dict[str, Any] | BrokenRow]]:
-    # Not splitlines(): JSON strings may hold the other line separators of Unicode.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, _as_row(json.loads(line))
-        except json.JSONDecodeError as error:
-            yield number, BrokenRow(f"broken JSON at character {error.colno}: {error.msg}")
-
-
-def _json_list(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any] | BrokenRow]]:
-    try:
-        items = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = "; one object a line belongs in a .jsonl file" if error.msg == "Extra data" else ""
-        raise InputError(
-            f"{path}: broken JSON at line {error.lineno}, character {error.colno}: {error.msg}{hint}"
-        ) from error
-    if not isinstance(items, list):
-        raise InputError(f"{path}: expected a list of objects, got {_kind(items)}")
-    for number, item in enumerate(items, start=1):
-        yield number, _as_row(item)
-
-
-def _as_row(item: Any) -> dict[str, Any] | BrokenRow:
-    return item if isinstance(item, dict) else BrokenRow(f"expected an object, got {_kind(item)}")
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+            found = load_from_disk(str(self.path))
+        except Exception as error:  # a folder cut short raises whatever its reader stumbled on
+            raise InputError(f"{self.path}: cannot be read as a saved dataset: {one_line(error)}") from error
+        if isinstance(found, DatasetDict):
+            if self.split not in found:
+                raise InputError(
+                    f"{self.path}: no split {self.split!r} there, but {', '.join(map(repr, found))}: name one by "
+                    "class_path LocalRows and split"
+                )
+            found = found[self.split]
+        return (dict(row) for row in found)
 
 
 class HubRows(RowSource):
@@ -113,7 +94,7 @@ class HubRows(RowSource):
     def name(self) -> str:
         return "/".join(part for part in (self.path, self.config_name, self.split) if part)
 
-    def rows(self) -> Iterator[tuple[int, dict[str, Any] | BrokenRow]]:
+    def rows(self) -> Iterator[tuple[int | str, dict[str, Any] | BrokenRow]]:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
 
@@ -126,17 +107,19 @@ class HubRows(RowSource):
 
 
 def as_source(value: RowSource | str | os.PathLike[str], split: str) -> RowSource:
-    """A source as given, or for a string: a local ``.jsonl`` or ``.json`` file, otherwise a hub name.
+    """A source as given, or for a string: a local file or folder, otherwise a hub name.
 
     Args:
         value: source, path or hub name.
-        split: the split of a hub dataset given by name.
+        split: the split of a hub dataset or of a saved one that has several.
     """
     if isinstance(value, RowSource):
         return value
     path = os.fspath(value)
     if not path.strip():
         raise InputError(f"data.{split}: empty")
-    if path.endswith((".jsonl", ".json")) or Path(path).is_file():
+    if Path(path, "dataset_dict.json").is_file():
+        return LocalRows(path, split)
+    if path.endswith(tuple(READERS)) or Path(path).exists():
         return LocalRows(path)
     return HubRows(path, split=split)
