@@ -226,6 +226,15 @@ def buffers(folder: Path) -> None:
     save(found, folder / "out.pt")
 
 
+def seeded_run(**options: Any) -> torch.Tensor:
+    """Weights after four steps with dropout, shuffling and accumulation."""
+    pl.seed_everything(3)
+    module = CausalLMModule({**TINY_ARITHMETIC, "resid_pdrop": 0.3}, loss=DFTLoss(), learning_rate=1e-2)
+    run = trainer(max_steps=4, accumulate_grad_batches=2, **options)
+    run.fit(module, datamodule=arithmetic_data(32, batch_size=2))
+    return torch.cat([whole(p.detach()).flatten() for p in module.parameters()])
+
+
 def behaviour(folder: Path) -> None:
     """Precision, the same run twice, checkpoints."""
     out: dict[str, Any] = {}
@@ -236,14 +245,8 @@ def behaviour(folder: Path) -> None:
         trainer(**two(precision=precision, callbacks=[watch])).fit(module, datamodule=arithmetic_data(16, batch_size=8))
         out[precision] = {**watch.seen, "gradient": module.gradients[0]}
 
-    weights = []
-    for _ in range(2):
-        pl.seed_everything(3)
-        module = CausalLMModule({**TINY_ARITHMETIC, "resid_pdrop": 0.3}, loss=DFTLoss(), learning_rate=1e-2)
-        run = trainer(**two(max_steps=4, accumulate_grad_batches=2))
-        run.fit(module, datamodule=arithmetic_data(32, batch_size=2))
-        weights.append(torch.cat([whole(p.detach()).flatten() for p in module.parameters()]))
-    out["twice"] = weights
+    for name in ("ddp", "fsdp2"):
+        out[f"twice {name}"] = [seeded_run(devices=2, strategy=strategy_of(name)) for _ in range(2)]
 
     for distributed in (True, False):
         path = folder / f"distributed-{distributed}.ckpt"

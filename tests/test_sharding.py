@@ -18,7 +18,7 @@ from dft_lightning.distributed.shard_loading import allocate_shards, read_shards
 from dft_lightning.distributed.strategies import data_parallel_mesh
 from dft_lightning.errors import InputError
 from dft_lightning.modules.loading import empty_causal_lm, load_causal_lm
-from sharded_runs import LLAMA, MEMORY_CASES, VARIANTS, one_step, three_steps, training_memory
+from sharded_runs import LLAMA, MEMORY_CASES, VARIANTS, one_step, seeded_run, three_steps, training_memory
 from small_runs import run_two_processes
 from test_normalization import relative
 
@@ -100,8 +100,10 @@ PRECISIONS = {
 
 
 def test_the_same_seed_gives_the_same_run(behaviour):
-    """Bit for bit, with dropout, shuffling and accumulation."""
-    assert torch.equal(*behaviour["twice"])
+    """Bit for bit, with dropout, shuffling and accumulation, on each layout."""
+    assert torch.equal(*behaviour["twice ddp"])
+    assert torch.equal(*behaviour["twice fsdp2"])
+    assert torch.equal(seeded_run(), seeded_run())
 
 
 def test_checkpoints_hold_the_weights(behaviour):
