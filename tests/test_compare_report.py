@@ -16,6 +16,15 @@ from dft_lightning.compare.analysis import analyse
 from dft_lightning.compare.command import main
 from dft_lightning.compare.records import read_records
 
+DRAWN = ("test_the_files", "test_names_are_text")
+
+
+@pytest.fixture(autouse=True)
+def figures(request, monkeypatch):
+    """Drawn where a test looks at them: they take most of a report's time."""
+    if request.function.__name__ not in DRAWN:
+        monkeypatch.setattr("dft_lightning.compare.report.all_plots", lambda findings: [])
+
 
 def findings_of(output):
     return analyse(yaml.safe_load((output / "compare.yaml").read_text()), read_records(output))

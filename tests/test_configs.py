@@ -110,14 +110,13 @@ def test_every_fit_config_has_whole_micro_batches_under_a_trainer_overlay(path):
         micro_batches_of(size["global_batch_size"], size["batch_size"], ranks)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2_4nodes"])
-def test_trainer_overlay_runs(name, tmp_path):
-    """Over a fit config, on two processes of this machine; a second run loads a sharded checkpoint and tests."""
+def test_trainer_overlay_runs(tmp_path):
+    """FSDP2 over a fit config, on two processes; a second run loads the sharded checkpoint and tests."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join([json.dumps({"instruction": "1+1=", "output": "1+1+0=2c0|2"})] * 40))
-    strategy = yaml.safe_load((ROOT / "configs" / "trainer" / f"{name}.yaml").read_text())["trainer"]["strategy"]
-    if "ModelParallel" in strategy["class_path"]:
-        strategy["init_args"]["data_parallel_size"] = 2
+    overlay = ROOT / "configs" / "trainer" / "fsdp2_4nodes.yaml"
+    strategy = yaml.safe_load(overlay.read_text())["trainer"]["strategy"]
+    strategy["init_args"]["data_parallel_size"] = 2
     small = tmp_path / "small.yaml"
     content = {
         "model": {"model": TINY, "generation": {"max_new_tokens": 4}},
@@ -127,15 +126,14 @@ def test_trainer_overlay_runs(name, tmp_path):
         | {"default_root_dir": str(tmp_path), "enable_progress_bar": False, "val_check_interval": None},
     }
     small.write_text(yaml.safe_dump(content))
-    configs = [ROOT / "configs" / "alpaca_qwen3.yaml", ROOT / "configs" / "trainer" / f"{name}.yaml", small]
+    configs = [ROOT / "configs" / "alpaca_qwen3.yaml", overlay, small]
     args = [argument for path in configs for argument in ("--config", str(path))]
     run_limited(["-m", "dft_lightning", "fit", *args], timeout=120)
     (run,) = (tmp_path / "lightning_logs").iterdir()
     assert (run / "config.yaml").is_file()
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["epoch=0-step=2.ckpt"]
-    if name == "fsdp2_4nodes":
-        tested = run_limited(["-m", "dft_lightning", "test", *args, "--ckpt_path", "last"], timeout=120)
-        assert "test/exact_match" in tested
+    tested = run_limited(["-m", "dft_lightning", "test", *args, "--ckpt_path", "last"], timeout=120)
+    assert "test/exact_match" in tested
 
 
 def test_there_are_configs():
