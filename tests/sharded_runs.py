@@ -84,7 +84,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "blocks by class path": ({"sharding": {"blocks": [BLOCK]}}, {}),
     "weights kept after forward": ({"sharding": {"reshard_after_forward": False}}, {}),
     "every micro-batch reduced": ({"sharding": {"sync_micro_batches": True}}, {}),
-    "built beforehand": ({"beforehand": True}, {}),
+    "built beforehand": ({"beforehand": "configure_model"}, {}),
+    "a model of one's own": ({"beforehand": "build_model"}, {}),
     "offloaded": ({"sharding": {"cpu_offload": True}}, {}),
 }
 
@@ -92,10 +93,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def one_step(batch_size: int, accumulate: int, options: dict[str, Any], trainer_options: dict[str, Any]) -> Any:
     pl.seed_everything(0)
     options = dict(options)
-    beforehand = options.pop("beforehand", False)
+    beforehand = options.pop("beforehand", None)
     module = GradientRecorder(**{"model": TINY_ARITHMETIC, "loss": DFTLoss(), "dtype": "float64", **options})
-    if beforehand:
+    if beforehand == "configure_model":
         module.configure_model()
+    elif beforehand == "build_model":  # as a subclass may in its __init__
+        module.model = module.build_model()
     run = trainer(accumulate_grad_batches=accumulate, **trainer_options)
     run.fit(module, datamodule=arithmetic_data(16, batch_size=batch_size, shuffle=False))
     decayed = [sum(whole(p).numel() for p in group["params"]) for group in run.optimizers[0].param_groups]

@@ -60,9 +60,9 @@ def estimate_memory(
     """
     config: Any = model.config
     blocks = find_blocks(model)
-    total = sum(p.numel() for p in model.parameters())
-    block = max(sum(p.numel() for p in each.parameters()) for each in blocks)
-    rest = total - sum(p.numel() for each in blocks for p in each.parameters())
+    total = _numel(model)
+    sizes = [_numel(each) for each in blocks]
+    block, rest = max(sizes), total - sum(sizes)
     if ranks == 1:
         between, gathered, unreduced = _FLOAT32, total * _BFLOAT16, 0  # autocast keeps a copy of what it has cast
     else:
@@ -81,6 +81,10 @@ def estimate_memory(
         activations=kept + (at_work if gradient_checkpointing else 0),
         head=chunk + head_gradients,
     )
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _block_bytes_per_token(config: Any, between: int) -> int:

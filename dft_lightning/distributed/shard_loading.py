@@ -127,8 +127,8 @@ def _copy_slice(name: str, target: Tensor, source: Any) -> None:
 
 def _check_tied(name: str, other: str, target: Tensor, source: Any) -> None:
     """Tied by the config and saved twice: transformers unties them where they differ, which every rank must know."""
-    own = _own_rows(other, target, source)
-    differs = torch.tensor(own is not None and not torch.equal(_local(target), own.to(target.dtype)), dtype=torch.int)
+    own, kept = _own_rows(other, target, source), _local(target)
+    differs = torch.tensor(own is not None and not torch.equal(kept, own.to(kept)), dtype=torch.int)
     if isinstance(target, DTensor):
         differs = differs.to(target.device_mesh.device_type)
         torch.distributed.all_reduce(differs, group=target.device_mesh.get_group())

@@ -211,19 +211,19 @@ class CausalLMModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Build the model, once, and shard it. Lightning calls this when device, precision and strategy are known."""
         mesh = data_parallel_mesh(self._trainer, self.sharding)
-        if self.model is None:
-            files = self._build(empty=mesh is not None and self.sharding.load == "shards" and self._loads_checkpoint())
-            self._matrices = matrix_names(self)
-        elif is_sharded(self):
+        if is_sharded(self):
             return
-        else:  # built before there was a trainer, or for an earlier one that did not shard
-            files = None
-        prepare_fsdp1(self._trainer, cast(nn.Module, self.model))
+        files: list[Path] | None = None
+        if self.model is None:  # otherwise built before there was a trainer, or for one that did not shard
+            files = self._build(empty=mesh is not None and self.sharding.load == "shards" and self._loads_checkpoint())
+        assert self.model is not None
+        prepare_fsdp1(self._trainer, self.model)
+        self._matrices = matrix_names(self)
         if mesh is not None:
-            shard(self, cast(nn.Module, self.model), mesh, self.sharding, self.trainer.precision, _RUN_THE_MODEL)
+            shard(self, self.model, mesh, self.sharding, self.trainer.precision, _RUN_THE_MODEL)
         if files is not None:
             allocate_shards(self, self.trainer.strategy.root_device)
-            read_shards(cast(nn.Module, self.model), files)
+            read_shards(self.model, files)
 
     def _build(self, empty: bool) -> list[Path] | None:
         """Make the model, if ``empty`` without its weights; then the files that have them are returned."""
@@ -326,7 +326,7 @@ class CausalLMModule(pl.LightningModule):
             check_documents(self.model)
             self._documents_checked = True
         if self.hparams["head"] == "full":
-            return full_batch_loss(self.model, self.forward, batch, self.loss, options)
+            return full_batch_loss(self.model, self, batch, self.loss, options)
         head = find_head(self.model)
         if not self._head_checked:  # here and not at start-up, where a sharded model cannot be run
             check_head(self.model, head)

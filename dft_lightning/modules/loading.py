@@ -100,8 +100,8 @@ def empty_causal_lm(
     with _loading(path):
         config = _read_config(path, trust_remote_code, options)
         files = _safetensors_files(path, options)
-        auto = config.get_text_config().dtype or saved_dtype(files)
-        wanted = auto if dtype == "auto" else getattr(torch, dtype)
+        own = config.get_text_config().dtype
+        wanted = getattr(torch, dtype) if dtype != "auto" else own or saved_dtype(files)
         with parameters_on_meta():
             made: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config,

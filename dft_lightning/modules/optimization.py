@@ -51,11 +51,13 @@ def decay_groups(module: nn.Module, weight_decay: float, matrices: frozenset[str
         weight_decay: of the matrices.
         matrices: names of those that FSDP1 may have flattened since; others show that they are.
     """
-    trainable = [(_own_name(name), p) for name, p in module.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in trainable if name in matrices or p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for name, p in trainable if not (name in matrices or p.ndim >= 2)], "weight_decay": 0.0},
-    ]
+    decayed: dict[str, Any] = {"params": [], "weight_decay": weight_decay}
+    spared: dict[str, Any] = {"params": [], "weight_decay": 0.0}
+    groups = [decayed, spared]
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.ndim >= 2 or _own_name(name) in matrices
+            (decayed if is_matrix else spared)["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 
