@@ -15,7 +15,8 @@ from dft_lightning.data import ArithmeticRows, HubRows, InstructionDataModule, L
 from dft_lightning.data.accumulation import micro_batches_of
 from dft_lightning.data.arithmetic import is_held_out
 from dft_lightning.data.batches import Collator, RowSampler, TokenizedRows
-from dft_lightning.data.messages import RowColumns, read_messages
+from dft_lightning.data.forms import Conversation, RowColumns
+from dft_lightning.data.messages import read_messages
 from dft_lightning.data.sources import as_source
 from dft_lightning.data.tokenizer import end_of_turn, load_tokenizer
 from dft_lightning.data.tokens import ConversationEncoder
@@ -38,8 +39,15 @@ def write(path, rows):
     return path
 
 
+def encode(tokenizer, messages, **options):
+    (row,) = ConversationEncoder(tokenizer, **options).encode([Conversation(messages)])
+    if isinstance(row, InputError):
+        raise row
+    return row
+
+
 def trained_text(tokenizer, row):
-    return tokenizer.decode([label for label in row["labels"] if label != -100])
+    return tokenizer.decode([label for label in row.labels if label != -100])
 
 
 @pytest.fixture
@@ -97,7 +105,7 @@ GOOD = {"prompt": "a", "completion": "b"}
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('{"prompt": "a", "completion": ', "row 2: broken JSON at character 31"),
+        ('{"prompt": "a", "completion": ', "row 2: broken JSON at character 30"),
         ('{"prompt": "a"}', "row 2: completion: missing"),
         ('{"prompt": "a", "completion": null}', "row 2: completion: null"),
         ('{"prompt": 3, "completion": "b"}', "row 2: prompt: expected a string, got int"),
@@ -196,9 +204,9 @@ def test_a_folder_of_files(tmp_path):
         ([{"role": "user", "content": "a"}], "no assistant message"),
         (
             [{"role": "robot", "content": "a"}],
-            r"messages\[0\].role: expected one of system, user, assistant, got 'robot'",
+            r"messages\[0\].role: expected one of system, developer, user, assistant, tool, got 'robot'",
         ),
-        ([{"role": "user", "content": ["a"]}], r"messages\[0\].content: expected a string, got list"),
+        ([{"role": "user", "content": ["a"]}], r"messages\[0\].content\[0\]: expected a part of type text, got 'str'"),
         ([TURN[0], {"role": "assistant", "content": ""}], r"messages\[1\].content: empty"),
         ([TURN[1], *TURN], r"messages\[0\].role: a conversation cannot begin with the assistant"),
         (["hello"], r"messages\[0\]: expected an object with role and content, got str"),
@@ -229,7 +237,7 @@ def test_ten_bad_rows_are_shown_and_all_are_counted(tmp_path):
         ("rows.json", "[]", "no rows"),
         ("rows.json", '{"prompt": "a"}', "expected a list of objects, got an object"),
         ("rows.json", '{"a": 1}\n{"a": 2}', "one object a line belongs in a .jsonl file"),
-        ("rows.json", "[1,", "broken JSON at line 1"),
+        ("rows.json", "[1,\n", "broken JSON at line 2, character 1"),
         ("rows.jsonl", '{"q": "a", "a": "b"}', r"cannot tell the row form from the columns \['a', 'q'\]"),
     ],
 )
@@ -245,7 +253,7 @@ def test_bad_files(tmp_path, name, content, expected):
 def test_file_that_is_not_utf8(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "\xff"}')
-    with pytest.raises(InputError, match="cannot be read as UTF-8"):
+    with pytest.raises(InputError, match="row 1: not UTF-8 text: invalid start byte at byte 13"):
         read_messages(LocalRows(path), RowColumns())
 
 
@@ -261,15 +269,16 @@ def test_hub_rows_load_a_local_folder_as_they_would_a_hub_name(tmp_path):
 
 
 def test_arithmetic_row_by_hand():
-    row = ConversationEncoder(arithmetic_tokenizer()).encode([TURN])[0]
+    row = encode(arithmetic_tokenizer(), TURN)
     # ^ 1 + 1 = 2 $ : the completion and the end of the turn are targets
-    assert row["input_ids"] == [1, 5, 14, 5, 15, 6, 2]
-    assert row["labels"] == [-100] * 5 + [6, 2]
+    assert row.input_ids.tolist() == [1, 5, 14, 5, 15, 6, 2]
+    assert row.labels.tolist() == [-100] * 5 + [6, 2]
+    assert row.weights is None
 
 
 def test_train_on_prompts_learns_all_but_the_first_token():
-    row = ConversationEncoder(arithmetic_tokenizer(), train_on_prompts=True).encode([TURN])[0]
-    assert row["labels"] == [-100, *row["input_ids"][1:]]
+    row = encode(arithmetic_tokenizer(), TURN, train_on_prompts=True)
+    assert row.labels.tolist() == [-100, *row.input_ids[1:]]
 
 
 @pytest.mark.parametrize(
@@ -282,38 +291,38 @@ def test_train_on_prompts_learns_all_but_the_first_token():
 )
 def test_single_turn_mask_on_real_tokenizers(real_tokenizer, name, expected):
     tokenizer = real_tokenizer(f"tokenizers/{name}")
-    row = ConversationEncoder(tokenizer).encode([TURN])[0]
+    row = encode(tokenizer, TURN)
     assert trained_text(tokenizer, row) == expected
 
 
 def test_plain_template_on_a_sentencepiece_tokenizer():
     tokenizer = load_tokenizer(shared("models/stories260K"))
-    row = ConversationEncoder(tokenizer).encode([TURN])[0]
-    assert tokenizer.decode(row["input_ids"]).endswith("2</s>")
+    row = encode(tokenizer, TURN)
+    assert tokenizer.decode(row.input_ids).endswith("2</s>")
     assert trained_text(tokenizer, row).strip() == "2</s>"
 
 
 def test_multi_turn_mask_trains_every_assistant_turn():
     tokenizer = load_tokenizer(shared("tokenizers/smollm2"))
-    row = ConversationEncoder(tokenizer).encode([MULTI])[0]
+    row = encode(tokenizer, MULTI)
     assert trained_text(tokenizer, row) == "Hello!<|im_end|>See you.<|im_end|>"
     # pad = eos = the end-of-turn token here, which is trained all the same
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    assert row["labels"].count(tokenizer.eos_token_id) == 2
+    assert (row.labels == tokenizer.eos_token_id).sum() == 2
 
 
 def test_template_that_rewrites_earlier_turns_is_refused_by_name():
-    encoder = ConversationEncoder(load_tokenizer(shared("tokenizers/qwen3")))
+    tokenizer = load_tokenizer(shared("tokenizers/qwen3"))
     with pytest.raises(InputError, match=r"turn 3 is rendered otherwise once more turns follow.*At character \d+"):
-        encoder.encode([MULTI])
+        encode(tokenizer, MULTI)
+    assert trained_text(tokenizer, encode(tokenizer, MULTI, train_turns="last")).endswith("See you.<|im_end|>")
 
 
 def test_generation_prompt_is_what_training_rows_begin_with(real_tokenizer):
     for name in ("tokenizers/smollm2", "tokenizers/qwen3", "tokenizers/gpt2", "models/stories260K"):
-        encoder = ConversationEncoder(real_tokenizer(name))
-        text, ids = encoder.prompt(TURN)
-        row = encoder.encode([TURN])[0]
-        assert row["input_ids"][: len(ids)] == ids, name
+        tokenizer = real_tokenizer(name)
+        text, ids = ConversationEncoder(tokenizer).prompt(Conversation(TURN))
+        assert encode(tokenizer, TURN).input_ids[: len(ids)].tolist() == ids, name
         assert "1+1=" in text
 
 
@@ -344,8 +353,8 @@ def test_tokenizer_problems_are_named(tmp_path):
 def test_generation_starts_after_the_last_question():
     encoder = ConversationEncoder(arithmetic_tokenizer())
     asked = [*TURN, {"role": "user", "content": "2+2="}]
-    assert encoder.prompt(asked)[0] == "^1+1=2$^2+2="
-    assert encoder.prompt([*asked, TURN[1]])[0] == "^1+1=2$^2+2="
+    assert encoder.prompt(Conversation(asked))[0] == "^1+1=2$^2+2="
+    assert encoder.prompt(Conversation([*asked, TURN[1]]))[0] == "^1+1=2$^2+2="
 
 
 # -- the data module -----------------------------------------------------------------------------------------------
@@ -379,8 +388,8 @@ def test_tokenised_once(monkeypatch, tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"prompt": "77+1=", "completion": "78"}])
     options = {"tokenizer": "asset://arithmetic-base"}
     calls = []
-    encode = ConversationEncoder.encode_rendered
-    monkeypatch.setattr(ConversationEncoder, "encode_rendered", lambda *args: calls.append(1) or encode(*args))
+    encode = ConversationEncoder.encode
+    monkeypatch.setattr(ConversationEncoder, "encode", lambda *args: calls.append(1) or encode(*args))
     InstructionDataModule(str(path), **options).prepare_data()
     InstructionDataModule(str(path), **options).prepare_data()
     assert len(calls) == 1

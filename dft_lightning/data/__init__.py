@@ -2,6 +2,7 @@
 
 from dft_lightning.data.arithmetic import ArithmeticRows, arithmetic_tokenizer
 from dft_lightning.data.datamodule import InstructionDataModule
+from dft_lightning.data.mixtures import MixedRows
 from dft_lightning.data.sources import HubRows, LocalRows, RowSource
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "HubRows",
     "InstructionDataModule",
     "LocalRows",
+    "MixedRows",
     "RowSource",
     "arithmetic_tokenizer",
 ]

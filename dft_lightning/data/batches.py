@@ -1,42 +1,80 @@
-"""Tokenised rows to padded batches, in an order that does not depend on the number of ranks."""
+"""Tokenised rows to padded, joined or packed batches, in an order that does not depend on the number of ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
+from dft_lightning.data.packing import Packs
 from dft_lightning.data.tokens import IGNORE_INDEX
 
 PADDING_ROW = -1
+Item = dict[str, Any]
 
 
-class TokenizedRows(Dataset[dict[str, Any]]):
+class TokenizedRows(Dataset[Item]):
     """Rows by index, and at index -1 a row without targets that evens out the ranks."""
 
-    def __init__(self, rows: Sequence[dict[str, Any]], pad_token_id: int) -> None:
+    def __init__(self, rows: Sequence[Item], pad_token_id: int) -> None:
         self.rows = rows
         self.pad_token_id = pad_token_id
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Item:
         if index != PADDING_ROW:
             return {**self.rows[index], "index": index}
-        token = [self.pad_token_id]
-        return {
-            "input_ids": token * 2,
-            "labels": [IGNORE_INDEX] * 2,
-            "index": PADDING_ROW,
-            "prompt": "",
-            "prompt_ids": token,
-            "reference": None,
-        }
+        return padding_row(self.pad_token_id)
+
+
+class PackedRows(Dataset[Item]):
+    """Packs by index: the ``documents`` of each; at index -1 one without targets that evens out the ranks.
+
+    Args:
+        rows: tokenised rows, a dataset that takes lists of indices.
+        packs: which of them come together.
+        pad_token_id: for the row without targets.
+    """
+
+    def __init__(self, rows: Any, packs: Packs, pad_token_id: int) -> None:
+        self.rows = rows.select_columns([name for name in _COLUMNS if name in rows.column_names])
+        self.packs = packs
+        self.pad_token_id = pad_token_id
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> Item:
+        if index == PADDING_ROW:
+            return {"documents": [padding_row(self.pad_token_id)]}
+        pieces = list(self.packs[index])
+        found = self.rows[[row for row, _, _ in pieces]]
+        documents = []
+        for i, (_, start, stop) in enumerate(pieces):
+            row = {name: values[i] for name, values in found.items()}
+            documents.append({name: v[start:stop] if isinstance(v, list) else v for name, v in row.items()})
+        return {"documents": documents}
+
+
+_COLUMNS = ("input_ids", "labels", "weights", "part")
+
+
+def padding_row(token: int) -> Item:
+    """A row without targets."""
+    return {
+        "input_ids": [token] * 2,
+        "labels": [IGNORE_INDEX] * 2,
+        "index": PADDING_ROW,
+        "prompt": "",
+        "prompt_ids": [token],
+        "reference": None,
+    }
 
 
 class RowSampler(DistributedSampler[Any]):
@@ -52,32 +90,71 @@ class RowSampler(DistributedSampler[Any]):
         rank: this rank.
         shuffle: a new order in each epoch, by ``seed`` and epoch alone.
         seed: of the order.
+        lengths: of the rows: with them, rows of about the same length come together.
+        group_size: how many; over all ranks.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], num_replicas: int = 1, rank: int = 0, shuffle: bool = False, seed: int = 0
+        self,
+        dataset: Dataset[Any],
+        num_replicas: int = 1,
+        rank: int = 0,
+        shuffle: bool = False,
+        seed: int = 0,
+        lengths: Tensor | None = None,
+        group_size: int = 1,
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
+        self.lengths = lengths
+        self.group_size = group_size
 
     def __iter__(self) -> Iterator[int]:
         size = len(self.dataset)  # type: ignore[arg-type]
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(size, generator=generator).tolist()
-        else:
-            order = list(range(size))
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        shuffled = torch.randperm(size, generator=generator) if self.shuffle else torch.arange(size)
+        if self.lengths is not None:
+            shuffled = _by_length(shuffled, self.lengths, self.group_size, generator if self.shuffle else None)
+        order = shuffled.tolist()
         order += [PADDING_ROW] * (self.total_size - size)
         return iter(order[self.rank :: self.num_replicas])
 
 
+_POOLED_GROUPS = 50
+
+
+def _by_length(order: Tensor, lengths: Tensor, group_size: int, generator: torch.Generator | None) -> Tensor:
+    """Groups of about the same length, in a random order: sorted within stretches of 50 groups of the given order.
+
+    The group with the longest row comes first, so that a run that will not fit ends at once; the one that is not full
+    comes last.
+    """
+    stretches = torch.split(order, _POOLED_GROUPS * group_size)
+    groups = [
+        group
+        for stretch in stretches
+        for group in torch.split(stretch[lengths[stretch].argsort(descending=True, stable=True)], group_size)
+    ]
+    full = [group for group in groups if len(group) == group_size]
+    rest = [group for group in groups if len(group) < group_size]
+    if generator is not None and full:
+        full = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
+        longest = max(range(len(full)), key=lambda i: int(lengths[full[i]].max()))
+        full.insert(0, full.pop(longest))
+    return torch.cat([*full, *rest]) if groups else order
+
+
 class Collator:
     """Pads rows on the right to the longest of the batch, or joins them, and pads prompts on the left.
+
+    Items are rows, or packs of ``documents``. Where a row has weights, the batch has ``token_weight``; where the rows
+    are of a mixture, ``source``, the index of each token's source.
 
     Args:
         pad_token_id: fills ``input_ids``; labels are filled with -100.
         pad_to_multiple_of: lengths are rounded up to a multiple of this.
         with_prompts: add what generation and scoring need.
         padding_free: make one row ``[1, T]`` of all, with ``position_ids`` that start anew at each.
+        sources: add ``source``: by the part of a mixture that a row is of.
     """
 
     def __init__(
@@ -86,44 +163,77 @@ class Collator:
         pad_to_multiple_of: int = 1,
         with_prompts: bool = False,
         padding_free: bool = False,
+        sources: list[int] | None = None,
     ) -> None:
         self.pad_token_id = pad_token_id
         self.pad_to_multiple_of = pad_to_multiple_of
         self.with_prompts = with_prompts
         self.padding_free = padding_free
+        self.sources = sources
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = self._joined(rows) if self.padding_free else self._padded(rows)
+    def __call__(self, items: list[Item]) -> dict[str, Any]:
+        if self.padding_free:
+            batch = self._joined([{"documents": [row for item in items for row in item.get("documents", [item])]}])
+        elif "documents" in items[0]:
+            batch = self._joined(items)
+        else:
+            batch = self._padded(items)
         if self.with_prompts:
-            prompts = [row["prompt_ids"] for row in rows]
+            prompts = [row["prompt_ids"] for row in items]
             batch["prompt_input_ids"] = self._pad(prompts, self.pad_token_id, left=True)
             batch["prompt_attention_mask"] = self._pad([[1] * len(ids) for ids in prompts], 0, left=True)
-            batch["index"] = torch.tensor([row["index"] for row in rows])
-            batch["prompt"] = [row["prompt"] for row in rows]
-            batch["reference"] = [row["reference"] for row in rows]
+            batch["index"] = torch.tensor([row["index"] for row in items])
+            batch["prompt"] = [row["prompt"] for row in items]
+            batch["reference"] = [row["reference"] for row in items]
         return batch
 
-    def _padded(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        input_ids = [row["input_ids"] for row in rows]
-        return {
-            "input_ids": self._pad(input_ids, self.pad_token_id),
-            "attention_mask": self._pad([[1] * len(ids) for ids in input_ids], 0),
-            "labels": self._pad([row["labels"] for row in rows], IGNORE_INDEX),
-        }
+    def _padded(self, rows: list[Item]) -> dict[str, Any]:
+        columns = [self._columns(row) for row in rows]
+        for column in columns:
+            del column["position_ids"]
+            column["attention_mask"] = np.ones(len(column["input_ids"]), np.int64)
+        return self._stack(columns, weighted=any(row.get("weights") is not None for row in rows))
 
-    def _joined(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        # The first token of a row is no target: it would be predicted from the row before.
+    def _joined(self, items: list[Item]) -> dict[str, Any]:
+        """A row of whole documents for each item; what fills it up is a document without targets."""
+        rows = []
+        for item in items:
+            documents = [self._columns(row) for row in item["documents"]]
+            rows.append({name: np.concatenate([column[name] for column in documents]) for name in documents[0]})
+        weighted = any(row.get("weights") is not None for item in items for row in item["documents"])
+        batch = self._stack(rows, weighted)
+        lengths = [len(row["input_ids"]) for row in rows]
+        if batch["input_ids"].shape[1] * len(rows) > sum(lengths):
+            batch["num_tokens"] = torch.tensor(sum(lengths))
+            for positions, length in zip(batch["position_ids"], lengths, strict=True):
+                positions[length:] = torch.arange(len(positions) - length)
+        return batch
+
+    def _columns(self, row: Item) -> dict[str, Any]:
+        size = len(row["input_ids"])
+        labels = np.array(row["labels"], np.int64)
+        labels[:1] = IGNORE_INDEX  # the first token of a row is no target: it would be predicted from the row before
+        weights = row.get("weights")
         columns = {
-            "input_ids": [row["input_ids"] for row in rows],
-            "labels": [[IGNORE_INDEX, *row["labels"][1:]] for row in rows],
-            "position_ids": [range(len(row["input_ids"])) for row in rows],
+            "input_ids": np.asarray(row["input_ids"], np.int64),
+            "labels": labels,
+            "position_ids": np.arange(size),
+            "token_weight": np.ones(size, np.float32) if weights is None else np.asarray(weights, np.float32),
         }
-        return {name: torch.tensor([list(chain.from_iterable(parts))]) for name, parts in columns.items()}
+        if self.sources is not None:
+            columns["source"] = np.full(size, self.sources[row.get("part", 0)], np.int64)
+        return columns
 
-    def _pad(self, sequences: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
+    def _stack(self, rows: list[dict[str, Any]], weighted: bool) -> dict[str, Any]:
+        fill = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}
+        names = [name for name in rows[0] if weighted or name != "token_weight"]
+        return {name: self._pad([row[name] for row in rows], fill.get(name, 0)) for name in names}
+
+    def _pad(self, sequences: Sequence[Any], value: int, left: bool = False) -> Tensor:
         multiple = self.pad_to_multiple_of
         length = -(-max(map(len, sequences)) // multiple) * multiple
-        padded = torch.full((len(sequences), length), value, dtype=torch.int64)
+        dtype = torch.float32 if getattr(sequences[0], "dtype", None) == np.float32 else torch.int64
+        padded = torch.full((len(sequences), length), value, dtype=dtype)
         for row, sequence in zip(padded, sequences, strict=True):
             place = row[length - len(sequence) :] if left else row[: len(sequence)]
             place.copy_(torch.as_tensor(sequence))

@@ -1,20 +1,65 @@
-"""Conversations tokenised once, kept by ``datasets`` under a fingerprint of all that the result depends on."""
+"""Conversations tokenised once, kept on disk under a fingerprint of all that the result depends on."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dft_lightning import __version__
-from dft_lightning.data.messages import Conversations, report_rows
-from dft_lightning.data.tokens import IGNORE_INDEX, ConversationEncoder, Span
-from dft_lightning.errors import InputError
+from dft_lightning.data.forms import Conversation
+from dft_lightning.data.messages import MAX_SHOWN, Conversations, OnBadRows, Problems, load_conversation
+from dft_lightning.data.tokens import ConversationEncoder, attempt
+from dft_lightning.errors import InputError, one_line
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import Dataset
+
+_ROWS_AT_ONCE = 1000
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What became of the rows of a split.
+
+    Attributes:
+        rows: read, bad ones included.
+        truncated: cut to ``max_length``, with a target left.
+        dropped: for lack of a target.
+        bad: skipped by ``on_bad_rows: skip``.
+    """
+
+    rows: int
+    truncated: int
+    dropped: int
+    bad: int = 0
+
+
+@dataclass(frozen=True)
+class TokenizedSplit:
+    """Rows of ``input_ids``, ``labels``, ``weights`` (null where all are 1), ``number`` and ``part``.
+
+    Attributes:
+        rows: those, and with prompts ``prompt``, ``prompt_ids`` and ``reference``.
+        counts: of them.
+        problems: the bad rows that were skipped.
+        parts: names of the sources, by ``part``; empty where there is one.
+    """
+
+    rows: Dataset
+    counts: RowCounts
+    problems: Problems
+    parts: list[str]
 
 
 def tokenize(
@@ -23,87 +68,189 @@ def tokenize(
     *,
     with_prompts: bool,
     keep_all: bool,
-    num_proc: int | None,
-    desc: str,
-) -> Dataset:
-    """Rows of ``input_ids``, ``labels`` and ``truncated``, from the cache where they are already there.
+    num_proc: int | None = None,
+    on_bad_rows: OnBadRows = "raise",
+    desc: str = "Tokenising rows",
+) -> TokenizedSplit:
+    """Tokenised rows, from the cache where they are already there. Memory does not grow with them.
 
     Args:
         conversations: what to tokenise.
         encoder: how.
         with_prompts: add ``prompt``, ``prompt_ids`` and ``reference``, for generation.
         keep_all: keep rows without a target.
-        num_proc: processes; ``None`` for this one.
+        num_proc: processes; ``None`` for this one, whose tokenizer uses every core by itself.
+        on_bad_rows: ``"raise"``, or ``"skip"`` to leave out what the template refuses.
         desc: of the progress bar.
 
     Raises:
-        InputError: rows that the chat template cannot render or that cannot be masked exactly.
+        InputError: rows that the chat template cannot render or that cannot be masked exactly; a process that died.
     """
-    from datasets import Dataset, Features, List, Value, config
+    from datasets import Dataset, config
 
-    features = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "truncated": Value("bool")}
-    if with_prompts:
-        features |= {"prompt_ids": List(Value("int32")), "prompt": Value("string"), "reference": Value("string")}
-    key = fingerprint(conversations, encoder, with_prompts, keep_all)
     folder = Path(config.HF_DATASETS_CACHE) / "dft_lightning"
     folder.mkdir(parents=True, exist_ok=True)
-    return Dataset.from_dict({"messages": conversations.messages, "number": conversations.numbers}).map(
-        _encode_rows,
-        batched=True,
-        remove_columns=["messages", "number"],
-        features=Features(features),
-        fn_kwargs={
-            "encoder": encoder,
-            "with_prompts": with_prompts,
-            "keep_all": keep_all,
-            "name": conversations.name,
-        },
-        new_fingerprint=key,
-        cache_file_name=str(folder / f"{key}.arrow"),
-        num_proc=num_proc,
-        desc=desc,
-    )
+    key = fingerprint(conversations, encoder, with_prompts, keep_all)
+    path, account = folder / f"{key}.arrow", folder / f"{key}.json"
+    if not (path.is_file() and account.is_file()):
+        task = _Task(conversations.table, encoder, with_prompts, keep_all)
+        _write(path, account, task, num_proc, desc)
+    found = json.loads(account.read_text())
+    problems = Problems(conversations.name, [*conversations.problems.shown], conversations.problems.count)
+    problems.extend(found["shown"], found["bad"])
+    total = len(conversations) + conversations.problems.count
+    if found["bad"] and (on_bad_rows == "raise" or problems.count == total):
+        raise InputError(problems.report(total))
+    try:
+        rows = Dataset.from_file(str(path))
+    except Exception as error:  # cut short by something else: what is written here is whole
+        raise InputError(f"{path}: cannot be read ({one_line(error)}): delete it") from error
+    counts = RowCounts(total, found["truncated"], found["dropped"], problems.count)
+    return TokenizedSplit(rows, counts, problems, conversations.parts)
 
 
 def fingerprint(conversations: Conversations, encoder: ConversationEncoder, with_prompts: bool, keep_all: bool) -> str:
     """Of the rows, the tokenizer, its template and special tokens, the options and this code's version."""
     tokenizer = encoder.tokenizer
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    options = [encoder.max_length, encoder.train_on_prompts, with_prompts, keep_all, __version__]
+    options = [*encoder.options, with_prompts, keep_all, __version__, _FORMAT]
     backend = tokenizer.backend_tokenizer.to_str()
-    content = json.dumps([conversations.messages, backend, tokenizer.chat_template, special, options])
+    content = json.dumps([conversations.digest, backend, tokenizer.chat_template, special, options])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def _encode_rows(
-    batch: dict[str, Sequence[Any]], encoder: ConversationEncoder, with_prompts: bool, keep_all: bool, name: str
-) -> dict[str, list[Any]]:
-    """One batch of conversations to columns. Rows without a target are left out, unless ``keep_all``."""
-    rendered = _render_all(batch, encoder, name)
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "truncated": []}
+_FORMAT = 2  # of the columns below
+
+
+@dataclass
+class _Encoded:
+    """A stretch of rows."""
+
+    batch: pyarrow.RecordBatch
+    truncated: int
+    dropped: int
+    bad: int
+    shown: list[str]
+
+
+@dataclass
+class _Task:
+    """What turns a stretch of conversations into columns."""
+
+    table: Dataset
+    encoder: ConversationEncoder
+    with_prompts: bool
+    keep_all: bool
+
+    def __call__(self, start: int) -> _Encoded:
+        stretch = self.table[start : start + _ROWS_AT_ONCE]
+        conversations = [load_conversation(text) for text in stretch["conversation"]]
+        problems = Problems("")
+        truncated = dropped = 0
+        columns: dict[str, list[Any]] = {name: [] for name in schema(self.with_prompts).names}
+        found = zip(conversations, self.encoder.encode(conversations), stretch["number"], stretch["part"], strict=True)
+        for conversation, row, number, part in found:
+            prompt = attempt(self.encoder.prompt, conversation) if self.with_prompts else None
+            if isinstance(row, InputError) or isinstance(prompt, InputError):
+                problems.add(json.loads(number), row if isinstance(row, InputError) else prompt)
+                continue
+            if not (self.keep_all or row.has_target):
+                dropped += 1
+                continue
+            truncated += row.truncated
+            values = {**vars(row), "number": number, "part": part, **_prompt_columns(conversation, prompt)}
+            for name, column in columns.items():
+                column.append(values[name])
+        return _Encoded(_record_batch(columns, self.with_prompts), truncated, dropped, problems.count, problems.shown)
+
+
+def _prompt_columns(conversation: Conversation, prompt: tuple[str, list[int]] | None) -> dict[str, Any]:
+    if prompt is None:
+        return {}
+    last = conversation.messages[-1] if conversation.messages else {"role": ""}
+    reference = last["content"] if last["role"] == "assistant" else None
+    return {"prompt": prompt[0], "prompt_ids": prompt[1], "reference": reference}
+
+
+def schema(with_prompts: bool) -> pyarrow.Schema:
+    """Columns of tokenised rows."""
+    import pyarrow as pa
+
+    fields = {"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "weights": pa.list_(pa.float32())}
+    fields |= {"number": pa.string(), "part": pa.int32(), "truncated": pa.bool_()}
     if with_prompts:
-        columns |= {"prompt_ids": [], "prompt": [], "reference": []}
-    for messages, row in zip(batch["messages"], encoder.encode_rendered(rendered), strict=True):
-        if not keep_all and all(label == IGNORE_INDEX for label in row["labels"]):
-            continue
-        if with_prompts:
-            row["prompt"], row["prompt_ids"] = encoder.prompt(messages)
-            last = messages[-1]
-            row["reference"] = last["content"] if last["role"] == "assistant" else None
-        for name, values in columns.items():
-            values.append(row[name])
-    return columns
+        fields |= {"prompt_ids": pa.list_(pa.int32()), "prompt": pa.string(), "reference": pa.string()}
+    return pa.schema(fields)
 
 
-def _render_all(
-    batch: dict[str, Sequence[Any]], encoder: ConversationEncoder, name: str
-) -> list[tuple[str, list[Span]]]:
-    rendered, problems = [], []
-    for number, messages in zip(batch["number"], batch["messages"], strict=True):
+def _record_batch(columns: dict[str, list[Any]], with_prompts: bool) -> pyarrow.RecordBatch:
+    import pyarrow as pa
+
+    types = schema(with_prompts)
+    return pa.record_batch([pa.array(columns[field.name], field.type) for field in types], schema=types)
+
+
+def _write(path: Path, account: Path, task: _Task, num_proc: int | None, desc: str) -> None:
+    """Both files, whole or not at all."""
+    import pyarrow as pa
+
+    counts = {"truncated": 0, "dropped": 0, "bad": 0}
+    shown: list[str] = []
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with pa.ipc.new_stream(str(unfinished), schema(task.with_prompts)) as stream:
+            for encoded in _progress(_encode(task, num_proc), len(task.table), desc):
+                stream.write_batch(encoded.batch)
+                for name in counts:
+                    counts[name] += getattr(encoded, name)
+                shown += encoded.shown[: MAX_SHOWN - len(shown)]
+        described = account.with_suffix(f".{os.getpid()}.tmp.json")
+        described.write_text(json.dumps({**counts, "shown": shown}))
+        os.replace(described, account)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _progress(encoded: Iterator[_Encoded], total: int, desc: str) -> Iterator[_Encoded]:
+    from datasets.utils import tqdm
+
+    with tqdm(total=total, desc=desc, unit=" rows") as bar:
+        for part in encoded:
+            yield part
+            bar.update(min(_ROWS_AT_ONCE, total - bar.n))
+
+
+def _encode(task: _Task, num_proc: int | None) -> Iterator[_Encoded]:
+    """Every stretch, in order."""
+    starts = range(0, len(task.table), _ROWS_AT_ONCE)
+    num_proc = min(num_proc or 1, len(starts))
+    if num_proc == 1:
+        yield from map(task, starts)
+        return
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    with contextlib.ExitStack() as stack:
+        pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context(method), _begin_process, (task,))
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         try:
-            rendered.append(encoder.render(messages))
-        except InputError as problem:
-            problems.append(f"row {number}: {problem}")
-    if problems:
-        raise InputError(report_rows(name, problems, len(batch["number"])))
-    return rendered
+            yield from pool.map(_encode_in_process, starts)
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"data.num_proc: one of {num_proc} processes died while tokenising, for want of memory perhaps: "
+                "take fewer"
+            ) from error
+
+
+_task_of_process: _Task | None = None
+
+
+def _begin_process(task: _Task) -> None:
+    global _task_of_process
+    _task_of_process = task
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the first process ends the others
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
+
+
+def _encode_in_process(start: int) -> _Encoded:
+    assert _task_of_process is not None
+    return _task_of_process(start)

@@ -1,22 +1,28 @@
-"""The LightningDataModule: instruction rows to padded batches."""
+"""The LightningDataModule: instruction rows to padded, joined or packed batches."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dft_lightning.data.accumulation import accumulate_to
-from dft_lightning.data.batches import Collator, RowSampler, TokenizedRows
-from dft_lightning.data.cache import tokenize
-from dft_lightning.data.messages import Conversations, LastTurn, RowColumns, RowForm, read_messages
+from dft_lightning.data.batches import Collator, PackedRows, RowSampler, TokenizedRows
+from dft_lightning.data.cache import RowCounts, tokenize
+from dft_lightning.data.forms import LastTurn, RowColumns, RowForm
+from dft_lightning.data.messages import Conversations, OnBadRows, RowReader, read_messages
+from dft_lightning.data.packing import Packing, Packs, cut, pack, whole
 from dft_lightning.data.sources import RowSource, as_source
+from dft_lightning.data.stream_position import StreamRecord
+from dft_lightning.data.streaming import StreamedBatches, StreamOptions
+from dft_lightning.data.template import TrainTurns
 from dft_lightning.data.tokenizer import end_of_turn, load_tokenizer
-from dft_lightning.data.tokens import ConversationEncoder
+from dft_lightning.data.tokens import IGNORE_INDEX, ConversationEncoder
 from dft_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,21 +37,15 @@ SPLITS_OF_STAGE = {
 }
 
 
-@dataclass(frozen=True)
-class RowCounts:
-    """What became of the rows of a split: read, cut to ``max_length``, dropped for lack of a target."""
-
-    rows: int
-    truncated: int
-    dropped: int
-
-
 class InstructionDataModule(pl.LightningDataModule):
     """Instruction rows from local files, the hub or a source of one's own, tokenised once and cached.
 
-    Rows have one of three forms, recognised by their columns or named: prompt and completion, Alpaca's
-    ``instruction``/``input``/``output``, or ``messages`` with roles and contents. They pass through the tokenizer's
-    chat template, or a plain one where it has none. The loss is on assistant turns, their end-of-turn token included.
+    Rows have one of these forms, recognised by their columns or named: prompt and completion, Alpaca's
+    ``instruction``/``input``/``output``, ``messages`` (with ``tools`` and tool calls, too), ShareGPT's
+    ``conversations``, preferences (``chosen``), or plain ``text``. They pass through the tokenizer's chat template, or
+    a plain one where it has none. The loss is on assistant turns, their end-of-turn token included; of plain text it is
+    on everything. A ``weight`` of a row or message multiplies the loss of its tokens; the divisor stays the number of
+    target tokens. A weight of 0 makes no targets. See ``docs/data.md``.
 
     Args:
         train: training rows: a local ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, a folder of such files or
@@ -56,15 +56,25 @@ class InstructionDataModule(pl.LightningDataModule):
         predict: rows to complete; ``None`` takes ``test``. They need no completion.
         forgetting: a second validation set, of what training should not spoil, likewise; logged as ``forgetting/``.
         validation_fraction: share of ``train`` that is set apart for validation, by ``seed``.
-        row_form: ``"auto"``, ``"prompt_completion"``, ``"alpaca"`` or ``"messages"``.
-        prompt_column: column of the prompt.
-        completion_column: column of the completion.
+        row_form: ``"auto"``, ``"prompt_completion"``, ``"alpaca"``, ``"messages"``, ``"sharegpt"``, ``"preference"`` or
+            ``"text"``.
+        prompt_column: column of the prompt: a text or a list of messages.
+        completion_column: column of the completion, likewise.
         messages_column: column of the messages.
+        text_column: column of plain text.
+        weight_column: column of the rows' weights, where they have it.
+        system_prompt: system message of the rows that have none, in training and generation.
+        prompt_suffix: what every user message ends with, in training and generation.
+        on_bad_rows: ``"raise"``, or ``"skip"`` to leave out rows that cannot be read, rendered or masked; they are
+            counted, and the first ten shown.
         tokenizer: hub name, local folder or ``asset://NAME``; ``None`` takes the model's.
         chat_template: Jinja text or ``.jinja`` file in place of the tokenizer's own.
+        chat_template_kwargs: further variables of the chat template, such as ``enable_thinking``.
+        allow_special_tokens: let rows spell special tokens (``<|im_end|>``) as control. Otherwise they are text.
         max_length: rows longer than this keep their first ``max_length`` tokens; a row with no target left is
             dropped and counted.
-        train_on_prompts: learn the prompts too.
+        train_on_prompts: learn the prompts too, with weight 1.
+        train_turns: learn ``"all"`` assistant turns, or the ``"last"`` alone.
         batch_size: rows per micro-batch and rank.
         global_batch_size: rows of an optimizer step over all ranks and micro-batches; sets the trainer's
             ``accumulate_grad_batches``. The last step of an epoch may have fewer.
@@ -72,6 +82,12 @@ class InstructionDataModule(pl.LightningDataModule):
         pad_to_multiple_of: batch lengths are rounded up to a multiple of this.
         padding_free: join the rows of a micro-batch into one instead of padding them; they stay separate documents to
             the model, which is checked. ``model.attn_implementation`` should be ``documents`` or a flash attention.
+        packing: pack the training rows into rows of ``max_length`` tokens, best-fit decreasing: ``"bfd"`` cuts longer
+            rows off, ``"bfd_split"`` into pieces. ``batch_size`` then counts packed rows. They stay separate documents.
+        group_by_length: let training batches have rows of about the same length.
+        streaming: read the training rows as training goes, pass after pass, without a cache; needs
+            ``trainer.max_steps``.
+        shuffle_buffer_size: of a stream: rows among which the next is drawn, for each worker.
         shuffle: a new row order in each epoch, by ``seed``; the same for any number of ranks.
         seed: of the order and, unless ``split_seed`` is given, of the split.
         split_seed: of the split by ``validation_fraction``.
@@ -103,15 +119,27 @@ class InstructionDataModule(pl.LightningDataModule):
         prompt_column: str = "prompt",
         completion_column: str = "completion",
         messages_column: str = "messages",
+        text_column: str = "text",
+        weight_column: str = "weight",
+        system_prompt: str | None = None,
+        prompt_suffix: str | None = None,
+        on_bad_rows: OnBadRows = "raise",
         tokenizer: str | None = None,
         chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        allow_special_tokens: bool = False,
         max_length: int | None = None,
         train_on_prompts: bool = False,
+        train_turns: TrainTurns = "all",
         batch_size: int = 8,
         global_batch_size: int | None = None,
         eval_batch_size: int | None = None,
         pad_to_multiple_of: int = 1,
         padding_free: bool = False,
+        packing: Packing | None = None,
+        group_by_length: bool = False,
+        streaming: bool = False,
+        shuffle_buffer_size: int = 10_000,
         shuffle: bool = True,
         seed: int = 0,
         split_seed: int | None = None,
@@ -126,7 +154,18 @@ class InstructionDataModule(pl.LightningDataModule):
             pad_to_multiple_of=pad_to_multiple_of,
             max_length=max_length,
             num_proc=num_proc,
+            shuffle_buffer_size=shuffle_buffer_size,
         )
+        _check_choices(row_form, on_bad_rows, train_turns, packing)
+        if packing is not None and (max_length is None or max_length < 2):
+            raise ValueError(f"packing needs max_length, the tokens of a packed row, at least 2; got {max_length}")
+        if packing is not None and group_by_length:
+            raise ValueError("packed rows are all of one length: leave group_by_length out")
+        if streaming and (group_by_length or validation_fraction):
+            raise ValueError(
+                "a stream has no known rows to group or divide: leave group_by_length and "
+                "validation_fraction out, and give validation"
+            )
         if num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {num_workers}")
         if not 0 <= validation_fraction < 1:
@@ -144,17 +183,34 @@ class InstructionDataModule(pl.LightningDataModule):
             "test": test,
             "predict": predict or test,
         }
-        self.columns = RowColumns(row_form, prompt_column, completion_column, messages_column)
+        self.columns = RowColumns(
+            row_form,
+            prompt_column,
+            completion_column,
+            messages_column,
+            text_column,
+            weight_column,
+            system_prompt,
+            prompt_suffix,
+        )
         self.validation_fraction = validation_fraction
         self.tokenizer_name = tokenizer
         self.chat_template = chat_template
+        self.chat_template_kwargs = chat_template_kwargs
+        self.allow_special_tokens = allow_special_tokens
+        self.on_bad_rows: OnBadRows = on_bad_rows
         self.max_length = max_length
         self.train_on_prompts = train_on_prompts
+        self.train_turns: TrainTurns = train_turns
         self.batch_size = batch_size
         self.global_batch_size = global_batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.pad_to_multiple_of = pad_to_multiple_of
         self.padding_free = padding_free
+        self.packing = packing
+        self.group_by_length = group_by_length
+        self.streaming = streaming
+        self.shuffle_buffer_size = shuffle_buffer_size
         self.shuffle = shuffle
         self.seed = seed
         self.split_seed = seed if split_seed is None else split_seed
@@ -164,8 +220,12 @@ class InstructionDataModule(pl.LightningDataModule):
         self.end_of_turn_ids: list[int] = []
         self._micro_batches = 1
         self.counts: dict[str, RowCounts] = {}
+        self.source_names: list[str] = []  # of mixtures, whose losses are logged apart
+        self.packs: Packs | None = None
         self._rows: dict[str, Dataset] = {}
+        self._source_index: dict[str, list[int]] = {}
         self._divided: dict[str, Conversations] = {}
+        self._stream = StreamRecord()
 
     # -- loading -----------------------------------------------------------------------------------------------
 
@@ -173,7 +233,7 @@ class InstructionDataModule(pl.LightningDataModule):
         """Read, check and tokenise the rows into the cache of ``datasets``, before any model is loaded."""
         trainer = self.trainer
         try:
-            self._load(trainer.state.fn.value if trainer is not None and trainer.state.fn else "fit")
+            self.load(trainer.state.fn.value if trainer is not None and trainer.state.fn else "fit")
         except InputError:
             # Only one process per machine is here, and the others wait for it. All of them meet the same mistake in
             # setup, and end by it.
@@ -181,11 +241,31 @@ class InstructionDataModule(pl.LightningDataModule):
                 raise
 
     def setup(self, stage: str) -> None:
+        if stage == "fit" and self.trainer is not None:
+            self._check_trainer(self.trainer)
         if stage == "fit" and self.global_batch_size is not None and self.trainer is not None:
             self._micro_batches = accumulate_to(
                 self.trainer, self.global_batch_size, self.batch_size, self._micro_batches
             )
-        self._load(stage)
+        self.load(stage)
+
+    def _check_trainer(self, trainer: pl.Trainer) -> None:
+        """What a run cannot do with these batches."""
+        loss = getattr(trainer.lightning_module, "loss", None)
+        if self.packing == "bfd_split" and not getattr(loss, "pointwise", True):
+            raise InputError(
+                f"{type(loss).__name__} reads whole sequences (pointwise = False), and data.packing: bfd_split cuts "
+                "them: use bfd"
+            )
+        if not self.streaming:
+            return
+        if trainer.max_steps < 0 and trainer.max_time is None:  # type: ignore[attr-defined]
+            raise InputError("data.streaming goes round without end: set trainer.max_steps")
+        if self.sources["validation"] is not None and trainer.val_check_interval == 1.0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise InputError(
+                "data.streaming has no end of an epoch to validate at: set trainer.val_check_interval to a number of "
+                "batches, with trainer.check_val_every_n_epoch: null"
+            )
 
     def build_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer by name, or the model's. Override for one made otherwise."""
@@ -198,20 +278,26 @@ class InstructionDataModule(pl.LightningDataModule):
             options = {key: hparams[key] for key in ("revision", "trust_remote_code") if key in hparams}
         return load_tokenizer(name, chat_template=self.chat_template, key=key, **options)
 
-    def _load(self, stage: str) -> None:
+    def load(self, stage: str) -> None:
+        """Read and tokenise what ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"`` needs, where it is not yet."""
         if self.tokenizer is None:
             self.tokenizer = self.build_tokenizer()
-            turn_end = end_of_turn(self.tokenizer)
+            turn_end = end_of_turn(self.tokenizer, self.chat_template_kwargs)
             self.end_of_turn_ids = [turn_end[1]] if turn_end else []
             if turn_end is None:
                 rank_zero_warn("the chat template ends turns with no special token: the model will not learn to stop")
         for split in SPLITS_OF_STAGE[stage]:
             if split in self._rows:
                 continue
+            if split == "train" and self.streaming:
+                self._name_sources("train", self._source("train").parts)
+                continue
             conversations = self._conversations(split, required=split == SPLITS_OF_STAGE[stage][0])
             if conversations is not None:
                 self._rows[split] = self._tokenize(split, conversations)
         self._divided.clear()
+        if stage == "fit" and self.packing is not None and not self.streaming and self.packs is None:
+            self.packs = self._pack()
 
     def _conversations(self, split: str, required: bool) -> Conversations | None:
         """Messages of a split, or ``None`` where there is none and none is required."""
@@ -224,12 +310,19 @@ class InstructionDataModule(pl.LightningDataModule):
             raise InputError(f"data.{split} is not set" + (", nor data.test" if split == "predict" else ""))
         if split == "train" and self.validation_fraction:
             return self._divide_train()["train"]
-        return self._read(split, source)
+        return self._read(split)
 
-    def _read(self, split: str, source: RowSource | str) -> Conversations:
-        rows = as_source(source, "test" if split == "predict" else split)
+    def _source(self, split: str) -> RowSource:
+        source = self.sources[split]
+        if source is None:
+            raise InputError(f"data.{split} is not set")
+        return as_source(source, "test" if split == "predict" else split, self.streaming and split == "train")
+
+    def _read(self, split: str) -> Conversations:
         last_turn: dict[str, LastTurn] = {"test": "assistant", "predict": "optional"}
-        return read_messages(rows, self.columns, last_turn=last_turn.get(split, "any"))
+        return read_messages(
+            self._source(split), self.columns, last_turn=last_turn.get(split, "any"), on_bad_rows=self.on_bad_rows
+        )
 
     def _divide_train(self) -> dict[str, Conversations]:
         """``train`` and ``validation`` of the training rows, read once for both."""
@@ -238,7 +331,7 @@ class InstructionDataModule(pl.LightningDataModule):
         source = self.sources["train"]
         if source is None:
             raise InputError("data.train is not set, so data.validation_fraction has nothing to divide")
-        conversations = self._read("train", source)
+        conversations = self._read("train")
         order = torch.randperm(
             len(conversations.messages), generator=torch.Generator().manual_seed(self.split_seed)
         ).tolist()
@@ -252,29 +345,76 @@ class InstructionDataModule(pl.LightningDataModule):
         self._divided["validation"] = conversations.select(sorted(order[:size]))
         return self._divided
 
-    def _tokenize(self, split: str, conversations: Conversations) -> Dataset:
+    def _encoder(self) -> ConversationEncoder:
         assert self.tokenizer is not None
-        rows = tokenize(
+        return ConversationEncoder(
+            self.tokenizer,
+            self.max_length,
+            self.train_on_prompts,
+            self.train_turns,
+            self.chat_template_kwargs,
+            self.allow_special_tokens,
+        )
+
+    def _tokenize(self, split: str, conversations: Conversations) -> Dataset:
+        encoder = self._encoder()
+        if split == "train" and self.packing == "bfd_split":
+            encoder.max_length = None  # cut into pieces, not off
+        found = tokenize(
             conversations,
-            ConversationEncoder(self.tokenizer, self.max_length, self.train_on_prompts),
+            encoder,
             with_prompts=split != "train",
             # Generation needs no target: a row too long to learn from is still a problem to solve.
             keep_all=split in ("test", "predict"),
             num_proc=self.num_proc,
+            on_bad_rows=self.on_bad_rows,
             desc=f"Tokenising {split} rows",
         )
-        total, truncated = len(conversations.messages), sum(rows["truncated"])
-        counts = RowCounts(total, truncated, total - len(rows))
-        self.counts[split] = counts
-        rank_zero_info(f"{split}: {total} rows, {truncated} truncated, {counts.dropped} dropped without a target")
-        if len(rows) == 0:
+        counts = self.counts[split] = found.counts
+        bad = f", {counts.bad} bad" if counts.bad else ""
+        rank_zero_info(
+            f"{split}: {counts.rows} rows{bad}, {counts.truncated} truncated, {counts.dropped} dropped without a target"
+        )
+        if counts.bad:
+            rank_zero_warn(f"data.on_bad_rows: skip\n{found.problems.report(counts.rows)}")
+        if len(found.rows) == 0:
             raise InputError(f"data.{split}: no row has a target left within max_length {self.max_length}")
-        return rows
+        self._name_sources(split, found.parts)
+        return found.rows
+
+    def _name_sources(self, split: str, parts: list[str]) -> None:
+        """Each part's place among the names of all mixtures."""
+        self.source_names += [name for name in parts if name not in self.source_names]
+        self._source_index[split] = [self.source_names.index(name) for name in parts]
+
+    def _pack(self) -> Packs:
+        assert self.max_length is not None
+        rows = self._rows["train"]
+        lengths = self.lengths("train").numpy()
+        pieces = (
+            cut(lengths, self.max_length, lambda i: np.asarray(rows[i]["labels"]) != IGNORE_INDEX)
+            if self.packing == "bfd_split"
+            else whole(lengths)
+        )
+        packs = pack(pieces, self.max_length, self.seed)
+        rank_zero_info(
+            f"train: {len(pieces)} documents in {len(packs)} packed rows of {self.max_length} tokens, "
+            f"{packs.efficiency(self.max_length):.1%} full"
+        )
+        return packs
+
+    def lengths(self, split: str) -> Tensor:
+        """Tokens of each row of a split."""
+        import pyarrow.compute
+
+        return torch.from_numpy(pyarrow.compute.list_value_length(self._rows[split].data["input_ids"]).to_numpy())
 
     # -- loaders -----------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader("train", shuffle=self.shuffle)
+        if self.streaming:
+            return self._stream_loader()
+        return self._loader("train", shuffle=self.shuffle, packs=self.packs)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation rows; a list of them and the ``forgetting`` rows where there are such."""
@@ -317,32 +457,101 @@ class InstructionDataModule(pl.LightningDataModule):
         return [f"{prompt}{reference}" for prompt, reference in zip(rows["prompt"], rows["reference"], strict=True)]
 
     def _loader(
-        self, split: str, *, shuffle: bool = False, with_prompts: bool = False, limit: int | None = None
+        self,
+        split: str,
+        *,
+        shuffle: bool = False,
+        with_prompts: bool = False,
+        limit: int | None = None,
+        packs: Packs | None = None,
     ) -> DataLoader[Any]:
-        assert self.tokenizer is not None, "call setup() first"
-        pad = self.tokenizer.pad_token_id
-        pad = pad if pad is not None else (self.tokenizer.eos_token_id or 0)  # masked everywhere it stands
         rows: Any = self._rows[split]
         if limit is not None:
             rows = rows.select(range(min(limit, len(rows))))
-        dataset = TokenizedRows(rows, int(pad))
-        trainer = self.trainer
+        if with_prompts and "" in rows["prompt"]:
+            raise InputError(f"data.{split}: plain text has no prompt to generate from: give rows of another form")
+        pad = self._pad_token_id()
+        dataset = TokenizedRows(rows, pad) if packs is None else PackedRows(rows, packs, pad)
+        rank, ranks = self._ranks()
+        grouped = split == "train" and shuffle and self.group_by_length
         sampler = RowSampler(
             dataset,
-            num_replicas=trainer.world_size if trainer is not None else 1,
-            rank=trainer.global_rank if trainer is not None else 0,
+            num_replicas=ranks,
+            rank=rank,
             shuffle=shuffle,
             seed=self.seed,
+            lengths=self.lengths(split) if grouped else None,
+            group_size=self.global_batch_size or self.batch_size * ranks,
         )
         return DataLoader(
             dataset,
             batch_size=self.batch_size if split == "train" else self.eval_batch_size,
             sampler=sampler,
-            collate_fn=Collator(int(pad), self.pad_to_multiple_of, with_prompts, self.padding_free),
+            collate_fn=self._collator(split, with_prompts),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
+
+    def _stream_loader(self) -> DataLoader[Any]:
+        rank, ranks = self._ranks()
+        encoder = self._encoder()
+        if self.packing == "bfd_split":
+            encoder.max_length = None
+        stream = StreamedBatches(
+            RowReader(self._source("train"), self.columns, "any"),
+            encoder,
+            self._collator("train", with_prompts=False),
+            StreamOptions(
+                batch_size=self.batch_size,
+                shuffle_buffer_size=self.shuffle_buffer_size if self.shuffle else 1,
+                seed=self.seed,
+                packing=self.packing,
+                max_length=self.max_length,
+                on_bad_rows=self.on_bad_rows,
+            ),
+            rank,
+            ranks,
+            self._stream.position(rank, ranks),
+        )
+        return DataLoader(stream, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+
+    def _collator(self, split: str, with_prompts: bool) -> Collator:
+        sources = self._source_index.get(split) or None
+        return Collator(self._pad_token_id(), self.pad_to_multiple_of, with_prompts, self.padding_free, sources)
+
+    def _pad_token_id(self) -> int:
+        assert self.tokenizer is not None, "call setup() first"
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else (self.tokenizer.eos_token_id or 0))  # masked everywhere it stands
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    # -- a stream's place --------------------------------------------------------------------------------------
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Note where the stream was left when this batch was made, which is no part of it."""
+        return self._stream.take(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every rank's place in the stream. A collective."""
+        return self._stream.state_dict(self._ranks()[1]) if self.streaming else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._stream.load_state_dict(state_dict)
+
+
+def _check_choices(row_form: str, on_bad_rows: str, train_turns: str, packing: str | None) -> None:
+    """In Python nothing else does."""
+    for name, value, choices in (
+        ("row_form", row_form, get_args(RowForm)),
+        ("on_bad_rows", on_bad_rows, get_args(OnBadRows)),
+        ("train_turns", train_turns, get_args(TrainTurns)),
+        ("packing", packing, (None, *get_args(Packing))),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def _check_positive(**values: int | None) -> None:

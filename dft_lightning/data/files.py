@@ -1,7 +1,8 @@
-"""Rows of one local file, by its suffix."""
+"""Rows of one local file, by its suffix, one at a time."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import sys
@@ -23,6 +24,10 @@ class BrokenRow:
 Rows = Iterator[tuple[int, dict[str, Any] | BrokenRow]]
 
 
+class _Broken(Exception):
+    """What is wrong with a part of a file."""
+
+
 def read_file(path: Path) -> Rows:
     """Rows of a file, each with its number: the line in ``.jsonl`` and ``.csv`` (where it begins), else from 1.
 
@@ -37,32 +42,57 @@ def read_file(path: Path) -> Rows:
     return reader(path)
 
 
-def _text(path: Path) -> str:
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines with their ends, and their numbers. Unicode's other separators, which strings may hold, end none."""
     try:
-        return path.read_bytes().decode("utf-8-sig")  # line ends as they are: CSV has its own
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _decode(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _Broken(f"not UTF-8 text: {error.reason} at byte {error.start + 1}") from error
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, character {error.colno}" if error.lineno > 1 else f"character {error.colno}"
+        raise _Broken(f"broken JSON at {place}: {error.msg}") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise _Broken(f"JSON that cannot be read: {one_line(error)}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Broken(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found
 
 
 def _json_lines(path: Path) -> Rows:
-    # Not splitlines(): JSON strings may hold the other line separators of Unicode.
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in _lines(path):
         if not line.strip():
             continue
         try:
-            yield number, _as_row(json.loads(line))
-        except json.JSONDecodeError as error:
-            yield number, BrokenRow(f"broken JSON at character {error.colno}: {error.msg}")
+            yield number, _as_row(_json(_decode(line).rstrip()))
+        except _Broken as error:
+            yield number, BrokenRow(str(error))
 
 
 def _json_list(path: Path) -> Rows:
     try:
-        items = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        hint = "; one object a line belongs in a .jsonl file" if error.msg == "Extra data" else ""
-        raise InputError(
-            f"{path}: broken JSON at line {error.lineno}, character {error.colno}: {error.msg}{hint}"
-        ) from error
+        items = _json(_decode(b"".join(line for _, line in _lines(path))))
+    except _Broken as error:
+        hint = "; one object a line belongs in a .jsonl file" if "Extra data" in str(error) else ""
+        raise InputError(f"{path}: {error}{hint}") from error
     if not isinstance(items, list):
         raise InputError(f"{path}: expected a list of objects, got {_kind(items)}")
     for number, item in enumerate(items, start=1):
@@ -82,7 +112,7 @@ def _csv(path: Path) -> Rows:
     """Comma-separated, the first line with the columns' names; every value is text as it stands there."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a document may be longer than Python's 128 KiB
     # Other libraries guess types: 007 becomes 7, and NA nothing.
-    reader = csv.reader(_lines(_text(path)), strict=True)
+    reader = csv.reader((_decode(line) for _, line in _lines(path)), strict=True)
     columns: list[str] | None = None
     begins = 1
     try:
@@ -97,13 +127,8 @@ def _csv(path: Path) -> Rows:
                 yield number, BrokenRow(f"{len(fields)} fields, and the first line names {len(columns)} columns")
             else:
                 yield number, dict(zip(columns, fields, strict=True))
-    except csv.Error as error:
+    except (csv.Error, _Broken) as error:  # where the row ends, and so the next begins, is not known
         raise InputError(f"{path}: broken CSV in the row that begins in line {begins}: {error}") from error
-
-
-def _lines(text: str) -> list[str]:
-    """Lines with their ends; Unicode's other separators end none."""
-    return [line + "\n" for line in text.split("\n")] if text else []
 
 
 def _check_columns(path: Path, columns: list[str]) -> None:
@@ -118,12 +143,13 @@ def _parquet(path: Path) -> Rows:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow.names)
             number = 0
-            for batch in file.iter_batches():
+            for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as Parquet: {one_line(error)}") from error
 
 

@@ -1,197 +1,208 @@
-"""Rows to messages: the three row forms, and what can be wrong with a row."""
+"""A source's rows as conversations, kept on disk, and the account of the bad ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from dft_lightning.data.files import BrokenRow
-from dft_lightning.data.sources import RowSource
+from dft_lightning.data.forms import Conversation, LastTurn, RowColumns, convert_row, recognise_form
+from dft_lightning.data.sources import Row, RowSource
+from dft_lightning.data.turns import BadRow, Message
 from dft_lightning.errors import InputError
 
-Message = dict[str, str]
-RowForm = Literal["auto", "prompt_completion", "alpaca", "messages"]
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-LastTurn = Literal["any", "assistant", "optional"]
-
-ROLES = ("system", "user", "assistant")
+OnBadRows = Literal["raise", "skip"]
 MAX_SHOWN = 10
+_WRITTEN_AT_ONCE = 1000
 
 
-@dataclass(frozen=True)
-class RowColumns:
-    """How rows are read.
-
-    Attributes:
-        form: ``"auto"`` recognises the form by the first row's columns.
-        prompt: column of the prompt.
-        completion: column of the completion.
-        messages: column of the messages.
-    """
-
-    form: RowForm = "auto"
-    prompt: str = "prompt"
-    completion: str = "completion"
-    messages: str = "messages"
-
-
-@dataclass(frozen=True)
-class Conversations:
-    """Rows as messages.
+@dataclasses.dataclass
+class Problems:
+    """Bad rows of a source: how many, and the first ten.
 
     Attributes:
         name: of the source.
-        numbers: of each row, as the source counts.
-        messages: a list of ``{"role", "content"}`` per row.
+        shown: the first ones, each with its row.
+        count: of all.
     """
 
     name: str
-    numbers: list[int | str]
-    messages: list[list[Message]]
+    shown: list[str] = dataclasses.field(default_factory=list)
+    count: int = 0
+
+    def add(self, number: int | str, problem: object) -> None:
+        """Count a bad row."""
+        self.extend([f"row {number}: {problem}"])
+
+    def extend(self, problems: Sequence[str], count: int | None = None) -> None:
+        """Count bad rows, of which the first are given."""
+        self.count += len(problems) if count is None else count
+        self.shown += problems[: MAX_SHOWN - len(self.shown)]
+
+    def report(self, total: int) -> str:
+        """All of it, of ``total`` rows."""
+        lines = [f"{self.name}: {self.count} of {total} rows are bad", *(f"  {problem}" for problem in self.shown)]
+        if self.count > len(self.shown):
+            lines.append(f"  ... and {self.count - len(self.shown)} more")
+        return "\n".join(lines)
+
+
+class Conversations:
+    """Rows as conversations, in a table on disk of ``conversation`` (JSON), ``number`` and ``part``.
+
+    Attributes:
+        name: of the source.
+        parts: what the source is mixed from, by index in the column ``part``; empty for a single one.
+        digest: of all the content.
+        problems: the rows that were skipped.
+    """
+
+    def __init__(
+        self, name: str, parts: list[str], table: Dataset, digest: str, problems: Problems, folder: Any
+    ) -> None:
+        self.name = name
+        self.parts = parts
+        self.table = table
+        self.digest = digest
+        self.problems = problems
+        self._folder = folder  # on disk as long as this is here
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return map(load_conversation, self.table["conversation"])
+
+    @property
+    def messages(self) -> list[list[Message]]:
+        """The messages of each row."""
+        return [conversation.messages for conversation in self]
+
+    @property
+    def numbers(self) -> list[int | str]:
+        """Of each row, as the source counts."""
+        return [json.loads(number) for number in self.table["number"]]
 
     def select(self, chosen: Sequence[int]) -> Conversations:
-        """Some of the rows, by position."""
-        return Conversations(self.name, [self.numbers[i] for i in chosen], [self.messages[i] for i in chosen])
+        """Some of the rows, by position. The skipped ones stay with the whole."""
+        digest = hashlib.sha256(f"{self.digest}{list(chosen)}".encode()).hexdigest()
+        return Conversations(
+            self.name, self.parts, self.table.select(chosen), digest, Problems(self.name), self._folder
+        )
 
 
-class _BadRow(Exception):
-    """What is wrong with a row, beginning with the column."""
+def load_conversation(text: str) -> Conversation:
+    """A conversation from its JSON."""
+    return Conversation(**json.loads(text))
 
 
-def read_messages(source: RowSource, columns: RowColumns, *, last_turn: LastTurn = "any") -> Conversations:
-    """Read a whole source as conversations.
+def read_messages(
+    source: RowSource, columns: RowColumns, *, last_turn: LastTurn = "any", on_bad_rows: OnBadRows = "raise"
+) -> Conversations:
+    """Read a whole source as conversations. Memory does not grow with it.
 
     Args:
         source: where rows come from.
         columns: how they are read.
         last_turn: ``"any"`` needs an assistant turn somewhere (to learn), ``"assistant"`` needs it last (to score),
             ``"optional"`` needs none (to predict).
+        on_bad_rows: ``"raise"``, or ``"skip"`` to leave them out and count them.
 
     Raises:
         InputError: no rows, or bad ones: names the source, row and column of up to ten, and how many there are.
     """
-    conversations = Conversations(source.name, [], [])
-    problems: list[str] = []
-    convert: Callable[[dict[str, Any]], list[Message]] | None = None
-    for number, row in source.rows():
-        try:
-            if isinstance(row, BrokenRow):
-                raise _BadRow(row.reason)
-            if convert is None:
-                form = recognise_form(row, columns, source.name, last_turn != "optional")
-                convert = partial(_CONVERT[form], columns=columns, last_turn=last_turn)
-            conversations.messages.append(convert(row))
-            conversations.numbers.append(number)
-        except _BadRow as problem:
-            problems.append(f"row {number}: {problem}")
-    if problems:
-        raise InputError(report_rows(source.name, problems, len(conversations.messages) + len(problems)))
-    if not conversations.messages:
+    problems = Problems(source.name)
+    writer = _Spool(len(source.parts))
+    for part, number, found in RowReader(source, columns, last_turn).read():
+        if isinstance(found, BadRow):
+            problems.add(number, found)
+        else:
+            writer.write(found, number, part)
+    total = writer.count + problems.count
+    if problems.count and (on_bad_rows == "raise" or not writer.count):
+        raise InputError(problems.report(total))
+    if not total:
         raise InputError(f"{source.name}: no rows")
-    return conversations
+    return Conversations(source.name, source.parts, writer.table(), writer.digest(), problems, writer.folder)
 
 
-def report_rows(name: str, problems: list[str], total: int) -> str:
-    """The first ten problems and how many there are."""
-    shown = [f"  {problem}" for problem in problems[:MAX_SHOWN]]
-    if len(problems) > MAX_SHOWN:
-        shown.append(f"  ... and {len(problems) - MAX_SHOWN} more")
-    return "\n".join([f"{name}: {len(problems)} of {total} rows are bad", *shown])
+class RowReader:
+    """Rows of a source as conversations, one at a time; each part of a mixture has its own form."""
+
+    def __init__(self, source: RowSource, columns: RowColumns, last_turn: LastTurn) -> None:
+        self.source = source
+        self.columns = columns
+        self.last_turn = last_turn
+        self._forms: dict[int, Any] = {}
+
+    def read(self) -> Iterator[tuple[int, int | str, Conversation | BadRow]]:
+        """Part, number, and what the row says or what is wrong with it."""
+        return ((part, number, self.convert(part, row)) for part, number, row in self.source.rows_of_parts())
+
+    def convert(self, part: int, row: Row) -> Conversation | BadRow:
+        """What a row of a part says, or what is wrong with it."""
+        if isinstance(row, BrokenRow):
+            return BadRow(row.reason)
+        if part not in self._forms:
+            name = ": ".join([self.source.name, *self.source.parts[part : part + 1]])
+            self._forms[part] = recognise_form(row, self.columns, name, self.last_turn != "optional")
+        try:
+            return convert_row(row, self._forms[part], self.columns, self.last_turn)
+        except BadRow as problem:
+            return problem
 
 
-def recognise_form(row: dict[str, Any], columns: RowColumns, name: str, completion_required: bool = True) -> RowForm:
-    """The form of a row by its columns, unless ``columns.form`` says it.
+class _Spool:
+    """Conversations on their way to disk."""
 
-    Raises:
-        InputError: the columns fit no form.
-    """
-    if columns.form != "auto":
-        return columns.form
-    if columns.messages in row:
-        return "messages"
-    if columns.prompt in row and (columns.completion in row or not completion_required):
-        return "prompt_completion"
-    if "instruction" in row and ("output" in row or not completion_required):
-        return "alpaca"
-    raise InputError(
-        f"{name}: cannot tell the row form from the columns {sorted(row)}: expected {columns.messages!r}, or "
-        f"{columns.prompt!r} and {columns.completion!r}, or 'instruction' and 'output'; "
-        "name the columns by data.prompt_column and data.completion_column, or set data.row_form"
-    )
+    def __init__(self, parts: int) -> None:
+        import pyarrow
+        from datasets import config
 
+        self.count = 0
+        self._hash = hashlib.sha256(str(parts).encode())
+        cache = Path(config.HF_DATASETS_CACHE)
+        cache.mkdir(parents=True, exist_ok=True)
+        self.folder = tempfile.TemporaryDirectory(prefix="rows-", dir=cache, ignore_cleanup_errors=True)
+        self._schema = pyarrow.schema(
+            {"conversation": pyarrow.large_string(), "number": pyarrow.string(), "part": pyarrow.int32()}
+        )
+        self._path = Path(self.folder.name) / "rows.arrow"
+        self._stream = pyarrow.ipc.new_stream(str(self._path), self._schema)
+        self._pending: list[tuple[str, str, int]] = []
 
-def _text(row: dict[str, Any], column: str, *, required: bool = True, filled: bool = False) -> str:
-    value = row.get(column)
-    if value is None:
-        if required:
-            raise _BadRow(f"{column}: missing" if column not in row else f"{column}: null")
-        return ""
-    value = _string(value, column)
-    if filled and not value.strip():
-        raise _BadRow(f"{column}: empty")
-    return value
+    def write(self, conversation: Conversation, number: int | str, part: int) -> None:
+        content = {field.name: getattr(conversation, field.name) for field in dataclasses.fields(conversation)}
+        text = json.dumps(content)
+        self._hash.update(f"{part}{text}".encode())
+        self._pending.append((text, json.dumps(number), part))
+        self.count += 1
+        if len(self._pending) == _WRITTEN_AT_ONCE:
+            self._flush()
 
+    def _flush(self) -> None:
+        import pyarrow
 
-def _string(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise _BadRow(f"{where}: expected a string, got {type(value).__name__}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _BadRow(f"{where}: half a surrogate pair at character {error.start}, which is not text") from error
-    return value
+        columns = zip(zip(*self._pending, strict=True), self._schema, strict=True)
+        arrays = [pyarrow.array(values, field.type) for values, field in columns]
+        self._stream.write_batch(pyarrow.record_batch(arrays, schema=self._schema))
+        self._pending = []
 
+    def table(self) -> Dataset:
+        from datasets import Dataset
 
-def _turns(prompt: str, completion: str) -> list[Message]:
-    user = {"role": "user", "content": prompt}
-    return [user, {"role": "assistant", "content": completion}] if completion else [user]
+        if self._pending:
+            self._flush()
+        self._stream.close()
+        return Dataset.from_file(str(self._path))
 
-
-def _prompt_completion(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> list[Message]:
-    needed = last_turn != "optional"
-    completion = _text(row, columns.completion, required=needed, filled=needed)
-    return _turns(_text(row, columns.prompt), completion)
-
-
-def _alpaca(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> list[Message]:
-    needed = last_turn != "optional"
-    prompt = _text(row, "instruction")
-    extra = _text(row, "input", required=False)
-    output = _text(row, "output", required=needed, filled=needed)
-    return _turns(f"{prompt}\n\n{extra}" if extra.strip() else prompt, output)
-
-
-def _messages(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> list[Message]:
-    column = columns.messages
-    turns = row.get(column)
-    if not isinstance(turns, list) or not turns:
-        raise _BadRow(f"{column}: " + ("missing" if turns is None else "expected a list of at least one message"))
-    messages = [_message(turn, f"{column}[{i}]") for i, turn in enumerate(turns)]
-    if messages[0]["role"] == "assistant":
-        raise _BadRow(f"{column}[0].role: a conversation cannot begin with the assistant")
-    if last_turn != "optional" and not any(message["role"] == "assistant" for message in messages):
-        raise _BadRow(f"{column}: no assistant message to learn from")
-    if last_turn == "assistant" and messages[-1]["role"] != "assistant":
-        raise _BadRow(f"{column}: must end in an assistant message, to score against")
-    return messages
-
-
-def _message(turn: Any, where: str) -> Message:
-    if not isinstance(turn, dict):
-        raise _BadRow(f"{where}: expected an object with role and content, got {type(turn).__name__}")
-    role, content = turn.get("role"), turn.get("content")
-    if role not in ROLES:
-        raise _BadRow(f"{where}.role: expected one of {', '.join(ROLES)}, got {role!r}")
-    content = _string(content, f"{where}.content")
-    if role == "assistant" and not content.strip():
-        raise _BadRow(f"{where}.content: empty")
-    return {"role": role, "content": content}
-
-
-_CONVERT: dict[str, Callable[..., list[Message]]] = {
-    "prompt_completion": _prompt_completion,
-    "alpaca": _alpaca,
-    "messages": _messages,
-}
+    def digest(self) -> str:
+        return self._hash.hexdigest()

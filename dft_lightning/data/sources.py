@@ -11,6 +11,8 @@ from dft_lightning.component import Component
 from dft_lightning.data.files import READERS, BrokenRow, read_file
 from dft_lightning.errors import InputError, one_line
 
+Row = dict[str, Any] | BrokenRow
+
 
 class RowSource(Component):
     """Yields rows as dicts of columns. Subclass and write :meth:`rows` for data of one's own."""
@@ -20,9 +22,18 @@ class RowSource(Component):
         """What an error message calls the source."""
         return repr(self)
 
-    def rows(self) -> Iterator[tuple[int | str, dict[str, Any] | BrokenRow]]:
+    @property
+    def parts(self) -> list[str]:
+        """Names of the sources that it is mixed from; none of a single one."""
+        return []
+
+    def rows(self) -> Iterator[tuple[int | str, Row]]:
         """Each row with its number, as a person would count it in the file (from 1), or with its place."""
         raise NotImplementedError(f"{type(self).__name__} must define rows(self)")
+
+    def rows_of_parts(self) -> Iterator[tuple[int, int | str, Row]]:
+        """As :meth:`rows`, each with the index in :attr:`parts` before it; 0 where there are none."""
+        return ((0, number, row) for number, row in self.rows())
 
 
 class LocalRows(RowSource):
@@ -35,17 +46,27 @@ class LocalRows(RowSource):
     Args:
         path: the file or folder.
         split: of a ``save_to_disk`` folder that has several; others have none.
+        rename_columns: new names of columns, by the old ones.
     """
 
-    def __init__(self, path: str | os.PathLike[str], split: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        split: str | None = None,
+        rename_columns: dict[str, str] | None = None,
+    ) -> None:
         self.path = Path(path)
         self.split = split
+        self.rename_columns = rename_columns or {}
 
     @property
     def name(self) -> str:
         return str(self.path) if self.split is None else f"{self.path} ({self.split})"
 
-    def rows(self) -> Iterator[tuple[int | str, dict[str, Any] | BrokenRow]]:
+    def rows(self) -> Iterator[tuple[int | str, Row]]:
+        return _renamed(self._rows(), self.rename_columns)
+
+    def _rows(self) -> Iterator[tuple[int | str, Row]]:
         if any((self.path / name).is_file() for name in ("dataset_dict.json", "state.json")):
             yield from enumerate(self._saved_dataset(), start=1)
         elif self.path.is_dir():
@@ -82,36 +103,70 @@ class HubRows(RowSource):
         name: the configuration, where the dataset has several.
         split: the split, slices such as ``train[:1000]`` included.
         revision: branch, tag or commit.
+        rename_columns: new names of columns, by the old ones.
+        streaming: read rows as they come, without keeping the dataset on disk.
     """
 
-    def __init__(self, path: str, name: str | None = None, split: str = "train", revision: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        split: str = "train",
+        revision: str | None = None,
+        rename_columns: dict[str, str] | None = None,
+        streaming: bool = False,
+    ) -> None:
         self.path = path
         self.config_name = name
         self.split = split
         self.revision = revision
+        self.rename_columns = rename_columns or {}
+        self.streaming = streaming
 
     @property
     def name(self) -> str:
         return "/".join(part for part in (self.path, self.config_name, self.split) if part)
 
-    def rows(self) -> Iterator[tuple[int | str, dict[str, Any] | BrokenRow]]:
+    def rows(self) -> Iterator[tuple[int | str, Row]]:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
 
         try:
-            dataset = load_dataset(self.path, self.config_name, split=self.split, revision=self.revision)
+            dataset = load_dataset(
+                self.path, self.config_name, split=self.split, revision=self.revision, streaming=self.streaming
+            )
         except (OSError, ValueError, KeyError, DatasetsError) as error:
             reason = one_line(error)
             raise InputError(f"{self.name}: neither a local file nor a dataset that can be loaded: {reason}") from error
-        yield from enumerate((dict(row) for row in dataset), start=1)
+        yield from _renamed(enumerate((dict(row) for row in dataset), start=1), self.rename_columns)
 
 
-def as_source(value: RowSource | str | os.PathLike[str], split: str) -> RowSource:
+def _renamed(rows: Iterator[tuple[Any, Row]], names: dict[str, str]) -> Iterator[tuple[Any, Row]]:
+    """Rows with their columns under new names."""
+    if not names:
+        yield from rows
+        return
+    for number, row in rows:
+        if isinstance(row, BrokenRow):
+            yield number, row
+            continue
+        lacking = [name for name in names if name not in row]
+        renamed = {names.get(name, name): value for name, value in row.items()}
+        if lacking:
+            yield number, BrokenRow(f"{lacking[0]}: missing, which rename_columns names")
+        elif len(renamed) < len(row):
+            yield number, BrokenRow("rename_columns gives two columns one name")
+        else:
+            yield number, renamed
+
+
+def as_source(value: RowSource | str | os.PathLike[str], split: str, streaming: bool = False) -> RowSource:
     """A source as given, or for a string: a local file or folder, otherwise a hub name.
 
     Args:
         value: source, path or hub name.
         split: the split of a hub dataset or of a saved one that has several.
+        streaming: whether a hub dataset is read as it comes.
     """
     if isinstance(value, RowSource):
         return value
@@ -122,4 +177,4 @@ def as_source(value: RowSource | str | os.PathLike[str], split: str) -> RowSourc
         return LocalRows(path, split)
     if path.endswith(tuple(READERS)) or Path(path).exists():
         return LocalRows(path)
-    return HubRows(path, split=split)
+    return HubRows(path, split=split, streaming=streaming)

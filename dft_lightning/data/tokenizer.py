@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dft_lightning.assets import resolve
 from dft_lightning.errors import InputError, one_line
@@ -88,8 +88,14 @@ def _plain_template(tokenizer: PreTrainedTokenizerBase, path: str, key: str) -> 
     return PLAIN_CHAT_TEMPLATE.replace("{{ BOS }}", "{{ bos_token }}" if adds_bos else "")
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int] | None:
+def end_of_turn(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None = None
+) -> tuple[str, int] | None:
     """The special token with which the template ends an assistant turn, as text and id; ``None`` if there is none.
+
+    Args:
+        tokenizer: with a chat template.
+        template_kwargs: further variables of the template.
 
     Raises:
         InputError: the template is broken, or leaves out what the assistant said.
@@ -98,7 +104,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int] | None:
 
     probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = str(tokenizer.apply_chat_template(probe, tokenize=False))
+        text = str(tokenizer.apply_chat_template(probe, tokenize=False, **(template_kwargs or {})))
     except (TemplateError, ValueError, TypeError) as error:
         raise InputError(f"the chat template is broken: {error}; set data.chat_template") from error
     _, found, suffix = text.rpartition(_ANSWER)

@@ -1,129 +1,187 @@
-"""Messages to tokens and labels: which tokens are targets."""
+"""Conversations to tokens with labels and weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dft_lightning.data.messages import Message
-from dft_lightning.data.tokenizer import end_of_turn
+import numpy as np
+
+from dft_lightning.data.template import ChatTemplate, Rendered, Span, TrainTurns
 from dft_lightning.errors import InputError
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
+    from dft_lightning.data.forms import Conversation
+
 IGNORE_INDEX = -100
-Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """Tokens of a row.
+
+    Attributes:
+        input_ids: ``[T]``, int32.
+        labels: ``[T]``, int32: the token itself where it is learnt, -100 elsewhere.
+        weights: ``[T]``, float32, of the learnt tokens (0 elsewhere); ``None`` where all are 1.
+        truncated: whether tokens were cut off.
+    """
+
+    input_ids: np.ndarray[Any, np.dtype[np.int32]]
+    labels: np.ndarray[Any, np.dtype[np.int32]]
+    weights: np.ndarray[Any, np.dtype[np.float32]] | None
+    truncated: bool
+
+    @property
+    def has_target(self) -> bool:
+        """Whether any token is learnt."""
+        return bool((self.labels != IGNORE_INDEX).any())
 
 
 class ConversationEncoder:
-    """Turns conversations into ``input_ids`` and ``labels`` through the tokenizer's chat template.
+    """Turns conversations into tokens and labels through the tokenizer's chat template.
 
     Targets are the tokens of every assistant turn up to and including its end-of-turn token, whatever the padding
-    token is; with ``train_on_prompts`` every token is. A token that straddles the border counts as a target. The
-    first token of a row is never one: nothing predicts it.
+    token is; with ``train_on_prompts`` every token is. A turn of weight 0 has none. A token that straddles the border
+    counts as a target. The first token of a row is never one: nothing predicts it.
 
     Args:
         tokenizer: fast, with a chat template.
         max_length: rows longer than this keep their first ``max_length`` tokens.
-        train_on_prompts: learn the prompts too.
+        train_on_prompts: learn the prompts too, with weight 1.
+        train_turns: learn ``"all"`` assistant turns or the ``"last"`` alone.
+        template_kwargs: further variables of the chat template.
+        allow_special_tokens: let rows spell special tokens as control, not as text.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None, train_on_prompts: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        train_on_prompts: bool = False,
+        train_turns: TrainTurns = "all",
+        template_kwargs: dict[str, Any] | None = None,
+        allow_special_tokens: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.train_on_prompts = train_on_prompts
-        turn_end = end_of_turn(tokenizer)
-        self._turn_end = turn_end[0] if turn_end else None
+        self.template = ChatTemplate(tokenizer, train_turns, template_kwargs, allow_special_tokens)
 
-    def encode(self, conversations: Sequence[list[Message]]) -> list[dict[str, Any]]:
-        """``input_ids``, ``labels`` and whether the row was ``truncated``, for each conversation."""
-        return self.encode_rendered([self.render(messages) for messages in conversations])
+    @property
+    def options(self) -> list[Any]:
+        """All that tokens depend on beside the tokenizer and the rows."""
+        template = self.template
+        return [
+            self.max_length,
+            self.train_on_prompts,
+            template.train_turns,
+            template.template_kwargs,
+            template.allow_special_tokens,
+        ]
 
-    def encode_rendered(self, rendered: Sequence[tuple[str, list[Span]]]) -> list[dict[str, Any]]:
-        """As :meth:`encode`, from what :meth:`render` returned for each conversation."""
-        encoded = self.tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True)
-        rows = []
-        for (_, spans), ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            labels = list(ids) if self.train_on_prompts else _labels(ids, offsets, spans)
-            labels[:1] = [IGNORE_INDEX]
-            rows.append(
-                {
-                    "input_ids": ids[: self.max_length],
-                    "labels": labels[: self.max_length],
-                    "truncated": self.max_length is not None and len(ids) > self.max_length,
-                }
-            )
+    def encode(self, conversations: Sequence[Conversation]) -> list[EncodedRow | InputError]:
+        """The tokens of each conversation, or what is wrong with it."""
+        rendered = [attempt(self.template.render, conversation) for conversation in conversations]
+        plain = [found.text for found in rendered if isinstance(found, Rendered) and found.mark is None]
+        encodings = iter(self._encode_all(plain))
+        rows: list[EncodedRow | InputError] = []
+        for found in rendered:
+            if isinstance(found, InputError):
+                rows.append(found)
+            elif found.mark is not None:
+                rows.append(attempt(self._encode_marked, found))
+            else:
+                rows.append(self._row(next(encodings), found.spans))
         return rows
 
-    def render(self, messages: list[Message]) -> tuple[str, list[Span]]:
-        """Text of a conversation, and the character spans that are learnt.
+    def prompt(self, conversation: Conversation) -> tuple[str, list[int]]:
+        """Text and token ids of what generation starts from: all but a final assistant turn.
 
         Raises:
-            InputError: the template does not render a turn as the generation prompt and a continuation, or rewrites
-                earlier turns when later ones follow.
+            InputError: the template refuses the conversation.
         """
-        full = self._apply(messages)
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prefix = self._apply(messages[:i], add_generation_prompt=True)
-            through = self._apply(messages[: i + 1])
-            _check_prefix(prefix, through, f"turn {i + 1} does not begin with the generation prompt")
-            _check_prefix(through, full, f"turn {i + 1} is rendered otherwise once more turns follow")
-            spans.append((len(prefix), self._end(through, len(prefix))))
-        return full, spans
+        rendered = self.template.prompt(conversation)
+        if rendered.mark is None:
+            return rendered.text, self._encode_all([rendered.text])[0].ids if rendered.text else []
+        ids, _, _ = self.template.special_tokens.encode(rendered.text, [], rendered.mark)
+        return rendered.text.replace(rendered.mark, ""), ids
 
-    def prompt(self, messages: list[Message]) -> tuple[str, list[int]]:
-        """Text and token ids of what generation starts from: all but a final assistant turn."""
-        before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        text = self._apply(before, add_generation_prompt=True)
-        return text, self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _encode_all(self, texts: list[str]) -> list[Encoding]:
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return list(backend.encode_batch(texts, add_special_tokens=False))
 
-    def _apply(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
+    def _row(self, encoding: Encoding, spans: Sequence[Span]) -> EncodedRow:
+        borders = [
+            (
+                _first_token(encoding, span.start, span.end),
+                _last_token(encoding, span.start, span.end),
+                span.weight,
             )
-        except TemplateError as error:
-            roles = [message["role"] for message in messages]
-            raise InputError(f"the chat template refuses a conversation of roles {roles}: {error}") from error
+            for span in spans
+        ]
+        return self._labelled(encoding.ids, borders)
 
-    def _end(self, text: str, start: int) -> int:
-        """What the template puts after the end-of-turn token (a line break, often) is not learnt."""
-        if self._turn_end is None:
-            return len(text)
-        found = text.rfind(self._turn_end, start)
-        return len(text) if found < 0 else found + len(self._turn_end)
+    def _encode_marked(self, rendered: Rendered) -> EncodedRow:
+        assert rendered.mark is not None
+        places = [place for span in rendered.spans for place in (span.start, span.end)]
+        ids, offsets, moved = self.template.special_tokens.encode(rendered.text, places, rendered.mark)
+        borders = []
+        for span, start, end in zip(rendered.spans, moved[::2], moved[1::2], strict=True):
+            inside = [i for i, (a, b) in enumerate(offsets) if b > start and a < end]
+            borders.append((inside[0], inside[-1] + 1, span.weight) if inside else (0, 0, span.weight))
+        return self._labelled(ids, borders)
+
+    def _labelled(self, ids: list[int], borders: Sequence[tuple[int, int, float]]) -> EncodedRow:
+        """Tokens ``start`` to ``end`` of each border are learnt with its weight."""
+        input_ids = np.array(ids, np.int32)
+        labels = np.full(len(ids), IGNORE_INDEX, np.int32)
+        weights = np.zeros(len(ids), np.float32)
+        if self.train_on_prompts:
+            labels[:] = input_ids
+            weights[:] = 1
+        for start, end, weight in borders:
+            labels[start:end] = input_ids[start:end]
+            weights[start:end] = weight
+        labels[:1] = IGNORE_INDEX
+        weights[:1] = 0
+        kept = slice(0, self.max_length)
+        uniform = all(weight == 1 for _, _, weight in borders)
+        truncated = self.max_length is not None and len(ids) > self.max_length
+        return EncodedRow(input_ids[kept], labels[kept], None if uniform else weights[kept], truncated)
 
 
-def _labels(ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
-    labels = [IGNORE_INDEX] * len(ids)
-    remaining = iter(spans)
-    span = next(remaining, None)
-    for i, (start, end) in enumerate(offsets):
-        while span is not None and start >= span[1]:
-            span = next(remaining, None)
-        if span is None:
-            break
-        if end > span[0]:
-            labels[i] = ids[i]
-    return labels
+def attempt(function: Any, argument: Any) -> Any:
+    """What a function returns, or the :class:`InputError` that it raises."""
+    try:
+        return function(argument)
+    except InputError as error:
+        return error
 
 
-def _check_prefix(prefix: str, text: str, problem: str) -> None:
-    if text.startswith(prefix):
-        return
-    same = next((i for i, (a, b) in enumerate(zip(prefix, text, strict=False)) if a != b), min(len(prefix), len(text)))
-    raise InputError(
-        f"the chat template cannot be masked exactly: {problem}. At character {same} it has "
-        f"{prefix[same : same + 40]!r} there and {text[same : same + 40]!r} in the whole; "
-        "set data.chat_template to one that keeps earlier turns as they are, or use single-turn rows"
-    )
+def _first_token(encoding: Encoding, start: int, end: int) -> int:
+    """The first token of characters ``start`` to ``end``; the number of tokens where they have none."""
+    for place in range(start, end):  # characters that a tokenizer drops have no token
+        token = encoding.char_to_token(place)
+        if token is not None:
+            return int(token)
+    return len(encoding)
+
+
+def _last_token(encoding: Encoding, start: int, end: int) -> int:
+    """One past the last token of characters ``start`` to ``end``; 0 where they have none."""
+    for place in range(end - 1, start - 1, -1):
+        token = encoding.char_to_token(place)
+        if token is not None:
+            token = int(token)
+            # Several tokens may make one character.
+            while token + 1 < len(encoding) and (encoding.token_to_chars(token + 1) or (end, end))[0] < end:
+                token += 1
+            return token + 1
+    return 0

@@ -5,6 +5,7 @@ from dft_lightning.metrics.exact_match import ExactMatch
 from dft_lightning.metrics.gradients import GradientMetrics
 from dft_lightning.metrics.math_answer import MathAnswer
 from dft_lightning.metrics.pass_at_k import pass_at_k, reported_k
+from dft_lightning.metrics.sources import SourceMetrics
 from dft_lightning.metrics.tokens import TokenMetrics
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "HashAnswer",
     "LastNumber",
     "MathAnswer",
+    "SourceMetrics",
     "TokenMetrics",
     "WholeText",
     "pass_at_k",

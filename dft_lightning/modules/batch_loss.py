@@ -27,8 +27,9 @@ def fused_batch_loss(
     Args:
         model: the language model.
         head: its head.
-        batch: ``input_ids``, ``labels`` and perhaps ``attention_mask``, all ``[B, T]``; or one row of whole documents
-            with ``position_ids``, all ``[1, T]``.
+        batch: ``input_ids``, ``labels`` and perhaps ``attention_mask``, all ``[B, T]``; or rows of whole documents
+            with ``position_ids`` in place of the mask. ``token_weight`` ``[B, T]``, aligned with the labels, multiplies
+            the tokens' losses.
         loss: any token loss.
         options: ``normalizer``, ``statistics`` and ``step`` of :func:`~dft_lightning.ops.linear_token_loss`, and
             ``auxiliary_by_weight``: whether the step will be divided by its weights rather than its targets.
@@ -37,16 +38,17 @@ def fused_batch_loss(
     by_weight = options.pop("auxiliary_by_weight")
     labels = batch["labels"]
     hidden, model_output = run_without_head(model, head, **model_inputs(model, batch))
-    # Shifted by one, with nothing to predict at the end: so that hidden states need not be copied.
-    targets = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), _IGNORE_INDEX)], dim=1)
+    # With nothing to predict at the end: so that hidden states need not be copied.
+    targets = _shifted(labels, _IGNORE_INDEX).flatten()
     inputs = None
     if any(need.name == "sequence_index" for need in normalise_needs(loss.needs)):
         inputs = {"sequence_index": _sequence_index(batch)}
     output = linear_token_loss(
         hidden.reshape(-1, hidden.shape[-1]),
-        targets=targets.reshape(-1),
+        targets=targets,
         loss=loss,
         token_inputs=inputs,
+        token_weight=_shifted(batch["token_weight"], 0).flatten() if "token_weight" in batch else None,
         **head.options,
         **options,
     )
@@ -78,9 +80,21 @@ def full_batch_loss(
         logits = forward(batch["input_ids"], batch.get("attention_mask"), **positions)
     finally:
         handle.remove()
-    output = logits_token_loss(logits[:, :-1], batch["labels"][:, 1:], loss, **options)
+    output = logits_token_loss(
+        logits[:, :-1],
+        batch["labels"][:, 1:],
+        loss,
+        sequence_index=_sequence_index(batch).view_as(batch["labels"])[:, 1:],
+        token_weight=batch["token_weight"][:, 1:] if "token_weight" in batch else None,
+        **options,
+    )
     auxiliary = auxiliary_loss(model, outputs[-1]) if outputs else None
     return _with_auxiliary_loss(output, auxiliary, options["normalizer"], by_weight)
+
+
+def _shifted(values: Tensor, last: int) -> Tensor:
+    """Each token's successor's, ``[B, T]``."""
+    return torch.cat([values[:, 1:], values.new_full((len(values), 1), last)], dim=1)
 
 
 def _sequence_index(batch: dict[str, Any]) -> Tensor:

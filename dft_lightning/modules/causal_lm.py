@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ from dft_lightning.distributed.strategies import (
 )
 from dft_lightning.errors import InputError
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss, require_default_forward_options
-from dft_lightning.metrics import AnswerExtractor, ExactMatch, LastNumber, TokenMetrics
+from dft_lightning.metrics import AnswerExtractor, ExactMatch, LastNumber, SourceMetrics, TokenMetrics
 from dft_lightning.modules.batch_loss import full_batch_loss, fused_batch_loss
 from dft_lightning.modules.documents import check_documents, model_inputs
 from dft_lightning.modules.generation import GenerationOptions, decode_completions, generate
@@ -67,9 +68,11 @@ class CausalLMModule(pl.LightningModule):
     The gradient of an optimizer step is that of the token mean of the loss over the whole step (or, with
     ``renormalize``, of its mean by weight), however it is split into micro-batches and over ranks. Batches are dicts
     with ``input_ids``, ``labels`` and, where there is padding, ``attention_mask``, all ``[B, T]``; labels are aligned
-    with the inputs (the module shifts them) and -100 where there is no target. Padding-free batches are one row of
-    whole documents: ``input_ids``, ``labels`` and ``position_ids``, all ``[1, T]``, whose positions start anew and
-    whose first label is -100 at each document.
+    with the inputs (the module shifts them) and -100 where there is no target. Packed and padding-free batches have
+    rows of whole documents: ``input_ids``, ``labels`` and ``position_ids``, all ``[B, T]``, whose positions start anew
+    and whose first label is -100 at each document; where such rows end in padding, ``num_tokens`` is what is none.
+    ``token_weight`` ``[B, T]``, aligned with the labels, multiplies the tokens' losses and leaves the divisor their
+    number; ``source`` ``[B, T]`` is the index of each token's source in the data module's ``source_names``.
 
     Override one at a time: :meth:`build_model`, :meth:`build_parameter_groups`, :meth:`build_optimizer`,
     :meth:`build_scheduler`, :meth:`generate`.
@@ -160,6 +163,8 @@ class CausalLMModule(pl.LightningModule):
         self.val_metrics = TokenMetrics()
         self.forgetting_metrics = TokenMetrics()
         self.test_metrics = TokenMetrics()
+        self.train_sources, self.val_sources = SourceMetrics(), SourceMetrics()
+        self.forgetting_sources, self.test_sources = SourceMetrics(), SourceMetrics()
         self.test_exact_match = ExactMatch(self.answer_extractor)
         self._normalizer: TokenNormalizer | None = None
         self._normalized_step = 0
@@ -323,7 +328,7 @@ class CausalLMModule(pl.LightningModule):
         }
         assert self.model is not None, "call configure_model() first"
         if "position_ids" in batch and not self._documents_checked:
-            check_documents(self.model)
+            check_documents(self.model, len(batch["position_ids"]))
             self._documents_checked = True
         if self.hparams["head"] == "full":
             return full_batch_loss(self.model, self, batch, self.loss, options)
@@ -367,6 +372,7 @@ class CausalLMModule(pl.LightningModule):
         if self.hparams["renormalize"]:
             self._normalizer.weigh(output.weight)
         self.train_telemetry.update(output, count_tokens(batch))
+        self._count_sources(self.train_sources, batch, output)
         return output.loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -407,6 +413,7 @@ class CausalLMModule(pl.LightningModule):
         self._normalizer = None  # this trainer's ranks, and nothing left over from an interrupted step
         discard_gradients(self)
         self.train_telemetry.reset()
+        self.train_sources.reset()
         self.train_telemetry.start_clock()
 
     def on_train_end(self) -> None:
@@ -426,6 +433,7 @@ class CausalLMModule(pl.LightningModule):
             return
         values = self.train_telemetry.collect()
         values["lr"] = self._step_learning_rate
+        values |= self._collect_sources(self.train_sources)
         self._log("train", values, prog_bar=("loss", "nll", "token_accuracy"), on_step=True, on_epoch=False)
 
     def _log(self, stage: str, values: dict[str, Any], *, prog_bar: Sequence[str], **kwargs: Any) -> None:
@@ -433,16 +441,44 @@ class CausalLMModule(pl.LightningModule):
         for name, value in values.items():
             self.log(f"{stage}/{name}", value, prog_bar=name in prog_bar, batch_size=1, **kwargs)
 
+    # -- sources of a mixture ----------------------------------------------------------------------------------
+
+    def _count_sources(self, metrics: SourceMetrics, batch: Batch, output: TokenOutput) -> None:
+        """Each target's objective and nll by the source of its row."""
+        if "source" not in batch:
+            return
+        kept = batch["labels"][:, 1:] != -100
+        with torch.no_grad():
+            losses = self.loss.token_loss(output)
+        if "token_weight" in batch:
+            losses = losses * batch["token_weight"][:, 1:][kept]
+        metrics.update(batch["source"][:, 1:][kept], losses, -output.log_prob)
+
+    def _collect_sources(self, metrics: SourceMetrics) -> dict[str, Tensor]:
+        """``loss/NAME`` and ``nll/NAME`` of each source that had targets; the metric begins anew. A collective."""
+        names = getattr(self._datamodule, "source_names", [])
+        if not names or not metrics.update_called:
+            return {}
+        values = metrics.compute()
+        metrics.reset()
+        return {
+            f"{kind}/{name}": values[kind][i]
+            for i, name in enumerate(names)
+            for kind in ("loss", "nll")
+            if values["targets"][i] > 0
+        }
+
     # -- validation, test, predict -----------------------------------------------------------------------------
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Token metrics of the validation rows, and of ``data.forgetting``, the second loader, where there is one."""
-        metrics = self.forgetting_metrics if dataloader_idx else self.val_metrics
-        metrics.update(self.token_output(batch, statistics=("entropy",)), count_tokens(batch))
+        output = self.token_output(batch, statistics=("entropy",))
+        (self.forgetting_metrics if dataloader_idx else self.val_metrics).update(output, count_tokens(batch))
+        self._count_sources(self.forgetting_sources if dataloader_idx else self.val_sources, batch, output)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val", self.val_metrics, prog_bar=("nll",))
-        self._log_evaluation("forgetting", self.forgetting_metrics, prog_bar=())
+        self._log_evaluation("val", self.val_metrics, prog_bar=("nll",), sources=self.val_sources)
+        self._log_evaluation("forgetting", self.forgetting_metrics, prog_bar=(), sources=self.forgetting_sources)
 
     def on_test_start(self) -> None:
         # On every rank and before anything is generated: one rank that stops alone leaves the others waiting.
@@ -452,7 +488,9 @@ class CausalLMModule(pl.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Token metrics and exact match of the generated answers. Returns a record of each row as ``predictions``."""
-        self.test_metrics.update(self.token_output(batch, statistics=("entropy",)), count_tokens(batch))
+        output = self.token_output(batch, statistics=("entropy",))
+        self.test_metrics.update(output, count_tokens(batch))
+        self._count_sources(self.test_sources, batch, output)
         records = self.predict_step(batch, batch_idx)
         for record in records:
             record["correct"] = self.test_exact_match.score(record["completion"], record["reference"])
@@ -463,12 +501,15 @@ class CausalLMModule(pl.LightningModule):
         if self.test_exact_match.update_called:
             self.log("test/exact_match", self.test_exact_match.compute(), batch_size=1)
             self.test_exact_match.reset()
-        self._log_evaluation("test", self.test_metrics, prog_bar=())
+        self._log_evaluation("test", self.test_metrics, prog_bar=(), sources=self.test_sources)
 
-    def _log_evaluation(self, stage: str, metrics: TokenMetrics, prog_bar: Sequence[str]) -> None:
+    def _log_evaluation(
+        self, stage: str, metrics: TokenMetrics, prog_bar: Sequence[str], sources: SourceMetrics
+    ) -> None:
         if metrics.update_called:
             values = metrics.compute()
             del values["tokens"]
+            values |= self._collect_sources(sources)
             self._log(stage, values, prog_bar=prog_bar, on_step=False, on_epoch=True)
             metrics.reset()
 
@@ -557,5 +598,7 @@ class CausalLMModule(pl.LightningModule):
 
 def count_tokens(batch: Batch) -> Tensor | int:
     """Tokens of a batch that are no padding."""
+    if "num_tokens" in batch:
+        return cast(Tensor, batch["num_tokens"])
     mask = batch.get("attention_mask")
     return cast(int, batch["input_ids"].numel()) if mask is None else cast(Tensor, mask.sum())

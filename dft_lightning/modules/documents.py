@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dft_lightning.errors import InputError, one_line
 
 ATTENTION = "documents"
-WAY_OUT = "set data.padding_free: false"
+WAY_OUT = "train on padded rows (data.padding_free: false, no data.packing)"
 
 
 def register_documents_attention() -> None:
@@ -58,34 +58,47 @@ def model_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     if positions is None:
         return inputs
     inputs["position_ids"] = positions
-    if inputs["attention_mask"] is not None or len(positions) != 1:
-        raise InputError("a batch with position_ids is one row of whole documents [1, T], without attention_mask")
+    if inputs["attention_mask"] is not None or positions.shape != batch["input_ids"].shape:
+        raise InputError(
+            "a batch with position_ids has rows of whole documents, input_ids and position_ids [B, T] without "
+            f"attention_mask; got {list(batch['input_ids'].shape)} and {list(positions.shape)}"
+        )
     if _attention_of(model) == ATTENTION:
+        if len(positions) != 1:
+            raise InputError("attn_implementation: documents takes one row at a time: set data.padding_free: true")
         # transformers hands a mask of four dimensions to the attention as it is.
         inputs["attention_mask"] = torch.tensor(document_lengths(positions)).view(1, 1, 1, -1)
     return inputs
 
 
 def document_lengths(position_ids: Tensor) -> list[int]:
-    """Tokens of each document of a row: one begins wherever ``position_ids`` ``[1, T]`` do not go up by one."""
-    positions = position_ids[0]
+    """Tokens of each document of rows: one begins wherever ``position_ids`` ``[B, T]`` do not go up by one.
+
+    Every row begins one, at position 0.
+    """
+    positions = position_ids.flatten()
     starts = (positions.diff(prepend=positions[:1] - 2) != 1).nonzero().flatten().tolist()
     return [end - start for start, end in itertools.pairwise([*starts, len(positions)])]
 
 
 def document_index(position_ids: Tensor) -> Tensor:
-    """The number ``[T]`` of the document of each token."""
+    """The number ``[B * T]`` of the document of each token."""
     lengths = torch.tensor(document_lengths(position_ids), device=position_ids.device)
     return torch.arange(len(lengths), device=position_ids.device).repeat_interleave(lengths)
 
 
 @torch.no_grad()
-def check_documents(model: nn.Module) -> None:
+def check_documents(model: nn.Module, num_rows: int = 1) -> None:
     """Find out whether a model keeps the documents of a row apart, and starts each anew.
 
-    A row of two short documents: the second's logits must not move when the first is changed, and must be those of
-    the second alone. Recurrent and hybrid models fail here, and so does code that ignores ``position_ids``. Random
-    states are left as they were, and dropout is off meanwhile.
+    A row of two short documents (or two such rows: some attentions find the documents of one row alone): the second's
+    logits must not move when the first is changed, and must be those of the second alone. Recurrent and hybrid models
+    fail here, and so does code that ignores ``position_ids``. Random states are left as they were, and dropout is off
+    meanwhile.
+
+    Args:
+        model: the language model.
+        num_rows: rows of the batches to come; more than one are checked by two.
 
     Raises:
         InputError: something passes from the first document to the second, by model and attention implementation.
@@ -100,11 +113,11 @@ def check_documents(model: nn.Module) -> None:
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             rows = [(documents[0], documents[2]), (documents[1], documents[2]), (documents[2],)]
-            logits = [_last_logits(model, torch.cat(row), positions.repeat(len(row))) for row in rows]
+            logits = [_last_logits(model, torch.cat(row), positions.repeat(len(row)), num_rows) for row in rows]
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{name} does not run on a padding-free row ({one_line(error)}); {WAY_OUT}") from error
+        raise InputError(f"{name} does not run on a row of documents ({one_line(error)}); {WAY_OUT}") from error
     finally:
         for module in training:
             module.training = True
@@ -117,19 +130,21 @@ def check_documents(model: nn.Module) -> None:
         difference = (logits[0] - other).abs().max().item()
         if not difference <= units * unit:
             raise InputError(
-                f"{name} does not keep the documents of a padding-free row apart: with {change} the second's logits "
-                f"move by {difference:.3g}; use another attn_implementation (sdpa, documents, flash_attention_2), "
-                f"or {WAY_OUT}"
+                f"{name} does not keep the documents of a row apart: with {change} the second's logits move by "
+                f"{difference:.3g}; "
+                + ("set data.padding_free: true, " if num_rows > 1 else "")
+                + f"use another attn_implementation (sdpa, documents, flash_attention_2), or {WAY_OUT}"
             )
 
 
 _CHECKED_TOKENS = 6
 
 
-def _last_logits(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    batch = {"input_ids": input_ids.unsqueeze(0), "position_ids": position_ids.unsqueeze(0)}
+def _last_logits(model: nn.Module, input_ids: Tensor, position_ids: Tensor, num_rows: int) -> Tensor:
+    rows = min(num_rows, 2)
+    batch = {"input_ids": input_ids.expand(rows, -1), "position_ids": position_ids.expand(rows, -1)}
     output: Tensor = model(**model_inputs(model, batch)).logits
-    return output[0, -_CHECKED_TOKENS:]
+    return output[:, -_CHECKED_TOKENS:]
 
 
 def _vocabulary(model: nn.Module) -> int:

@@ -20,6 +20,8 @@ def logits_token_loss(
     *,
     ignore_index: int = -100,
     normalizer: Tensor | float | None = None,
+    sequence_index: Tensor | None = None,
+    token_weight: Tensor | None = None,
     statistics: Iterable[Statistic | str] = (),
     step: int | None = None,
 ) -> TokenOutput:
@@ -32,6 +34,9 @@ def logits_token_loss(
         loss: any token loss.
         ignore_index: the target that is left out.
         normalizer: what the sum is divided by.
+        sequence_index: ``[B, T]``, the sequence of each token; ``None`` makes one of each row.
+        token_weight: ``[B, T]`` factors of the tokens' losses. They count in the statistic ``weight``, not in the
+            normaliser.
         statistics: what to compute beyond ``loss.needs``, such as ``"entropy"``.
         step: the optimizer step, which losses with a schedule need.
     """
@@ -40,9 +45,11 @@ def logits_token_loss(
     kept_logits, kept_targets = logits[kept], targets[kept]
     needs = normalise_needs(loss.needs)
     extra = [statistic for statistic in normalise_needs(statistics) if statistic not in needs]
-    sequence_index = kept.nonzero()[:, 0] if any(need.name == "sequence_index" for need in needs) else None
-    stats = statistics_from_logits(kept_logits, kept_targets, needs, sequence_index=sequence_index, step=step)
-    losses, weight = token_loss_and_weight(loss, stats)
+    sequences = None
+    if any(need.name == "sequence_index" for need in needs):
+        sequences = kept.nonzero()[:, 0] if sequence_index is None else sequence_index[kept]
+    stats = statistics_from_logits(kept_logits, kept_targets, needs, sequence_index=sequences, step=step)
+    losses, weight = token_loss_and_weight(loss, stats, None if token_weight is None else token_weight[kept])
     values = detached(stats)
     with torch.no_grad():
         correct = kept_logits.argmax(-1) == kept_targets

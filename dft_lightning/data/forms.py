@@ -1,0 +1,202 @@
+"""The forms of rows, each a function from a row to a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dft_lightning.data.turns import BadRow, Message, as_text, as_weight, read_tools, read_turns
+from dft_lightning.errors import InputError
+
+RowForm = Literal["auto", "prompt_completion", "alpaca", "messages", "sharegpt", "preference", "text"]
+LastTurn = Literal["any", "assistant", "optional"]
+
+
+@dataclass(frozen=True)
+class RowColumns:
+    """How rows are read.
+
+    Attributes:
+        form: ``"auto"`` recognises the form by the first row's columns.
+        prompt: column of the prompt: a text, or a list of messages.
+        completion: column of the completion, likewise.
+        messages: column of the messages.
+        text: column of plain text.
+        weight: column of the row's weight, where a row has it.
+        system_prompt: the system message of conversations that have none.
+        prompt_suffix: what every user message ends with.
+    """
+
+    form: RowForm = "auto"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str = "messages"
+    text: str = "text"
+    weight: str = "weight"
+    system_prompt: str | None = None
+    prompt_suffix: str | None = None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a row says.
+
+    Attributes:
+        messages: dicts of ``role``, ``content``, what else a template reads, and a ``weight`` of assistant messages
+            where it is not 1. Empty for plain text.
+        tools: function schemas.
+        text: plain text in place of messages.
+        weight: of plain text.
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    text: str | None = None
+    weight: float = 1.0
+
+
+def recognise_form(row: dict[str, Any], columns: RowColumns, name: str, completion_required: bool = True) -> RowForm:
+    """The form of a row by its columns, unless ``columns.form`` says it.
+
+    Raises:
+        InputError: the columns fit no form.
+    """
+    if columns.form != "auto":
+        return columns.form
+    if columns.messages in row:
+        return "messages"
+    if "conversations" in row:
+        return "sharegpt"
+    if "chosen" in row:
+        return "preference"
+    if columns.prompt in row and (columns.completion in row or not completion_required):
+        return "prompt_completion"
+    if "instruction" in row and ("output" in row or not completion_required):
+        return "alpaca"
+    if columns.text in row:
+        return "text"
+    raise InputError(
+        f"{name}: cannot tell the row form from the columns {sorted(map(str, row))}: expected {columns.messages!r}, or "
+        f"'conversations', or {columns.prompt!r} and {columns.completion!r}, or 'instruction' and 'output', or "
+        f"'chosen', or {columns.text!r}; name the columns by data.prompt_column and data.completion_column, or set "
+        "data.row_form"
+    )
+
+
+def convert_row(row: dict[str, Any], form: RowForm, columns: RowColumns, last_turn: LastTurn) -> Conversation:
+    """A row as a conversation.
+
+    Raises:
+        BadRow: what is wrong with it.
+    """
+    weight = 1.0 if row.get(columns.weight) is None else as_weight(row[columns.weight], columns.weight)
+    if form == "text":
+        if last_turn != "any":
+            raise BadRow(f"{columns.text}: plain text has no prompt to complete: give rows of another form")
+        return Conversation([], text=_text(row, columns.text, filled=True), weight=weight)
+    messages = _MESSAGES[form](row, columns, last_turn)
+    column = {"messages": columns.messages, "sharegpt": "conversations", "preference": "chosen"}.get(form)
+    _check_turns(messages, column or columns.prompt, last_turn)
+    messages = _with_prompts(messages, columns)
+    return Conversation([_weighed(message, weight) for message in messages], read_tools(row.get("tools"), "tools"))
+
+
+def _weighed(message: Message, weight: float) -> Message:
+    """With the row's weight, which is left out where it makes one, or where nothing is learnt anyhow."""
+    total = message.get("weight", 1.0) * weight
+    message = {key: value for key, value in message.items() if key != "weight"}
+    return message if total == 1 or message["role"] != "assistant" else {**message, "weight": total}
+
+
+def _with_prompts(messages: list[Message], columns: RowColumns) -> list[Message]:
+    if columns.prompt_suffix:
+        suffix = columns.prompt_suffix
+        messages = [{**m, "content": m["content"] + suffix} if m["role"] == "user" else m for m in messages]
+    if columns.system_prompt and messages[0]["role"] not in ("system", "developer"):
+        messages = [{"role": "system", "content": columns.system_prompt}, *messages]
+    return messages
+
+
+def _check_turns(messages: list[Message], column: str, last_turn: LastTurn) -> None:
+    if messages[0]["role"] == "assistant":
+        raise BadRow(f"{column}[0].role: a conversation cannot begin with the assistant")
+    if last_turn != "optional" and not any(message["role"] == "assistant" for message in messages):
+        raise BadRow(f"{column}: no assistant message to learn from")
+    if last_turn == "assistant" and messages[-1]["role"] != "assistant":
+        raise BadRow(f"{column}: must end in an assistant message, to score against")
+
+
+def _text(row: dict[str, Any], column: str, *, required: bool = True, filled: bool = False) -> str:
+    value = row.get(column)
+    if value is None:
+        if required:
+            raise BadRow(f"{column}: missing" if column not in row else f"{column}: null")
+        return ""
+    value = as_text(value, column)
+    if filled and not value.strip():
+        raise BadRow(f"{column}: empty")
+    return value
+
+
+def _turns(prompt: str, completion: str) -> list[Message]:
+    user = {"role": "user", "content": prompt}
+    return [user, {"role": "assistant", "content": completion}] if completion else [user]
+
+
+def _completed(row: dict[str, Any], prompt: str, completion: str, last_turn: LastTurn) -> list[Message]:
+    """A prompt and its completion, each a text or a list of messages; only the completion is learnt."""
+    needed = last_turn != "optional"
+    if not isinstance(row.get(prompt), list):
+        answer = _text(row, completion, required=needed, filled=needed)
+        return _turns(_text(row, prompt), answer)
+    asked = [{**m, "weight": 0.0} if m["role"] == "assistant" else m for m in read_turns(row[prompt], prompt)]
+    if row.get(completion) is None and not needed:
+        return asked
+    if isinstance(row.get(completion), str):
+        return [*asked, {"role": "assistant", "content": _text(row, completion, filled=True)}]
+    return [*asked, *read_turns(row.get(completion), completion)]
+
+
+def _prompt_completion(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> list[Message]:
+    return _completed(row, columns.prompt, columns.completion, last_turn)
+
+
+def _preference(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> list[Message]:
+    """``chosen`` after ``prompt``; without a prompt, the last message of ``chosen`` after the others."""
+    if row.get(columns.prompt) is not None:
+        return _completed(row, columns.prompt, "chosen", last_turn)
+    chosen = row.get("chosen")
+    if isinstance(chosen, str):
+        raise BadRow(f"{columns.prompt}: missing (chosen is a text, so the prompt must stand there)")
+    turns = read_turns(chosen, "chosen")
+    return [*({**m, "weight": 0.0} if m["role"] == "assistant" else m for m in turns[:-1]), turns[-1]]
+
+
+def _alpaca(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> list[Message]:
+    needed = last_turn != "optional"
+    prompt = _text(row, "instruction")
+    extra = _text(row, "input", required=False)
+    output = _text(row, "output", required=needed, filled=needed)
+    return _turns(f"{prompt}\n\n{extra}" if extra.strip() else prompt, output)
+
+
+def _messages(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> list[Message]:
+    return read_turns(row.get(columns.messages), columns.messages)
+
+
+def _sharegpt(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> list[Message]:
+    turns = read_turns(row.get("conversations"), "conversations")
+    system = _text(row, "system", required=False)
+    if system.strip() and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": system}, *turns]
+    return turns
+
+
+_MESSAGES: dict[str, Callable[[dict[str, Any], RowColumns, LastTurn], list[Message]]] = {
+    "prompt_completion": _prompt_completion,
+    "preference": _preference,
+    "alpaca": _alpaca,
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+}

@@ -1,0 +1,261 @@
+"""Batches of a source that is read as training goes: for data larger than memory and disk."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import count, islice
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from dft_lightning.data.batches import Collator
+from dft_lightning.data.forms import Conversation
+from dft_lightning.data.messages import OnBadRows, RowReader
+from dft_lightning.data.packing import Packing, cut, pack, whole
+from dft_lightning.data.sources import Row
+from dft_lightning.data.tokens import IGNORE_INDEX, ConversationEncoder, EncodedRow
+from dft_lightning.data.turns import BadRow
+from dft_lightning.errors import InputError
+
+T = TypeVar("T")
+Placed = tuple[int, int | str, Row]  # part, number, row
+State = dict[str, int]
+_ROWS_AT_ONCE = 64
+
+
+@dataclass
+class StreamOptions:
+    """How a stream is read.
+
+    Attributes:
+        batch_size: rows, or packs, of a batch.
+        shuffle_buffer_size: rows among which the next is drawn; 1 keeps the order.
+        seed: of the draws, and of packs.
+        packing: whether rows are packed, and cut for it.
+        max_length: tokens of a pack.
+        pack_buffer_size: rows that are packed together.
+        on_bad_rows: what becomes of bad rows.
+    """
+
+    batch_size: int
+    shuffle_buffer_size: int = 1
+    seed: int = 0
+    packing: Packing | None = None
+    max_length: int | None = None
+    pack_buffer_size: int = 1000
+    on_bad_rows: OnBadRows = "raise"
+
+
+@dataclass
+class StreamPosition:
+    """Where a rank's workers are.
+
+    Attributes:
+        next_worker: whose batch comes next.
+        workers: of each worker: ``passes`` over the source, ``rows`` taken in this pass before the present block, and
+            ``items`` of the block that are in batches already.
+    """
+
+    next_worker: int = 0
+    workers: list[State] = field(default_factory=list)
+
+
+class StreamedBatches(IterableDataset[dict[str, Any]]):
+    """Batches without end: pass after pass over the source, in a new order each time.
+
+    Row ``i`` of a pass goes to worker ``i % n`` of all ``n`` workers of all ranks, so that each row is in one batch of
+    one rank; as passes follow on each other, every rank has batches as long as there are steps. A batch carries
+    ``stream``: the worker and where it was left, which :class:`StreamPosition` collects, and what went wrong.
+
+    Args:
+        reader: the rows.
+        encoder: to tokens.
+        collator: to batches.
+        options: sizes, order and packing.
+        rank: this rank.
+        world_size: number of ranks.
+        position: where to go on; ``None`` for the start.
+    """
+
+    def __init__(
+        self,
+        reader: RowReader,
+        encoder: ConversationEncoder,
+        collator: Collator,
+        options: StreamOptions,
+        rank: int = 0,
+        world_size: int = 1,
+        position: StreamPosition | None = None,
+    ) -> None:
+        super().__init__()
+        self.reader = reader
+        self.encoder = encoder
+        self.collator = collator
+        self.options = options
+        self.rank = rank
+        self.world_size = world_size
+        self.position = position
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        start: State | None = None
+        if self.position is not None:
+            if len(self.position.workers) != workers:
+                raise InputError(
+                    f"the checkpoint's stream was read by {len(self.position.workers)} workers and there are "
+                    f"{workers}: set data.num_workers as it was"
+                )
+            worker = (worker + self.position.next_worker) % workers
+            start = self.position.workers[worker]
+        shard = _Shard(self, self.rank * workers + worker, self.world_size * workers)
+        for batch in shard.batches(start):
+            yield {**batch, "stream": {**batch["stream"], "worker": worker, "workers": workers}}
+
+
+class _Shard:
+    """One worker's rows."""
+
+    def __init__(self, stream: StreamedBatches, index: int, total: int) -> None:
+        self.options = stream.options
+        self.reader = stream.reader
+        self.encoder = stream.encoder
+        self.collator = stream.collator
+        self.index = index
+        self.total = total
+        self.bad: list[str] = []
+        self.dropped = 0
+
+    def batches(self, start: State | None) -> Iterator[dict[str, Any]]:
+        items: list[dict[str, Any]] = []
+        for item, state in self._items(start or {"passes": 0, "rows": 0, "items": 0}):
+            if isinstance(item, BadRow):
+                yield {"stream": {"error": str(item)}}
+                return
+            items.append(item)
+            if len(items) == self.options.batch_size:
+                report = {"state": state, "bad": self.bad, "dropped": self.dropped}
+                yield {**self.collator(items), "stream": report}
+                items, self.bad, self.dropped = [], [], 0
+
+    def _items(self, start: State) -> Iterator[tuple[dict[str, Any] | BadRow, State]]:
+        """Rows or packs, each with the state after it."""
+        for passes in count(start["passes"]):
+            first = passes == start["passes"]
+            taken, skipped = (start["rows"], start["items"]) if first else (0, 0)
+            found = False
+            for block in self._blocks(islice(self._order(passes), taken, None)):
+                taken_after = taken + block.rows
+                for i, item in enumerate(block.items):
+                    found = True
+                    if i < skipped:
+                        continue
+                    last = i + 1 == len(block.items)
+                    rows, done = (taken_after, 0) if last else (taken, i + 1)
+                    yield item, {"passes": passes, "rows": rows, "items": done}
+                taken, skipped = taken_after, 0
+            if not found and not (first and start["rows"]):
+                yield BadRow(f"{self.reader.source.name}: {self._nothing()}"), start
+                return
+
+    def _nothing(self) -> str:
+        if self.bad:
+            return f"a pass over worker {self.index}'s rows has {len(self.bad)} bad ones and no other: {self.bad[0]}"
+        return (
+            f"a pass over the rows of worker {self.index} of {self.total} has none with a target: take fewer workers, "
+            "or more rows"
+        )
+
+    def _order(self, passes: int) -> Iterator[Placed]:
+        """This worker's rows of a pass."""
+        rows = islice(self.reader.source.rows_of_parts(), self.index, None, self.total)
+        size = self.options.shuffle_buffer_size
+        return _shuffled(rows, size, random.Random(f"{self.options.seed}-{passes}-{self.index}")) if size > 1 else rows
+
+    def _blocks(self, rows: Iterator[Placed]) -> Iterator[_Block]:
+        """Rows with their targets: one by one, or as many as are packed together."""
+        size = self.options.pack_buffer_size if self.options.packing else _ROWS_AT_ONCE
+        while stretch := list(islice(rows, size)):
+            items = self._rows(stretch)
+            problem = next((item for item in items if isinstance(item, BadRow)), None)
+            if problem is not None:
+                yield _Block(len(stretch), [problem])
+            else:
+                yield _Block(len(stretch), self._packs(items) if self.options.packing else items)
+
+    def _rows(self, stretch: list[Placed]) -> list[Any]:
+        """Rows of tokens; a bad one where they are not skipped."""
+        places: list[tuple[int, int | str]] = []
+        conversations: list[Conversation] = []
+        found: list[Any] = []
+        for part, number, row in stretch:
+            converted = self.reader.convert(part, row)
+            if isinstance(converted, BadRow):
+                found += self._problem(number, converted)
+            else:
+                places.append((part, number))
+                conversations.append(converted)
+        for (part, number), encoded in zip(places, self.encoder.encode(conversations), strict=True):
+            if isinstance(encoded, EncodedRow):
+                if encoded.has_target:
+                    found.append({**vars(encoded), "part": part})
+                else:
+                    self.dropped += 1
+            else:
+                found += self._problem(number, encoded)
+        return found
+
+    def _problem(self, number: int | str, problem: Exception) -> list[BadRow]:
+        text = f"row {number}: {problem}"
+        if self.options.on_bad_rows == "raise":
+            return [BadRow(f"{self.reader.source.name}: {text}")]
+        self.bad.append(text)
+        return []
+
+    def _packs(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        options = self.options
+        assert options.max_length is not None
+        lengths = [len(row["input_ids"]) for row in rows]
+        if not rows:
+            return []
+        pieces = (
+            cut(lengths, options.max_length, lambda i: rows[i]["labels"] != IGNORE_INDEX)
+            if options.packing == "bfd_split"
+            else whole(lengths)
+        )
+        packs = pack(pieces, options.max_length, options.seed)
+        order = torch.randperm(len(packs), generator=torch.Generator().manual_seed(options.seed)).tolist()
+        return [{"documents": [_piece(rows[i], start, stop) for i, start, stop in packs[row]]} for row in order]
+
+
+@dataclass(frozen=True)
+class _Block:
+    rows: int
+    items: list[Any]
+
+
+def _piece(row: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    weights = row["weights"]
+    return {
+        "input_ids": row["input_ids"][start:stop],
+        "labels": row["labels"][start:stop],
+        "weights": None if weights is None else weights[start:stop],
+        "part": row["part"],
+    }
+
+
+def _shuffled(rows: Iterable[T], size: int, generator: random.Random) -> Iterator[T]:
+    """Each row drawn from ``size`` that wait."""
+    waiting: list[T] = []
+    for row in rows:
+        if len(waiting) < size:
+            waiting.append(row)
+            continue
+        chosen = generator.randrange(size)
+        yield waiting[chosen]
+        waiting[chosen] = row
+    generator.shuffle(waiting)
+    yield from waiting
