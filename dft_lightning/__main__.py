@@ -1,4 +1,4 @@
-"""``python -m dft_lightning fit|validate|test|predict --config ...`` and ``python -m dft_lightning compare ...``"""
+"""``python -m dft_lightning fit|validate|test|predict --config ...`` and ``compare ...``, ``inspect ...``"""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ def run() -> None:
         from dft_lightning.compare.command import main as compare
 
         raise SystemExit(compare(sys.argv[2:]))
+    if sys.argv[1:2] == ["inspect"]:
+        from dft_lightning.inspection.command import main as inspect
+
+        raise SystemExit(inspect(sys.argv[2:]))
     main()
 
 

@@ -115,7 +115,7 @@ def default_loggers(root: str | Path | None) -> list[Logger]:
     return [board, CSVLogger(folder, name="lightning_logs", version=board.version)]
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Advice that is wrong or no use here."""
     # The two default loggers share a folder, so it is never empty; nothing in it is deleted.
     warnings.filterwarnings("ignore", message=r"Experiment logs directory .* exists and is not empty")
@@ -184,7 +184,7 @@ def main(
     Raises:
         SystemExit: with status 2 after one message on standard error, where the input was wrong.
     """
-    _quiet()
+    quiet()
     try:
         return DFTLightningCLI(
             module_class,

@@ -50,10 +50,9 @@ def read_fit_config(paths: list[Path], overrides: dict[str, Any]) -> dict[str, A
             file = Path(folder) / "overrides.yaml"
             file.write_text(yaml.safe_dump(overrides))
             files.append(str(file))
-        reader = _ConfigReader(
-            CausalLMModule,
-            InstructionDataModule,
-            **cli_options(),
-            args=["fit", *(argument for file in files for argument in ("--config", file))],
-        )
-    return reader.whole_config()
+        return read_arguments(["fit", *(argument for file in files for argument in ("--config", file))])
+
+
+def read_arguments(args: list[str]) -> dict[str, Any]:
+    """Every key of a ``fit`` config from the command's arguments, ``"fit"`` first; see :func:`read_fit_config`."""
+    return _ConfigReader(CausalLMModule, InstructionDataModule, **cli_options(), args=args).whole_config()

@@ -195,7 +195,7 @@ class Collator:
         return self._stack(columns, weighted=any(row.get("weights") is not None for row in rows))
 
     def _joined(self, items: list[Item]) -> dict[str, Any]:
-        """A row of whole documents for each item; what fills it up is a document without targets."""
+        """A row of whole documents for each item; what fills it up are documents of one token, at position 0."""
         rows = []
         for item in items:
             documents = [self._columns(row) for row in item["documents"]]
@@ -205,8 +205,6 @@ class Collator:
         lengths = [len(row["input_ids"]) for row in rows]
         if batch["input_ids"].shape[1] * len(rows) > sum(lengths):
             batch["num_tokens"] = torch.tensor(sum(lengths))
-            for positions, length in zip(batch["position_ids"], lengths, strict=True):
-                positions[length:] = torch.arange(len(positions) - length)
         return batch
 
     def _columns(self, row: Item) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,20 +224,22 @@ def _encode(task: _Task, num_proc: int | None) -> Iterator[_Encoded]:
     """Every stretch, in order."""
     starts = range(0, len(task.table), _ROWS_AT_ONCE)
     num_proc = min(num_proc or 1, len(starts))
+    pool: Executor
     if num_proc == 1:
-        yield from map(task, starts)
-        return
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    with contextlib.ExitStack() as stack:
+        pool = ThreadPoolExecutor(2)  # one renders while the other is in the tokenizer, which needs no interpreter
+        encode: Callable[[int], _Encoded] = task
+    else:
+        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
         pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context(method), _begin_process, (task,))
-        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-        try:
-            yield from pool.map(_encode_in_process, starts)
-        except BrokenProcessPool as error:
-            raise InputError(
-                f"data.num_proc: one of {num_proc} processes died while tokenising, for want of memory perhaps: "
-                "take fewer"
-            ) from error
+        encode = _encode_in_process
+    try:
+        yield from pool.map(encode, starts)
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"data.num_proc: one of {num_proc} processes died while tokenising, for want of memory perhaps: take fewer"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 _task_of_process: _Task | None = None

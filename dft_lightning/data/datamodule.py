@@ -220,6 +220,7 @@ class InstructionDataModule(pl.LightningDataModule):
         self.end_of_turn_ids: list[int] = []
         self._micro_batches = 1
         self.counts: dict[str, RowCounts] = {}
+        self.model_hparams: dict[str, Any] = {}  # where there is no trainer to ask
         self.source_names: list[str] = []  # of mixtures, whose losses are logged apart
         self.packs: Packs | None = None
         self._rows: dict[str, Dataset] = {}
@@ -271,15 +272,20 @@ class InstructionDataModule(pl.LightningDataModule):
         """The tokenizer by name, or the model's. Override for one made otherwise."""
         name, options, key = self.tokenizer_name, dict[str, Any](), "data.tokenizer"
         if name is None:
-            hparams = getattr(getattr(self.trainer, "lightning_module", None), "hparams", {})
+            hparams = getattr(getattr(self.trainer, "lightning_module", None), "hparams", self.model_hparams)
             if not isinstance(hparams.get("model"), str):
                 raise InputError("data.tokenizer is not set, and the model has no name to take it from")
             name, key = hparams["model"], "model.model"
             options = {key: hparams[key] for key in ("revision", "trust_remote_code") if key in hparams}
         return load_tokenizer(name, chat_template=self.chat_template, key=key, **options)
 
-    def load(self, stage: str) -> None:
-        """Read and tokenise what ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"`` needs, where it is not yet."""
+    def load(self, stage: str, only: str | None = None) -> None:
+        """Read and tokenise what ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"`` needs, where it is not yet.
+
+        Args:
+            stage: which of them.
+            only: the one split of it that is needed.
+        """
         if self.tokenizer is None:
             self.tokenizer = self.build_tokenizer()
             turn_end = end_of_turn(self.tokenizer, self.chat_template_kwargs)
@@ -287,12 +293,12 @@ class InstructionDataModule(pl.LightningDataModule):
             if turn_end is None:
                 rank_zero_warn("the chat template ends turns with no special token: the model will not learn to stop")
         for split in SPLITS_OF_STAGE[stage]:
-            if split in self._rows:
+            if split in self._rows or only not in (None, split):
                 continue
             if split == "train" and self.streaming:
                 self._name_sources("train", self._source("train").parts)
                 continue
-            conversations = self._conversations(split, required=split == SPLITS_OF_STAGE[stage][0])
+            conversations = self._conversations(split, required=split in (only, SPLITS_OF_STAGE[stage][0]))
             if conversations is not None:
                 self._rows[split] = self._tokenize(split, conversations)
         self._divided.clear()
@@ -407,7 +413,7 @@ class InstructionDataModule(pl.LightningDataModule):
         """Tokens of each row of a split."""
         import pyarrow.compute
 
-        return torch.from_numpy(pyarrow.compute.list_value_length(self._rows[split].data["input_ids"]).to_numpy())
+        return torch.from_numpy(pyarrow.compute.list_value_length(self._rows[split].data["input_ids"]).to_numpy().copy())
 
     # -- loaders -----------------------------------------------------------------------------------------------
 
@@ -441,6 +447,14 @@ class InstructionDataModule(pl.LightningDataModule):
     def evaluation_dataloader(self, split: str, limit: int | None = None) -> DataLoader[Any]:
         """The first ``limit`` rows of a split (all for ``None``) in their own order, of ``train`` too."""
         return self._loader(split, limit=limit)
+
+    def tokenized(self, split: str) -> Dataset:
+        """A loaded split's rows: ``input_ids``, ``labels``, ``weights``, ``number``, ``part`` and ``truncated``."""
+        return self._rows[split]
+
+    def sources_of(self, split: str) -> list[str]:
+        """Names of the sources that a split is mixed from; none of a single one."""
+        return [self.source_names[i] for i in self._source_index[split]]
 
     def has_split(self, split: str) -> bool:
         """Whether a split's rows are loaded."""

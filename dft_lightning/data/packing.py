@@ -85,50 +85,97 @@ def cut(lengths: Sequence[int] | Integers, max_length: int, is_target: Callable[
 
 
 def pack(pieces: Pieces, max_length: int, seed: int = 0) -> Packs:
-    """Best-fit decreasing: the longest first, each into the row that it leaves the least room in.
+    """Best fit, row by row, in linear time.
+
+    A row begins with the longest piece left, goes on with random ones, and ends with the one or two that fill it
+    exactly, or with the longest that fits. Plain best-fit decreasing packs pieces of like lengths together until none
+    are left that fill a row: it leaves 2.4% of the GSM8K rows of 1024 tokens empty, this 0.1%.
 
     Args:
         pieces: each of 1 to ``max_length`` tokens.
         max_length: tokens of a row.
-        seed: of the order among pieces of the same length, and so of what comes together.
+        seed: of the random ones, and so of what comes together.
 
     Raises:
         ValueError: a piece is longer than ``max_length``, or empty.
 
     Example:
         >>> packs = pack(whole([5, 2, 4, 3, 1]), max_length=8)
-        >>> sorted(sum(stop - start for _, start, stop in packs[row]) for row in range(len(packs)))
-        [7, 8]
+        >>> [sorted(stop - start for _, start, stop in packs[row]) for row in range(len(packs))]
+        [[3, 5], [1, 2, 4]]
     """
     lengths = pieces.lengths
     if len(lengths) and not (lengths.min() > 0 and lengths.max() <= max_length):
         raise ValueError(f"pieces must have 1 to {max_length} tokens, got {lengths.min()} to {lengths.max()}")
-    order = np.random.default_rng(seed).permutation(len(lengths))
-    order = order[np.argsort(-lengths[order], kind="stable")]
-    rows = _best_fit(lengths[order].tolist(), max_length)
-    by_row = np.argsort(rows, kind="stable")
-    sizes = np.bincount(rows) if len(rows) else np.zeros(0, np.int64)
-    return Packs(pieces, order[by_row], np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+    shuffled = np.random.default_rng(seed).permutation(len(lengths))
+    by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+    ends = np.cumsum(np.bincount(lengths, minlength=max_length + 1)).tolist()
+    order: list[int] = []
+    offsets = [0]
+    for row in _rows_of_lengths(lengths[shuffled], max_length):
+        for length in row:  # the last piece of that length that is left
+            ends[length] -= 1
+            order.append(ends[length])
+        offsets.append(len(order))
+    return Packs(pieces, by_length[np.array(order, np.int64)], np.array(offsets, np.int64))
 
 
-def _best_fit(lengths: list[int], max_length: int) -> Integers:
-    """The row of each piece; rows are numbered as they are begun."""
-    with_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # rows by what room they have
-    rooms = 0  # bit r: there is a row with room r
-    rows = np.empty(len(lengths), np.int64)
-    begun = 0
-    for piece, length in enumerate(lengths):
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = with_room[room].pop()
-            if not with_room[room]:
-                rooms &= ~(1 << room)
-        else:
-            room, row = max_length, begun
-            begun += 1
-        rows[piece] = row
-        left = room - length
-        with_room[left].append(row)
-        rooms |= 1 << left
-    return rows
+_ROOM_FOR_EXACT = 2.5  # mean lengths: two pieces of about that are left to choose
+
+
+def _rows_of_lengths(shuffled: Integers, max_length: int) -> Iterator[list[int]]:
+    """The lengths of the pieces of each row."""
+    left = _Lengths(shuffled, max_length)
+    while left.number:
+        row = [left.take(left.longest(max_length))]
+        room = max_length - row[0]
+        while room and left.longest(room):
+            drawn = left.draw(room) if room >= _ROOM_FOR_EXACT * left.total / left.number else None
+            for length in [drawn] if drawn else left.exactly(room) or [left.longest(room)]:
+                row.append(left.take(length))
+                room -= length
+        yield row
+
+
+class _Lengths:
+    """The lengths of the pieces that are left. Which there are is kept in the bits of two numbers."""
+
+    def __init__(self, shuffled: Integers, max_length: int) -> None:
+        self.number = len(shuffled)
+        self.total = int(shuffled.sum())
+        self._max = max_length
+        self._counts = np.bincount(shuffled, minlength=max_length + 1).tolist()
+        there = [length for length, count in enumerate(self._counts) if count]
+        self._there = sum(1 << length for length in there)
+        self._mirrored = sum(1 << (max_length - length) for length in there)
+        self._draws = iter(shuffled.tolist())
+
+    def take(self, length: int) -> int:
+        self.number -= 1
+        self.total -= length
+        self._counts[length] -= 1
+        if not self._counts[length]:
+            self._there ^= 1 << length
+            self._mirrored ^= 1 << (self._max - length)
+        return length
+
+    def longest(self, room: int) -> int:
+        """The longest that fits; 0 where none does."""
+        return max((self._there & ((2 << room) - 1)).bit_length() - 1, 0)
+
+    def draw(self, room: int) -> int | None:
+        """A random one; ``None`` where it does not fit."""
+        drawn = next((length for length in self._draws if self._counts[length]), None)
+        return drawn if drawn is not None and drawn <= room else None
+
+    def exactly(self, room: int) -> list[int] | None:
+        """One that fills the room, or two of lengths as near as can be."""
+        if self._there >> room & 1:
+            return [room]
+        shorter = self._there & (self._mirrored >> (self._max - room)) & ((2 << room // 2) - 1)
+        while shorter:
+            length = shorter.bit_length() - 1
+            if 2 * length != room or self._counts[length] > 1:
+                return [length, room - length]
+            shorter ^= 1 << length
+        return None

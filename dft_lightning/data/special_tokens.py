@@ -44,7 +44,7 @@ class SpecialTokens:
 
     def mark(self, conversation: Conversation) -> tuple[str | None, Conversation]:
         """The conversation with its special tokens marked, and the marking character; ``None`` if it has none."""
-        if not any(self._pattern.search(text) for text in _strings(conversation)):
+        if not self._spelled(conversation):
             return None, conversation
         everything = "".join(_strings(conversation))
         mark = next((mark for mark in _MARKS if mark not in everything), None)
@@ -62,6 +62,14 @@ class SpecialTokens:
             tools=_map_strings(conversation.tools, marked),
             text=_map_strings(conversation.text, marked),
         )
+
+    def _spelled(self, conversation: Conversation) -> bool:
+        search = self._pattern.search
+        if conversation.tools is None and conversation.text is None:  # most rows: flat messages, walked at once
+            values = [value for message in conversation.messages for value in message.values()]
+            if all(type(value) is str or type(value) is float for value in values):
+                return any(type(value) is str and search(value) for value in values)
+        return any(search(text) for text in _strings(conversation))
 
     def check_marks(self, text: str, mark: str) -> None:
         """A template that writes the mark in another way has hidden it."""

@@ -76,7 +76,9 @@ class ChatTemplate:
         self.allow_special_tokens = allow_special_tokens
         turn_end = end_of_turn(tokenizer, self.template_kwargs)
         self._turn_end = turn_end[0] if turn_end else None
-        self.path: MaskPath = "generation" if _GENERATION.search(self._template(None)) else "prefixes"
+        self._variables = {**tokenizer.special_tokens_map, **self.template_kwargs}
+        self._own_template = str(tokenizer.get_chat_template())
+        self.path: MaskPath = "generation" if _GENERATION.search(self._own_template) else "prefixes"
         self._layouts: dict[tuple[str, ...], _Layout | None] = {}
 
     def render(self, conversation: Conversation) -> Rendered:
@@ -155,9 +157,11 @@ class ChatTemplate:
 
         ``None`` where it is not: the template trims, say, or reads more than the contents.
         """
-        if tools or any(set(message) - {"role", "content", "weight"} for message in messages):
+        if tools or any(len(message) > 2 and not message.keys() <= _LAID_OUT for message in messages):
             return None
-        roles = tuple(f"{message['role']}{'' if _weight(message) else ' left out'}" for message in messages)
+        roles = tuple(
+            message["role"] if message.get("weight") != 0 else f"{message['role']} left out" for message in messages
+        )
         if roles not in self._layouts:
             self._layouts[roles] = _Layout.find(messages, lambda probe: self._grown(probe, None))
         layout = self._layouts[roles]
@@ -191,19 +195,23 @@ class ChatTemplate:
         return self._render(messages, tools, add_generation_prompt=add_generation_prompt)[0]
 
     def _template(self, tools: Any) -> str:
-        return str(self.tokenizer.get_chat_template(tools=tools))
+        return str(self.tokenizer.get_chat_template(tools=tools)) if tools else self._own_template
 
     def _render(self, messages: list[Message], tools: Any, **options: Any) -> tuple[str, list[tuple[int, int]]]:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+        plain = [
+            {key: value for key, value in message.items() if key != "weight"} if "weight" in message else message
+            for message in messages
+        ]
         try:
             found: Any = render_jinja_template(
                 [plain],
                 tools=tools,
                 chat_template=self._template(tools),
-                **{**self.tokenizer.special_tokens_map, **self.template_kwargs, **options},
+                **self._variables,
+                **options,
             )
         except TemplateError as error:
             roles = [message["role"] for message in messages]
@@ -267,6 +275,7 @@ class _Layout:
         return "".join(texts), spans
 
 
+_LAID_OUT = {"role", "content", "weight"}
 _PROBE = "\uf8f0"  # of a private area, which templates have no opinion on
 
 

@@ -113,8 +113,9 @@ class ConversationEncoder:
 
     def _encode_all(self, texts: list[str]) -> list[Encoding]:
         backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
+        if backend.truncation is not None or backend.padding is not None:  # left over from a call of the tokenizer
+            backend.no_truncation()
+            backend.no_padding()
         return list(backend.encode_batch(texts, add_special_tokens=False))
 
     def _row(self, encoding: Encoding, spans: Sequence[Span]) -> EncodedRow:
@@ -141,20 +142,19 @@ class ConversationEncoder:
     def _labelled(self, ids: list[int], borders: Sequence[tuple[int, int, float]]) -> EncodedRow:
         """Tokens ``start`` to ``end`` of each border are learnt with its weight."""
         input_ids = np.array(ids, np.int32)
-        labels = np.full(len(ids), IGNORE_INDEX, np.int32)
-        weights = np.zeros(len(ids), np.float32)
-        if self.train_on_prompts:
-            labels[:] = input_ids
-            weights[:] = 1
-        for start, end, weight in borders:
+        labels = input_ids.copy() if self.train_on_prompts else np.full(len(ids), IGNORE_INDEX, np.int32)
+        for start, end, _ in borders:
             labels[start:end] = input_ids[start:end]
-            weights[start:end] = weight
         labels[:1] = IGNORE_INDEX
-        weights[:1] = 0
+        weights = None
+        if any(weight != 1 for _, _, weight in borders):
+            weights = (labels != IGNORE_INDEX).astype(np.float32)
+            for start, end, weight in borders:
+                weights[max(start, 1) : end] = weight
+        if self.max_length is None or len(ids) <= self.max_length:
+            return EncodedRow(input_ids, labels, weights, truncated=False)
         kept = slice(0, self.max_length)
-        uniform = all(weight == 1 for _, _, weight in borders)
-        truncated = self.max_length is not None and len(ids) > self.max_length
-        return EncodedRow(input_ids[kept], labels[kept], None if uniform else weights[kept], truncated)
+        return EncodedRow(input_ids[kept], labels[kept], None if weights is None else weights[kept], truncated=True)
 
 
 def attempt(function: Any, argument: Any) -> Any:

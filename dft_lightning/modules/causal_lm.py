@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Batch = dict[str, Any]
+_STAGES = ("train", "val", "forgetting", "test")
 _RUN_THE_MODEL = ("training_step", "validation_step", "test_step", "predict_step", "token_output", "generate")
 
 
@@ -163,8 +164,7 @@ class CausalLMModule(pl.LightningModule):
         self.val_metrics = TokenMetrics()
         self.forgetting_metrics = TokenMetrics()
         self.test_metrics = TokenMetrics()
-        self.train_sources, self.val_sources = SourceMetrics(), SourceMetrics()
-        self.forgetting_sources, self.test_sources = SourceMetrics(), SourceMetrics()
+        self.source_metrics = nn.ModuleDict({f"{stage}_": SourceMetrics() for stage in _STAGES})
         self.test_exact_match = ExactMatch(self.answer_extractor)
         self._normalizer: TokenNormalizer | None = None
         self._normalized_step = 0
@@ -372,7 +372,7 @@ class CausalLMModule(pl.LightningModule):
         if self.hparams["renormalize"]:
             self._normalizer.weigh(output.weight)
         self.train_telemetry.update(output, count_tokens(batch))
-        self._count_sources(self.train_sources, batch, output)
+        self._count_sources("train", batch, output)
         return output.loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -413,7 +413,7 @@ class CausalLMModule(pl.LightningModule):
         self._normalizer = None  # this trainer's ranks, and nothing left over from an interrupted step
         discard_gradients(self)
         self.train_telemetry.reset()
-        self.train_sources.reset()
+        self._sources_of("train").reset()
         self.train_telemetry.start_clock()
 
     def on_train_end(self) -> None:
@@ -433,7 +433,7 @@ class CausalLMModule(pl.LightningModule):
             return
         values = self.train_telemetry.collect()
         values["lr"] = self._step_learning_rate
-        values |= self._collect_sources(self.train_sources)
+        values |= self._collect_sources("train")
         self._log("train", values, prog_bar=("loss", "nll", "token_accuracy"), on_step=True, on_epoch=False)
 
     def _log(self, stage: str, values: dict[str, Any], *, prog_bar: Sequence[str], **kwargs: Any) -> None:
@@ -443,7 +443,10 @@ class CausalLMModule(pl.LightningModule):
 
     # -- sources of a mixture ----------------------------------------------------------------------------------
 
-    def _count_sources(self, metrics: SourceMetrics, batch: Batch, output: TokenOutput) -> None:
+    def _sources_of(self, stage: str) -> SourceMetrics:
+        return cast(SourceMetrics, self.source_metrics[f"{stage}_"])
+
+    def _count_sources(self, stage: str, batch: Batch, output: TokenOutput) -> None:
         """Each target's objective and nll by the source of its row."""
         if "source" not in batch:
             return
@@ -452,11 +455,11 @@ class CausalLMModule(pl.LightningModule):
             losses = self.loss.token_loss(output)
         if "token_weight" in batch:
             losses = losses * batch["token_weight"][:, 1:][kept]
-        metrics.update(batch["source"][:, 1:][kept], losses, -output.log_prob)
+        self._sources_of(stage).update(batch["source"][:, 1:][kept], losses, -output.log_prob)
 
-    def _collect_sources(self, metrics: SourceMetrics) -> dict[str, Tensor]:
+    def _collect_sources(self, stage: str) -> dict[str, Tensor]:
         """``loss/NAME`` and ``nll/NAME`` of each source that had targets; the metric begins anew. A collective."""
-        names = getattr(self._datamodule, "source_names", [])
+        names, metrics = getattr(self._datamodule, "source_names", []), self._sources_of(stage)
         if not names or not metrics.update_called:
             return {}
         values = metrics.compute()
@@ -474,11 +477,11 @@ class CausalLMModule(pl.LightningModule):
         """Token metrics of the validation rows, and of ``data.forgetting``, the second loader, where there is one."""
         output = self.token_output(batch, statistics=("entropy",))
         (self.forgetting_metrics if dataloader_idx else self.val_metrics).update(output, count_tokens(batch))
-        self._count_sources(self.forgetting_sources if dataloader_idx else self.val_sources, batch, output)
+        self._count_sources("forgetting" if dataloader_idx else "val", batch, output)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val", self.val_metrics, prog_bar=("nll",), sources=self.val_sources)
-        self._log_evaluation("forgetting", self.forgetting_metrics, prog_bar=(), sources=self.forgetting_sources)
+        self._log_evaluation("val", self.val_metrics, prog_bar=("nll",))
+        self._log_evaluation("forgetting", self.forgetting_metrics, prog_bar=())
 
     def on_test_start(self) -> None:
         # On every rank and before anything is generated: one rank that stops alone leaves the others waiting.
@@ -490,7 +493,7 @@ class CausalLMModule(pl.LightningModule):
         """Token metrics and exact match of the generated answers. Returns a record of each row as ``predictions``."""
         output = self.token_output(batch, statistics=("entropy",))
         self.test_metrics.update(output, count_tokens(batch))
-        self._count_sources(self.test_sources, batch, output)
+        self._count_sources("test", batch, output)
         records = self.predict_step(batch, batch_idx)
         for record in records:
             record["correct"] = self.test_exact_match.score(record["completion"], record["reference"])
@@ -501,15 +504,13 @@ class CausalLMModule(pl.LightningModule):
         if self.test_exact_match.update_called:
             self.log("test/exact_match", self.test_exact_match.compute(), batch_size=1)
             self.test_exact_match.reset()
-        self._log_evaluation("test", self.test_metrics, prog_bar=(), sources=self.test_sources)
+        self._log_evaluation("test", self.test_metrics, prog_bar=())
 
-    def _log_evaluation(
-        self, stage: str, metrics: TokenMetrics, prog_bar: Sequence[str], sources: SourceMetrics
-    ) -> None:
+    def _log_evaluation(self, stage: str, metrics: TokenMetrics, prog_bar: Sequence[str]) -> None:
         if metrics.update_called:
             values = metrics.compute()
             del values["tokens"]
-            values |= self._collect_sources(sources)
+            values |= self._collect_sources(stage)
             self._log(stage, values, prog_bar=prog_bar, on_step=False, on_epoch=True)
             metrics.reset()
 

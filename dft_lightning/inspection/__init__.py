@@ -1,0 +1,1 @@
+"""``python -m dft_lightning inspect``: rows as the model will see them, before a run."""
