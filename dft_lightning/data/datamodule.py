@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -260,7 +261,7 @@ class InstructionDataModule(pl.LightningDataModule):
             )
         if not self.streaming:
             return
-        if trainer.max_steps < 0 and trainer.max_time is None:  # type: ignore[attr-defined]
+        if trainer.max_steps < 0 and not any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise InputError("data.streaming goes round without end: set trainer.max_steps")
         if self.sources["validation"] is not None and trainer.val_check_interval == 1.0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise InputError(
@@ -413,7 +414,9 @@ class InstructionDataModule(pl.LightningDataModule):
         """Tokens of each row of a split."""
         import pyarrow.compute
 
-        return torch.from_numpy(pyarrow.compute.list_value_length(self._rows[split].data["input_ids"]).to_numpy().copy())
+        return torch.from_numpy(
+            pyarrow.compute.list_value_length(self._rows[split].data["input_ids"]).to_numpy().copy()
+        )
 
     # -- loaders -----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,342 @@
+"""The forms of rows, their weights, prompts common to all, mixtures, and rows that are skipped."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+
+import pytest
+import torch
+from datasets import Dataset
+
+from conftest import shared
+from dft_lightning.data import ArithmeticRows, InstructionDataModule, LocalRows, MixedRows
+from dft_lightning.data.forms import Conversation, RowColumns
+from dft_lightning.data.messages import read_messages
+from dft_lightning.data.tokenizer import load_tokenizer
+from dft_lightning.data.tokens import ConversationEncoder
+from dft_lightning.errors import InputError
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def read(tmp_path, *rows, last_turn="any", **columns):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return read_messages(LocalRows(path), RowColumns(**columns), last_turn=last_turn)
+
+
+def one(tmp_path, row, **options):
+    (conversation,) = read(tmp_path, row, **options)
+    return conversation
+
+
+def unlearnt(message):
+    return {**message, "weight": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+            [USER, ANSWER],
+        ),
+        (
+            {
+                "system": "Be brief.",
+                "conversations": [{"from": "user", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+            },
+            [{"role": "system", "content": "Be brief."}, USER, ANSWER],
+        ),
+        ({"conversations": [USER, ANSWER]}, [USER, ANSWER]),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "Hi"},
+                    {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1, "b": 2}}'},
+                    {"from": "observation", "value": "3"},
+                    {"from": "gpt", "value": "Hello"},
+                ]
+            },
+            [
+                USER,
+                {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                {"role": "tool", "content": "3"},
+                ANSWER,
+            ],
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, ANSWER]}, [USER, ANSWER]),
+        (
+            {"messages": [USER, {**ANSWER, "reasoning_content": "so", "name": None}]},
+            [USER, {**ANSWER, "reasoning_content": "so"}],
+        ),
+        ({"prompt": "Hi", "chosen": "Hello", "rejected": "No"}, [USER, ANSWER]),
+        ({"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}, [USER, ANSWER]),
+        ({"chosen": [USER, ANSWER, USER, ANSWER], "rejected": []}, [USER, unlearnt(ANSWER), USER, ANSWER]),
+        ({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}, [USER, unlearnt(ANSWER), USER, ANSWER]),
+        ({"prompt": [USER], "completion": "Hello"}, [USER, ANSWER]),
+    ],
+)
+def test_forms(tmp_path, row, expected):
+    assert one(tmp_path, row).messages == expected
+
+
+def test_tools_and_their_calls(tmp_path):
+    """Arguments become objects, which templates take, whether the row has them as such or as OpenAI's strings."""
+    called = {"id": "1", **CALL, "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}
+    turns = [USER, {"role": "assistant", "content": None, "tool_calls": [called]}]
+    turns += [{"role": "tool", "tool_call_id": "1", "content": "3"}, ANSWER]
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        found = one(tmp_path, {"messages": turns, "tools": tools})
+        assert found.tools == TOOLS
+        assert found.messages[1] == {"role": "assistant", "content": "", "tool_calls": [{"id": "1", **CALL}]}
+        assert found.messages[2] == {"role": "tool", "tool_call_id": "1", "content": "3"}
+
+
+def test_tool_calls_are_learnt_and_tool_answers_are_not(tmp_path):
+    tokenizer = load_tokenizer(shared("tokenizers/qwen3"))
+    turns = [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "3"}, ANSWER]
+    found = one(tmp_path, {"messages": turns, "tools": TOOLS})
+    (row,) = ConversationEncoder(tokenizer).encode([found])
+    text = tokenizer.decode(row.input_ids)
+    learnt = tokenizer.decode([label for label in row.labels if label != -100])
+    assert "<tools>" in text
+    assert "<tool_response>\n3\n</tool_response>" in text
+    assert learnt.startswith('<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call><|im_end|>')
+    assert learnt.endswith("Hello<|im_end|>")
+    assert "tool_response" not in learnt
+
+
+def test_arrow_fills_keys_that_other_messages_have(tmp_path):
+    turns = [USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]
+    Dataset.from_list([{"messages": [*turns, ANSWER]}]).to_parquet(tmp_path / "rows.parquet")
+    (found,) = read_messages(LocalRows(tmp_path / "rows.parquet"), RowColumns())
+    assert found.messages[0] == USER
+    assert found.messages[2] == ANSWER
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "expected"),
+    [
+        ({"text": "a text"}, {}, Conversation([], text="a text")),
+        ({"body": "a text", "weight": 2}, {"text": "body"}, Conversation([], text="a text", weight=2.0)),
+    ],
+)
+def test_plain_text(tmp_path, row, options, expected):
+    assert one(tmp_path, row, **options) == expected
+
+
+def test_plain_text_is_learnt_whole_with_its_end():
+    """stories260K puts <s> before a text, which nothing predicts; GPT-2 has no such token."""
+    tokenizer = load_tokenizer(shared("models/stories260K"))
+    (row,) = ConversationEncoder(tokenizer).encode([Conversation([], text="Once upon a time")])
+    expected = [*tokenizer("Once upon a time")["input_ids"], tokenizer.eos_token_id]
+    assert row.input_ids.tolist() == expected
+    assert row.labels.tolist() == [-100, *expected[1:]]
+    (weighed,) = ConversationEncoder(tokenizer).encode([Conversation([], text="Once upon a time", weight=0.5)])
+    assert weighed.weights.tolist() == [0] + [0.5] * (len(expected) - 1)
+
+
+def test_plain_text_has_nothing_to_generate_from(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "1+1="}\n' * 4)
+    data = InstructionDataModule(str(path), str(path), str(path), tokenizer="asset://arithmetic-base")
+    data.setup("fit")
+    with pytest.raises(InputError, match=r"data.validation: plain text has no prompt to generate from"):
+        data.generation_dataloader()
+    with pytest.raises(InputError, match=r"row 1: text: plain text has no prompt to complete"):
+        data.setup("test")
+
+
+# -- weights ---------------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_rows_and_messages_multiply(tmp_path):
+    turns = [USER, {**ANSWER, "weight": 0.5}, {**USER, "weight": 3}, ANSWER, USER, {**ANSWER, "weight": 0}]
+    found = one(tmp_path, {"messages": turns, "weight": 4})
+    assert [message.get("weight") for message in found.messages] == [None, 2, None, 4, None, 0]
+    assert "weight" not in one(tmp_path, {"messages": [USER, {**ANSWER, "weight": 0.25}], "weight": 4}).messages[1]
+    assert one(tmp_path, {"prompt": "a", "completion": "b", "importance": "0.5"}, weight="importance").messages[1] == {
+        "role": "assistant",
+        "content": "b",
+        "weight": 0.5,
+    }
+
+
+def test_weights_lie_on_the_tokens_of_their_turn():
+    tokenizer = load_tokenizer("asset://arithmetic-base")
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "22", "weight": 0.5}]
+    turns += [{"role": "user", "content": "3"}, {"role": "assistant", "content": "4", "weight": 0.0}]
+    turns += [{"role": "user", "content": "5"}, {"role": "assistant", "content": "6"}]
+    (row,) = ConversationEncoder(tokenizer).encode([Conversation(turns)])
+    # ^ 1 2 2 $ ^ 3 4 $ ^ 5 6 $
+    assert row.weights.tolist() == [0, 0, 0.5, 0.5, 0.5, 0, 0, 0, 0, 0, 0, 1, 1]
+    assert [label != -100 for label in row.labels] == [weight > 0 for weight in row.weights]
+    (last,) = ConversationEncoder(tokenizer, train_turns="last").encode([Conversation(turns)])
+    assert last.weights.tolist() == [0] * 11 + [1, 1]
+    (learnt,) = ConversationEncoder(tokenizer, train_on_prompts=True).encode([Conversation(turns[:2])])
+    assert learnt.weights.tolist() == [0, 1, 0.5, 0.5, 0.5]
+
+
+def test_weights_reach_the_batches(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "1+1=", "completion": "2", "weight": 0.5}, {"prompt": "1+1=", "completion": "2"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    for options in ({}, {"packing": "bfd", "max_length": 20}, {"padding_free": True}):
+        data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base", batch_size=2, **options)
+        data.setup("fit")
+        batch = next(iter(data.train_dataloader()))
+        assert sorted(batch["token_weight"][batch["labels"] != -100].tolist()) == [0.5, 0.5, 1, 1], options
+
+
+# -- prompts common to all -------------------------------------------------------------------------------------------
+
+
+def test_system_prompt_and_suffix_are_the_same_in_training_and_generation(tmp_path):
+    options = {"system_prompt": "Be exact.", "prompt_suffix": "\nPut it in \\boxed{}."}
+    found = one(tmp_path, {"prompt": "1+1?", "completion": "2"}, **options)
+    assert found.messages == [
+        {"role": "system", "content": "Be exact."},
+        {"role": "user", "content": "1+1?\nPut it in \\boxed{}."},
+        {"role": "assistant", "content": "2"},
+    ]
+    own = one(tmp_path, {"messages": [{"role": "system", "content": "Mine."}, USER, ANSWER, USER, ANSWER]}, **options)
+    assert own.messages[0]["content"] == "Mine."
+    assert [m["content"].endswith("\\boxed{}.") for m in own.messages] == [False, True, False, True, False]
+    asked = one(tmp_path, {"prompt": "1+1?"}, last_turn="optional", **options)
+    encoder = ConversationEncoder(load_tokenizer("asset://arithmetic-base", chat_template=CHAT))
+    assert encoder.prompt(asked) == encoder.prompt(found)
+
+
+CHAT = "{% for m in messages %}{{ m.content + ('$' if m.role == 'assistant' else '=') }}{% endfor %}"
+
+
+# -- mixtures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_without_weights_has_every_row_once():
+    parts = {"a": ArithmeticRows(3, seed=1), "b": ArithmeticRows(2, seed=2)}
+    found = list(MixedRows(parts).rows())
+    assert [number for number, _ in found] == ["a:1", "a:2", "a:3", "b:1", "b:2"]
+    assert [row for _, row in found] == [row for part in parts.values() for _, row in part.rows()]
+
+
+def test_a_mixture_is_drawn_by_weight_and_seed():
+    parts = {"a": ArithmeticRows(3000, seed=1), "b": ArithmeticRows(3000, seed=2), "c": ArithmeticRows(1)}
+    weights = {"a": 3, "b": 1, "c": 0}
+
+    def drawn(**options):
+        return [part for part, _, _ in islice(MixedRows(parts, weights, **options).rows_of_parts(), 3000)]
+
+    found = drawn()
+    assert found.count(0) / 3000 == pytest.approx(0.75, abs=0.03)  # four standard deviations
+    assert found.count(2) == 0
+    assert drawn() == found
+    assert drawn(seed=1) != found
+
+
+def test_where_a_mixture_stops():
+    parts = {"few": ArithmeticRows(4, seed=1), "many": ArithmeticRows(40, seed=2)}
+    weights = {"few": 1, "many": 1}
+    first = [part for part, _, _ in MixedRows(parts, weights).rows_of_parts()]
+    assert first.count(0) == 4
+    assert first.count(1) < 40
+    all_of_them = list(MixedRows(parts, weights, stopping_strategy="all_exhausted").rows_of_parts())
+    numbers = [number for _, number, _ in all_of_them]
+    assert {f"many:{i}" for i in range(1, 41)} <= set(numbers)
+    assert numbers.count("few:1") > 1
+
+
+def test_parts_of_a_mixture_have_their_own_form_and_columns(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"question": "Hi", "answer": "Hello"}\n')
+    (tmp_path / "b.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    renamed = LocalRows(tmp_path / "a.jsonl", rename_columns={"question": "prompt", "answer": "completion"})
+    with pytest.raises(InputError) as error:
+        read_messages(MixedRows({"a": renamed, "b": str(tmp_path / "b.jsonl")}), RowColumns())
+    assert str(error.value).splitlines() == [
+        "a + b: 1 of 2 rows are bad",
+        "  row b:1: messages: no assistant message to learn from",
+    ]
+    assert read_messages(renamed, RowColumns()).messages == [[USER, ANSWER]]
+    missing = LocalRows(tmp_path / "a.jsonl", rename_columns={"q": "prompt"})
+    with pytest.raises(InputError, match="row 1: q: missing, which rename_columns names"):
+        read_messages(missing, RowColumns())
+
+
+def test_parts_that_cannot_be_told_are_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"x": "Hi"}\n')
+    with pytest.raises(InputError, match=r"a: a: cannot tell the row form from the columns \['x'\]"):
+        read_messages(MixedRows({"a": str(tmp_path / "a.jsonl")}), RowColumns())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"sources": {}}, "none given"),
+        ({"weights": {"a": 1}}, "weights are of"),
+        ({"weights": {"a": 1, "b": -1}}, "finite and not negative"),
+        ({"weights": {"a": 0, "b": 0}}, "none is above 0"),
+        ({"stopping_strategy": "x"}, "stopping_strategy must be"),
+        ({"sources": {"a/b": "x.jsonl"}}, "no spaces and slashes"),
+        ({"sources": {f"s{i}": "x.jsonl" for i in range(65)}}, "64 at most"),
+    ],
+)
+def test_bad_mixtures(options, expected):
+    with pytest.raises(ValueError, match=expected):
+        MixedRows(**{"sources": {"a": ArithmeticRows(1), "b": ArithmeticRows(1)}, **options})
+
+
+# -- rows that are skipped -------------------------------------------------------------------------------------------
+
+
+def test_bad_rows_are_skipped_and_counted(tmp_path):
+    """What cannot be read, and what the template refuses, at once."""
+    path = tmp_path / "rows.jsonl"
+    good = {"prompt": "1+1=", "completion": "2"}
+    rows = [good, {"prompt": "a"}, {"prompt": "1$", "completion": "2"}, good, {"prompt": 3, "completion": "2"}]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\nnonsense")
+    options = {"tokenizer": "asset://arithmetic-base"}
+    for _ in range(2):  # the second from the cache
+        data = InstructionDataModule(str(path), on_bad_rows="skip", **options)
+        with pytest.warns(UserWarning, match="4 of 6 rows are bad") as caught:
+            data.setup("fit")
+        report = next(str(warning.message) for warning in caught if "rows are bad" in str(warning.message))
+        for number in (2, 3, 5, 6):
+            assert f"row {number}: " in report
+        counts = data.counts["train"]
+        assert (counts.rows, counts.bad, counts.dropped) == (6, 4, 0)
+        assert len(data.tokenized("train")) == 2
+    with pytest.raises(InputError, match="3 of 6 rows are bad"):
+        InstructionDataModule(str(path), **options).setup("fit")
+    path.write_text('{"prompt": "a"}\n' * 3)
+    with pytest.raises(InputError, match="3 of 3 rows are bad"):
+        InstructionDataModule(str(path), on_bad_rows="skip", **options).setup("fit")
+
+
+def test_memory_of_a_source_is_not_held(tmp_path):
+    """Conversations lie on disk, and their folder goes with them."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "1+1=", "completion": "2"}\n' * 2500)
+    found = read_messages(LocalRows(path), RowColumns())
+    folder = found._folder.name
+    assert len(found) == 2500
+    assert found.select([3, 4]).numbers == [4, 5]
+    import os
+
+    assert os.path.isdir(folder)
+    del found
+    assert not os.path.isdir(folder)
+
+
+def test_several_processes_tokenise_the_same(tmp_path):
+    options = {"tokenizer": "asset://arithmetic-base"}
+    tables = []
+    for num_proc, columns in ((1, {}), (2, {"max_length": 10_000})):  # another option: not from the cache
+        data = InstructionDataModule(ArithmeticRows(2300, seed=9), num_proc=num_proc, **columns, **options)
+        data.setup("fit")
+        tables.append(data.tokenized("train").to_dict())
+    assert tables[0] == tables[1]
+    assert torch.equal(data.lengths("train"), torch.tensor([len(ids) for ids in tables[0]["input_ids"]]))
