@@ -10,5 +10,9 @@ class InputError(ValueError):
 
 def one_line(error: Exception, limit: int = 300) -> str:
     """An error's text on one line, cut to ``limit`` characters; its type where it has no text."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    return shortened(" ".join(str(error).split()) or type(error).__name__, limit)
+
+
+def shortened(text: str, limit: int = 1000) -> str:
+    """A text cut to ``limit`` characters: what it quotes of a row may be megabytes."""
     return text if len(text) <= limit else text[:limit] + " ..."

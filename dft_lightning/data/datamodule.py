@@ -385,7 +385,8 @@ class InstructionDataModule(pl.LightningDataModule):
         if counts.bad:
             rank_zero_warn(f"data.on_bad_rows: skip\n{found.problems.report(counts.rows)}")
         if len(found.rows) == 0:
-            raise InputError(f"data.{split}: no row has a target left within max_length {self.max_length}")
+            within = "" if self.max_length is None else f" left within max_length {self.max_length}"
+            raise InputError(f"data.{split}: no row has a target{within}")
         self._name_sources(split, found.parts)
         return found.rows
 

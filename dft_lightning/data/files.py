@@ -6,7 +6,8 @@ import codecs
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ class BrokenRow:
 Rows = Iterator[tuple[int, dict[str, Any] | BrokenRow]]
 
 
-class _Broken(Exception):
+class BrokenText(Exception):
     """What is wrong with a part of a file."""
 
 
@@ -56,25 +57,34 @@ def _decode(content: bytes) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _Broken(f"not UTF-8 text: {error.reason} at byte {error.start + 1}") from error
+        raise BrokenText(f"not UTF-8 text: {error.reason} at byte {error.start + 1}") from error
 
 
-def _json(text: str) -> Any:
+def load_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        BrokenText: what is wrong with it; an object with one key twice, too.
+    """
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, character {error.colno}" if error.lineno > 1 else f"character {error.colno}"
-        raise _Broken(f"broken JSON at {place}: {error.msg}") from error
+        raise BrokenText(f"broken JSON at {place}: {error.msg}") from error
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
-        raise _Broken(f"JSON that cannot be read: {one_line(error)}") from error
+        raise BrokenText(f"JSON that cannot be read: {one_line(error)}") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _Broken(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        raise BrokenText(f"the key {_twice(key for key, _ in pairs)!r} is there twice")
     return found
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """The first of the names that are there more than once, if any."""
+    return next((name for name, times in Counter(names).items() if times > 1), None)
 
 
 def _json_lines(path: Path) -> Rows:
@@ -82,15 +92,15 @@ def _json_lines(path: Path) -> Rows:
         if not line.strip():
             continue
         try:
-            yield number, _as_row(_json(_decode(line).rstrip()))
-        except _Broken as error:
+            yield number, _as_row(load_json(_decode(line).rstrip()))
+        except BrokenText as error:
             yield number, BrokenRow(str(error))
 
 
 def _json_list(path: Path) -> Rows:
     try:
-        items = _json(_decode(b"".join(line for _, line in _lines(path))))
-    except _Broken as error:
+        items = load_json(_decode(b"".join(line for _, line in _lines(path))))
+    except BrokenText as error:
         hint = "; one object a line belongs in a .jsonl file" if "Extra data" in str(error) else ""
         raise InputError(f"{path}: {error}{hint}") from error
     if not isinstance(items, list):
@@ -127,18 +137,16 @@ def _csv(path: Path) -> Rows:
                 yield number, BrokenRow(f"{len(fields)} fields, and the first line names {len(columns)} columns")
             else:
                 yield number, dict(zip(columns, fields, strict=True))
-    except (csv.Error, _Broken) as error:  # where the row ends, and so the next begins, is not known
+    except (csv.Error, BrokenText) as error:  # where the row ends, and so the next begins, is not known
         raise InputError(f"{path}: broken CSV in the row that begins in line {begins}: {error}") from error
 
 
 def _check_columns(path: Path, columns: list[str]) -> None:
-    for name in columns:
-        if columns.count(name) > 1:
-            raise InputError(f"{path}: the column {name!r} is there twice")
+    if (name := _twice(columns)) is not None:
+        raise InputError(f"{path}: the column {name!r} is there twice")
 
 
 def _parquet(path: Path) -> Rows:
-    import pyarrow
     import pyarrow.parquet
 
     try:
@@ -149,7 +157,9 @@ def _parquet(path: Path) -> Rows:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # Arrow's own, and whatever Python's types cannot hold, such as a date beyond 9999
         raise InputError(f"{path}: cannot be read as Parquet: {one_line(error)}") from error
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dft_lightning.data.turns import BadRow, Message, as_text, as_weight, read_tools, read_turns
-from dft_lightning.errors import InputError
 
 RowForm = Literal["auto", "prompt_completion", "alpaca", "messages", "sharegpt", "preference", "text"]
 LastTurn = Literal["any", "assistant", "optional"]
@@ -56,11 +55,15 @@ class Conversation:
     weight: float = 1.0
 
 
-def recognise_form(row: dict[str, Any], columns: RowColumns, name: str, completion_required: bool = True) -> RowForm:
+class UnknownForm(BadRow):
+    """A row whose columns fit no form."""
+
+
+def recognise_form(row: dict[str, Any], columns: RowColumns, completion_required: bool = True) -> RowForm:
     """The form of a row by its columns, unless ``columns.form`` says it.
 
     Raises:
-        InputError: the columns fit no form.
+        UnknownForm: the columns fit no form.
     """
     if columns.form != "auto":
         return columns.form
@@ -76,8 +79,8 @@ def recognise_form(row: dict[str, Any], columns: RowColumns, name: str, completi
         return "alpaca"
     if columns.text in row:
         return "text"
-    raise InputError(
-        f"{name}: cannot tell the row form from the columns {sorted(map(str, row))}: expected {columns.messages!r}, or "
+    raise UnknownForm(
+        f"cannot tell the row form from the columns {sorted(map(str, row))}: expected {columns.messages!r}, or "
         f"'conversations', or {columns.prompt!r} and {columns.completion!r}, or 'instruction' and 'output', or "
         f"'chosen', or {columns.text!r}; name the columns by data.prompt_column and data.completion_column, or set "
         "data.row_form"
@@ -104,7 +107,7 @@ def convert_row(row: dict[str, Any], form: RowForm, columns: RowColumns, last_tu
 
 def _weighed(message: Message, weight: float) -> Message:
     """With the row's weight, which is left out where it makes one, or where nothing is learnt anyhow."""
-    total = message.get("weight", 1.0) * weight
+    total = as_weight(message.get("weight", 1.0) * weight, "weight, of message and row together")
     message = {key: value for key, value in message.items() if key != "weight"}
     return message if total == 1 or message["role"] != "assistant" else {**message, "weight": total}
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dft_lightning.data.files import BrokenRow
-from dft_lightning.data.forms import Conversation, LastTurn, RowColumns, convert_row, recognise_form
+from dft_lightning.data.forms import Conversation, LastTurn, RowColumns, UnknownForm, convert_row, recognise_form
 from dft_lightning.data.sources import Row, RowSource
 from dft_lightning.data.turns import BadRow, Message
-from dft_lightning.errors import InputError
+from dft_lightning.errors import InputError, shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,7 +40,7 @@ class Problems:
 
     def add(self, number: int | str, problem: object) -> None:
         """Count a bad row."""
-        self.extend([f"row {number}: {problem}"])
+        self.extend([shortened(f"row {number}: {problem}")])
 
     def extend(self, problems: Sequence[str], count: int | None = None) -> None:
         """Count bad rows, of which the first are given."""
@@ -122,6 +122,8 @@ def read_messages(
     problems = Problems(source.name)
     writer = _Spool(len(source.parts))
     for part, number, found in RowReader(source, columns, last_turn).read():
+        if isinstance(found, UnknownForm) and on_bad_rows == "raise":
+            raise InputError(shortened(f"{source.name}: row {number}: {found}"))  # as all the others will be
         if isinstance(found, BadRow):
             problems.add(number, found)
         else:
@@ -151,13 +153,14 @@ class RowReader:
         """What a row of a part says, or what is wrong with it."""
         if isinstance(row, BrokenRow):
             return BadRow(row.reason)
-        if part not in self._forms:
-            name = ": ".join([self.source.name, *self.source.parts[part : part + 1]])
-            self._forms[part] = recognise_form(row, self.columns, name, self.last_turn != "optional")
         try:
+            if part not in self._forms:
+                self._forms[part] = recognise_form(row, self.columns, self.last_turn != "optional")
             return convert_row(row, self._forms[part], self.columns, self.last_turn)
         except BadRow as problem:
             return problem
+        except RecursionError:  # where the wrong value itself is quoted
+            return BadRow("nested too deeply")
 
 
 class _Spool:

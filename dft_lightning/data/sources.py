@@ -68,7 +68,7 @@ class LocalRows(RowSource):
 
     def _rows(self) -> Iterator[tuple[int | str, Row]]:
         if any((self.path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            yield from enumerate(self._saved_dataset(), start=1)
+            yield from _rows_of(self._saved_dataset(), self.name)
         elif self.path.is_dir():
             files = sorted(file for file in self.path.iterdir() if file.suffix in READERS)
             if not files:
@@ -78,7 +78,7 @@ class LocalRows(RowSource):
         else:
             yield from read_file(self.path)
 
-    def _saved_dataset(self) -> Iterator[dict[str, Any]]:
+    def _saved_dataset(self) -> Any:
         from datasets import DatasetDict, load_from_disk
 
         try:
@@ -92,7 +92,7 @@ class LocalRows(RowSource):
                     "class_path LocalRows and split"
                 )
             found = found[self.split]
-        return (dict(row) for row in found)
+        return found
 
 
 class HubRows(RowSource):
@@ -138,7 +138,17 @@ class HubRows(RowSource):
         except (OSError, ValueError, KeyError, DatasetsError) as error:
             reason = one_line(error)
             raise InputError(f"{self.name}: neither a local file nor a dataset that can be loaded: {reason}") from error
-        yield from _renamed(enumerate((dict(row) for row in dataset), start=1), self.rename_columns)
+        yield from _renamed(_rows_of(dataset, self.name), self.rename_columns)
+
+
+def _rows_of(dataset: Any, name: str) -> Iterator[tuple[int | str, Row]]:
+    """Numbered rows of one of ``datasets``."""
+    number = 0
+    try:
+        for number, row in enumerate(dataset, start=1):
+            yield number, dict(row)
+    except Exception as error:  # a stream that breaks off, or whatever Python's types cannot hold
+        raise InputError(f"{name}: cannot be read beyond row {number}: {one_line(error)}") from error
 
 
 def _renamed(rows: Iterator[tuple[Any, Row]], names: dict[str, str]) -> Iterator[tuple[Any, Row]]:

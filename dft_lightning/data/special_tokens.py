@@ -48,8 +48,8 @@ class SpecialTokens:
             return None, conversation
         everything = "".join(_strings(conversation))
         mark = next((mark for mark in _MARKS if mark not in everything), None)
-        if mark is None:
-            raise InputError(f"special tokens beside the private characters {_MARKS}: take either out")
+        if mark is None or _NAME in everything:
+            raise InputError(f"special tokens beside the private characters {(*_MARKS, _NAME)}: take either out")
 
         def marked(text: str) -> str:  # within the word, so that it is none; a single character has no within
             return self._pattern.sub(

@@ -18,7 +18,7 @@ from dft_lightning.data.packing import Packing, cut, pack, whole
 from dft_lightning.data.sources import Row
 from dft_lightning.data.tokens import IGNORE_INDEX, ConversationEncoder, EncodedRow
 from dft_lightning.data.turns import BadRow
-from dft_lightning.errors import InputError
+from dft_lightning.errors import InputError, shortened
 
 T = TypeVar("T")
 Placed = tuple[int, int | str, Row]  # part, number, row
@@ -112,8 +112,11 @@ class StreamedBatches(IterableDataset[dict[str, Any]]):
             worker = (worker + self.position.next_worker) % workers
             start = self.position.workers[worker]
         shard = _Shard(self, self.rank * workers + worker, self.world_size * workers)
-        for batch in shard.batches(start):
-            yield {**batch, "stream": {**batch["stream"], "worker": worker, "workers": workers}}
+        try:
+            for batch in shard.batches(start):
+                yield {**batch, "stream": {**batch["stream"], "worker": worker, "workers": workers}}
+        except InputError as error:  # raised in a worker it would come with that one's traceback
+            yield {"stream": {"error": str(error)}}
 
 
 class _Shard:
@@ -209,7 +212,7 @@ class _Shard:
         return found
 
     def _problem(self, number: int | str, problem: Exception) -> list[BadRow]:
-        text = f"row {number}: {problem}"
+        text = shortened(f"row {number}: {problem}")
         if self.options.on_bad_rows == "raise":
             return [BadRow(f"{self.reader.source.name}: {text}")]
         self.bad.append(text)

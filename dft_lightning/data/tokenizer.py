@@ -74,7 +74,10 @@ def _read_template(text_or_path: str) -> str:
         return text_or_path
     if not Path(text_or_path).is_file():
         raise InputError(f"data.chat_template: no such file: {text_or_path}")
-    return Path(text_or_path).read_text(encoding="utf-8")
+    try:
+        return Path(text_or_path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"data.chat_template: {text_or_path} cannot be read: {one_line(error)}") from error
 
 
 def _plain_template(tokenizer: PreTrainedTokenizerBase, path: str, key: str) -> str:
@@ -100,13 +103,11 @@ def end_of_turn(
     Raises:
         InputError: the template is broken, or leaves out what the assistant said.
     """
-    from jinja2 import TemplateError
-
     probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
     try:
         text = str(tokenizer.apply_chat_template(probe, tokenize=False, **(template_kwargs or {})))
-    except (TemplateError, ValueError, TypeError) as error:
-        raise InputError(f"the chat template is broken: {error}; set data.chat_template") from error
+    except Exception as error:  # whatever its expressions run into
+        raise InputError(f"the chat template is broken: {one_line(error)}; set data.chat_template") from error
     _, found, suffix = text.rpartition(_ANSWER)
     if not found:
         raise InputError("the chat template leaves out what the assistant says; set data.chat_template")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from typing import Any
 
+from dft_lightning.data.files import BrokenText, load_json
+
 Message = dict[str, Any]
+_LARGEST_WEIGHT = 3.4028234663852886e38  # of float32
+_DEEPEST = 100
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -43,7 +45,7 @@ def as_text(value: Any, where: str) -> str:
 
 
 def as_weight(value: Any, where: str) -> float:
-    """A weight of tokens' losses: a finite number that is not negative."""
+    """A weight of tokens' losses: a number that is not negative, and that float32 holds."""
     if isinstance(value, str):  # of a CSV file
         try:
             value = float(value)
@@ -51,8 +53,8 @@ def as_weight(value: Any, where: str) -> float:
             raise BadRow(f"{where}: expected a number, got {value!r}") from None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadRow(f"{where}: expected a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value >= 0):
-        raise BadRow(f"{where}: expected a finite number that is not negative, got {value}")
+    if not 0 <= value <= _LARGEST_WEIGHT:  # nor NaN
+        raise BadRow(f"{where}: expected a number from 0 to 3.4e38, got {value}")
     return float(value)
 
 
@@ -83,7 +85,7 @@ def _openai(turn: dict[str, Any], where: str) -> Message:
     role = turn.get("role")
     if role not in ROLES:
         raise BadRow(f"{where}.role: expected one of {', '.join(ROLES)}, got {role!r}")
-    message = {key: _extra(value, f"{where}.{key}") for key, value in turn.items() if key not in _READ}
+    message = {as_text(key, where): _extra(turn[key], f"{where}.{key}") for key in turn if key not in _READ}
     calls = turn.get("tool_calls")
     content = turn.get("content", "" if calls else None)
     message |= {"role": role, "content": _content(content, f"{where}.content")}
@@ -112,14 +114,16 @@ def _content(content: Any, where: str) -> str:
     return "".join(texts)
 
 
-def _extra(value: Any, where: str) -> Any:
+def _extra(value: Any, where: str, depth: int = 0) -> Any:
     """What a template may read beside role and content (a name, a reasoning), with its strings checked."""
     if isinstance(value, str):
         return as_text(value, where)
+    if depth == _DEEPEST:  # Python's own recursion ends at a thousand calls, from wherever it began
+        raise BadRow(f"{where}: nested more than {_DEEPEST} deep")
     if isinstance(value, dict):
-        return {as_text(key, where): _extra(item, f"{where}.{key}") for key, item in value.items()}
+        return {as_text(key, where): _extra(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
     if isinstance(value, list):
-        return [_extra(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [_extra(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
     if value is None or isinstance(value, (bool, int, float)):
         return value
     raise BadRow(f"{where}: expected text, a number, a list or an object, got {type(value).__name__}")
@@ -138,7 +142,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
         arguments = parse_json(arguments, f"{where}.function.arguments")
     if not isinstance(arguments, dict):
         raise BadRow(f"{where}.function.arguments: expected an object, got {type(arguments).__name__}")
-    others = {key: _extra(value, f"{where}.{key}") for key, value in call.items() if key != "function"}
+    others = _extra({key: value for key, value in call.items() if key != "function"}, where)
     arguments = _extra(arguments, f"{where}.function.arguments")
     return {"type": "function", **others, "function": {**called, "arguments": arguments}}
 
@@ -146,9 +150,9 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
 def parse_json(text: str, where: str) -> Any:
     """JSON that stands in a string of a row."""
     try:
-        return json.loads(as_text(text, where))
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"{where}: broken JSON: {error}") from error
+        return load_json(as_text(text, where))
+    except BrokenText as error:
+        raise BadRow(f"{where}: {error}") from error
 
 
 def _sharegpt(turn: dict[str, Any], where: str) -> Message:
