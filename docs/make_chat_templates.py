@@ -61,7 +61,8 @@ Path `generation` takes what the template marks by `{% generation %}`. Path `pre
 each assistant turn with the generation prompt, and up to its end: what the second has beyond the first is learnt, if
 both are what the whole conversation begins with. On either path a turn is learnt up to and including the tokens that
 end it; what follows them is not, nor is the next turn's header. What stands at a turn's beginning in the table is what
-the model itself has to write after the prompt, or what the template marks.
+the model itself has to write after the prompt, or what the template marks: some templates' blocks (of DeepSeek, GPT-OSS
+and Muse here) begin before the turn's own header, which is learnt with them.
 
 **Where a template is refused** the error shows the first place where the texts differ. If earlier turns are rendered
 otherwise than last ones, set `data.train_turns: last`, or give the earlier assistant messages `"weight": 0`: the last
@@ -115,36 +116,37 @@ def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrain
 
 def row(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The table's row of a tokenizer's template."""
-    end = end_of_turn(tokenizer)
+    end, template = end_of_turn(tokenizer), ChatTemplate(tokenizer)
     cells = [
         f"`{name}`",
-        ChatTemplate(tokenizer).path,
+        template.path,
         _code(end[0]) if end else "no token",
-        _learnt(tokenizer, TURN),
-        _with_system(tokenizer),
-        _learnt(tokenizer, TOOL_TURNS, TOOLS),
+        _learnt(template, TURN),
+        _with_system(template),
+        _learnt(template, TOOL_TURNS, TOOLS),
     ]
     return "| " + " | ".join(cells) + " |\n"
 
 
-def _with_system(tokenizer: PreTrainedTokenizerBase) -> str:
-    cell = _learnt(tokenizer, [*SYSTEM, *TURNS])
+def _with_system(template: ChatTemplate) -> str:
+    cell = _learnt(template, [*SYSTEM, *TURNS])
     if cell.startswith("refused: System role"):
-        return f"no system message; without: {_learnt(tokenizer, TURNS)}"
+        return f"no system message; without: {_learnt(template, TURNS)}"
     return cell
 
 
-def _learnt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: Any = None) -> str:
+def _learnt(template: ChatTemplate, messages: list[dict[str, Any]], tools: Any = None) -> str:
     conversation = Conversation(messages, tools)
-    found = _render(ChatTemplate(tokenizer), conversation)
+    found = _render(template, conversation)
     if isinstance(found, Rendered):
         return _passages(found)
     cell = f"refused: {_reason(found)}"
-    for option, template in (
-        ("`train_turns: last`", ChatTemplate(tokenizer, train_turns="last")),
-        ("`enable_thinking: false`", ChatTemplate(tokenizer, template_kwargs={"enable_thinking": False})),
-    ):
-        remedied = _render(template, conversation)
+    remedies: dict[str, dict[str, Any]] = {
+        "`train_turns: last`": {"train_turns": "last"},
+        "`enable_thinking: false`": {"template_kwargs": {"enable_thinking": False}},
+    }
+    for option, settings in remedies.items():
+        remedied = _render(ChatTemplate(template.tokenizer, **settings), conversation)
         if isinstance(remedied, Rendered):
             return f"{cell}; {option}: {_passages(remedied)}"
     return cell
