@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from dft_lightning.data.special_tokens import SpecialTokens
-from dft_lightning.data.tokenizer import end_of_turn
+from dft_lightning.data.tokenizer import as_parts, end_of_turn, takes_parts
 from dft_lightning.data.turns import Message
 from dft_lightning.errors import InputError, one_line
 
@@ -74,12 +74,14 @@ class ChatTemplate:
         self.template_kwargs = template_kwargs or {}
         self.special_tokens = SpecialTokens(tokenizer)
         self.allow_special_tokens = allow_special_tokens
+        self._parts = takes_parts(tokenizer, self.template_kwargs)
         turn_end = end_of_turn(tokenizer, self.template_kwargs)
         self._turn_end = turn_end[0] if turn_end else None
         self._variables = {**tokenizer.special_tokens_map, **self.template_kwargs}
         self._own_template = str(tokenizer.get_chat_template())
         self.path: MaskPath = "generation" if _GENERATION.search(self._own_template) else "prefixes"
         self._layouts: dict[tuple[str, ...], _Layout | None] = {}
+        self._writes_tool_calls: dict[bool, bool] = {}
 
     def render(self, conversation: Conversation) -> Rendered:
         """The text of a conversation, and the spans that are learnt.
@@ -90,6 +92,7 @@ class ChatTemplate:
         mark, conversation = self._marked(conversation)
         if conversation.text is not None:
             return self._plain(conversation, mark)
+        self._check_tool_calls(conversation)
         messages = self._with_weights(conversation.messages)
         if self.path == "generation":
             text, spans = self._generated(messages, conversation.tools)
@@ -123,6 +126,8 @@ class ChatTemplate:
         text, found = self._render(messages, tools, return_assistant_tokens_mask=True)
         weights = [_weight(message) for message in messages if message["role"] == "assistant"]
         if len(found) != len(weights):
+            found = _joined(found)  # a turn may be marked by pieces
+        if len(found) != len(weights):
             if len(set(weights)) > 1:
                 raise InputError(
                     f"the chat template marks {len(found)} passages by {{% generation %}} for {len(weights)} "
@@ -132,9 +137,9 @@ class ChatTemplate:
         spans = []
         for (start, end), weight in zip(found, weights, strict=True):
             # A block may stop short of the end-of-turn token, or go on to the line break after it.
-            follows = self._turn_end is not None and text.startswith(self._turn_end, end)
-            through = end + len(self._turn_end or "") if follows else self._end(text, start, end)
-            spans.append(Span(start, through, weight))
+            size = len(self._turn_end or "")
+            around = text.find(self._turn_end, max(start, end - size), end + size) if self._turn_end else -1
+            spans.append(Span(start, self._end(text, start, end) if around < 0 else around + size, weight))
         return text, spans
 
     def _grown(self, messages: list[Message], tools: Any) -> tuple[str, list[Span]]:
@@ -147,9 +152,13 @@ class ChatTemplate:
                 continue
             prefix = self._apply(messages[:i], tools, add_generation_prompt=True)
             through = self._apply(messages[: i + 1], tools)
-            _check_prefix(prefix, through, f"turn {i + 1} does not begin with the generation prompt")
-            _check_prefix(through, full, f"turn {i + 1} is rendered otherwise once more turns follow")
-            spans.append(Span(len(prefix), self._end(through, len(prefix), len(through)), weight))
+            _check_prefix(prefix, through, f"turn {i + 1} does not begin with the generation prompt", _OTHER_PROMPT)
+            # A template may end the whole text in what is not there between turns, so the turn is what must stay.
+            end = self._end(through, len(prefix), len(through))
+            _check_prefix(
+                through[:end], full, f"turn {i + 1} is rendered otherwise once more turns follow", _OTHER_TURNS
+            )
+            spans.append(Span(len(prefix), end, weight))
         return full, spans
 
     def _laid_out(self, messages: list[Message], tools: Any) -> tuple[str, list[Span]] | None:
@@ -174,6 +183,22 @@ class ChatTemplate:
 
     def _marked(self, conversation: Conversation) -> tuple[str | None, Conversation]:
         return (None, conversation) if self.allow_special_tokens else self.special_tokens.mark(conversation)
+
+    def _check_tool_calls(self, conversation: Conversation) -> None:
+        """Many templates know nothing of tool calls, and would have the model learn to say nothing there."""
+        if not any(message.get("tool_calls") for message in conversation.messages):
+            return
+        has_tools = conversation.tools is not None
+        if has_tools not in self._writes_tool_calls:
+            call = {"type": "function", "function": {"name": _TOOL, "arguments": {}}}
+            asked: Message = {"role": "user", "content": "x"}
+            probe: list[Message] = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            try:
+                self._writes_tool_calls[has_tools] = _TOOL in self._apply(probe, conversation.tools)
+            except InputError:
+                self._writes_tool_calls[has_tools] = True  # for the real messages to say
+        if not self._writes_tool_calls[has_tools]:
+            raise InputError("the chat template leaves out tool calls; set data.chat_template to one that writes them")
 
     def _with_weights(self, messages: list[Message]) -> list[Message]:
         if self.train_turns == "all":
@@ -205,6 +230,8 @@ class ChatTemplate:
             {key: value for key, value in message.items() if key != "weight"} if "weight" in message else message
             for message in messages
         ]
+        if self._parts:
+            plain = as_parts(plain)
         try:
             found: Any = render_jinja_template(
                 [plain],
@@ -277,6 +304,16 @@ class _Layout:
 
 _LAID_OUT = {"role", "content", "weight"}
 _PROBE = "\uf8f0"  # of a private area, which templates have no opinion on
+_TOOL = "dft_probe_tool"
+
+_OTHER_PROMPT = (
+    "data.chat_template_kwargs to what makes the prompt that of the answers (enable_thinking: false, often), or "
+    "data.chat_template to one with {% generation %}"
+)
+_OTHER_TURNS = (
+    "data.train_turns: last, or data.chat_template to one with {% generation %} or one that keeps earlier turns as "
+    "they are"
+)
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -288,12 +325,24 @@ def _weight(message: Message) -> float:
     return float(message.get("weight", 1.0))
 
 
-def _check_prefix(prefix: str, text: str, problem: str) -> None:
+def _joined(passages: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Passages that touch are one, and those of nothing are none."""
+    joined: list[tuple[int, int]] = []
+    for start, end in passages:
+        if start == end:
+            continue
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _check_prefix(prefix: str, text: str, problem: str, remedy: str) -> None:
     if text.startswith(prefix):
         return
     same = next((i for i, (a, b) in enumerate(zip(prefix, text, strict=False)) if a != b), min(len(prefix), len(text)))
     raise InputError(
         f"the chat template cannot be masked exactly: {problem}. At character {same} it has "
-        f"{prefix[same : same + 40]!r} there and {text[same : same + 40]!r} in the whole; set data.train_turns: last, "
-        "or data.chat_template to one with {% generation %} or one that keeps earlier turns as they are"
+        f"{prefix[same : same + 40]!r} there and {text[same : same + 40]!r} in the whole; set {remedy}"
     )

@@ -23,9 +23,6 @@ the end-of-text token, then a line break if more follows. It begins with the beg
 itself would put one (``BOS`` stands for it)."""
 
 
-_ANSWER = "42 is the answer."
-
-
 def load_tokenizer(
     name: str | os.PathLike[str],
     revision: str | None = None,
@@ -91,10 +88,29 @@ def _plain_template(tokenizer: PreTrainedTokenizerBase, path: str, key: str) -> 
     return PLAIN_CHAT_TEMPLATE.replace("{{ BOS }}", "{{ bos_token }}" if adds_bos else "")
 
 
+def as_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose contents are lists of one part, a text."""
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+def takes_parts(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None = None) -> bool:
+    """Whether the template reads contents as lists of parts only, as those of models that see images do."""
+
+    def answers(messages: list[dict[str, Any]]) -> bool:
+        try:
+            return _ANSWER in _render(tokenizer, messages, template_kwargs)
+        except InputError:
+            return False
+
+    return not answers(_TURN) and answers(as_parts(_TURN))
+
+
 def end_of_turn(
     tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None = None
 ) -> tuple[str, int] | None:
     """The special token with which the template ends an assistant turn, as text and id; ``None`` if there is none.
+
+    Where others stand directly before it they are part of the text.
 
     Args:
         tokenizer: with a chat template.
@@ -103,17 +119,41 @@ def end_of_turn(
     Raises:
         InputError: the template is broken, or leaves out what the assistant said.
     """
-    probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
-    try:
-        text = str(tokenizer.apply_chat_template(probe, tokenize=False, **(template_kwargs or {})))
-    except Exception as error:  # whatever its expressions run into
-        raise InputError(f"the chat template is broken: {one_line(error)}; set data.chat_template") from error
-    _, found, suffix = text.rpartition(_ANSWER)
-    if not found:
-        raise InputError("the chat template leaves out what the assistant says; set data.chat_template")
+    parts = takes_parts(tokenizer, template_kwargs)
+
+    def after_answer(messages: list[dict[str, Any]]) -> str:
+        text = _render(tokenizer, as_parts(messages) if parts else messages, template_kwargs)
+        _, found, suffix = text.rpartition(_ANSWER)
+        if not found:
+            raise InputError("the chat template leaves out what the assistant says; set data.chat_template")
+        return suffix
+
+    suffix = after_answer(_TURN)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     encoded = tokenizer(suffix, add_special_tokens=False, return_offsets_mapping=True)
-    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        if token in special and end > start:
-            return suffix[start:end], int(token)
-    return None
+    tokens = [(i, *place) for i, place in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
+    ends = [(token, start, end) for token, start, end in tokens if token in special and end > start]
+    if not ends:
+        return None
+    last, first, until = ends[0]
+    try:
+        between = after_answer([*_TURN, {"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}])
+    except InputError:
+        between = ""
+    for token, start, end in ends[1:]:
+        # What stands at the end of the text only, such as an end-of-text token, ends no turn.
+        if start != until or not between.startswith(suffix[:end]):
+            break
+        last, until = token, end
+    return suffix[first:until], int(last)
+
+
+_ANSWER = "42 is the answer."
+_TURN: list[dict[str, Any]] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Any, template_kwargs: dict[str, Any] | None) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **(template_kwargs or {})))
+    except Exception as error:  # whatever its expressions run into
+        raise InputError(f"the chat template is broken: {one_line(error)}; set data.chat_template") from error
