@@ -5,7 +5,8 @@
 
 Needs the ``bench`` extra, a model folder with tokenizer, and rows with ``question`` and ``answer``. All sides train on
 the same rows in the same order, bf16-mixed, AdamW, float32 weights. ``dft_lightning`` takes padding-free batches,
-``padded`` is the same command with padding. ``products`` is the limit: it computes nothing but the step's matrix
+``padded`` is the same command with padding, ``packed`` packs the rows to 1024 tokens, one packed row a step, and so has
+other tokens in a step. ``products`` is the limit: it computes nothing but the step's matrix
 products and attention, in bfloat16, without padding and recomputation. Every measurement is a process of its own; the
 sides take turns, and a ratio is the median over turns. Time runs from the end of the second step to the end of the
 last, data and logging included. Tokens are those that are not padding.
@@ -69,7 +70,7 @@ class Clock:
         }
 
 
-def run_ours(options: argparse.Namespace, folder: str, padding_free: bool = False) -> dict:
+def run_ours(options: argparse.Namespace, folder: str, padding_free: bool = False, packed: bool = False) -> dict:
     from dft_lightning import CausalLMModule
     from dft_lightning.__main__ import main  # as the command starts
 
@@ -82,7 +83,7 @@ def run_ours(options: argparse.Namespace, folder: str, padding_free: bool = Fals
 
         def on_train_batch_end(self, outputs, batch, batch_idx):
             super().on_train_batch_end(outputs, batch, batch_idx)
-            clock.step_done(batch_idx + 1)
+            clock.step_done(self.global_step)
 
     arguments = ["fit", "--model.model", str(options.model), "--model.loss", "DFTLoss"]
     arguments += ["--data.train", rows_file(options, folder)]
@@ -95,6 +96,8 @@ def run_ours(options: argparse.Namespace, folder: str, padding_free: bool = Fals
     arguments += ["--trainer.default_root_dir", folder]
     if padding_free:
         arguments += ["--data.padding_free", "true", "--model.attn_implementation", "documents"]
+    if packed:
+        arguments += ["--data.packing", "bfd", "--data.max_length", "1024", "--data.batch_size", "1"]
     main(arguments, module_class=Watched)
     return clock.result()
 
@@ -207,6 +210,7 @@ def run_products(options: argparse.Namespace, folder: str) -> dict:
 SIDES = {
     "dft_lightning": partial(run_ours, padding_free=True),
     "padded": run_ours,
+    "packed": partial(run_ours, padding_free=True, packed=True),
     "trl": run_trl,
     "products": run_products,
 }
@@ -238,7 +242,7 @@ def compare(options: argparse.Namespace, checkpointing: bool) -> dict:
         turn = {side: in_own_process(options, side, checkpointing) for side in SIDES}
         turns.append(turn)
         print({side: round(result["tokens_per_second"]) for side, result in turn.items()}, flush=True)
-    counts = {result["tokens"] for turn in turns for result in turn.values()}
+    counts = {result["tokens"] for turn in turns for side, result in turn.items() if side != "packed"}
     if len(counts) != 1:
         raise SystemExit(f"the sides did not train on the same tokens: {counts}")
     speed = {side: median([turn[side]["tokens_per_second"] for turn in turns]) for side in SIDES}

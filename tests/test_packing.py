@@ -333,3 +333,59 @@ def test_rows_of_a_length_come_together_on_any_number_of_ranks():
     assert lengths[alone[0]] == lengths[torch.tensor(alone[:200])].max()
     together = [index for step in zip(order(2, 0), order(2, 1), strict=True) for index in step]
     assert together[:203] == alone
+
+
+# -- attentions that do not train on a CPU ---------------------------------------------------------------------------
+
+
+def varlen(module, query, key, value, attention_mask, position_ids=None, **options):
+    """Documents as transformers finds them for flash attention, then sdpa for each."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
+
+    options.pop("is_causal", None)
+    if not _is_packed_sequence(position_ids, batch_size=len(query)):
+        return sdpa_attention_forward(module, query, key, value, None, **options)
+    (starts, _), _ = prepare_fa_kwargs_from_position_ids(position_ids)
+    lengths = starts.diff().tolist()
+    documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    return torch.cat([sdpa_attention_forward(module, *d, None, **options)[0] for d in documents], dim=1), None
+
+
+def test_flash_attention_finds_the_documents_of_one_row():
+    """By transformers' own detection; of several rows it finds none, which the check at the start says."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("varlen", varlen)
+    expected, expected_gradient = loss_and_gradient(LLAMA, False, "eager")
+    output, gradient = packed_result(LLAMA, "varlen", True, rows())
+    torch.testing.assert_close(output.log_prob, expected.log_prob, rtol=1e-5, atol=1e-5)
+    assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
+    with pytest.raises(InputError, match=r"varlen does not keep .* apart.* set data.padding_free: true"):
+        packed_result(LLAMA, "varlen", False, rows())
+
+
+def uncompiled_flex(module, query, key, value, attention_mask, scaling=None, **options):
+    """torch's flex attention under transformers' mask for it, without the compiler, which fails on this CPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    output = flex_attention(query, key, value, block_mask=attention_mask, enable_gqa=True, scale=scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_keeps_documents_apart():
+    """Forward only: torch has no backward of it on the CPU."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flex_attention_mask
+
+    AttentionInterface.register("uncompiled", uncompiled_flex)
+    AttentionMaskInterface.register("uncompiled", flex_attention_mask)
+    results = []
+    for attention in ("eager", "uncompiled"):
+        torch.manual_seed(0)
+        module = CausalLMModule(LLAMA, attn_implementation=attention)
+        module.configure_model()
+        results.append(module.token_output(Collator(0)(items(rows(), (2, 3)))).log_prob)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
