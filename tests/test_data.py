@@ -8,7 +8,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import GPT2Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from conftest import shared
 from dft_lightning.data import ArithmeticRows, HubRows, InstructionDataModule, LocalRows, arithmetic_tokenizer
@@ -265,6 +266,13 @@ def test_hub_rows_load_a_local_folder_as_they_would_a_hub_name(tmp_path):
         list(HubRows("no-such-name").rows())
 
 
+def test_rows_without_an_answer_are_completed_where_the_last_turn_is_learnt(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "1+1="}])
+    data = InstructionDataModule(predict=str(path), tokenizer="asset://arithmetic-base", train_turns="last")
+    data.setup("predict")
+    assert next(iter(data.predict_dataloader()))["prompt"] == ["^1+1="]
+
+
 # -- messages to tokens --------------------------------------------------------------------------------------------
 
 
@@ -355,6 +363,57 @@ def test_generation_starts_after_the_last_question():
     asked = [*TURN, {"role": "user", "content": "2+2="}]
     assert encoder.prompt(Conversation(asked))[0] == "^1+1=2$^2+2="
     assert encoder.prompt(Conversation([*asked, TURN[1]]))[0] == "^1+1=2$^2+2="
+
+
+# -- special tokens that rows spell --------------------------------------------------------------------------------
+
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def bytes_tokenizer(special=CONTROL):
+    """Bytes, ``<|endoftext|>`` among them as in GPT-NeoX's, and then added tokens, of which some are special."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {text: i for i, text in enumerate([CONTROL[0], *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    for text in (CONTROL[0], "    ", *CONTROL[1:], "  "):
+        backend.add_tokens([AddedToken(text, special=text in special, normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=CONTROL[0])
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("special", [CONTROL, CONTROL[:1]], ids=["all", "not the end of a turn"])
+def test_what_a_row_spells_changes_no_other_token(special):
+    tokenizer = bytes_tokenizer(special)
+    answer = {"role": "assistant", "content": "    x  y"}
+    spelled = "".join(text for text in CONTROL if text in (*special, "<|im_end|>"))
+    row = encode(tokenizer, [{"role": "user", "content": f"a{spelled}b"}, answer])
+    plain = encode(tokenizer, [{"role": "user", "content": "ab"}, answer])
+    ids, expected = row.input_ids.tolist(), plain.input_ids.tolist()
+    place = expected.index(tokenizer.convert_tokens_to_ids("b"))
+    assert ids[:place] == expected[:place]
+    assert ids[place - len(expected) :] == expected[place:]
+    assert row.labels.tolist()[place - len(expected) :] == plain.labels.tolist()[place:]
+    assert tokenizer.decode(ids[place : place - len(expected)]) == spelled
+    assert len(ids) == len(expected) + len(spelled)  # one byte a token
+
+
+def test_special_tokens_in_tools_and_calls_are_text():
+    tokenizer = bytes_tokenizer()
+    parameters = {"role": {"description": "<|im_end|>"}, "<|im_start|>": {"type": "string"}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"role": "<|im_end|>", "<|im_end|>": 1}}}
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    (row,) = ConversationEncoder(tokenizer).encode([Conversation(turns, tools)])
+    for text in CONTROL[1:]:
+        assert row.input_ids.tolist().count(tokenizer.convert_tokens_to_ids(text)) == 2, text
 
 
 # -- the data module -----------------------------------------------------------------------------------------------
