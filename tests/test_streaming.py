@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dft_lightning import CausalLMModule, DFTLoss, InstructionDataModule
-from dft_lightning.data import ArithmeticRows, MixedRows
+from dft_lightning.data import ArithmeticRows, HubRows, MixedRows
 from dft_lightning.data.batches import Collator
 from dft_lightning.data.forms import RowColumns
 from dft_lightning.data.messages import RowReader
@@ -73,6 +73,24 @@ def test_a_pass_has_each_row_once_on_one_rank(source, world_size, options):
     assert not seen - expected  # nothing else, and nothing twice
     left_over = sum((expected - seen).values())
     assert left_over <= world_size * (3 if not options.get("packing") else 3 * 6)
+
+
+def test_a_hub_stream_has_each_row_once_for_any_number_of_workers(tmp_path):
+    """In a worker, a stream of ``datasets`` iterates over some of its files alone."""
+    for part in range(3):
+        rows = ArithmeticRows(10, max_digits=6, seed=part).rows()
+        (tmp_path / f"train-{part}.jsonl").write_text("\n".join(json.dumps(row) for _, row in rows))
+    for num_workers in (0, 2):
+        data = InstructionDataModule(
+            HubRows(str(tmp_path), streaming=True),
+            tokenizer="asset://arithmetic-base",
+            streaming=True,
+            batch_size=5,
+            num_workers=num_workers,
+        )
+        data.setup("fit")
+        seen = Counter(text for batch in islice(data.train_dataloader(), 6) for text in documents(batch))
+        assert seen == every_row(str(tmp_path)), num_workers
 
 
 def test_orders_differ_by_pass_and_seed_and_not_by_run(source):
