@@ -322,6 +322,19 @@ def test_bad_rows_are_skipped_and_counted(tmp_path):
         InstructionDataModule(str(path), on_bad_rows="skip", **options).setup("fit")
 
 
+def test_bad_rows_of_a_divided_source_are_counted_with_the_training_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{i}+1=", "completion": str(i + 1) if i % 3 else None} for i in range(12)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    data = InstructionDataModule(
+        str(path), tokenizer="asset://arithmetic-base", validation_fraction=0.25, on_bad_rows="skip"
+    )
+    with pytest.warns(UserWarning, match="4 of 10 rows are bad"):
+        data.setup("fit")
+    assert (data.counts["train"].rows, data.counts["train"].bad) == (10, 4)
+    assert (data.counts["validation"].rows, data.counts["validation"].bad) == (2, 0)
+
+
 def test_memory_of_a_source_is_not_held(tmp_path):
     """Conversations lie on disk, and their folder goes with them."""
     path = tmp_path / "rows.jsonl"

@@ -339,16 +339,15 @@ class InstructionDataModule(pl.LightningDataModule):
         if source is None:
             raise InputError("data.train is not set, so data.validation_fraction has nothing to divide")
         conversations = self._read("train")
-        order = torch.randperm(
-            len(conversations.messages), generator=torch.Generator().manual_seed(self.split_seed)
-        ).tolist()
+        generator = torch.Generator().manual_seed(self.split_seed)
+        order = torch.randperm(len(conversations), generator=generator).tolist()
         size = round(len(order) * self.validation_fraction)
         if not 0 < size < len(order):
             raise InputError(
                 f"data.validation_fraction {self.validation_fraction} of {len(order)} rows leaves "
                 f"{size} for validation and {len(order) - size} for training"
             )
-        self._divided["train"] = conversations.select(sorted(order[size:]))
+        self._divided["train"] = conversations.select(sorted(order[size:]), conversations.problems)
         self._divided["validation"] = conversations.select(sorted(order[:size]))
         return self._divided
 
