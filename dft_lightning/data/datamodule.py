@@ -243,6 +243,8 @@ class InstructionDataModule(pl.LightningDataModule):
                 raise
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self._stream.reset()
         if stage == "fit" and self.trainer is not None:
             self._check_trainer(self.trainer)
         if stage == "fit" and self.global_batch_size is not None and self.trainer is not None:
@@ -512,6 +514,7 @@ class InstructionDataModule(pl.LightningDataModule):
 
     def _stream_loader(self) -> DataLoader[Any]:
         rank, ranks = self._ranks()
+        overfits = self.trainer is not None and self.trainer.overfit_batches > 0  # on the same batches again
         encoder = self._encoder()
         if self.packing == "bfd_split":
             encoder.max_length = None
@@ -529,7 +532,7 @@ class InstructionDataModule(pl.LightningDataModule):
             ),
             rank,
             ranks,
-            self._stream.position(rank, ranks),
+            None if overfits else self._stream.position(rank, ranks, self.num_workers),
         )
         return DataLoader(stream, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
 
