@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from conftest import shared
-from dft_lightning.data import ArithmeticRows, HubRows, InstructionDataModule, LocalRows, arithmetic_tokenizer
+from dft_lightning.data import ArithmeticRows, HubRows, InstructionDataModule, LocalRows, arithmetic_tokenizer, cache
 from dft_lightning.data.accumulation import micro_batches_of
 from dft_lightning.data.arithmetic import is_held_out
 from dft_lightning.data.batches import Collator, RowSampler, TokenizedRows
@@ -310,6 +311,16 @@ def test_plain_template_on_a_sentencepiece_tokenizer():
     assert trained_text(tokenizer, row).strip() == "2</s>"
 
 
+def test_white_space_is_learnt_whatever_offsets_the_tokenizer_gives():
+    """Llama 3's and RoBERTa's leave white space out of a token's characters."""
+    tokenizer = load_tokenizer(shared("tokenizers/smollm2"))
+    turns = [TURN[0], {"role": "assistant", "content": "   \n\n  x"}]
+    expected = encode(tokenizer, turns).labels.tolist()
+    assert tokenizer.decode([label for label in expected if label != -100]).startswith("\n   \n\n  x")
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert encode(tokenizer, turns).labels.tolist() == expected
+
+
 def test_multi_turn_mask_trains_every_assistant_turn():
     tokenizer = load_tokenizer(shared("tokenizers/smollm2"))
     row = encode(tokenizer, MULTI)
@@ -457,6 +468,52 @@ def test_tokenised_once(monkeypatch, tmp_path):
     write(path, [{"prompt": "77+2=", "completion": "79"}])
     InstructionDataModule(str(path), **options).prepare_data()
     assert len(calls) == 3
+
+
+def test_a_cached_file_that_is_cut_between_stretches_is_refused(tmp_path):
+    """As is any other, but Arrow takes it for whole."""
+    import pyarrow
+
+    path = write(tmp_path / "rows.jsonl", [GOOD] * 1500)
+    data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base")
+    data.setup("fit")
+    cached = data.tokenized("train").cache_files[0]["filename"]
+    with pyarrow.ipc.open_stream(cached) as stream:
+        stretches = list(stream)
+    assert len(stretches) == 2
+    os.remove(cached)  # it is mapped
+    with pyarrow.ipc.new_stream(cached, stretches[0].schema) as stream:
+        stream.write_batch(stretches[0])
+    with pytest.raises(InputError, match=r"\.arrow: has 1000 rows of 1500: delete it"):
+        InstructionDataModule(str(path), tokenizer="asset://arithmetic-base").setup("fit")
+
+
+def test_two_writers_of_one_entry_leave_it_whole(tmp_path, monkeypatch):
+    """Of one process id, as on two machines that share the folder."""
+
+    def load():
+        data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base")
+        data.setup("fit")
+        return len(data.tokenized("train"))
+
+    def encode(task, num_proc):
+        monkeypatch.setattr(cache, "_encode", alone)
+        assert load() == 7
+        return alone(task, num_proc)
+
+    path = write(tmp_path / "rows.jsonl", [GOOD] * 7)
+    alone = cache._encode
+    monkeypatch.setattr(cache, "_encode", encode)
+    assert load() == load() == 7
+
+
+def test_rows_that_moved_have_their_new_numbers(tmp_path):
+    for blank in ("", "\n\n"):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(blank + json.dumps(GOOD))
+        data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base")
+        data.setup("fit")
+        assert data.tokenized("train")["number"][0] == str(1 + len(blank))
 
 
 def test_changed_special_tokens_are_tokenised_anew(tmp_path, real_tokenizer):

@@ -514,7 +514,7 @@ class InstructionDataModule(pl.LightningDataModule):
 
     def _stream_loader(self) -> DataLoader[Any]:
         rank, ranks = self._ranks()
-        overfits = self.trainer is not None and self.trainer.overfit_batches > 0  # on the same batches again
+        overfits = getattr(self.trainer, "overfit_batches", 0) > 0  # on the same batches again
         encoder = self._encoder()
         if self.packing == "bfd_split":
             encoder.max_length = None

@@ -184,9 +184,9 @@ class _Spool:
 
     def write(self, conversation: Conversation, number: int | str, part: int) -> None:
         content = {field.name: getattr(conversation, field.name) for field in dataclasses.fields(conversation)}
-        text = json.dumps(content)
-        self._hash.update(f"{part}{text}".encode())
-        self._pending.append((text, json.dumps(number), part))
+        text, place = json.dumps(content), json.dumps(number)
+        self._hash.update(f"{part}{place}{text}".encode())
+        self._pending.append((text, place, part))
         self.count += 1
         if len(self._pending) == _WRITTEN_AT_ONCE:
             self._flush()
