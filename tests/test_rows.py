@@ -187,6 +187,29 @@ def test_weights_lie_on_the_tokens_of_their_turn():
     assert learnt.weights.tolist() == [0, 1, 0.5, 0.5, 0.5]
 
 
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "1+1=", "completion": "2", "weight": 0}, "weight: 0, and data.train_on_prompts learns every token"),
+        ({"text": "1+1=2", "weight": 0.5}, "weight: 0.5, and data.train_on_prompts"),
+        (
+            {"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER]},
+            "weight of a message of role assistant: 0, and data.train_on_prompts",
+        ),
+        ({"prompt": [USER, ANSWER, USER], "completion": [ANSWER], "weight": 1}, None),
+    ],
+)
+def test_weights_beside_trained_prompts_are_refused(tmp_path, row, expected):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base", train_on_prompts=True)
+    if expected is None:
+        assert len(read(tmp_path, row, weighted=False)) == 1
+        return
+    with pytest.raises(InputError, match=expected):
+        data.setup("fit")
+
+
 def test_weights_reach_the_batches(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": "1+1=", "completion": "2", "weight": 0.5}, {"prompt": "1+1=", "completion": "2"}]
@@ -293,6 +316,13 @@ def test_parts_that_cannot_be_told_are_named(tmp_path):
 def test_bad_mixtures(options, expected):
     with pytest.raises(ValueError, match=expected):
         MixedRows(**{"sources": {"a": ArithmeticRows(1), "b": ArithmeticRows(1)}, **options})
+
+
+def test_sources_of_all_splits_are_at_most_64():
+    mixtures = [MixedRows({f"{split}{i}": ArithmeticRows(1) for i in range(40)}) for split in "ab"]
+    data = InstructionDataModule(*mixtures, tokenizer="asset://arithmetic-base")
+    with pytest.raises(InputError, match=r"data.validation: with the other splits' its sources have 80 names"):
+        data.setup("fit")
 
 
 # -- rows that are skipped -------------------------------------------------------------------------------------------

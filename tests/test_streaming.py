@@ -269,6 +269,26 @@ def test_a_stream_of_a_mixture_has_its_sources():
         assert int(source[0]) == (digits >= 5)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_modules_own_hook_is_called(source, streaming):
+    class Hooked(CausalLMModule):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            seen.append(sorted(batch))
+            return batch
+
+    seen = []
+    data = InstructionDataModule(source, tokenizer="asset://arithmetic-base", streaming=streaming, batch_size=3)
+    trainer(max_steps=2).fit(Hooked(TINY_ARITHMETIC, lr_schedule="constant"), datamodule=data)
+    assert seen == [["attention_mask", "input_ids", "labels"]] * 2
+
+
+def test_streamed_rows_cannot_be_evaluated(source):
+    data = InstructionDataModule(source, tokenizer="asset://arithmetic-base", streaming=True)
+    data.setup("fit")
+    with pytest.raises(InputError, match=r"data.streaming: the training rows cannot be gone back to"):
+        data.evaluation_dataloader("train", 4)
+
+
 def test_what_a_stream_needs(source):
     data = InstructionDataModule(source, source, tokenizer="asset://arithmetic-base", streaming=True)
     with pytest.raises(InputError, match="goes round without end: set trainer.max_steps"):
