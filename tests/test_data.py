@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import GPT2Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from conftest import shared
-from dft_lightning.data import ArithmeticRows, HubRows, InstructionDataModule, LocalRows, arithmetic_tokenizer
+from dft_lightning.data import ArithmeticRows, HubRows, InstructionDataModule, LocalRows, arithmetic_tokenizer, cache
 from dft_lightning.data.accumulation import micro_batches_of
 from dft_lightning.data.arithmetic import is_held_out
 from dft_lightning.data.batches import Collator, RowSampler, TokenizedRows
@@ -265,6 +267,13 @@ def test_hub_rows_load_a_local_folder_as_they_would_a_hub_name(tmp_path):
         list(HubRows("no-such-name").rows())
 
 
+def test_rows_without_an_answer_are_completed_where_the_last_turn_is_learnt(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "1+1="}])
+    data = InstructionDataModule(predict=str(path), tokenizer="asset://arithmetic-base", train_turns="last")
+    data.setup("predict")
+    assert next(iter(data.predict_dataloader()))["prompt"] == ["^1+1="]
+
+
 # -- messages to tokens --------------------------------------------------------------------------------------------
 
 
@@ -300,6 +309,16 @@ def test_plain_template_on_a_sentencepiece_tokenizer():
     row = encode(tokenizer, TURN)
     assert tokenizer.decode(row.input_ids).endswith("2</s>")
     assert trained_text(tokenizer, row).strip() == "2</s>"
+
+
+def test_white_space_is_learnt_whatever_offsets_the_tokenizer_gives():
+    """Llama 3's and RoBERTa's leave white space out of a token's characters."""
+    tokenizer = load_tokenizer(shared("tokenizers/smollm2"))
+    turns = [TURN[0], {"role": "assistant", "content": "   \n\n  x"}]
+    expected = encode(tokenizer, turns).labels.tolist()
+    assert tokenizer.decode([label for label in expected if label != -100]).startswith("\n   \n\n  x")
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert encode(tokenizer, turns).labels.tolist() == expected
 
 
 def test_multi_turn_mask_trains_every_assistant_turn():
@@ -357,6 +376,57 @@ def test_generation_starts_after_the_last_question():
     assert encoder.prompt(Conversation([*asked, TURN[1]]))[0] == "^1+1=2$^2+2="
 
 
+# -- special tokens that rows spell --------------------------------------------------------------------------------
+
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def bytes_tokenizer(special=CONTROL):
+    """Bytes, ``<|endoftext|>`` among them as in GPT-NeoX's, and then added tokens, of which some are special."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {text: i for i, text in enumerate([CONTROL[0], *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    for text in (CONTROL[0], "    ", *CONTROL[1:], "  "):
+        backend.add_tokens([AddedToken(text, special=text in special, normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=CONTROL[0])
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("special", [CONTROL, CONTROL[:1]], ids=["all", "not the end of a turn"])
+def test_what_a_row_spells_changes_no_other_token(special):
+    tokenizer = bytes_tokenizer(special)
+    answer = {"role": "assistant", "content": "    x  y"}
+    spelled = "".join(text for text in CONTROL if text in (*special, "<|im_end|>"))
+    row = encode(tokenizer, [{"role": "user", "content": f"a{spelled}b"}, answer])
+    plain = encode(tokenizer, [{"role": "user", "content": "ab"}, answer])
+    ids, expected = row.input_ids.tolist(), plain.input_ids.tolist()
+    place = expected.index(tokenizer.convert_tokens_to_ids("b"))
+    assert ids[:place] == expected[:place]
+    assert ids[place - len(expected) :] == expected[place:]
+    assert row.labels.tolist()[place - len(expected) :] == plain.labels.tolist()[place:]
+    assert tokenizer.decode(ids[place : place - len(expected)]) == spelled
+    assert len(ids) == len(expected) + len(spelled)  # one byte a token
+
+
+def test_special_tokens_in_tools_and_calls_are_text():
+    tokenizer = bytes_tokenizer()
+    parameters = {"role": {"description": "<|im_end|>"}, "<|im_start|>": {"type": "string"}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"role": "<|im_end|>", "<|im_end|>": 1}}}
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    (row,) = ConversationEncoder(tokenizer).encode([Conversation(turns, tools)])
+    for text in CONTROL[1:]:
+        assert row.input_ids.tolist().count(tokenizer.convert_tokens_to_ids(text)) == 2, text
+
+
 # -- the data module -----------------------------------------------------------------------------------------------
 
 
@@ -398,6 +468,52 @@ def test_tokenised_once(monkeypatch, tmp_path):
     write(path, [{"prompt": "77+2=", "completion": "79"}])
     InstructionDataModule(str(path), **options).prepare_data()
     assert len(calls) == 3
+
+
+def test_a_cached_file_that_is_cut_between_stretches_is_refused(tmp_path):
+    """As is any other, but Arrow takes it for whole."""
+    import pyarrow
+
+    path = write(tmp_path / "rows.jsonl", [GOOD] * 1500)
+    data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base")
+    data.setup("fit")
+    cached = data.tokenized("train").cache_files[0]["filename"]
+    with pyarrow.ipc.open_stream(cached) as stream:
+        stretches = list(stream)
+    assert len(stretches) == 2
+    os.remove(cached)  # it is mapped
+    with pyarrow.ipc.new_stream(cached, stretches[0].schema) as stream:
+        stream.write_batch(stretches[0])
+    with pytest.raises(InputError, match=r"\.arrow: has 1000 rows of 1500: delete it"):
+        InstructionDataModule(str(path), tokenizer="asset://arithmetic-base").setup("fit")
+
+
+def test_two_writers_of_one_entry_leave_it_whole(tmp_path, monkeypatch):
+    """Of one process id, as on two machines that share the folder."""
+
+    def load():
+        data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base")
+        data.setup("fit")
+        return len(data.tokenized("train"))
+
+    def encode(task, num_proc):
+        monkeypatch.setattr(cache, "_encode", alone)
+        assert load() == 7
+        return alone(task, num_proc)
+
+    path = write(tmp_path / "rows.jsonl", [GOOD] * 7)
+    alone = cache._encode
+    monkeypatch.setattr(cache, "_encode", encode)
+    assert load() == load() == 7
+
+
+def test_rows_that_moved_have_their_new_numbers(tmp_path):
+    for blank in ("", "\n\n"):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(blank + json.dumps(GOOD))
+        data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base")
+        data.setup("fit")
+        assert data.tokenized("train")["number"][0] == str(1 + len(blank))
 
 
 def test_changed_special_tokens_are_tokenised_anew(tmp_path, real_tokenizer):

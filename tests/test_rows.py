@@ -187,6 +187,29 @@ def test_weights_lie_on_the_tokens_of_their_turn():
     assert learnt.weights.tolist() == [0, 1, 0.5, 0.5, 0.5]
 
 
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "1+1=", "completion": "2", "weight": 0}, "weight: 0, and data.train_on_prompts learns every token"),
+        ({"text": "1+1=2", "weight": 0.5}, "weight: 0.5, and data.train_on_prompts"),
+        (
+            {"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER]},
+            "weight of a message of role assistant: 0, and data.train_on_prompts",
+        ),
+        ({"prompt": [USER, ANSWER, USER], "completion": [ANSWER], "weight": 1}, None),
+    ],
+)
+def test_weights_beside_trained_prompts_are_refused(tmp_path, row, expected):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base", train_on_prompts=True)
+    if expected is None:
+        assert len(read(tmp_path, row, weighted=False)) == 1
+        return
+    with pytest.raises(InputError, match=expected):
+        data.setup("fit")
+
+
 def test_weights_reach_the_batches(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": "1+1=", "completion": "2", "weight": 0.5}, {"prompt": "1+1=", "completion": "2"}]
@@ -295,6 +318,13 @@ def test_bad_mixtures(options, expected):
         MixedRows(**{"sources": {"a": ArithmeticRows(1), "b": ArithmeticRows(1)}, **options})
 
 
+def test_sources_of_all_splits_are_at_most_64():
+    mixtures = [MixedRows({f"{split}{i}": ArithmeticRows(1) for i in range(40)}) for split in "ab"]
+    data = InstructionDataModule(*mixtures, tokenizer="asset://arithmetic-base")
+    with pytest.raises(InputError, match=r"data.validation: with the other splits' its sources have 80 names"):
+        data.setup("fit")
+
+
 # -- rows that are skipped -------------------------------------------------------------------------------------------
 
 
@@ -320,6 +350,19 @@ def test_bad_rows_are_skipped_and_counted(tmp_path):
     path.write_text('{"prompt": "a"}\n' * 3)
     with pytest.raises(InputError, match="3 of 3 rows are bad"):
         InstructionDataModule(str(path), on_bad_rows="skip", **options).setup("fit")
+
+
+def test_bad_rows_of_a_divided_source_are_counted_with_the_training_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{i}+1=", "completion": str(i + 1) if i % 3 else None} for i in range(12)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    data = InstructionDataModule(
+        str(path), tokenizer="asset://arithmetic-base", validation_fraction=0.25, on_bad_rows="skip"
+    )
+    with pytest.warns(UserWarning, match="4 of 10 rows are bad"):
+        data.setup("fit")
+    assert (data.counts["train"].rows, data.counts["train"].bad) == (10, 4)
+    assert (data.counts["validation"].rows, data.counts["validation"].bad) == (2, 0)
 
 
 def test_memory_of_a_source_is_not_held(tmp_path):

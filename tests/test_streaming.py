@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dft_lightning import CausalLMModule, DFTLoss, InstructionDataModule
-from dft_lightning.data import ArithmeticRows, MixedRows
+from dft_lightning.data import ArithmeticRows, HubRows, MixedRows
 from dft_lightning.data.batches import Collator
 from dft_lightning.data.forms import RowColumns
 from dft_lightning.data.messages import RowReader
@@ -75,6 +75,24 @@ def test_a_pass_has_each_row_once_on_one_rank(source, world_size, options):
     assert left_over <= world_size * (3 if not options.get("packing") else 3 * 6)
 
 
+def test_a_hub_stream_has_each_row_once_for_any_number_of_workers(tmp_path):
+    """In a worker, a stream of ``datasets`` iterates over some of its files alone."""
+    for part in range(3):
+        rows = ArithmeticRows(10, max_digits=6, seed=part).rows()
+        (tmp_path / f"train-{part}.jsonl").write_text("\n".join(json.dumps(row) for _, row in rows))
+    for num_workers in (0, 2):
+        data = InstructionDataModule(
+            HubRows(str(tmp_path), streaming=True),
+            tokenizer="asset://arithmetic-base",
+            streaming=True,
+            batch_size=5,
+            num_workers=num_workers,
+        )
+        data.setup("fit")
+        seen = Counter(text for batch in islice(data.train_dataloader(), 6) for text in documents(batch))
+        assert seen == every_row(str(tmp_path)), num_workers
+
+
 def test_orders_differ_by_pass_and_seed_and_not_by_run(source):
     def passes(count, **options):
         texts = [text for batch in islice(iter(stream(source, **options)), ROWS) for text in documents(batch)]
@@ -136,6 +154,31 @@ def test_a_resumed_run_ends_with_the_same_weights(source, tmp_path):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_begins_where_the_last_one_ended(source, num_workers):
+    def fit(data, **options):
+        class Recorder(CausalLMModule):
+            def on_train_batch_start(self, batch, batch_idx):
+                seen.append(batch["input_ids"].tolist())
+
+        seen = []
+        trainer(**options).fit(Recorder(TINY_ARITHMETIC, lr_schedule="constant"), datamodule=data)
+        return seen
+
+    def module():
+        return InstructionDataModule(
+            source, tokenizer="asset://arithmetic-base", streaming=True, batch_size=3, num_workers=num_workers
+        )
+
+    data = module()
+    expected = fit(data, max_steps=7)
+    assert fit(data, max_steps=7) == expected  # another run is from the start
+    for options in ({}, {"reload_dataloaders_every_n_epochs": 1}):
+        assert fit(module(), max_steps=7, limit_train_batches=3, **options) == expected
+    repeated = fit(module(), max_steps=7, overfit_batches=3)
+    assert repeated == [*expected[:3], *expected[:3], expected[0]]
+
+
 def test_every_rank_goes_on_from_its_own_place(source):
     records = []
     for rank in range(2):
@@ -149,6 +192,7 @@ def test_every_rank_goes_on_from_its_own_place(source):
         resumed = next(iter(stream(source, rank, 2, record.position(rank, 2))))
         expected = next(islice(iter(stream(source, rank, 2)), 4 + rank, None))
         assert documents(resumed) == documents(expected)
+    record.load_state_dict({"stream": records})
     with pytest.raises(InputError, match="was read by 2 processes and there are 3: resume on as many"):
         record.position(0, 3)
 
@@ -157,10 +201,8 @@ def test_another_number_of_workers_is_refused(source):
     record = StreamRecord()
     record.take(next(iter(stream(source))))
     record.load_state_dict(record.state_dict(1))
-    position = record.position(0, 1)
-    position.workers *= 2
-    with pytest.raises(InputError, match="read by 2 workers and there are 1: set data.num_workers as it was"):
-        next(iter(stream(source, position=position)))
+    with pytest.raises(InputError, match="read by 1 workers and there are 2: set data.num_workers as it was"):
+        record.position(0, 1, num_workers=2)
 
 
 def test_bad_rows_are_named_or_counted(tmp_path):
@@ -183,6 +225,28 @@ def test_bad_rows_are_named_or_counted(tmp_path):
         assert take("skip", 3)["bad"] == 6
 
 
+def test_bad_rows_are_counted_once_by_a_run_that_is_resumed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("nonsense\n" + '{"prompt": "1+1=", "completion": "2"}\n' * 20)
+
+    def module():
+        data = InstructionDataModule(
+            str(path), tokenizer="asset://arithmetic-base", streaming=True, batch_size=2, on_bad_rows="skip"
+        )
+        data.setup("fit")
+        return data
+
+    def take(data):
+        data.on_before_batch_transfer(next(iter(data.train_dataloader())), 0)
+        return data.state_dict()
+
+    with pytest.warns(UserWarning, match=r"on_bad_rows: skip: row"):
+        state = take(module())
+    resumed = module()
+    resumed.load_state_dict(state)
+    assert take(resumed)["stream"][0]["bad"] == 1
+
+
 def test_a_stream_without_a_row_to_learn_from_ends(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("")
@@ -203,6 +267,26 @@ def test_a_stream_of_a_mixture_has_its_sources():
     for ids, source in zip(batch["input_ids"], batch["source"], strict=True):
         digits = len(TOKENIZER.decode(ids).split("+")[0].lstrip("^"))
         assert int(source[0]) == (digits >= 5)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_modules_own_hook_is_called(source, streaming):
+    class Hooked(CausalLMModule):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            seen.append(sorted(batch))
+            return batch
+
+    seen = []
+    data = InstructionDataModule(source, tokenizer="asset://arithmetic-base", streaming=streaming, batch_size=3)
+    trainer(max_steps=2).fit(Hooked(TINY_ARITHMETIC, lr_schedule="constant"), datamodule=data)
+    assert seen == [["attention_mask", "input_ids", "labels"]] * 2
+
+
+def test_streamed_rows_cannot_be_evaluated(source):
+    data = InstructionDataModule(source, tokenizer="asset://arithmetic-base", streaming=True)
+    data.setup("fit")
+    with pytest.raises(InputError, match=r"data.streaming: the training rows cannot be gone back to"):
+        data.evaluation_dataloader("train", 4)
 
 
 def test_what_a_stream_needs(source):

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -104,6 +105,9 @@ def tokenize(
         rows = Dataset.from_file(str(path))
     except Exception as error:  # cut short by something else: what is written here is whole
         raise InputError(f"{path}: cannot be read ({one_line(error)}): delete it") from error
+    kept = len(conversations) - found["dropped"] - found["bad"]
+    if len(rows) != kept:  # a stream of Arrow that is cut between two stretches reads as if it ended there
+        raise InputError(f"{path}: has {len(rows)} rows of {kept}: delete it")
     counts = RowCounts(total, found["truncated"], found["dropped"], problems.count)
     return TokenizedSplit(rows, counts, problems, conversations.parts)
 
@@ -118,7 +122,7 @@ def fingerprint(conversations: Conversations, encoder: ConversationEncoder, with
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-_FORMAT = 2  # of the columns below
+_FORMAT = 3  # of the columns below, and of what makes their tokens
 
 
 @dataclass
@@ -195,7 +199,8 @@ def _write(path: Path, account: Path, task: _Task, num_proc: int | None, desc: s
 
     counts = {"truncated": 0, "dropped": 0, "bad": 0}
     shown: list[str] = []
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    writer = uuid.uuid4().hex  # several machines may share the folder, and their process ids
+    unfinished = path.with_suffix(f".{writer}.tmp")
     try:
         with pa.ipc.new_stream(str(unfinished), schema(task.with_prompts)) as stream:
             for encoded in _progress(_encode(task, num_proc), len(task.table), desc):
@@ -203,7 +208,7 @@ def _write(path: Path, account: Path, task: _Task, num_proc: int | None, desc: s
                 for name in counts:
                     counts[name] += getattr(encoded, name)
                 shown += encoded.shown[: MAX_SHOWN - len(shown)]
-        described = account.with_suffix(f".{os.getpid()}.tmp.json")
+        described = account.with_suffix(f".{writer}.tmp.json")
         described.write_text(json.dumps({**counts, "shown": shown}))
         os.replace(described, account)
         os.replace(unfinished, path)

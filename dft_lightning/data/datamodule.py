@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -17,6 +18,7 @@ from dft_lightning.data.batches import Collator, PackedRows, RowSampler, Tokeniz
 from dft_lightning.data.cache import RowCounts, tokenize
 from dft_lightning.data.forms import LastTurn, RowColumns, RowForm
 from dft_lightning.data.messages import Conversations, OnBadRows, RowReader, read_messages
+from dft_lightning.data.mixtures import MAX_SOURCES
 from dft_lightning.data.packing import Packing, Packs, cut, pack, whole
 from dft_lightning.data.sources import RowSource, as_source
 from dft_lightning.data.stream_position import StreamRecord
@@ -74,7 +76,7 @@ class InstructionDataModule(pl.LightningDataModule):
         allow_special_tokens: let rows spell special tokens (``<|im_end|>``) as control. Otherwise they are text.
         max_length: rows longer than this keep their first ``max_length`` tokens; a row with no target left is
             dropped and counted.
-        train_on_prompts: learn the prompts too, with weight 1.
+        train_on_prompts: learn the prompts too, all with weight 1: rows and messages can have no other.
         train_turns: learn ``"all"`` assistant turns, or the ``"last"`` alone.
         batch_size: rows per micro-batch and rank.
         global_batch_size: rows of an optimizer step over all ranks and micro-batches; sets the trainer's
@@ -193,6 +195,7 @@ class InstructionDataModule(pl.LightningDataModule):
             weight_column,
             system_prompt,
             prompt_suffix,
+            weighted=not train_on_prompts,
         )
         self.validation_fraction = validation_fraction
         self.tokenizer_name = tokenizer
@@ -243,6 +246,8 @@ class InstructionDataModule(pl.LightningDataModule):
                 raise
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self._stream.reset()
         if stage == "fit" and self.trainer is not None:
             self._check_trainer(self.trainer)
         if stage == "fit" and self.global_batch_size is not None and self.trainer is not None:
@@ -339,16 +344,15 @@ class InstructionDataModule(pl.LightningDataModule):
         if source is None:
             raise InputError("data.train is not set, so data.validation_fraction has nothing to divide")
         conversations = self._read("train")
-        order = torch.randperm(
-            len(conversations.messages), generator=torch.Generator().manual_seed(self.split_seed)
-        ).tolist()
+        generator = torch.Generator().manual_seed(self.split_seed)
+        order = torch.randperm(len(conversations), generator=generator).tolist()
         size = round(len(order) * self.validation_fraction)
         if not 0 < size < len(order):
             raise InputError(
                 f"data.validation_fraction {self.validation_fraction} of {len(order)} rows leaves "
                 f"{size} for validation and {len(order) - size} for training"
             )
-        self._divided["train"] = conversations.select(sorted(order[size:]))
+        self._divided["train"] = conversations.select(sorted(order[size:]), conversations.problems)
         self._divided["validation"] = conversations.select(sorted(order[:size]))
         return self._divided
 
@@ -393,6 +397,11 @@ class InstructionDataModule(pl.LightningDataModule):
     def _name_sources(self, split: str, parts: list[str]) -> None:
         """Each part's place among the names of all mixtures."""
         self.source_names += [name for name in parts if name not in self.source_names]
+        if len(self.source_names) > MAX_SOURCES:
+            raise InputError(
+                f"data.{split}: with the other splits' its sources have {len(self.source_names)} names, "
+                f"and losses are logged of {MAX_SOURCES} at most"
+            )
         self._source_index[split] = [self.source_names.index(name) for name in parts]
 
     def _pack(self) -> Packs:
@@ -449,7 +458,15 @@ class InstructionDataModule(pl.LightningDataModule):
         return self._loader(split, with_prompts=True, limit=limit)
 
     def evaluation_dataloader(self, split: str, limit: int | None = None) -> DataLoader[Any]:
-        """The first ``limit`` rows of a split (all for ``None``) in their own order, of ``train`` too."""
+        """The first ``limit`` rows of a split (all for ``None``) in their own order, of ``train`` too.
+
+        Raises:
+            InputError: they are streamed.
+        """
+        if split == "train" and self.streaming:
+            raise InputError(
+                "data.streaming: the training rows cannot be gone back to, which compare does: turn it off"
+            )
         return self._loader(split, limit=limit)
 
     def tokenized(self, split: str) -> Dataset:
@@ -513,6 +530,7 @@ class InstructionDataModule(pl.LightningDataModule):
 
     def _stream_loader(self) -> DataLoader[Any]:
         rank, ranks = self._ranks()
+        overfits = getattr(self.trainer, "overfit_batches", 0) > 0  # on the same batches again
         encoder = self._encoder()
         if self.packing == "bfd_split":
             encoder.max_length = None
@@ -530,7 +548,7 @@ class InstructionDataModule(pl.LightningDataModule):
             ),
             rank,
             ranks,
-            self._stream.position(rank, ranks),
+            None if overfits else self._stream.position(rank, ranks, self.num_workers),
         )
         return DataLoader(stream, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
 
@@ -549,8 +567,15 @@ class InstructionDataModule(pl.LightningDataModule):
     # -- a stream's place --------------------------------------------------------------------------------------
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Note where the stream was left when this batch was made, which is no part of it."""
-        return self._stream.take(batch)
+        """Note where the stream was left when this batch was made, which is no part of it.
+
+        Then the module's own hook, which Lightning leaves out where a data module has one.
+        """
+        batch = self._stream.take(batch) if self.streaming else batch
+        module = getattr(self.trainer, "lightning_module", None)
+        if module is None or not is_overridden("on_before_batch_transfer", module):
+            return batch
+        return module.on_before_batch_transfer(batch, dataloader_idx)
 
     def state_dict(self) -> dict[str, Any]:
         """Every rank's place in the stream. A collective."""

@@ -25,6 +25,7 @@ class RowColumns:
         weight: column of the row's weight, where a row has it.
         system_prompt: the system message of conversations that have none.
         prompt_suffix: what every user message ends with.
+        weighted: whether rows and messages may have weights other than 1.
     """
 
     form: RowForm = "auto"
@@ -35,6 +36,7 @@ class RowColumns:
     weight: str = "weight"
     system_prompt: str | None = None
     prompt_suffix: str | None = None
+    weighted: bool = True
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,28 @@ def convert_row(row: dict[str, Any], form: RowForm, columns: RowColumns, last_tu
         BadRow: what is wrong with it.
     """
     weight = 1.0 if row.get(columns.weight) is None else as_weight(row[columns.weight], columns.weight)
+    _check_weight(weight, columns, columns.weight)
     if form == "text":
         if last_turn != "any":
             raise BadRow(f"{columns.text}: plain text has no prompt to complete: give rows of another form")
         return Conversation([], text=_text(row, columns.text, filled=True), weight=weight)
-    messages = _MESSAGES[form](row, columns, last_turn)
+    messages, asked = _MESSAGES[form](row, columns, last_turn)
+    for message in messages[asked:]:
+        _check_weight(message.get("weight", 1.0), columns, f"weight of a message of role {message['role']}")
+    messages = [*map(_unlearnt, messages[:asked]), *messages[asked:]]
     column = {"messages": columns.messages, "sharegpt": "conversations", "preference": "chosen"}.get(form)
     _check_turns(messages, column or columns.prompt, last_turn)
     messages = _with_prompts(messages, columns)
     return Conversation([_weighed(message, weight) for message in messages], read_tools(row.get("tools"), "tools"))
+
+
+def _check_weight(weight: float, columns: RowColumns, where: str) -> None:
+    if weight != 1 and not columns.weighted:
+        raise BadRow(f"{where}: {weight:g}, and data.train_on_prompts learns every token with weight 1")
+
+
+def _unlearnt(message: Message) -> Message:
+    return {**message, "weight": 0.0} if message["role"] == "assistant" else message
 
 
 def _weighed(message: Message, weight: float) -> Message:
@@ -147,25 +162,25 @@ def _turns(prompt: str, completion: str) -> list[Message]:
     return [user, {"role": "assistant", "content": completion}] if completion else [user]
 
 
-def _completed(row: dict[str, Any], prompt: str, completion: str, last_turn: LastTurn) -> list[Message]:
+def _completed(row: dict[str, Any], prompt: str, completion: str, last_turn: LastTurn) -> Turns:
     """A prompt and its completion, each a text or a list of messages; only the completion is learnt."""
     needed = last_turn != "optional"
     if not isinstance(row.get(prompt), list):
         answer = _text(row, completion, required=needed, filled=needed)
-        return _turns(_text(row, prompt), answer)
-    asked = [{**m, "weight": 0.0} if m["role"] == "assistant" else m for m in read_turns(row[prompt], prompt)]
+        return _turns(_text(row, prompt), answer), 1
+    asked = read_turns(row[prompt], prompt)
     if row.get(completion) is None and not needed:
-        return asked
+        return asked, len(asked)
     if isinstance(row.get(completion), str):
-        return [*asked, {"role": "assistant", "content": _text(row, completion, filled=True)}]
-    return [*asked, *read_turns(row.get(completion), completion)]
+        return [*asked, {"role": "assistant", "content": _text(row, completion, filled=True)}], len(asked)
+    return [*asked, *read_turns(row.get(completion), completion)], len(asked)
 
 
-def _prompt_completion(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> list[Message]:
+def _prompt_completion(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> Turns:
     return _completed(row, columns.prompt, columns.completion, last_turn)
 
 
-def _preference(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> list[Message]:
+def _preference(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> Turns:
     """``chosen`` after ``prompt``; without a prompt, the last message of ``chosen`` after the others."""
     if row.get(columns.prompt) is not None:
         return _completed(row, columns.prompt, "chosen", last_turn)
@@ -173,30 +188,31 @@ def _preference(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -
     if isinstance(chosen, str):
         raise BadRow(f"{columns.prompt}: missing (chosen is a text, so the prompt must stand there)")
     turns = read_turns(chosen, "chosen")
-    return [*({**m, "weight": 0.0} if m["role"] == "assistant" else m for m in turns[:-1]), turns[-1]]
+    return turns, len(turns) - 1
 
 
-def _alpaca(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> list[Message]:
+def _alpaca(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> Turns:
     needed = last_turn != "optional"
     prompt = _text(row, "instruction")
     extra = _text(row, "input", required=False)
     output = _text(row, "output", required=needed, filled=needed)
-    return _turns(f"{prompt}\n\n{extra}" if extra.strip() else prompt, output)
+    return _turns(f"{prompt}\n\n{extra}" if extra.strip() else prompt, output), 1
 
 
-def _messages(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> list[Message]:
-    return read_turns(row.get(columns.messages), columns.messages)
+def _messages(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> Turns:
+    return read_turns(row.get(columns.messages), columns.messages), 0
 
 
-def _sharegpt(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> list[Message]:
+def _sharegpt(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> Turns:
     turns = read_turns(row.get("conversations"), "conversations")
     system = _text(row, "system", required=False)
     if system.strip() and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": system}, *turns]
-    return turns
+    return turns, 0
 
 
-_MESSAGES: dict[str, Callable[[dict[str, Any], RowColumns, LastTurn], list[Message]]] = {
+Turns = tuple[list[Message], int]  # and how many of them are the prompt
+_MESSAGES: dict[str, Callable[[dict[str, Any], RowColumns, LastTurn], Turns]] = {
     "prompt_completion": _prompt_completion,
     "preference": _preference,
     "alpaca": _alpaca,

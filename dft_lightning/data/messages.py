@@ -91,11 +91,11 @@ class Conversations:
         """Of each row, as the source counts."""
         return [json.loads(number) for number in self.table["number"]]
 
-    def select(self, chosen: Sequence[int]) -> Conversations:
-        """Some of the rows, by position. The skipped ones stay with the whole."""
+    def select(self, chosen: Sequence[int], problems: Problems | None = None) -> Conversations:
+        """Some of the rows, by position, and the skipped ones that are counted with them."""
         digest = hashlib.sha256(f"{self.digest}{list(chosen)}".encode()).hexdigest()
         return Conversations(
-            self.name, self.parts, self.table.select(chosen), digest, Problems(self.name), self._folder
+            self.name, self.parts, self.table.select(chosen), digest, problems or Problems(self.name), self._folder
         )
 
 
@@ -184,9 +184,9 @@ class _Spool:
 
     def write(self, conversation: Conversation, number: int | str, part: int) -> None:
         content = {field.name: getattr(conversation, field.name) for field in dataclasses.fields(conversation)}
-        text = json.dumps(content)
-        self._hash.update(f"{part}{text}".encode())
-        self._pending.append((text, json.dumps(number), part))
+        text, place = json.dumps(content), json.dumps(number)
+        self._hash.update(f"{part}{place}{text}".encode())
+        self._pending.append((text, place, part))
         self.count += 1
         if len(self._pending) == _WRITTEN_AT_ONCE:
             self._flush()

@@ -10,6 +10,8 @@ from typing import Literal
 from dft_lightning.data.sources import Row, RowSource, as_source
 from dft_lightning.errors import InputError
 
+MAX_SOURCES = 64  # as metrics.sources holds
+
 
 class MixedRows(RowSource):
     """Rows of several named sources, whose ``nll`` and ``loss`` are logged by name.
@@ -45,8 +47,8 @@ class MixedRows(RowSource):
     ) -> None:
         if not sources:
             raise ValueError("sources: none given")
-        if len(sources) > 64:
-            raise ValueError(f"sources: {len(sources)} given, and losses are logged of 64 at most")
+        if len(sources) > MAX_SOURCES:
+            raise ValueError(f"sources: {len(sources)} given, and losses are logged of {MAX_SOURCES} at most")
         for name in sources:
             if not name or set(name) & set("/ \t\n"):
                 raise ValueError(f"sources: {name!r} becomes part of a logged name, which has no spaces and slashes")

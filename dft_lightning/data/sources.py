@@ -138,6 +138,8 @@ class HubRows(RowSource):
         except (OSError, ValueError, KeyError, DatasetsError) as error:
             reason = one_line(error)
             raise InputError(f"{self.name}: neither a local file nor a dataset that can be loaded: {reason}") from error
+        if self.streaming:  # iterated over plainly, it would leave out rows in a data loader's worker: other workers'
+            dataset = ({name: values[0] for name, values in row.items()} for row in dataset.iter(batch_size=1))
         yield from _renamed(_rows_of(dataset, self.name), self.rename_columns)
 
 

@@ -2,9 +2,8 @@
 
 A row that says ``<|im_end|>`` would otherwise end its turn there. Before the template sees it, a character of a private
 area goes into each such word (or before it, where it is a single character); what comes out unmarked is the template's
-own. Then the text is encoded by a copy of the
-tokenizer that knows its special tokens under names no text has: the template's are written by those names, the row's
-as they are, and so they are split like any other words.
+own. Then the text is encoded by a copy of the tokenizer that knows its special tokens under names no text has: the
+template's are written by those names, the row's as they are, and so they are split like any other words.
 """
 
 from __future__ import annotations
@@ -32,11 +31,14 @@ class SpecialTokens:
 
     Args:
         tokenizer: a fast one.
+        turn_end: what the template ends turns with: it is control, though the tokenizer may not call it special.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, turn_end: str | None = None) -> None:
         self._tokenizer = tokenizer
-        texts = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content}
+        ends = set(tokenizer(turn_end or "", add_special_tokens=False)["input_ids"])
+        added = tokenizer.added_tokens_decoder.items()
+        texts = {token.content for i, token in added if token.content and (token.special or i in ends)}
         self.texts = sorted(texts, key=len, reverse=True)
         known = "|".join(map(re.escape, self.texts)) or "(?!)"
         self._pattern = re.compile(known)
@@ -58,7 +60,10 @@ class SpecialTokens:
 
         return mark, dataclasses.replace(
             conversation,
-            messages=_map_strings(conversation.messages, marked),
+            messages=[
+                {key: item if key == "role" else _map_strings(item, marked) for key, item in message.items()}
+                for message in conversation.messages
+            ],
             tools=_map_strings(conversation.tools, marked),
             text=_map_strings(conversation.text, marked),
         )
@@ -93,14 +98,14 @@ class SpecialTokens:
         return self._unmarked.sub(lambda found: f"{_NAME}{found[0]}", text).replace(mark, "")
 
     def _original_ids(self, encoding: Encoding, controls: int) -> list[int]:
-        special = set(self._ids.values())
-        if sum(token in self._ids for token in encoding.ids) != controls:
+        known = {self._ids[token] for token in self._controls}
+        if sum(token in self._controls for token in encoding.ids) != controls:
             raise InputError(
                 "the row spells a special token, and this tokenizer changes texts before it looks for those, so that "
                 "they cannot be told apart: take it out, or set data.allow_special_tokens: true"
             )
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token in special and token not in self._ids:
+            if self._ids.get(token, token) in known and token not in self._controls:
                 raise InputError(
                     f"the row spells the special token {self._tokenizer.convert_ids_to_tokens(token)!r}, which this "
                     f"tokenizer cannot write as text (characters {start} to {end}): take it out, or set "
@@ -114,20 +119,27 @@ class SpecialTokens:
 
         content = json.loads(self._tokenizer.backend_tokenizer.to_str())
         for token in content["added_tokens"]:
-            if token["special"]:
+            if token["content"] in self.texts:
                 token["content"] = _NAME + token["content"]
         content |= {"post_processor": None, "truncation": None, "padding": None}
         return Tokenizer.from_str(json.dumps(content))
 
     @cached_property
+    def _controls(self) -> set[int]:
+        """Ids in the copy of the special tokens."""
+        return {self._id(_NAME + text) for text in self.texts}
+
+    @cached_property
     def _ids(self) -> dict[int, int]:
-        """Ids in the tokenizer by those in the copy."""
-        decoder = self._tokenizer.added_tokens_decoder
-        by_name = {_NAME + token.content: i for i, token in decoder.items() if token.special and token.content}
-        return {int(cast(int, self._copy.token_to_id(name))): i for name, i in by_name.items()}
+        """Ids in the tokenizer by those in the copy, of all added tokens: a new name may move those after it."""
+        added = [(i, token.content) for i, token in self._tokenizer.added_tokens_decoder.items() if token.content]
+        return {self._id(_NAME + text if text in self.texts else text): i for i, text in added}
+
+    def _id(self, text: str) -> int:
+        return int(cast(int, self._copy.token_to_id(text)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_copy", "_ids")}
+        return {key: value for key, value in vars(self).items() if key not in ("_copy", "_controls", "_ids")}
 
 
 def _strings(value: Any) -> list[str]:
@@ -136,7 +148,7 @@ def _strings(value: Any) -> list[str]:
         value = [getattr(value, name) for name in ("messages", "tools", "text")]
     if isinstance(value, str):
         return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    items = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [text for item in items for text in _strings(item)]
 
 
@@ -144,5 +156,5 @@ def _map_strings(value: Any, change: Any) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {key: item if key == "role" else _map_strings(item, change) for key, item in value.items()}
+        return {change(key): _map_strings(item, change) for key, item in value.items()}
     return [_map_strings(item, change) for item in value] if isinstance(value, list) else value

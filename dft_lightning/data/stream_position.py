@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dft_lightning.data.streaming import StreamPosition
+from dft_lightning.data.streaming import START, StreamPosition
 from dft_lightning.distributed.gather import gather_lists
 from dft_lightning.errors import InputError
 
@@ -15,17 +15,20 @@ class StreamRecord:
     """Follows the batches of a stream as they are trained on.
 
     Attributes:
+        place: after the last of them. It is changed in place: a stream that has it goes on there in the next epoch.
         bad: rows skipped on this rank.
         dropped: rows without a target on this rank.
     """
 
     def __init__(self) -> None:
-        self.bad = 0
-        self.dropped = 0
-        self._workers: dict[int, dict[str, int]] = {}
-        self._next_worker = 0
-        self._num_workers = 0
         self._loaded: list[dict[str, Any]] | None = None
+        self.place = StreamPosition()
+        self.reset()
+
+    def reset(self) -> None:
+        """Before the first batch of a run."""
+        self.bad = self.dropped = 0
+        self.place.next_worker, self.place.workers = 0, []
 
     def take(self, batch: Any) -> Any:
         """A batch without its ``stream`` entry, which is noted.
@@ -42,40 +45,45 @@ class StreamRecord:
             rank_zero_warn(f"data.on_bad_rows: skip: {report['bad'][0]} (the first of this run)")
         self.bad += len(report["bad"])
         self.dropped += report["dropped"]
-        self._workers[report["worker"]] = report["state"]
-        self._num_workers = report["workers"]
-        self._next_worker = (report["worker"] + 1) % report["workers"]
+        self.place.workers = self.place.workers or [START] * report["workers"]
+        self.place.workers[report["worker"]] = report["state"]
+        self.place.next_worker = (report["worker"] + 1) % report["workers"]
         return batch
 
     def state_dict(self, world_size: int) -> dict[str, Any]:
         """Every rank's place. A collective."""
-        start = {"passes": 0, "rows": 0, "items": 0}
-        workers = [self._workers.get(worker, start) for worker in range(self._num_workers)]
-        own = {"next_worker": self._next_worker, "workers": workers, "bad": self.bad, "dropped": self.dropped}
-        return {"stream": gather_lists([own], world_size)}
+        place = {"next_worker": self.place.next_worker, "workers": [*self.place.workers]}
+        return {"stream": gather_lists([{**place, "bad": self.bad, "dropped": self.dropped}], world_size)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
+        self.reset()
         self._loaded = state_dict.get("stream")
 
-    def position(self, rank: int, world_size: int) -> StreamPosition | None:
-        """Where this rank's stream goes on; ``None`` for its start.
+    def position(self, rank: int, world_size: int, num_workers: int = 0) -> StreamPosition:
+        """Where this rank's stream goes on: :attr:`place`, by what was loaded if anything was.
 
         Raises:
-            InputError: the checkpoint is of another number of processes, whose rows were dealt out otherwise.
+            InputError: the checkpoint is of another number of processes or workers, whose rows were dealt out
+                otherwise.
         """
-        if self._loaded is None:
-            return None
-        if len(self._loaded) != world_size:
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            return self.place
+        if len(loaded) != world_size:
             raise InputError(
-                f"the checkpoint's stream was read by {len(self._loaded)} processes and there are {world_size}: "
+                f"the checkpoint's stream was read by {len(loaded)} processes and there are {world_size}: "
                 "resume on as many"
             )
-        own = self._loaded[rank]
-        if not own["workers"]:
-            return None
+        own = loaded[rank]
+        workers = max(num_workers, 1)  # this process is one
+        if own["workers"] and len(own["workers"]) != workers:
+            raise InputError(
+                f"the checkpoint's stream was read by {len(own['workers'])} workers and there are {workers}: "
+                "set data.num_workers as it was"
+            )
         self.bad, self.dropped = own["bad"], own["dropped"]
-        self._next_worker, self._num_workers = own["next_worker"], len(own["workers"])
-        self._workers = dict(enumerate(own["workers"]))
-        rank_zero_info(f"the stream goes on in pass {own['workers'][0]['passes'] + 1}")
-        return StreamPosition(own["next_worker"], own["workers"])
+        self.place.next_worker, self.place.workers = own["next_worker"], [*own["workers"]]
+        if own["workers"]:
+            rank_zero_info(f"the stream goes on in pass {own['workers'][0]['passes'] + 1}")
+        return self.place

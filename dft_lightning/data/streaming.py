@@ -23,6 +23,7 @@ from dft_lightning.errors import InputError, shortened
 T = TypeVar("T")
 Placed = tuple[int, int | str, Row]  # part, number, row
 State = dict[str, int]
+START = {"passes": 0, "rows": 0, "items": 0}
 _ROWS_AT_ONCE = 64
 
 
@@ -56,7 +57,7 @@ class StreamPosition:
     Attributes:
         next_worker: whose batch comes next.
         workers: of each worker: ``passes`` over the source, ``rows`` taken in this pass before the present block, and
-            ``items`` of the block that are in batches already.
+            ``items`` of the block that are in batches already. None at the start.
     """
 
     next_worker: int = 0
@@ -77,7 +78,7 @@ class StreamedBatches(IterableDataset[dict[str, Any]]):
         options: sizes, order and packing.
         rank: this rank.
         world_size: number of ranks.
-        position: where to go on; ``None`` for the start.
+        position: where to go on, as it is when an iteration begins; ``None`` for the start.
     """
 
     def __init__(
@@ -103,12 +104,7 @@ class StreamedBatches(IterableDataset[dict[str, Any]]):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         start: State | None = None
-        if self.position is not None:
-            if len(self.position.workers) != workers:
-                raise InputError(
-                    f"the checkpoint's stream was read by {len(self.position.workers)} workers and there are "
-                    f"{workers}: set data.num_workers as it was"
-                )
+        if self.position is not None and self.position.workers:
             worker = (worker + self.position.next_worker) % workers
             start = self.position.workers[worker]
         shard = _Shard(self, self.rank * workers + worker, self.world_size * workers)
@@ -134,7 +130,7 @@ class _Shard:
 
     def batches(self, start: State | None) -> Iterator[dict[str, Any]]:
         items: list[dict[str, Any]] = []
-        for item, state in self._items(start or {"passes": 0, "rows": 0, "items": 0}):
+        for item, state in self._items(start or START):
             if isinstance(item, BadRow):
                 yield {"stream": {"error": str(item)}}
                 return
@@ -152,6 +148,8 @@ class _Shard:
             found = False
             for block in self._blocks(islice(self._order(passes), taken, None)):
                 taken_after = taken + block.rows
+                if skipped:  # what was wrong in this block was counted with the batches that have its first items
+                    self.bad, self.dropped = [], 0
                 for i, item in enumerate(block.items):
                     found = True
                     if i < skipped:

@@ -72,11 +72,11 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.train_turns = train_turns
         self.template_kwargs = template_kwargs or {}
-        self.special_tokens = SpecialTokens(tokenizer)
         self.allow_special_tokens = allow_special_tokens
         self._parts = takes_parts(tokenizer, self.template_kwargs)
         turn_end = end_of_turn(tokenizer, self.template_kwargs)
         self._turn_end = turn_end[0] if turn_end else None
+        self.special_tokens = SpecialTokens(tokenizer, self._turn_end)
         self._variables = {**tokenizer.special_tokens_map, **self.template_kwargs}
         self._own_template = str(tokenizer.get_chat_template())
         self.path: MaskPath = "generation" if _GENERATION.search(self._own_template) else "prefixes"
@@ -203,7 +203,7 @@ class ChatTemplate:
     def _with_weights(self, messages: list[Message]) -> list[Message]:
         if self.train_turns == "all":
             return messages
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
         return [
             {**message, "weight": 0.0} if message["role"] == "assistant" and i != last else message
             for i, message in enumerate(messages)

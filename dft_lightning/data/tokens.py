@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ from dft_lightning.data.template import ChatTemplate, Rendered, Span, TrainTurns
 from dft_lightning.errors import InputError
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
     from dft_lightning.data.forms import Conversation
@@ -71,6 +73,7 @@ class ConversationEncoder:
         self.max_length = max_length
         self.train_on_prompts = train_on_prompts
         self.template = ChatTemplate(tokenizer, train_turns, template_kwargs, allow_special_tokens)
+        self._backend = _with_whole_offsets(tokenizer.backend_tokenizer)
 
     @property
     def options(self) -> list[Any]:
@@ -112,7 +115,7 @@ class ConversationEncoder:
         return rendered.text.replace(rendered.mark, ""), ids
 
     def _encode_all(self, texts: list[str]) -> list[Encoding]:
-        backend = self.tokenizer.backend_tokenizer
+        backend = self._backend
         if backend.truncation is not None or backend.padding is not None:  # left over from a call of the tokenizer
             backend.no_truncation()
             backend.no_padding()
@@ -163,6 +166,16 @@ def attempt(function: Any, argument: Any) -> Any:
         return function(argument)
     except InputError as error:
         return error
+
+
+def _with_whole_offsets(backend: Tokenizer) -> Tokenizer:
+    """A tokenizer whose tokens own their white space, or a turn that begins with some would not be learnt whole."""
+    processor = backend.post_processor
+    if processor is None or not re.search(rb'"trim_offsets": *true', processor.__getstate__()):
+        return backend
+    backend = copy.deepcopy(backend)
+    backend.post_processor = None  # which is otherwise for texts that special tokens are put around
+    return backend
 
 
 def _first_token(encoding: Encoding, start: int, end: int) -> int:
