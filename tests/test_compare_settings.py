@@ -154,6 +154,7 @@ def test_print_commands_writes_configs_and_runs_nothing(tmp_path, capsys):
         ({"overrides": {"model": {"loss": "DFTLoss"}}}, "overrides: model.loss is set for each run: use losses"),
         ({"overrides": {"seed_everything": 3}}, "overrides: seed_everything is set for each run: use seeds"),
         ({"overrides": {"trainer": {"limit_test_batches": 1}}}, "limit_test_batches: every loss is tested on all"),
+        ({"overrides": {"data": {"streaming": True}}}, "data.streaming: training rows are measured before and after"),
         ({"seeds": [-1]}, "seeds must not be negative"),
         ({"seeds": [1, 1]}, "seeds: 1 is there twice"),
         ({"seeds": [1], "seeds_at_best": [1]}, "seeds_at_best: 1 is among seeds already"),

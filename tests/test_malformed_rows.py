@@ -142,6 +142,11 @@ FORMS = {
     "system of a number": ("sharegpt", {**GOOD["sharegpt"], "system": 1}, "system: expected a string, got int"),
     "chosen of a number": ("preference", {"prompt": "1", "chosen": 2}, "chosen: expected a string, got int"),
     "chosen of null": ("preference", {"prompt": "1", "chosen": None}, "chosen: null"),
+    "chosen of another prompt": (
+        "preference",
+        {"prompt": "1", "chosen": [{"role": "user", "content": "2"}, {"role": "assistant", "content": "3"}]},
+        "chosen[0].role: user, and chosen has not the messages of prompt",
+    ),
     "chosen alone": ("preference", {"chosen": "2"}, "prompt: missing (chosen is a text"),
     "chosen of nothing": ("preference", {"chosen": []}, "chosen: expected a list of at least one message"),
     "text of a list": ("text", {"text": ["1"]}, "text: expected a string, got list"),

@@ -75,6 +75,12 @@ def unlearnt(message):
         ),
         ({"prompt": "Hi", "chosen": "Hello", "rejected": "No"}, [USER, ANSWER]),
         ({"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}, [USER, ANSWER]),
+        ({"prompt": "Hi", "chosen": [ANSWER], "rejected": [ANSWER]}, [USER, ANSWER]),
+        ({"prompt": "Hi", "chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, [USER, ANSWER]),
+        (
+            {"prompt": [USER, ANSWER, USER], "chosen": [USER, ANSWER, USER, ANSWER]},
+            [USER, unlearnt(ANSWER), USER, ANSWER],
+        ),
         ({"chosen": [USER, ANSWER, USER, ANSWER], "rejected": []}, [USER, unlearnt(ANSWER), USER, ANSWER]),
         ({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}, [USER, unlearnt(ANSWER), USER, ANSWER]),
         ({"prompt": [USER], "completion": "Hello"}, [USER, ANSWER]),

@@ -259,7 +259,7 @@ def test_a_stream_without_a_row_to_learn_from_ends(tmp_path):
 def test_a_stream_of_a_mixture_has_its_sources():
     parts = {"easy": ArithmeticRows(9, max_digits=3), "hard": ArithmeticRows(9, min_digits=5)}
     data = InstructionDataModule(
-        MixedRows(parts, weights={"easy": 1, "hard": 1}), tokenizer="asset://arithmetic-base", streaming=True
+        MixedRows(parts, {"easy": 1, "hard": 1}, "all_exhausted"), tokenizer="asset://arithmetic-base", streaming=True
     )
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
@@ -267,6 +267,14 @@ def test_a_stream_of_a_mixture_has_its_sources():
     for ids, source in zip(batch["input_ids"], batch["source"], strict=True):
         digits = len(TOKENIZER.decode(ids).split("+")[0].lstrip("^"))
         assert int(source[0]) == (digits >= 5)
+
+
+def test_a_mixture_whose_passes_leave_the_same_rows_out_is_refused():
+    """Five rows of the one source, and about as many of the thousand of the other, would be all of the run."""
+    mixture = MixedRows({"large": ArithmeticRows(1000), "small": ArithmeticRows(5)}, {"large": 1, "small": 1})
+    data = InstructionDataModule(mixture, tokenizer="asset://arithmetic-base", streaming=True)
+    with pytest.raises(InputError, match="set its stopping_strategy: all_exhausted"):
+        data.setup("fit")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

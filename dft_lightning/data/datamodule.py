@@ -18,7 +18,7 @@ from dft_lightning.data.batches import Collator, PackedRows, RowSampler, Tokeniz
 from dft_lightning.data.cache import RowCounts, tokenize
 from dft_lightning.data.forms import LastTurn, RowColumns, RowForm
 from dft_lightning.data.messages import Conversations, OnBadRows, RowReader, read_messages
-from dft_lightning.data.mixtures import MAX_SOURCES
+from dft_lightning.data.mixtures import MAX_SOURCES, MixedRows
 from dft_lightning.data.packing import Packing, Packs, cut, pack, whole
 from dft_lightning.data.sources import RowSource, as_source
 from dft_lightning.data.stream_position import StreamRecord
@@ -302,7 +302,13 @@ class InstructionDataModule(pl.LightningDataModule):
             if split in self._rows or only not in (None, split):
                 continue
             if split == "train" and self.streaming:
-                self._name_sources("train", self._source("train").parts)
+                source = self._source("train")
+                if isinstance(source, MixedRows) and source.leaves_rows_out:
+                    raise InputError(
+                        "data.streaming: each pass over a mixture begins with the same rows and would end before the "
+                        "others: set its stopping_strategy: all_exhausted"
+                    )
+                self._name_sources("train", source.parts)
                 continue
             conversations = self._conversations(split, required=split in (only, SPLITS_OF_STAGE[stage][0]))
             if conversations is not None:

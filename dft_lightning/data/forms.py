@@ -181,14 +181,22 @@ def _prompt_completion(row: dict[str, Any], columns: RowColumns, last_turn: Last
 
 
 def _preference(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> Turns:
-    """``chosen`` after ``prompt``; without a prompt, the last message of ``chosen`` after the others."""
-    if row.get(columns.prompt) is not None:
+    """``chosen`` after ``prompt``, which it may repeat; without one, its last message after the others."""
+    chosen, prompt = row.get("chosen"), row.get(columns.prompt)
+    if not isinstance(chosen, list) and prompt is not None:
         return _completed(row, columns.prompt, "chosen", last_turn)
-    chosen = row.get("chosen")
     if isinstance(chosen, str):
         raise BadRow(f"{columns.prompt}: missing (chosen is a text, so the prompt must stand there)")
     turns = read_turns(chosen, "chosen")
-    return turns, len(turns) - 1
+    if prompt is None:
+        return turns, len(turns) - 1
+    asked = read_turns(prompt, columns.prompt) if isinstance(prompt, list) else _turns(_text(row, columns.prompt), "")
+    repeats = next((i for i in range(len(turns)) if turns[i : i + len(asked)] == asked), None)
+    if repeats is not None:  # after a system message, perhaps
+        return turns, repeats + len(asked)
+    if turns[0]["role"] in ("system", "developer", "user"):
+        raise BadRow(f"chosen[0].role: {turns[0]['role']}, and chosen has not the messages of {columns.prompt}")
+    return [*asked, *turns], len(asked)
 
 
 def _alpaca(row: dict[str, Any], columns: RowColumns, last_turn: LastTurn) -> Turns:

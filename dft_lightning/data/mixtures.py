@@ -74,6 +74,11 @@ class MixedRows(RowSource):
     def parts(self) -> list[str]:
         return list(self.sources)
 
+    @property
+    def leaves_rows_out(self) -> bool:
+        """Whether a pass may end before a source that is drawn from has been through."""
+        return self.weights is not None and self.stopping_strategy == "first_exhausted" and len(self.sources) > 1
+
     def rows(self) -> Iterator[tuple[int | str, Row]]:
         return ((number, row) for _, number, row in self.rows_of_parts())
 

@@ -14,6 +14,7 @@ from dft_lightning.cli import Parser, quiet, user_message
 from dft_lightning.compare.base_config import read_arguments
 from dft_lightning.data import InstructionDataModule, RowSource
 from dft_lightning.data.sources import Row, as_source
+from dft_lightning.errors import InputError
 from dft_lightning.inspection.summary import summarise
 
 STAGES = {"train": "fit", "validation": "validate", "forgetting": "validate", "test": "test", "predict": "predict"}
@@ -114,6 +115,8 @@ def load(config: dict[str, Any], split: str, limit: int | None) -> InstructionDa
     data.model_hparams = config["model"]
     if data.streaming and split == "train":
         limit, data.streaming = limit or _OF_A_STREAM, False
+    if limit is not None and data.validation_fraction and split in ("train", "validation"):
+        raise InputError("--limit: data.validation_fraction divides all the rows, not the first ones: leave it out")
     source = data.sources[split]
     if limit is not None and source is not None:
         data.sources[split] = FirstRows(as_source(source, "test" if split == "predict" else split), limit)

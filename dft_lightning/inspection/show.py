@@ -57,9 +57,10 @@ def show_counts(console: Console, data: InstructionDataModule, split: str, summa
     """Tables of rows, tokens and lengths, and what batches will look like."""
     counts = data.counts[split]
     console.rule(f"{split}: {counts.rows} rows read", align="left")
+    to_length = "" if data.max_length is None else f" to {data.max_length} tokens"
     console.print(
-        f"{counts.bad} bad and skipped, {counts.dropped} dropped without a target, {counts.truncated} truncated to "
-        f"{data.max_length} tokens"
+        f"{counts.bad} bad and skipped, {counts.dropped} dropped without a target, "
+        f"{counts.truncated} truncated{to_length}"
     )
     console.print(_sources_table(summary))
     console.print(_histogram(summary))
@@ -91,7 +92,8 @@ def _histogram(summary: SplitSummary) -> Table:
     counts, edges = np.histogram(lengths, bins=min(_BINS, int(np.ptp(lengths)) + 1))
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         bar = "█" * round(_BAR * int(count) / int(counts.max()))
-        table.add_row(f"{int(np.ceil(low))} to {int(np.ceil(high)) - (high < edges[-1])}", f"{count:,}", bar)
+        last = int(np.floor(high)) if high == edges[-1] else int(np.ceil(high)) - 1
+        table.add_row(f"{int(np.ceil(low))} to {last}", f"{count:,}", bar)
     return table
 
 
