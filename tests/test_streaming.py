@@ -308,3 +308,10 @@ def test_what_a_stream_needs(source):
     assert "val/nll" in run.callback_metrics
     with pytest.raises(ValueError, match="no known rows to group or divide"):
         InstructionDataModule(source, streaming=True, validation_fraction=0.1)
+
+
+def test_hub_parts_of_a_streamed_mixture_are_streamed():
+    mixture = MixedRows({"a": HubRows("some/name"), "b": "other/name"})
+    data = InstructionDataModule(mixture, tokenizer="asset://arithmetic-base", streaming=True)
+    data.setup("fit")
+    assert all(source.streaming for source in mixture.sources.values())

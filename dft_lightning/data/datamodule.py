@@ -334,7 +334,10 @@ class InstructionDataModule(pl.LightningDataModule):
         source = self.sources[split]
         if source is None:
             raise InputError(f"data.{split} is not set")
-        return as_source(source, "test" if split == "predict" else split, self.streaming and split == "train")
+        found = as_source(source, "test" if split == "predict" else split)
+        if self.streaming and split == "train":
+            found.stream()
+        return found
 
     def _read(self, split: str) -> Conversations:
         last_turn: dict[str, LastTurn] = {"test": "assistant", "predict": "optional"}
@@ -389,8 +392,11 @@ class InstructionDataModule(pl.LightningDataModule):
         )
         counts = self.counts[split] = found.counts
         bad = f", {counts.bad} bad" if counts.bad else ""
+        weighted = len(found.rows) - found.rows.data["weights"].null_count
+        weights = f", {weighted} with weights other than 1" if weighted else ""
         rank_zero_info(
-            f"{split}: {counts.rows} rows{bad}, {counts.truncated} truncated, {counts.dropped} dropped without a target"
+            f"{split}: {counts.rows} rows{bad}, {counts.truncated} truncated, {counts.dropped} dropped without a "
+            f"target{weights}"
         )
         if counts.bad:
             rank_zero_warn(f"data.on_bad_rows: skip\n{found.problems.report(counts.rows)}")
@@ -467,8 +473,10 @@ class InstructionDataModule(pl.LightningDataModule):
         """The first ``limit`` rows of a split (all for ``None``) in their own order, of ``train`` too.
 
         Raises:
-            InputError: they are streamed.
+            InputError: they are streamed, or cut into pieces.
         """
+        if split == "train" and self.packing == "bfd_split":
+            raise InputError("data.packing: bfd_split has no whole training rows, which compare goes back to: use bfd")
         if split == "train" and self.streaming:
             raise InputError(
                 "data.streaming: the training rows cannot be gone back to, which compare does: turn it off"

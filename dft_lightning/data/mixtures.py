@@ -79,6 +79,10 @@ class MixedRows(RowSource):
         """Whether a pass may end before a source that is drawn from has been through."""
         return self.weights is not None and self.stopping_strategy == "first_exhausted" and len(self.sources) > 1
 
+    def stream(self) -> None:
+        for source in self.sources.values():
+            source.stream()
+
     def rows(self) -> Iterator[tuple[int | str, Row]]:
         return ((number, row) for _, number, row in self.rows_of_parts())
 

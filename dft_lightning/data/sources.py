@@ -27,6 +27,9 @@ class RowSource(Component):
         """Names of the sources that it is mixed from; none of a single one."""
         return []
 
+    def stream(self) -> None:
+        """Told that its rows are read as training goes, pass after pass: nothing should be kept on disk for it."""
+
     def rows(self) -> Iterator[tuple[int | str, Row]]:
         """Each row with its number, as a person would count it in the file (from 1), or with its place."""
         raise NotImplementedError(f"{type(self).__name__} must define rows(self)")
@@ -123,6 +126,9 @@ class HubRows(RowSource):
         self.rename_columns = rename_columns or {}
         self.streaming = streaming
 
+    def stream(self) -> None:
+        self.streaming = True
+
     @property
     def name(self) -> str:
         return "/".join(part for part in (self.path, self.config_name, self.split) if part)
@@ -172,13 +178,12 @@ def _renamed(rows: Iterator[tuple[Any, Row]], names: dict[str, str]) -> Iterator
             yield number, renamed
 
 
-def as_source(value: RowSource | str | os.PathLike[str], split: str, streaming: bool = False) -> RowSource:
+def as_source(value: RowSource | str | os.PathLike[str], split: str) -> RowSource:
     """A source as given, or for a string: a local file or folder, otherwise a hub name.
 
     Args:
         value: source, path or hub name.
         split: the split of a hub dataset or of a saved one that has several.
-        streaming: whether a hub dataset is read as it comes.
     """
     if isinstance(value, RowSource):
         return value
@@ -189,4 +194,4 @@ def as_source(value: RowSource | str | os.PathLike[str], split: str, streaming: 
         return LocalRows(path, split)
     if path.endswith(tuple(READERS)) or Path(path).exists():
         return LocalRows(path)
-    return HubRows(path, split=split, streaming=streaming)
+    return HubRows(path, split=split)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from dft_lightning.data.special_tokens import SpecialTokens
-from dft_lightning.data.tokenizer import as_parts, end_of_turn, takes_parts
+from dft_lightning.data.tokenizer import adds_bos, as_parts, end_of_turn, takes_parts
 from dft_lightning.data.turns import Message
 from dft_lightning.errors import InputError, one_line
 
@@ -117,7 +118,7 @@ class ChatTemplate:
         tokenizer = self.tokenizer
         if tokenizer.eos_token is None:
             raise InputError("plain text ends in the end-of-text token, which the tokenizer has none of")
-        start = str(tokenizer.bos_token) if adds_bos(tokenizer) else ""
+        start = str(tokenizer.bos_token) if self._adds_bos else ""
         text = f"{start}{conversation.text}{tokenizer.eos_token}"
         return Rendered(text, [Span(len(start), len(text), conversation.weight)] if conversation.weight else [], mark)
 
@@ -178,6 +179,10 @@ class ChatTemplate:
             return None
         text, spans = layout.fill(messages)
         return (text, spans) if text == self._apply(messages, None) else None
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        return adds_bos(self.tokenizer)
 
     # -- parts -------------------------------------------------------------------------------------------------
 
@@ -314,11 +319,6 @@ _OTHER_TURNS = (
     "data.train_turns: last, or data.chat_template to one with {% generation %} or one that keeps earlier turns as "
     "they are"
 )
-
-
-def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer itself puts its begin-of-text token before a text."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _weight(message: Message) -> float:

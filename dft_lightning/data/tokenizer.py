@@ -83,9 +83,12 @@ def _plain_template(tokenizer: PreTrainedTokenizerBase, path: str, key: str) -> 
             f"{key}: the tokenizer of {path!r} has neither a chat template nor an end-of-text token: "
             "set data.chat_template"
         )
-    first = tokenizer("a")["input_ids"][:1]
-    adds_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
-    return PLAIN_CHAT_TEMPLATE.replace("{{ BOS }}", "{{ bos_token }}" if adds_bos else "")
+    return PLAIN_CHAT_TEMPLATE.replace("{{ BOS }}", "{{ bos_token }}" if adds_bos(tokenizer) else "")
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself puts its begin-of-text token before a text."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def as_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
