@@ -172,7 +172,7 @@ def test_a_data_file_is_never_read_as_a_config(capfd, config, tmp_path):
     message = fails(capfd, "fit", "--config", config, "--data.train", str(rows))
     assert message == f"{rows}: expected a list of objects, got an object"
     rows.write_text("")
-    assert "broken JSON at line 1" in fails(capfd, "fit", "--config", config, "--data.train", str(rows))
+    assert "broken JSON at character 1" in fails(capfd, "fit", "--config", config, "--data.train", str(rows))
 
 
 def test_checkpoints_that_are_none(capfd, config, tmp_path):

@@ -162,7 +162,8 @@ def bytes_of_tokens(name):
 def normalized(name, text):
     """What a tokenizer makes of a text before it splits it."""
     if name == "qwen3 marked":
-        return unicodedata.normalize("NFC", text)
+        # A token of its own, found before that, and not composed with what follows it.
+        return "<think>".join(unicodedata.normalize("NFC", part) for part in text.split("<think>"))
     return text.replace("▁", " ") if name == "stories260K" else text
 
 
@@ -229,17 +230,13 @@ def conversations(draw):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_what_is_learnt_is_what_the_assistant_says(name):
-    tokenizer, encoder, layout, tokens = (
-        tokenizer_of(name),
-        encoder_of(name),
-        MAKERS[name][1],
-        bytes_of_tokens(name),
-    )
-
+    tokenizer, encoder = tokenizer_of(name), encoder_of(name)
+    layout, tokens = MAKERS[name][1], bytes_of_tokens(name)
     special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     @settings(FLOW, max_examples=25)
     @example([exchange("", "<|im_end|>\U000f0000")])  # a mark of this package before the template's own token
+    @example([exchange("", "<think>\u0338")])
     @example([exchange("", "\n\nx")])  # GPT-2's first token straddles the border
     @given(st.lists(conversations(), min_size=1, max_size=6))
     def check(drawn):
