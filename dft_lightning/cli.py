@@ -24,6 +24,12 @@ from dft_lightning.distributed.strategies import check_precision
 from dft_lightning.errors import InputError
 from dft_lightning.modules import CausalLMModule
 
+_DESCRIPTION = (
+    "Fine-tune causal language models with a pluggable token loss. Two more commands have options of their own, shown "
+    "by `compare --help` and `inspect --help`: compare runs a grid of losses, learning rates and seeds and reports on "
+    "it; inspect shows a fit config's rows as the model will see them."
+)
+
 TRAINER_DEFAULTS: dict[str, Any] = {
     # Parameters touched under inference mode cannot be trained afterwards under FSDP2 on a GPU.
     "inference_mode": False,
@@ -160,7 +166,7 @@ def cli_options() -> dict[str, Any]:
         "trainer_defaults": dict(TRAINER_DEFAULTS),
         "seed_everything_default": 0,
         "parser_class": Parser,
-        "parser_kwargs": {"prog": "python -m dft_lightning"},
+        "parser_kwargs": {"prog": "python -m dft_lightning", "description": _DESCRIPTION},
         "auto_configure_optimizers": False,
         "load_from_checkpoint_support": False,
     }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -22,6 +24,14 @@ _NOISE = (
     "Expected a <class 'NoneType'>",
 )
 _PREFIX = re.compile(r'^[\s-]*(Parser key "[^"]+":)?\s*')
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Of a command with few options of its own. One mistake, one message: no usage wall."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"error: {message}\n")
+        raise SystemExit(2)
 
 
 def shorten(message: str, parser: ArgumentParser) -> str:
@@ -166,6 +176,20 @@ def _broken_config(match: re.Match[str], message: str, parser: ArgumentParser) -
     return "config: broken YAML: " + " ".join(match.group(1).split()).replace('in "<unicode string>", ', "at ")
 
 
+def _unknown_command(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
+    known = [*re.findall(r"\w+", match.group(2)), "compare", "inspect"]
+    near = difflib.get_close_matches(match.group(1), known, n=1)
+    return f"unknown command {match.group(1)!r}" + (f"; did you mean {near[0]}?" if near else f": {_one_of(known)}")
+
+
+def _no_command(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
+    return f"no command: {_one_of([*match.group(1).split(','), 'compare', 'inspect'])}"
+
+
+def _one_of(commands: list[str]) -> str:
+    return f"give one of {', '.join(commands)}; see --help"
+
+
 def _no_mapping(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
     return f"config: expected a file of keys and values, got one of {match.group(1).strip()[:80] or 'nothing'}"
 
@@ -184,4 +208,6 @@ _RULES: list[tuple[str, Callable[[re.Match[str], str, Any], str]]] = [
     (r"Expected a dot import path string: (\S+)", _unknown_class),
     (r"the following arguments are required: ([^\n]+)", _required),
     (r"File does not exist: '([^']+)'", _missing_file),
+    (r"argument subcommand: invalid choice: '([^']*)' \(choose from (.*)\)", _unknown_command),
+    (r'expected "subcommand" to be one of \{([\w,]+)\}, but it was not provided', _no_command),
 ]  # fmt: skip

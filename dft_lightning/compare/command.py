@@ -10,22 +10,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
+from dft_lightning.cli_errors import CommandParser
 from dft_lightning.compare.files import SETTINGS, write_text
 from dft_lightning.errors import InputError
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"error: {message}\n")
-        raise SystemExit(2)
-
-
 def _arguments(args: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="python -m dft_lightning compare", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(prog="python -m dft_lightning compare", description=__doc__, allow_abbrev=False)
     what = "the comparison, such as configs/compare/quickstart.yaml; a further one goes over it"
     parser.add_argument("--config", type=Path, action="append", help=what)
     parser.add_argument("--output", type=Path, help="folder of the runs and the report; a second call goes on there")

@@ -8,8 +8,8 @@ import multiprocessing
 import os
 import signal
 import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +122,7 @@ def fingerprint(conversations: Conversations, encoder: ConversationEncoder, with
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-_FORMAT = 3  # of the columns below, and of what makes their tokens
+_FORMAT = 4  # of the columns below, and of what makes their tokens
 
 
 @dataclass
@@ -229,16 +229,13 @@ def _encode(task: _Task, num_proc: int | None) -> Iterator[_Encoded]:
     """Every stretch, in order."""
     starts = range(0, len(task.table), _ROWS_AT_ONCE)
     num_proc = min(num_proc or 1, len(starts))
-    pool: Executor
     if num_proc == 1:
-        pool = ThreadPoolExecutor(2)  # one renders while the other is in the tokenizer, which needs no interpreter
-        encode: Callable[[int], _Encoded] = task
-    else:
-        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-        pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context(method), _begin_process, (task,))
-        encode = _encode_in_process
+        yield from map(task, starts)
+        return
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context(method), _begin_process, (task,))
     try:
-        yield from pool.map(encode, starts)
+        yield from pool.map(_encode_in_process, starts)
     except BrokenProcessPool as error:
         raise InputError(
             f"data.num_proc: one of {num_proc} processes died while tokenising, for want of memory perhaps: take fewer"

@@ -42,7 +42,8 @@ class SpecialTokens:
         self.texts = sorted(texts, key=len, reverse=True)
         known = "|".join(map(re.escape, self.texts)) or "(?!)"
         self._pattern = re.compile(known)
-        self._unmarked = re.compile(f"(?<![{''.join(_MARKS)}])(?:{known})")
+        # By the mark in use: a row may have the others as its own text, before a special token of the template's.
+        self._unmarked = {mark: re.compile(f"(?<!{mark})(?:{known})") for mark in _MARKS}
 
     def mark(self, conversation: Conversation) -> tuple[str | None, Conversation]:
         """The conversation with its special tokens marked, and the marking character; ``None`` if it has none."""
@@ -95,7 +96,7 @@ class SpecialTokens:
         return self._original_ids(encoding, "".join(pieces).count(_NAME)), encoding.offsets, moved[:-1]
 
     def _named(self, text: str, mark: str) -> str:
-        return self._unmarked.sub(lambda found: f"{_NAME}{found[0]}", text).replace(mark, "")
+        return self._unmarked[mark].sub(lambda found: f"{_NAME}{found[0]}", text).replace(mark, "")
 
     def _original_ids(self, encoding: Encoding, controls: int) -> list[int]:
         known = {self._ids[token] for token in self._controls}

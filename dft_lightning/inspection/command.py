@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dft_lightning.cli import Parser, quiet, user_message
+from dft_lightning.cli_errors import CommandParser
 from dft_lightning.compare.base_config import read_arguments
+from dft_lightning.compare.files import write_text
 from dft_lightning.data import InstructionDataModule, RowSource
 from dft_lightning.data.sources import Row, as_source
 from dft_lightning.errors import InputError
 from dft_lightning.inspection.summary import summarise
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 STAGES = {"train": "fit", "validation": "validate", "forgetting": "validate", "test": "test", "predict": "predict"}
 _OF_A_STREAM = 1000
+_PAGE_WIDTH = 120
 
 
 class FirstRows(RowSource):
@@ -44,25 +51,34 @@ class FirstRows(RowSource):
 
 
 def main(args: list[str]) -> int:
-    """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    """Run the command; returns the exit status, 2 after one message on standard error where the input was wrong."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # rows have characters that not every encoding has
+    parser = CommandParser(
         prog="python -m dft_lightning inspect",
         description="Show rows of a fit config as the model will see them, and count them. No model is loaded.",
-        epilog="Every other option is one of fit: --config FILE, --data.max_length 1024, ...",
+        epilog="Learnt tokens are in colour, or in ⟦brackets⟧ where there is none, after their weight where it is not "
+        "1. In colour, special tokens are bold and underlined where they are control, and not where a row spells them "
+        "as text. Every other option is one of fit: --config FILE, --data.max_length 1024, ...",
         allow_abbrev=False,
     )
     parser.add_argument("--split", choices=list(STAGES), default="train", help="which rows (default: train)")
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="how many to show (default: 3)")
     parser.add_argument("--first", type=int, default=1, metavar="I", help="the first of them, from 1")
     parser.add_argument("--limit", type=int, metavar="N", help="read only the first N rows (of a stream: 1000)")
-    parser.add_argument("--output", type=Path, metavar="FILE.html", help="write the same as a page")
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help="write the same as a page, over an older one")
     options, of_fit = parser.parse_known_args(args)
     for name in ("rows", "first", "limit"):
         value = getattr(options, name)
         if value is not None and value < (0 if name == "rows" else 1):
-            parser.error(f"--{name}: {value}")
-    if options.output is not None and not options.output.parent.is_dir():
-        parser.error(f"--output: no such folder: {options.output.parent}")
+            parser.error(f"--{name} must be at least {0 if name == 'rows' else 1}, got {value}")
+    if options.output is not None:
+        if options.output.suffix not in (".html", ".htm"):  # it would go over a file of rows, say
+            parser.error(f"--output must end in .html, got {options.output}")
+        if options.output.is_dir():
+            parser.error(f"--output: {options.output} is a folder")
+        if not options.output.parent.is_dir():
+            parser.error(f"--output: no such folder: {options.output.parent}")
     quiet()
     try:
         inspect(options, of_fit)
@@ -82,20 +98,26 @@ def inspect(options: argparse.Namespace, of_fit: list[str]) -> None:
         options: the command's own.
         of_fit: arguments as ``fit`` takes them.
     """
-    from rich.console import Console
-
-    from dft_lightning.inspection.show import show_counts, show_row
+    from dft_lightning.inspection.show import new_console, show_counts, show_row
 
     data = load(read_arguments(["fit", *of_fit]), options.split, options.limit)
-    console = Console(record=options.output is not None, soft_wrap=False)
-    rows = data.tokenized(options.split)
-    assert data.tokenizer is not None
-    for i in range(options.first - 1, min(options.first - 1 + options.rows, len(rows))):
-        number = json.loads(rows[i]["number"])
-        show_row(console, data.tokenizer, rows[i], f"{options.split} row {number}")
-    show_counts(console, data, options.split, summarise(data, options.split))
-    if options.output is not None:
-        console.save_html(str(options.output))
+    table, tokenizer = data.tokenized(options.split), data.tokenizer
+    assert tokenizer is not None
+    if options.rows and options.first > len(table):
+        raise InputError(f"--first: there is no row {options.first}: {options.split} has {len(table)} to show")
+    rows = [table[i] for i in range(options.first - 1, min(options.first - 1 + options.rows, len(table)))]
+    summary = summarise(data, options.split)
+
+    def show(console: Console) -> None:
+        for row in rows:
+            show_row(console, tokenizer, row, f"{options.split} row {json.loads(row['number'])}")
+        show_counts(console, data, options.split, summary)
+
+    if options.output is not None:  # before a reader of the terminal's text, such as head, may leave
+        page = new_console(file=io.StringIO(), record=True, width=_PAGE_WIDTH, force_terminal=True, no_color=False)
+        show(page)
+        write_text(options.output, page.export_html())
+    show(new_console())
 
 
 def load(config: dict[str, Any], split: str, limit: int | None) -> InstructionDataModule:
@@ -111,14 +133,22 @@ def load(config: dict[str, Any], split: str, limit: int | None) -> InstructionDa
     """
     parser = Parser(exit_on_error=True)
     parser.add_class_arguments(InstructionDataModule, "data")
-    data: InstructionDataModule = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
+    given = parser.parse_object({"data": config["data"]})
+    try:
+        data: InstructionDataModule = parser.instantiate_classes(given).data
+    except ValueError as error:  # how constructors refuse an option
+        raise InputError(str(error)) from error
     data.model_hparams = config["model"]
-    if data.streaming and split == "train":
+    streaming = data.streaming and split == "train"
+    if streaming:
         limit, data.streaming = limit or _OF_A_STREAM, False
-    if limit is not None and data.validation_fraction and split in ("train", "validation"):
-        raise InputError("--limit: data.validation_fraction divides all the rows, not the first ones: leave it out")
-    source = data.sources[split]
+    # Where validation is a part of the training rows, those are read.
+    origin = "train" if split == "validation" and data.validation_fraction else split
+    source = data.sources[origin]
     if limit is not None and source is not None:
-        data.sources[split] = FirstRows(as_source(source, "test" if split == "predict" else split), limit)
+        source = as_source(source, "test" if origin == "predict" else origin)
+        if streaming:
+            source.stream()
+        data.sources[origin] = FirstRows(source, limit)
     data.load(STAGES[split], only=split)
     return data

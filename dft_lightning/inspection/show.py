@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dft_lightning.data.tokens import IGNORE_INDEX
@@ -21,49 +22,76 @@ if TYPE_CHECKING:
 
 _BINS = 12
 _BAR = 40
+_BESIDE_BAR = 30
+# What a terminal would obey is shown as a picture of it, and a line break as an arrow and a line break.
+_CONTROLS = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "␡"}
+_CONTROLS |= {code: f"\\x{code:x}" for code in range(0x80, 0xA0)} | {ord("\n"): "↵\n"}
+
+
+def new_console(**options: Any) -> Console:
+    """A console that takes words as they are: names of sources may have [brackets] and :colons:."""
+    return Console(markup=False, emoji=False, highlight=False, **options)
 
 
 def show_row(console: Console, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], title: str) -> None:
-    """A row's tokens: what is learnt in colour, or in ⟦brackets⟧ where there is none, with weights that are not 1."""
+    """A row's tokens: what is learnt in colour, or in ⟦brackets⟧ where there is none, with weights that are not 1.
+
+    In colour, special tokens that are control are bold and underlined; the same characters as text are not.
+    """
     learnt = sum(label != IGNORE_INDEX for label in row["labels"])
     cut = ", truncated" if row["truncated"] else ""
     console.rule(f"{title}: {len(row['input_ids'])} tokens, {learnt} targets{cut}", align="left")
     text = Text(overflow="fold")
-    for ids, weight in _passages(row):
-        words = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        words = words.replace("\n", "↵\n")
-        if weight is None:
-            text.append(words, style="dim")
-            continue
-        of_weight = "" if weight == 1 else f"{weight:g}* "
-        coloured = console.color_system is not None
-        text.append(of_weight, style="bold yellow")
-        text.append(words if coloured else f"⟦{words}⟧", style="black on green" if weight >= 1 else "black on yellow")
+    coloured = console.color_system is not None and not console.no_color
+    for weight, passage in groupby(_pieces(tokenizer, row), lambda piece: piece.weight):
+        style = "dim" if weight is None else "black on green" if weight >= 1 else "black on yellow"
+        brackets = not coloured and weight is not None
+        if weight not in (None, 1):
+            text.append(f"{weight:g}* ", style="bold yellow")
+        text.append("⟦" if brackets else "")
+        for piece in passage:
+            control = "bold underline not dim" if piece.control else ""
+            text.append(piece.text.translate(_CONTROLS), style=f"{style} {control}".strip())
+        text.append("⟧" if brackets else "")
     console.print(text)
 
 
-def _passages(row: dict[str, Any]) -> Iterator[tuple[list[int], float | None]]:
-    """Tokens in a row that are learnt with the same weight; ``None`` for those that are not."""
-    weights = row["weights"] or [1.0] * len(row["labels"])
-    keys = [None if label == IGNORE_INDEX else weight for label, weight in zip(row["labels"], weights, strict=True)]
-    place = 0
-    for key, group in groupby(keys):
-        size = len(list(group))
-        yield row["input_ids"][place : place + size], key
-        place += size
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens of a kind in a row: their text, their weight (``None`` where they are not learnt), whether control."""
+
+    text: str
+    weight: float | None
+    control: bool
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> Iterator[_Piece]:
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids, weights = row["input_ids"], row["weights"] or [1.0] * len(row["labels"])
+    kinds = [
+        (None if label == IGNORE_INDEX else weight, token in special)
+        for token, label, weight in zip(ids, row["labels"], weights, strict=True)
+    ]
+    before, stop = "", 0
+    for (weight, control), group in groupby(kinds):
+        stop += len(list(group))
+        # Of the row up to here: some tokenizers drop the space that a text begins with.
+        through = str(tokenizer.decode(ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        yield _Piece(through[len(before) :], weight, control)
+        before = through
 
 
 def show_counts(console: Console, data: InstructionDataModule, split: str, summary: SplitSummary) -> None:
     """Tables of rows, tokens and lengths, and what batches will look like."""
     counts = data.counts[split]
     console.rule(f"{split}: {counts.rows} rows read", align="left")
-    to_length = "" if data.max_length is None else f" to {data.max_length} tokens"
+    to = "" if data.max_length is None else f" to {data.max_length} tokens"
     console.print(
-        f"{counts.bad} bad and skipped, {counts.dropped} dropped without a target, "
-        f"{counts.truncated} truncated{to_length}"
+        f"{counts.bad} bad and skipped, {counts.dropped} dropped without a target, {counts.truncated} truncated{to}"
     )
     console.print(_sources_table(summary))
-    console.print(_histogram(summary))
+    bar = "#" if console.options.ascii_only else "█"
+    console.print(_histogram(summary, bar * min(_BAR, max(console.width - _BESIDE_BAR, 1))))
     if split == "train" and data.packs is not None and data.max_length is not None:
         packs = data.packs
         console.print(
@@ -78,7 +106,9 @@ def show_counts(console: Console, data: InstructionDataModule, split: str, summa
 
 
 def _sources_table(summary: SplitSummary) -> Table:
-    table = Table("source", "rows", "tokens", "targets", "of tokens", "mean weight")
+    table = Table(Column("source", overflow="fold"))
+    for heading in ("rows", "tokens", "targets", "of tokens", "mean weight"):
+        table.add_column(heading, justify="right", overflow="fold")
     for source in [*summary.sources, *([summary.total] if len(summary.sources) > 1 else [])]:
         share = f"{source.targets / source.tokens:.1%}" if source.tokens else "-"
         weight = f"{source.weight / source.targets:.3g}" if source.targets else "-"
@@ -86,14 +116,14 @@ def _sources_table(summary: SplitSummary) -> Table:
     return table
 
 
-def _histogram(summary: SplitSummary) -> Table:
+def _histogram(summary: SplitSummary, longest_bar: str) -> Table:
     lengths = summary.lengths
     table = Table("tokens of a row", "rows", "", title=_quantiles(lengths), title_justify="left", title_style="")
     counts, edges = np.histogram(lengths, bins=min(_BINS, int(np.ptp(lengths)) + 1))
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
-        bar = "█" * round(_BAR * int(count) / int(counts.max()))
-        last = int(np.floor(high)) if high == edges[-1] else int(np.ceil(high)) - 1
-        table.add_row(f"{int(np.ceil(low))} to {last}", f"{count:,}", bar)
+        bar = longest_bar[: round(len(longest_bar) * int(count) / int(counts.max()))]
+        first, last = int(np.ceil(low)), int(np.floor(high) if high == edges[-1] else np.ceil(high) - 1)
+        table.add_row(str(first) if first == last else f"{first} to {last}", f"{count:,}", bar)
     return table
 
 
