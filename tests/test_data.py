@@ -735,3 +735,62 @@ def test_a_global_batch_size_beside_another_accumulation():
         data = arithmetic_data(8, batch_size=2, global_batch_size=4)
         with pytest.raises(InputError, match=rf"accumulate_grad_batches is {given}.*leave one of the two out"):
             trainer(**options).fit(GradientRecorder(TINY_ARITHMETIC), datamodule=data)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen3"])
+def test_bytes_and_offsets_find_the_same_tokens(name):
+    """On many scripts, on what a tokenizer normalises (Qwen's composes e and its accent), and on white space."""
+    tokenizer = load_tokenizer(shared(f"tokenizers/{name}"))
+    fast, slow = ConversationEncoder(tokenizer), ConversationEncoder(tokenizer)
+    slow._byte_level = None
+    assert fast._byte_level is not None
+    texts = [
+        "plain",
+        "  two  spaces\n\n",
+        "é e\u0301 ü",
+        "漢字とかな",
+        "🙂👩‍👩‍👧",
+        "a\u2028b\tc",
+        "\u0958\u0344x",
+        "1234567",
+        "ﬁ ½",
+    ]
+    rows = [
+        Conversation([{"role": "user", "content": a}, {"role": "assistant", "content": b}])
+        for a in texts
+        for b in texts
+    ]
+    asked = []
+    encode_all = fast._encode_all
+    fast._encode_all = lambda found: asked.extend(found) or encode_all(found)
+    for one, other in zip(fast.encode(rows), slow.encode(rows), strict=True):
+        assert one.input_ids.tolist() == other.input_ids.tolist()
+        assert one.labels.tolist() == other.labels.tolist()
+    assert len(asked) == 0 if name == "smollm2" else 0 < len(asked) < len(rows)
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        "{{ m.content | trim }}",
+        "{% if m['content'] %}a{% endif %}{{ m.content }}",
+        "{{ m.content if 'x' in m.content else 'y' }}",
+        "{% set c = m.content %}{{ c }}",
+        "{% set o = m %}{{ o.content }}",
+        "{{ m }}",
+        "{{ m | tojson }}",
+        "{{ m.content ~ (messages | length) }}",
+        "{{ m[key] }}",
+        "{{ messages[-1].content.split('x')[0] }}",
+        "{{ strftime_now('%H') + m.content }}",
+        "{% for c in m.content %}{{ c }}{% endfor %}",
+        "{{ m.content[:3] }}",
+        "{{ say(m) }}",
+        "{% generation %}{{ m.content }}{% endgeneration %}",
+    ],
+)
+def test_templates_that_may_read_contents_are_told(inside):
+    from dft_lightning.data.template_source import copies_contents
+
+    assert copies_contents("{% for m in messages %}{{ '<' + m.role + m['content'] ~ messages[0].role }}{% endfor %}")
+    assert not copies_contents("{% for m in messages %}{{ m.role }}" + inside + "{% endfor %}")

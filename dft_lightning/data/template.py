@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from dft_lightning.data.special_tokens import SpecialTokens
+from dft_lightning.data.template_source import copies_contents
 from dft_lightning.data.tokenizer import adds_bos, as_parts, end_of_turn, takes_parts
 from dft_lightning.data.turns import Message
 from dft_lightning.errors import InputError, one_line
@@ -78,6 +79,7 @@ class ChatTemplate:
         turn_end = end_of_turn(tokenizer, self.template_kwargs)
         self._turn_end = turn_end[0] if turn_end else None
         self.special_tokens = SpecialTokens(tokenizer, self._turn_end)
+        self._copies_contents = copies_contents(str(tokenizer.get_chat_template()))
         self._variables = {**tokenizer.special_tokens_map, **self.template_kwargs}
         self._own_template = str(tokenizer.get_chat_template())
         self.path: MaskPath = "generation" if _GENERATION.search(self._own_template) else "prefixes"
@@ -165,7 +167,8 @@ class ChatTemplate:
     def _laid_out(self, messages: list[Message], tools: Any) -> tuple[str, list[Span]] | None:
         """As :meth:`_grown` in one rendering: where the text is the layout of its roles with the contents put in.
 
-        ``None`` where it is not: the template trims, say, or reads more than the contents.
+        In none where the template's source shows that it must be. ``None`` where it is not: the template trims, say,
+        or reads more than the contents.
         """
         if tools or any(len(message) > 2 and not message.keys() <= _LAID_OUT for message in messages):
             return None
@@ -178,7 +181,7 @@ class ChatTemplate:
         if layout is None:
             return None
         text, spans = layout.fill(messages)
-        return (text, spans) if text == self._apply(messages, None) else None
+        return (text, spans) if self._copies_contents or text == self._apply(messages, None) else None
 
     @cached_property
     def _adds_bos(self) -> bool:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dft_lightning.data.template import ChatTemplate, Rendered, Span, TrainTurns
+from dft_lightning.data.byte_level import Border, ByteLevel
+from dft_lightning.data.template import ChatTemplate, Rendered, TrainTurns
 from dft_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class ConversationEncoder:
         self.train_on_prompts = train_on_prompts
         self.template = ChatTemplate(tokenizer, train_turns, template_kwargs, allow_special_tokens)
         self._backend = _with_whole_offsets(tokenizer.backend_tokenizer)
+        self._byte_level = ByteLevel(tokenizer) if ByteLevel.fits(tokenizer) else None
 
     @property
     def options(self) -> list[Any]:
@@ -90,16 +92,30 @@ class ConversationEncoder:
     def encode(self, conversations: Sequence[Conversation]) -> list[EncodedRow | InputError]:
         """The tokens of each conversation, or what is wrong with it."""
         rendered = [attempt(self.template.render, conversation) for conversation in conversations]
-        plain = [found.text for found in rendered if isinstance(found, Rendered) and found.mark is None]
-        encodings = iter(self._encode_all(plain))
+        plain = [found for found in rendered if isinstance(found, Rendered) and found.mark is None]
+        encoded = iter(self._encode_plain(plain))
         rows: list[EncodedRow | InputError] = []
         for found in rendered:
             if isinstance(found, InputError):
                 rows.append(found)
-            elif found.mark is not None:
-                rows.append(attempt(self._encode_marked, found))
             else:
-                rows.append(self._row(next(encodings), found.spans))
+                rows.append(next(encoded) if found.mark is None else attempt(self._encode_marked, found))
+        return rows
+
+    def _encode_plain(self, rendered: list[Rendered]) -> list[EncodedRow]:
+        """Rows that spell no special tokens."""
+        if self._byte_level is None:
+            encodings = self._encode_all([found.text for found in rendered])
+            return [self._row(*pair) for pair in zip(encodings, rendered, strict=True)]
+        rows = []
+        fast = self._ready_backend().encode_batch_fast([found.text for found in rendered], add_special_tokens=False)
+        for encoding, found in zip(fast, rendered, strict=True):
+            ids = np.array(encoding.ids, np.int32)
+            borders = self._byte_level.borders(ids, found.text, found.spans)
+            if borders is None:
+                rows.append(self._row(self._encode_all([found.text])[0], found))
+            else:
+                rows.append(self._labelled(ids, borders))
         return rows
 
     def prompt(self, conversation: Conversation) -> tuple[str, list[int]]:
@@ -115,22 +131,25 @@ class ConversationEncoder:
         return rendered.text.replace(rendered.mark, ""), ids
 
     def _encode_all(self, texts: list[str]) -> list[Encoding]:
+        return list(self._ready_backend().encode_batch(texts, add_special_tokens=False))
+
+    def _ready_backend(self) -> Tokenizer:
         backend = self._backend
         if backend.truncation is not None or backend.padding is not None:  # left over from a call of the tokenizer
             backend.no_truncation()
             backend.no_padding()
-        return list(backend.encode_batch(texts, add_special_tokens=False))
+        return backend
 
-    def _row(self, encoding: Encoding, spans: Sequence[Span]) -> EncodedRow:
+    def _row(self, encoding: Encoding, rendered: Rendered) -> EncodedRow:
         borders = [
             (
                 _first_token(encoding, span.start, span.end),
                 _last_token(encoding, span.start, span.end),
                 span.weight,
             )
-            for span in spans
+            for span in rendered.spans
         ]
-        return self._labelled(encoding.ids, borders)
+        return self._labelled(np.array(encoding.ids, np.int32), borders)
 
     def _encode_marked(self, rendered: Rendered) -> EncodedRow:
         assert rendered.mark is not None
@@ -140,12 +159,11 @@ class ConversationEncoder:
         for span, start, end in zip(rendered.spans, moved[::2], moved[1::2], strict=True):
             inside = [i for i, (a, b) in enumerate(offsets) if b > start and a < end]
             borders.append((inside[0], inside[-1] + 1, span.weight) if inside else (0, 0, span.weight))
-        return self._labelled(ids, borders)
+        return self._labelled(np.array(ids, np.int32), borders)
 
-    def _labelled(self, ids: list[int], borders: Sequence[tuple[int, int, float]]) -> EncodedRow:
+    def _labelled(self, input_ids: np.ndarray[Any, Any], borders: Sequence[Border]) -> EncodedRow:
         """Tokens ``start`` to ``end`` of each border are learnt with its weight."""
-        input_ids = np.array(ids, np.int32)
-        labels = input_ids.copy() if self.train_on_prompts else np.full(len(ids), IGNORE_INDEX, np.int32)
+        labels = input_ids.copy() if self.train_on_prompts else np.full_like(input_ids, IGNORE_INDEX)
         for start, end, _ in borders:
             labels[start:end] = input_ids[start:end]
         labels[:1] = IGNORE_INDEX
@@ -154,7 +172,7 @@ class ConversationEncoder:
             weights = (labels != IGNORE_INDEX).astype(np.float32)
             for start, end, weight in borders:
                 weights[max(start, 1) : end] = weight
-        if self.max_length is None or len(ids) <= self.max_length:
+        if self.max_length is None or len(input_ids) <= self.max_length:
             return EncodedRow(input_ids, labels, weights, truncated=False)
         kept = slice(0, self.max_length)
         return EncodedRow(input_ids[kept], labels[kept], None if weights is None else weights[kept], truncated=True)
