@@ -310,17 +310,3 @@ def test_command_puts_large_tensors_on_huge_pages_unless_told_otherwise(monkeypa
             monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given)
         importlib.reload(command)
         assert os.environ["THP_MEM_ALLOC_ENABLE"] == expected
-
-
-def test_inspect_names_lengths_and_refuses_a_limit_that_divides_otherwise(tmp_path, capsys):
-    from dft_lightning.inspection.command import main as inspect
-
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "1+1=", "completion": "2"}\n' * 8)
-    args = ["--model.model", "asset://arithmetic-base", "--data.train", str(rows), "--rows", "0"]
-    assert inspect(args) == 0
-    shown = capsys.readouterr().out
-    assert "7 to 7" in shown
-    assert "0 truncated\n" in shown
-    assert inspect([*args, "--data.validation_fraction", "0.5", "--limit", "2"]) == 2
-    assert "error: --limit: data.validation_fraction divides all the rows" in capsys.readouterr().err

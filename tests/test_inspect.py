@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import yaml
+from datasets import Dataset
 
 from conftest import shared
 from dft_lightning.data.tokenizer import load_tokenizer
@@ -152,7 +153,9 @@ def test_validation_that_is_a_part_of_training(capfd, config):
     out = shown(capfd, *args, "--split", "validation", "--rows", "10")
     assert out.count("⟦") == 2
     assert "validation: 2 rows read" in out
-    assert "validation: 1 rows read" in shown(capfd, *args, "--split", "validation", "--limit", "5")
+    limited = shown(capfd, *args, "--split", "validation", "--limit", "5")
+    assert "validation: 1 rows read" in limited
+    assert "of the first 5 rows alone: fit divides all of them, and otherwise" in limited
     assert "train: 8 rows read" in shown(capfd, *args)
 
 
@@ -181,7 +184,7 @@ def test_a_stream_of_the_hub_is_not_downloaded(capfd, config, monkeypatch):
 
     def load_dataset(*args, streaming, **options):
         asked.append(streaming)
-        return [PAIRS[0]] * 3
+        return Dataset.from_list([PAIRS[0]] * 3).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert "train: 3 rows read" in shown(capfd, *config(train="somebody/rows", streaming=True))

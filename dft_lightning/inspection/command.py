@@ -112,6 +112,8 @@ def inspect(options: argparse.Namespace, of_fit: list[str]) -> None:
         for row in rows:
             show_row(console, tokenizer, row, f"{options.split} row {json.loads(row['number'])}")
         show_counts(console, data, options.split, summary)
+        if options.limit is not None and data.validation_fraction:
+            console.print(f"of the first {options.limit} rows alone: fit divides all of them, and otherwise")
 
     if options.output is not None:  # before a reader of the terminal's text, such as head, may leave
         page = new_console(file=io.StringIO(), record=True, width=_PAGE_WIDTH, force_terminal=True, no_color=False)
