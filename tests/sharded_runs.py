@@ -26,6 +26,7 @@ from dft_lightning.distributed.memory import estimate_memory
 from dft_lightning.distributed.strategies import check_precision
 from dft_lightning.errors import InputError
 from dft_lightning.modules import GenerationOptions
+from dft_lightning.ops import release_scratch
 from small_runs import TINY_ARITHMETIC, FSDP1OnCPU, GradientRecorder, arithmetic_data, strategy_of, trainer, whole
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -316,6 +317,7 @@ def training_memory(trace: Path, ranks: int, sizes: dict[str, int], tokens: int,
     ids = torch.arange(tokens // 2) % sizes["vocab_size"]
     rows = [{"input_ids": ids.tolist(), "labels": ids.tolist()}] * (8 * ranks)
     run = trainer(max_steps=2, accumulate_grad_batches=2, precision="bf16-mixed", **options)
+    release_scratch()  # what an earlier test left would not be allocated again
     with peak_memory(trace) as found:
         run.fit(module, torch.utils.data.DataLoader(rows, batch_size=2, collate_fn=Collator(0)))
     estimate = estimate_memory(module.model, tokens=tokens, ranks=ranks, gradient_checkpointing=checkpointing)
