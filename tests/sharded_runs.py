@@ -273,15 +273,26 @@ def behaviour(folder: Path) -> None:
 
 @contextlib.contextmanager
 def peak_memory(trace: Path) -> Iterator[list[int]]:
-    """Appends the most bytes that were allocated at once within, by the allocator's own account."""
+    """Appends the most bytes held at once of those allocated within, by the allocator's own record.
+
+    Summed here by address: the allocator's running total also takes off what was allocated before and is freed
+    within, and, in a process that was profiled before, by the size that another block had at that address.
+    """
     found: list[int] = []
     with torch.profiler.profile(profile_memory=True) as profile:
         yield found
     profile.export_chrome_trace(str(trace))
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    events.sort(key=lambda event: event["ts"])
-    before = events[0]["args"]["Total Allocated"] - events[0]["args"]["Bytes"]
-    found.append(max(event["args"]["Total Allocated"] for event in events) - before)
+    held: dict[int, int] = {}
+    total = most = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        total -= held.pop(address, 0)
+        if size > 0 and event["args"]["Total Allocated"]:  # none is given for a file that is mapped
+            held[address] = size
+            total += size
+        most = max(most, total)
+    found.append(most)
 
 
 def loading(folder: Path) -> None:
