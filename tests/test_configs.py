@@ -10,8 +10,8 @@ import yaml
 
 from conftest import ROOT, TINY_LLAMA
 from dft_lightning.cli import main
-from dft_lightning.compare.base_config import read_fit_config
 from dft_lightning.data.accumulation import micro_batches_of
+from dft_lightning.fit_config import read_fit_config
 from small_runs import run_limited
 
 # Comparisons are no fit configs; test_compare_settings has them.

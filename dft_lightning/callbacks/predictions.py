@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.distributed import gather_lists
 from dft_lightning.errors import InputError
+from dft_lightning.files import replacing
 
 
 class PredictionWriter(Callback):
@@ -72,12 +73,9 @@ class PredictionWriter(Callback):
         if not trainer.is_global_zero or not records:
             return
         path = Path(self.path) if self.path else Path(log_dir or ".") / default_name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
+        with replacing(path) as file:
             for record in sorted(records, key=lambda record: int(record["index"])):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        os.replace(partial, path)
         rank_zero_info(f"{len(records)} completions in {path}")
 
 

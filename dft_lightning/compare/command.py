@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 
 from dft_lightning.cli_errors import CommandParser
-from dft_lightning.compare.files import SETTINGS, write_text
+from dft_lightning.compare.files import SETTINGS
 from dft_lightning.errors import InputError
+from dft_lightning.files import write_text
 
 
 def _arguments(args: Sequence[str]) -> argparse.Namespace:
@@ -75,11 +76,11 @@ def _require_packages() -> None:
 
 
 def _compare(given: argparse.Namespace) -> int:
-    from dft_lightning.compare.base_config import read_fit_config
     from dft_lightning.compare.execute import check_jobs, ending_on_signals, execute
     from dft_lightning.compare.grid import base_run, runs_at_best, sweep_runs, write_config
     from dft_lightning.compare.report import write_report
     from dft_lightning.compare.settings import read_settings
+    from dft_lightning.fit_config import read_fit_config
 
     settings = read_settings(given.config)
     fit_config = read_fit_config(settings.base, settings.overrides)

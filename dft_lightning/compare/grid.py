@@ -11,11 +11,12 @@ from typing import Any
 
 import yaml
 
-from dft_lightning.compare.files import CHECKPOINT, CONFIG, FIT, TEST, read_json, read_yaml, write_text
+from dft_lightning.compare.files import CHECKPOINT, CONFIG, FIT, TEST, read_json, read_yaml
 from dft_lightning.compare.names import slug_of
 from dft_lightning.compare.recorder import RunIdentity
 from dft_lightning.compare.settings import Settings
 from dft_lightning.errors import InputError
+from dft_lightning.files import write_text
 
 RUNS = "runs"
 _PATHS = {"trainer": {"default_root_dir", "logger"}}

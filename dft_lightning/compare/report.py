@@ -13,7 +13,7 @@ import yaml
 
 from dft_lightning.compare.analysis import BASE, Findings, analyse
 from dft_lightning.compare.execute import last_error
-from dft_lightning.compare.files import CONFIG, FIT, SETTINGS, TEST, read_yaml, write_text
+from dft_lightning.compare.files import CONFIG, FIT, SETTINGS, TEST, read_yaml
 from dft_lightning.compare.grid import RUNS, is_tested
 from dft_lightning.compare.plots import Plot, all_plots
 from dft_lightning.compare.records import read_records
@@ -29,6 +29,7 @@ from dft_lightning.compare.tables import (
     sweep_table,
 )
 from dft_lightning.errors import InputError
+from dft_lightning.files import write_text
 
 PLOTS = "plots"
 

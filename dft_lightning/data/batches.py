@@ -43,7 +43,7 @@ class PackedRows(Dataset[Item]):
     """
 
     def __init__(self, rows: Any, packs: Packs, pad_token_id: int) -> None:
-        self.rows = rows.select_columns([name for name in _COLUMNS if name in rows.column_names])
+        self.rows = rows.select_columns(list(_COLUMNS))
         self.packs = packs
         self.pad_token_id = pad_token_id
 
@@ -55,14 +55,22 @@ class PackedRows(Dataset[Item]):
             return {"documents": [padding_row(self.pad_token_id)]}
         pieces = list(self.packs[index])
         found = self.rows[[row for row, _, _ in pieces]]
-        documents = []
-        for i, (_, start, stop) in enumerate(pieces):
-            row = {name: values[i] for name, values in found.items()}
-            documents.append({name: v[start:stop] if isinstance(v, list) else v for name, v in row.items()})
-        return {"documents": documents}
+        rows = ({name: values[i] for name, values in found.items()} for i in range(len(pieces)))
+        return {"documents": [piece_of(row, *piece[1:]) for row, piece in zip(rows, pieces, strict=True)]}
 
 
 _COLUMNS = ("input_ids", "labels", "weights", "part")
+
+
+def piece_of(row: Item, start: int, stop: int) -> Item:
+    """What a batch takes of a tokenised row, of its tokens ``start`` to ``stop``."""
+    weights = row["weights"]
+    return {
+        "input_ids": row["input_ids"][start:stop],
+        "labels": row["labels"][start:stop],
+        "weights": None if weights is None else weights[start:stop],
+        "part": row["part"],
+    }
 
 
 def padding_row(token: int) -> Item:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, get_args
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -18,15 +17,16 @@ from dft_lightning.data.batches import Collator, PackedRows, RowSampler, Tokeniz
 from dft_lightning.data.cache import RowCounts, tokenize
 from dft_lightning.data.forms import LastTurn, RowColumns, RowForm
 from dft_lightning.data.messages import Conversations, OnBadRows, RowReader, read_messages
-from dft_lightning.data.mixtures import MAX_SOURCES, MixedRows
-from dft_lightning.data.packing import Packing, Packs, cut, pack, whole
+from dft_lightning.data.mixtures import MixedRows
+from dft_lightning.data.packing import Packing, Packs, pack_documents
 from dft_lightning.data.sources import RowSource, as_source
 from dft_lightning.data.stream_position import StreamRecord
 from dft_lightning.data.streaming import StreamedBatches, StreamOptions
 from dft_lightning.data.template import TrainTurns
 from dft_lightning.data.tokenizer import end_of_turn, load_tokenizer
-from dft_lightning.data.tokens import IGNORE_INDEX, ConversationEncoder
+from dft_lightning.data.tokens import ConversationEncoder
 from dft_lightning.errors import InputError
+from dft_lightning.metrics.sources import MAX_SOURCES
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -230,6 +230,7 @@ class InstructionDataModule(pl.LightningDataModule):
         self._rows: dict[str, Dataset] = {}
         self._source_index: dict[str, list[int]] = {}
         self._divided: dict[str, Conversations] = {}
+        self._encoders: dict[int | None, ConversationEncoder] = {}
         self._stream = StreamRecord()
 
     # -- loading -----------------------------------------------------------------------------------------------
@@ -352,37 +353,30 @@ class InstructionDataModule(pl.LightningDataModule):
         source = self.sources["train"]
         if source is None:
             raise InputError("data.train is not set, so data.validation_fraction has nothing to divide")
-        conversations = self._read("train")
-        generator = torch.Generator().manual_seed(self.split_seed)
-        order = torch.randperm(len(conversations), generator=generator).tolist()
-        size = round(len(order) * self.validation_fraction)
-        if not 0 < size < len(order):
-            raise InputError(
-                f"data.validation_fraction {self.validation_fraction} of {len(order)} rows leaves "
-                f"{size} for validation and {len(order) - size} for training"
-            )
-        self._divided["train"] = conversations.select(sorted(order[size:]), conversations.problems)
-        self._divided["validation"] = conversations.select(sorted(order[:size]))
+        train, validation = self._read("train").divide(self.validation_fraction, self.split_seed)
+        self._divided.update(train=train, validation=validation)
         return self._divided
 
-    def _encoder(self) -> ConversationEncoder:
+    def _encoder(self, split: str) -> ConversationEncoder:
+        """Made once for the splits that are cut off at the same length: it takes tables and trial renderings."""
         assert self.tokenizer is not None
-        return ConversationEncoder(
-            self.tokenizer,
-            self.max_length,
-            self.train_on_prompts,
-            self.train_turns,
-            self.chat_template_kwargs,
-            self.allow_special_tokens,
-        )
+        in_pieces = split == "train" and self.packing == "bfd_split"  # cut into them, not off
+        max_length = None if in_pieces else self.max_length
+        if max_length not in self._encoders:
+            self._encoders[max_length] = ConversationEncoder(
+                self.tokenizer,
+                max_length,
+                self.train_on_prompts,
+                self.train_turns,
+                self.chat_template_kwargs,
+                self.allow_special_tokens,
+            )
+        return self._encoders[max_length]
 
     def _tokenize(self, split: str, conversations: Conversations) -> Dataset:
-        encoder = self._encoder()
-        if split == "train" and self.packing == "bfd_split":
-            encoder.max_length = None  # cut into pieces, not off
         found = tokenize(
             conversations,
-            encoder,
+            self._encoder(split),
             with_prompts=split != "train",
             # Generation needs no target: a row too long to learn from is still a problem to solve.
             keep_all=split in ("test", "predict"),
@@ -417,17 +411,13 @@ class InstructionDataModule(pl.LightningDataModule):
         self._source_index[split] = [self.source_names.index(name) for name in parts]
 
     def _pack(self) -> Packs:
+        assert self.packing is not None
         assert self.max_length is not None
         rows = self._rows["train"]
         lengths = self.lengths("train").numpy()
-        pieces = (
-            cut(lengths, self.max_length, lambda i: np.asarray(rows[i]["labels"]) != IGNORE_INDEX)
-            if self.packing == "bfd_split"
-            else whole(lengths)
-        )
-        packs = pack(pieces, self.max_length, self.seed)
+        packs = pack_documents(lengths, self.packing, self.max_length, self.seed, lambda i: rows[i]["labels"])
         rank_zero_info(
-            f"train: {len(pieces)} documents in {len(packs)} packed rows of {self.max_length} tokens, "
+            f"train: {len(packs.pieces)} documents in {len(packs)} packed rows of {self.max_length} tokens, "
             f"{packs.efficiency(self.max_length):.1%} full"
         )
         return packs
@@ -545,12 +535,9 @@ class InstructionDataModule(pl.LightningDataModule):
     def _stream_loader(self) -> DataLoader[Any]:
         rank, ranks = self._ranks()
         overfits = getattr(self.trainer, "overfit_batches", 0) > 0  # on the same batches again
-        encoder = self._encoder()
-        if self.packing == "bfd_split":
-            encoder.max_length = None
         stream = StreamedBatches(
             RowReader(self._source("train"), self.columns, "any"),
-            encoder,
+            self._encoder("train"),
             self._collator("train", with_prompts=False),
             StreamOptions(
                 batch_size=self.batch_size,

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from dft_lightning.data.files import BrokenRow
 from dft_lightning.data.forms import Conversation, LastTurn, RowColumns, UnknownForm, convert_row, recognise_form
 from dft_lightning.data.sources import Row, RowSource
@@ -97,6 +99,21 @@ class Conversations:
         return Conversations(
             self.name, self.parts, self.table.select(chosen), digest, problems or Problems(self.name), self._folder
         )
+
+    def divide(self, validation_fraction: float, seed: int) -> tuple[Conversations, Conversations]:
+        """Training and validation rows, each in their order; the skipped ones count as training rows.
+
+        Raises:
+            InputError: one of them would have none.
+        """
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        size = round(len(order) * validation_fraction)
+        if not 0 < size < len(order):
+            raise InputError(
+                f"data.validation_fraction {validation_fraction} of {len(order)} rows leaves "
+                f"{size} for validation and {len(order) - size} for training"
+            )
+        return self.select(sorted(order[size:]), self.problems), self.select(sorted(order[:size]))
 
 
 def load_conversation(text: str) -> Conversation:

@@ -9,8 +9,7 @@ from typing import Literal
 
 from dft_lightning.data.sources import Row, RowSource, as_source
 from dft_lightning.errors import InputError
-
-MAX_SOURCES = 64  # as metrics.sources holds
+from dft_lightning.metrics.sources import MAX_SOURCES
 
 
 class MixedRows(RowSource):

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dft_lightning.data.tokens import IGNORE_INDEX
+
 Packing = Literal["bfd", "bfd_split"]
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -85,7 +87,7 @@ def cut(lengths: Sequence[int] | Integers, max_length: int, is_target: Callable[
 
 
 def pack(pieces: Pieces, max_length: int, seed: int = 0) -> Packs:
-    """Best fit, row by row, in linear time.
+    """Best fit, row by row: a few operations on numbers of ``max_length`` bits for each piece.
 
     A row begins with the longest piece left, goes on with random ones, and ends with the one or two that fill it
     exactly, or with the longest that fits. Plain best-fit decreasing packs pieces of like lengths together until none
@@ -118,6 +120,27 @@ def pack(pieces: Pieces, max_length: int, seed: int = 0) -> Packs:
             order.append(ends[length])
         offsets.append(len(order))
     return Packs(pieces, by_length[np.array(order, np.int64)], np.array(offsets, np.int64))
+
+
+def pack_documents(
+    lengths: Sequence[int] | Integers, packing: Packing, max_length: int, seed: int, labels_of: Callable[[int], Any]
+) -> Packs:
+    """Documents packed whole (``"bfd"``), or cut where they are longer than a row (``"bfd_split"``).
+
+    Args:
+        lengths: tokens of each document.
+        packing: which of the two.
+        max_length: tokens of a row.
+        seed: of what comes together.
+        labels_of: the labels of a document by its index, -100 where there is no target.
+
+    Raises:
+        ValueError: a whole document is longer than ``max_length``, or empty.
+    """
+    if packing == "bfd":
+        return pack(whole(lengths), max_length, seed)
+    pieces = cut(lengths, max_length, lambda index: np.asarray(labels_of(index)) != IGNORE_INDEX)
+    return pack(pieces, max_length, seed)
 
 
 _ROOM_FOR_EXACT = 2.5  # mean lengths: two pieces of about that are left to choose

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dft_lightning.data.batches import Collator
+from dft_lightning.data.batches import Collator, piece_of
 from dft_lightning.data.forms import Conversation
 from dft_lightning.data.messages import OnBadRows, RowReader
-from dft_lightning.data.packing import Packing, cut, pack, whole
+from dft_lightning.data.packing import Packing, pack_documents
 from dft_lightning.data.sources import Row
-from dft_lightning.data.tokens import IGNORE_INDEX, ConversationEncoder, EncodedRow
+from dft_lightning.data.tokens import ConversationEncoder, EncodedRow
 from dft_lightning.data.turns import BadRow
 from dft_lightning.errors import InputError, shortened
 
@@ -219,33 +219,19 @@ class _Shard:
     def _packs(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         options = self.options
         assert options.max_length is not None
-        lengths = [len(row["input_ids"]) for row in rows]
+        assert options.packing is not None
         if not rows:
             return []
-        pieces = (
-            cut(lengths, options.max_length, lambda i: rows[i]["labels"] != IGNORE_INDEX)
-            if options.packing == "bfd_split"
-            else whole(lengths)
-        )
-        packs = pack(pieces, options.max_length, options.seed)
+        lengths = [len(row["input_ids"]) for row in rows]
+        packs = pack_documents(lengths, options.packing, options.max_length, options.seed, lambda i: rows[i]["labels"])
         order = torch.randperm(len(packs), generator=torch.Generator().manual_seed(options.seed)).tolist()
-        return [{"documents": [_piece(rows[i], start, stop) for i, start, stop in packs[row]]} for row in order]
+        return [{"documents": [piece_of(rows[i], start, stop) for i, start, stop in packs[row]]} for row in order]
 
 
 @dataclass(frozen=True)
 class _Block:
     rows: int
     items: list[Any]
-
-
-def _piece(row: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
-    weights = row["weights"]
-    return {
-        "input_ids": row["input_ids"][start:stop],
-        "labels": row["labels"][start:stop],
-        "weights": None if weights is None else weights[start:stop],
-        "part": row["part"],
-    }
 
 
 def _shuffled(rows: Iterable[T], size: int, generator: random.Random) -> Iterator[T]:

@@ -79,9 +79,9 @@ class ChatTemplate:
         turn_end = end_of_turn(tokenizer, self.template_kwargs)
         self._turn_end = turn_end[0] if turn_end else None
         self.special_tokens = SpecialTokens(tokenizer, self._turn_end)
-        self._copies_contents = copies_contents(str(tokenizer.get_chat_template()))
         self._variables = {**tokenizer.special_tokens_map, **self.template_kwargs}
         self._own_template = str(tokenizer.get_chat_template())
+        self._copies_contents = copies_contents(self._own_template)
         self.path: MaskPath = "generation" if _GENERATION.search(self._own_template) else "prefixes"
         self._layouts: dict[tuple[str, ...], _Layout | None] = {}
         self._writes_tool_calls: dict[bool, bool] = {}

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from dft_lightning.cli import Parser, quiet, user_message
 from dft_lightning.cli_errors import CommandParser
-from dft_lightning.compare.base_config import read_arguments
-from dft_lightning.compare.files import write_text
 from dft_lightning.data import InstructionDataModule, RowSource
 from dft_lightning.data.sources import Row, as_source
 from dft_lightning.errors import InputError
+from dft_lightning.files import write_text
+from dft_lightning.fit_config import read_arguments
 from dft_lightning.inspection.summary import summarise
 
 if TYPE_CHECKING:
