@@ -42,6 +42,9 @@ TINY = {
 
 def ours(options: argparse.Namespace) -> dict:
     """Rows a second of the data module."""
+    import datasets  # noqa: F401 (here, as TRL's side has: load would import it within its time)
+    import pyarrow.compute  # noqa: F401
+
     from dft_lightning.data import ArithmeticRows, InstructionDataModule
 
     source = str(options.rows) if options.synthetic is None else ArithmeticRows(options.synthetic, max_digits=3)

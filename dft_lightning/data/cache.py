@@ -20,12 +20,13 @@ from dft_lightning.data.forms import Conversation
 from dft_lightning.data.messages import MAX_SHOWN, Conversations, OnBadRows, Problems, load_conversation
 from dft_lightning.data.tokens import ConversationEncoder, attempt
 from dft_lightning.errors import InputError, one_line
+from dft_lightning.files import write_text
 
 if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-_ROWS_AT_ONCE = 1000
+_ROWS_AT_ONCE = 250  # few enough that processes end at about the same time
 
 
 @dataclass(frozen=True)
@@ -199,8 +200,8 @@ def _write(path: Path, account: Path, task: _Task, num_proc: int | None, desc: s
 
     counts = {"truncated": 0, "dropped": 0, "bad": 0}
     shown: list[str] = []
-    writer = uuid.uuid4().hex  # several machines may share the folder, and their process ids
-    unfinished = path.with_suffix(f".{writer}.tmp")
+    # Several machines may share the folder, and their process ids.
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with pa.ipc.new_stream(str(unfinished), schema(task.with_prompts)) as stream:
             for encoded in _progress(_encode(task, num_proc), len(task.table), desc):
@@ -208,9 +209,7 @@ def _write(path: Path, account: Path, task: _Task, num_proc: int | None, desc: s
                 for name in counts:
                     counts[name] += getattr(encoded, name)
                 shown += encoded.shown[: MAX_SHOWN - len(shown)]
-        described = account.with_suffix(f".{writer}.tmp.json")
-        described.write_text(json.dumps({**counts, "shown": shown}))
-        os.replace(described, account)
+        write_text(account, json.dumps({**counts, "shown": shown}))
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
