@@ -474,7 +474,7 @@ def test_a_cached_file_that_is_cut_between_stretches_is_refused(tmp_path):
     """As is any other, but Arrow takes it for whole."""
     import pyarrow
 
-    path = write(tmp_path / "rows.jsonl", [GOOD] * 1500)
+    path = write(tmp_path / "rows.jsonl", [GOOD] * 400)
     data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base")
     data.setup("fit")
     cached = data.tokenized("train").cache_files[0]["filename"]
@@ -484,7 +484,7 @@ def test_a_cached_file_that_is_cut_between_stretches_is_refused(tmp_path):
     os.remove(cached)  # it is mapped
     with pyarrow.ipc.new_stream(cached, stretches[0].schema) as stream:
         stream.write_batch(stretches[0])
-    with pytest.raises(InputError, match=r"\.arrow: has 1000 rows of 1500: delete it"):
+    with pytest.raises(InputError, match=r"\.arrow: has 250 rows of 400: delete it"):
         InstructionDataModule(str(path), tokenizer="asset://arithmetic-base").setup("fit")
 
 
