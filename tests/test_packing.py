@@ -216,8 +216,10 @@ def test_an_epoch_is_the_same_tokens_packed_or_not():
 def test_long_rows_are_cut_off_or_into_pieces():
     for packing, truncated in (("bfd", 9), ("bfd_split", 0)):
         data = arithmetic_data(12, packing=packing, max_length=16, batch_size=1)
+        data.sources["validation"] = data.sources["train"]
         data.setup("fit")
         assert data.counts["train"].truncated == truncated
+        assert data.counts["validation"].truncated == 9  # these are never packed
         targets = sum(int((batch["labels"] != -100).sum()) for batch in data.train_dataloader())
         whole_targets = sum(label != -100 for labels in data.tokenized("train")["labels"] for label in labels)
         assert targets == whole_targets
