@@ -24,6 +24,7 @@ from dft_lightning.losses import (
 
 if TYPE_CHECKING:
     from dft_lightning.callbacks import GenerationEvaluation as GenerationEvaluation
+    from dft_lightning.callbacks import HuggingFaceExport as HuggingFaceExport
     from dft_lightning.data import InstructionDataModule as InstructionDataModule
     from dft_lightning.modules import CausalLMModule as CausalLMModule
 
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "CausalLMModule": "dft_lightning.modules",
     "GenerationEvaluation": "dft_lightning.callbacks",
+    "HuggingFaceExport": "dft_lightning.callbacks",
     "InstructionDataModule": "dft_lightning.data",
 }
 
@@ -41,6 +43,7 @@ __all__ = [
     "DFTLoss",
     "FocalLoss",
     "GenerationEvaluation",
+    "HuggingFaceExport",
     "InstructionDataModule",
     "MixtureLoss",
     "ScheduledLoss",

@@ -1,4 +1,4 @@
-"""``python -m dft_lightning fit|validate|test|predict --config ...`` and ``compare ...``, ``inspect ...``"""
+"""``python -m dft_lightning fit|validate|test|predict --config ...`` and ``compare``, ``inspect``, ``export``"""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ def run() -> None:
         from dft_lightning.inspection.command import main as inspect
 
         raise SystemExit(inspect(sys.argv[2:]))
+    if sys.argv[1:2] == ["export"]:
+        from dft_lightning.export.command import main as export
+
+        raise SystemExit(export(sys.argv[2:]))
     main()
 
 

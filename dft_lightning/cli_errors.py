@@ -176,14 +176,17 @@ def _broken_config(match: re.Match[str], message: str, parser: ArgumentParser) -
     return "config: broken YAML: " + " ".join(match.group(1).split()).replace('in "<unicode string>", ', "at ")
 
 
+_OTHER_COMMANDS = ("compare", "inspect", "export")
+
+
 def _unknown_command(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
-    known = [*re.findall(r"\w+", match.group(2)), "compare", "inspect"]
+    known = [*re.findall(r"\w+", match.group(2)), *_OTHER_COMMANDS]
     near = difflib.get_close_matches(match.group(1), known, n=1)
     return f"unknown command {match.group(1)!r}" + (f"; did you mean {near[0]}?" if near else f": {_one_of(known)}")
 
 
 def _no_command(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
-    return f"no command: {_one_of([*match.group(1).split(','), 'compare', 'inspect'])}"
+    return f"no command: {_one_of([*match.group(1).split(','), *_OTHER_COMMANDS])}"
 
 
 def _one_of(commands: list[str]) -> str:

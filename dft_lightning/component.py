@@ -75,6 +75,19 @@ def to_plain(value: Any) -> Any:
     raise NotPlainError(f"{type(value).__module__}.{type(value).__qualname__} has no plain form")
 
 
+def plain_values(values: dict[str, Any], way_out: str) -> dict[str, Any]:
+    """The values that have a plain form; of any other a warning says that checkpoints will not hold it."""
+    from lightning.pytorch.utilities import rank_zero_warn
+
+    plain = {}
+    for name, value in values.items():
+        try:
+            plain[name] = to_plain(value)
+        except NotPlainError as error:
+            rank_zero_warn(f"checkpoints will not hold {name!r}: {error}; {way_out}")
+    return plain
+
+
 def class_path(cls: type) -> str:
     """Dotted path of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"

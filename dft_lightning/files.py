@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
+
+from dft_lightning.errors import InputError
 
 
 @contextlib.contextmanager
@@ -24,6 +27,56 @@ def replacing(path: Path) -> Iterator[TextIO]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path, overwrite: bool, marker: str, key: str) -> None:
+    """Whether :func:`replacing_folder` may put a folder there.
+
+    Args:
+        path: of the folder.
+        overwrite: whether it may replace one that is not empty.
+        marker: a file that such a one must have, or it is something else that nobody meant.
+        key: what an error message calls the path.
+
+    Raises:
+        InputError: it may not.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{key}: {path} is a file")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(f"{key}: {path} is not empty: give another folder, or overwrite")
+    if not (path / marker).is_file():
+        raise InputError(f"{key}: {path} is not empty and has no {marker}: it is no folder to overwrite")
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill, beside ``path`` and in its place when it is whole; an older one there is deleted then."""
+    path = path.resolve()  # a link stays, and what it leads to is replaced
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex}.{kind}") for kind in ("partial", "old"))
+    partial.mkdir()
+    try:
+        yield partial
+        _open_to_others(partial)
+        if path.is_dir():
+            path.rename(old)
+        partial.rename(path)
+    finally:
+        if old.is_dir() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open_to_others(folder: Path) -> None:
+    """Give files the mode that new ones have: safetensors keeps its own to their writer."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def write_text(path: Path, text: str) -> None:

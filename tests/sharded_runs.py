@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from dft_lightning import CausalLMModule, DFTLoss, TokenLoss
+from dft_lightning import CausalLMModule, DFTLoss, HuggingFaceExport, TokenLoss
 from dft_lightning.data.batches import Collator
 from dft_lightning.distributed import gather_lists
 from dft_lightning.distributed.memory import estimate_memory
@@ -176,7 +176,8 @@ def generation(folder: Path) -> None:
         pl.seed_everything(0)
         module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss())
         callback = Generate()
-        run = trainer(devices=2, strategy=strategy_of(strategy), callbacks=[callback])
+        export = HuggingFaceExport(str(folder / f"exported-{strategy}"))
+        run = trainer(devices=2, strategy=strategy_of(strategy), callbacks=[callback, export])
         run.fit(module, datamodule=arithmetic_data(4, batch_size=2))
         lengths[strategy] = gather_lists(callback.lengths, 2)
     save(lengths, folder / "out.pt")
@@ -257,7 +258,8 @@ def behaviour(folder: Path) -> None:
         strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=distributed)
         pl.seed_everything(3)
         module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), learning_rate=1e-2)
-        run = trainer(devices=2, strategy=strategy, max_steps=2)
+        export = HuggingFaceExport(str(folder / f"exported-{distributed}"))
+        run = trainer(devices=2, strategy=strategy, max_steps=2, callbacks=[export])
         data = arithmetic_data(8, batch_size=4)
         data.sources["validation"] = data.sources["train"]
         run.fit(module, datamodule=data)

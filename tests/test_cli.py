@@ -144,7 +144,8 @@ def test_required_value_missing(capfd):
 def test_unknown_command(capfd):
     assert fails(capfd, "fitt") == "unknown command 'fitt'; did you mean fit?"
     assert fails(capfd, "inspec") == "unknown command 'inspec'; did you mean inspect?"
-    known = "give one of fit, validate, test, predict, compare, inspect; see --help"
+    assert fails(capfd, "exprt") == "unknown command 'exprt'; did you mean export?"
+    known = "give one of fit, validate, test, predict, compare, inspect, export; see --help"
     assert fails(capfd, "xyz") == f"unknown command 'xyz': {known}"
     assert fails(capfd) == f"no command: {known}"
 
@@ -153,7 +154,7 @@ def test_help_names_every_command(capfd):
     with pytest.raises(SystemExit) as error:
         main(["--help"])
     assert error.value.code == 0
-    assert {"fit", "validate", "test", "predict", "compare", "inspect"} <= set(capfd.readouterr().out.split())
+    assert {"fit", "validate", "test", "predict", "compare", "inspect", "export"} <= set(capfd.readouterr().out.split())
 
 
 def test_bad_rows_end_the_run_before_a_model_is_loaded(capfd, config, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from dft_lightning.distributed import ShardingOptions
 from dft_lightning.distributed.shard_loading import allocate_shards, read_shards
 from dft_lightning.distributed.strategies import data_parallel_mesh
 from dft_lightning.errors import InputError
+from dft_lightning.export.command import main as export
 from dft_lightning.modules.loading import empty_causal_lm, load_causal_lm
 from sharded_runs import LLAMA, MEMORY_CASES, VARIANTS, one_step, seeded_run, three_steps, training_memory
 from small_runs import run_two_processes
@@ -110,6 +111,27 @@ def test_checkpoints_hold_the_weights(behaviour):
     for distributed in (True, False):
         before, after = behaviour[f"checkpoint {distributed}"]
         assert before == after
+
+
+def test_a_sharded_model_is_exported_whole(behaviour, two_processes, tmp_path):
+    """By the command from a folder of shards and from one file, and by the callback, under FSDP2 and FSDP1."""
+    found = []
+    for distributed in (True, False):
+        source, output = two_processes / "behaviour" / f"distributed-{distributed}.ckpt", tmp_path / str(distributed)
+        assert source.is_dir() == distributed
+        assert export(["--checkpoint", str(source), "--output", str(output)]) == 0
+        found += [output, two_processes / "behaviour" / f"exported-{distributed}"]
+    first, *others = [load_file(folder / "model.safetensors") for folder in found]
+    assert first["transformer.wte.weight"].shape == (20, 16)
+    for other in others:
+        assert first.keys() == other.keys()
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+    folders = [two_processes / "generation" / f"exported-{name}" for name in ("fsdp1", "fsdp2")]
+    fsdp1, fsdp2 = [load_file(folder / "model.safetensors") for folder in folders]
+    assert fsdp1.keys() == fsdp2.keys() == first.keys()
+    for name in fsdp1:
+        torch.testing.assert_close(fsdp1[name], fsdp2[name], rtol=0, atol=1e-6)
 
 
 def test_ranks_that_have_answered_wait_for_the_others(two_processes):

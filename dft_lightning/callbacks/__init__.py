@@ -1,6 +1,7 @@
 """What watches or saves a run."""
 
+from dft_lightning.callbacks.export import HuggingFaceExport
 from dft_lightning.callbacks.generation import GenerationEvaluation
 from dft_lightning.callbacks.predictions import PredictionWriter
 
-__all__ = ["GenerationEvaluation", "PredictionWriter"]
+__all__ = ["GenerationEvaluation", "HuggingFaceExport", "PredictionWriter"]

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dft_lightning.component import plain_values
 from dft_lightning.data.accumulation import accumulate_to
 from dft_lightning.data.batches import Collator, PackedRows, RowSampler, TokenizedRows
 from dft_lightning.data.cache import RowCounts, tokenize
@@ -150,6 +151,7 @@ class InstructionDataModule(pl.LightningDataModule):
         num_proc: int | None = None,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)  # which checkpoints hold
         _check_positive(
             batch_size=batch_size,
             global_batch_size=global_batch_size,
@@ -232,6 +234,11 @@ class InstructionDataModule(pl.LightningDataModule):
         self._divided: dict[str, Conversations] = {}
         self._encoders: dict[int | None, ConversationEncoder] = {}
         self._stream = StreamRecord()
+
+    def _set_hparams(self, hp: Any) -> None:
+        """Where Lightning stores what ``save_hyperparameters`` collects: in a plain form, as the module's."""
+        values = dict(self._to_hparams_dict(hp))
+        super()._set_hparams(plain_values(values, "it is left out"))
 
     # -- loading -----------------------------------------------------------------------------------------------
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp._common_utils import TrainingState
+from torch.distributed.fsdp._common_utils import TrainingState, clean_tensor_name
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from dft_lightning.distributed.sharding import ShardingOptions, find_blocks
@@ -59,6 +61,36 @@ def check_precision(strategy: object, precision: object) -> None:
 def shards_parameters(trainer: pl.Trainer | None) -> bool:
     """Whether ranks hold parts of the parameters, so that every forward is a collective."""
     return trainer is not None and isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy))
+
+
+def whole_state(trainer: pl.Trainer) -> dict[str, Any]:
+    """The module's state dict with whole tensors, in host memory where ranks hold parts: there it is a collective, and
+    other ranks than 0 get nothing."""
+    model = trainer.strategy.model
+    if isinstance(model, FullyShardedDataParallel):
+        return _summoned_state(model)
+    if not shards_parameters(trainer):
+        return dict(trainer.lightning_module.state_dict())
+    assert model is not None
+    return dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))
+
+
+def _summoned_state(model: FullyShardedDataParallel) -> dict[str, Any]:
+    """As FSDP1's own full state dict, which ends torch's process where shards are on the CPU."""
+    on_gpu = any(parameter.device.type != "cpu" for parameter in model.parameters())
+    options = {"writeback": False, "rank0_only": True, "offload_to_cpu": on_gpu}
+    with FullyShardedDataParallel.summon_full_params(model, **options):
+        if torch.distributed.get_rank() != 0:
+            return {}
+        found: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+        for prefix, module in model.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    found[f"{prefix}.{name}"] = buffer
+        copies: dict[int, torch.Tensor] = {}  # of what is tied, one
+        for tensor in found.values():
+            copies.setdefault(id(tensor), tensor.detach().to("cpu", copy=True))
+        return {clean_tensor_name(name): copies[id(tensor)] for name, tensor in found.items()}
 
 
 @contextlib.contextmanager

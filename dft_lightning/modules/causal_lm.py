@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from dft_lightning.component import NotPlainError, from_plain, to_plain
+from dft_lightning.component import from_plain, plain_values
 from dft_lightning.distributed import TokenNormalizer
 from dft_lightning.distributed.gradients import clip_by_norm
 from dft_lightning.distributed.shard_loading import allocate_shards, read_shards
@@ -35,7 +35,7 @@ from dft_lightning.distributed.strategies import (
     prepare_fsdp1,
     shards_parameters,
 )
-from dft_lightning.errors import InputError
+from dft_lightning.errors import InputError, one_line
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss, require_default_forward_options
 from dft_lightning.metrics import AnswerExtractor, ExactMatch, LastNumber, SourceMetrics, TokenMetrics
 from dft_lightning.modules.batch_loss import full_batch_loss, fused_batch_loss
@@ -52,6 +52,7 @@ from dft_lightning.modules.optimization import (
     matrix_names,
     total_optimizer_steps,
 )
+from dft_lightning.modules.record import RECORD, describe, files_of
 from dft_lightning.modules.telemetry import TrainTelemetry
 from dft_lightning.ops import TokenOutput
 
@@ -172,19 +173,15 @@ class CausalLMModule(pl.LightningModule):
         self._step_learning_rate = 0.0
         self._matrices: frozenset[str] = frozenset()
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._tokenizer_files: dict[str, str] | None = None
 
     def _set_hparams(self, hp: Any) -> None:
         """Where Lightning stores what ``save_hyperparameters`` collects, a subclass's arguments included.
 
         Kept in a plain form (class paths and options), which ``weights_only`` loading can read.
         """
-        plain = {}
-        for name, value in dict(self._to_hparams_dict(hp)).items():
-            try:
-                plain[name] = to_plain(value)
-            except NotPlainError as error:
-                rank_zero_warn(f"checkpoints will not hold {name!r}: {error}; pass it to load_from_checkpoint by hand")
-        super()._set_hparams(plain)
+        values = dict(self._to_hparams_dict(hp))
+        super()._set_hparams(plain_values(values, "pass it to load_from_checkpoint by hand"))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves and casts the module, but leaves the model's non-persistent buffers in their own dtype.
@@ -347,6 +344,27 @@ class CausalLMModule(pl.LightningModule):
             self._loss_step = self.global_step
         return self._loss_step
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what ``export`` needs beside the weights: config, tokenizer, the run's settings and metrics."""
+        try:
+            checkpoint[RECORD] = self.record()
+        except Exception as error:  # a model's own config may fail to be written: no reason to lose its weights
+            rank_zero_warn(f"this checkpoint cannot be exported: {one_line(error)}")
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint says of the model and its run; see :mod:`dft_lightning.modules.record`."""
+        assert self.model is not None, "call configure_model() first"
+        if self._tokenizer_files is None and self._has_tokenizer():
+            self._tokenizer_files = files_of(self.tokenizer)
+        stops = self._stop_token_ids() if self._tokenizer_files is not None else []
+        return describe(self.model, self._tokenizer_files, stops, self._trainer)
+
+    def _has_tokenizer(self) -> bool:
+        try:
+            return self.tokenizer is not None
+        except InputError:
+            return False
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._loss_step = int(checkpoint.get("global_step", 0))
 
@@ -410,6 +428,7 @@ class CausalLMModule(pl.LightningModule):
             raise InputError("a fused optimizer cannot be clipped under 16-mixed precision: build it with fused=False")
 
     def on_train_start(self) -> None:
+        self._tokenizer_files = None  # this run's data may have another
         self._normalizer = None  # this trainer's ranks, and nothing left over from an interrupted step
         discard_gradients(self)
         self.train_telemetry.reset()

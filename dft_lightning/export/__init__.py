@@ -1,0 +1,1 @@
+"""A trained checkpoint as a Hugging Face folder."""

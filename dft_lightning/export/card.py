@@ -1,0 +1,82 @@
+"""The model card of an exported folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dft_lightning import __version__
+from dft_lightning.export.checkpoint import TrainedCheckpoint
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_card(trained: TrainedCheckpoint, parameters: int, dtype: str) -> str:
+    """Markdown with the hub's front matter: what was trained from what, on what, how, and what was measured.
+
+    Args:
+        trained: the checkpoint.
+        parameters: how many the model has.
+        dtype: of the exported tensors.
+    """
+    hyper, record = trained.hyper_parameters, trained.record
+    loss = _short(hyper.get("loss"))
+    base = hyper.get("model")
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["dft-lightning", loss],
+    }
+    if isinstance(base, str) and _HUB_NAME.fullmatch(base) and not Path(base).exists():
+        front["base_model"] = base
+    metrics = {name: value for name, value in sorted(record["metrics"].items()) if "/" in name}
+    settings = {
+        "model": {name: value for name, value in hyper.items() if not name.startswith("_")},  # Lightning's own notes
+        "data": {name: value for name, value in record["data"].items() if not name.startswith("_")},
+        "trainer": record["trainer"],
+    }
+    sections = [
+        f"---\n{_yaml(front)}---",
+        f"# {_title(base)}, fine-tuned with {loss}",
+        f"{_class_name(record)} with {parameters:,} parameters ({dtype.removeprefix('torch.')}), trained from "
+        f"{_named(base)} for {trained.global_step:,} optimizer steps with the token loss `{loss}` by dft_lightning "
+        f"{__version__}.",
+        "## Use\n\n```python\nfrom transformers import pipeline\n\n"
+        'generate = pipeline("text-generation", "path/to/this/folder")\n'
+        'print(generate([{"role": "user", "content": "..."}], max_new_tokens=256))\n```',
+        _table(metrics),
+        f"## Training\n\n```yaml\n{_yaml(settings)}```",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _short(component: Any) -> str:
+    """A component's class by name."""
+    path = component.get("class_path", "") if isinstance(component, dict) else ""
+    return str(path).rpartition(".")[2] or "CrossEntropyLoss"
+
+
+def _class_name(record: dict[str, Any]) -> str:
+    return str(record["model_class"]).rpartition(".")[2]
+
+
+def _title(base: Any) -> str:
+    return Path(base).name if isinstance(base, str) else "A language model"
+
+
+def _named(base: Any) -> str:
+    return f"`{base}`" if isinstance(base, str) else "random weights"
+
+
+def _table(metrics: dict[str, float]) -> str:
+    if not metrics:
+        return ""
+    lines = [f"| {name} | {value:.5g} |" for name, value in metrics.items()]
+    return "\n".join(["## Metrics\n\nAs last logged before this checkpoint:\n", "| | |", "|---|---|", *lines])
+
+
+def _yaml(values: Any) -> str:
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))
