@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -86,6 +87,28 @@ def plain_values(values: dict[str, Any], way_out: str) -> dict[str, Any]:
         except NotPlainError as error:
             rank_zero_warn(f"checkpoints will not hold {name!r}: {error}; {way_out}")
     return plain
+
+
+def brief_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values in plain form; of what has none, or is data rather than a setting, only that it is not saved."""
+    return {str(name): _brief(value) for name, value in values.items()}
+
+
+def _brief(value: Any) -> Any:
+    try:
+        plain = to_plain(value)
+    except NotPlainError as error:
+        return f"not saved: {error}"
+    if isinstance(plain, dict):
+        return brief_values(plain)
+    if isinstance(plain, list):
+        return [_brief(item) for item in plain] if len(plain) <= _MOST else f"not saved: {len(plain)} items"
+    if isinstance(plain, str) and len(plain) > _LONGEST:
+        return f"not saved: {len(plain)} characters"
+    return plain
+
+
+_MOST, _LONGEST = 100, 20_000
 
 
 def class_path(cls: type) -> str:

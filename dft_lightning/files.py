@@ -29,7 +29,9 @@ def replacing(path: Path) -> Iterator[TextIO]:
         partial.unlink(missing_ok=True)
 
 
-def check_replaceable(path: Path, overwrite: bool, marker: str, key: str) -> None:
+def check_replaceable(
+    path: Path, overwrite: bool, marker: str, key: str, folders: tuple[str, ...] = ("chat_templates",)
+) -> None:
     """Whether :func:`replacing_folder` may put a folder there.
 
     Args:
@@ -37,6 +39,7 @@ def check_replaceable(path: Path, overwrite: bool, marker: str, key: str) -> Non
         overwrite: whether it may replace one that is not empty.
         marker: a file that such a one must have, or it is something else that nobody meant.
         key: what an error message calls the path.
+        folders: what such a one may have for folders in it. Any other, or a checkpoint, is kept.
 
     Raises:
         InputError: it may not.
@@ -49,6 +52,9 @@ def check_replaceable(path: Path, overwrite: bool, marker: str, key: str) -> Non
         raise InputError(f"{key}: {path} is not empty: give another folder, or overwrite")
     if not (path / marker).is_file():
         raise InputError(f"{key}: {path} is not empty and has no {marker}: it is no folder to overwrite")
+    for entry in path.iterdir():
+        if (entry.is_dir() and entry.name not in folders) or ".ckpt" in entry.name:
+            raise InputError(f"{key}: {path} has {entry.name} in it, which would be deleted: give another folder")
 
 
 @contextlib.contextmanager

@@ -7,18 +7,21 @@ import os
 import shutil
 import warnings
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Mamba2Config, PreTrainedModel, pipeline
 
 from conftest import shared
 from dft_lightning import CausalLMModule, DFTLoss, HuggingFaceExport, InstructionDataModule
-from dft_lightning.data import ArithmeticRows
+from dft_lightning.data import ArithmeticRows, RowSource
 from dft_lightning.errors import InputError
 from dft_lightning.export.command import main
+from dft_lightning.export.folder import _config_of
 from dft_lightning.modules import GenerationOptions
+from dft_lightning.modules.record import describe
 from small_runs import TINY_ARITHMETIC, arithmetic_data, trainer
 
 CHAT = (
@@ -97,12 +100,14 @@ def test_the_folder_has_the_tokenizer_and_ends_turns_as_the_module_does(run, tmp
     assert found
 
 
+LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 20, "tie_word_embeddings": True}
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tied_or_not_in_the_dtype_of_training(tmp_path, tied, dtype):
-    config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 20, "tie_word_embeddings": tied}
-    module = trained(config, tmp_path / "a.ckpt", dtype=dtype)
+    module = trained({**LLAMA, "tie_word_embeddings": tied}, tmp_path / "a.ckpt", dtype=dtype)
     output = exported(tmp_path / "a.ckpt", tmp_path / "out")
     assert ("lm_head.weight" in load_file(output / "model.safetensors")) != tied
     assert_same_tensors(module, output)
@@ -162,7 +167,7 @@ def test_the_card_says_what_was_trained(tmp_path):
 
 def test_the_hub_name_of_the_base_is_in_the_card(run, tmp_path):
     content = torch.load(run[0] / "checkpoints" / "a.ckpt", weights_only=True)
-    content["hyper_parameters"]["model"] = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    content["dft_lightning"]["base"] = "HuggingFaceTB/SmolLM2-135M-Instruct"
     torch.save(content, tmp_path / "a.ckpt")
     card = (exported(tmp_path / "a.ckpt", tmp_path / "out") / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -218,7 +223,7 @@ def broken_checkpoints(source, folder):
         "without.ckpt": "has no record of its model",
         "missing.ckpt": "the weights are not of its",
         "other.ckpt": "is no model class of transformers",
-        "gone.ckpt": "is no model class of transformers",
+        "gone.ckpt": "is no model class of transformers; a model of one's own",
         "tied.ckpt": "its config ties",
     }
 
@@ -315,6 +320,131 @@ def test_a_model_that_cannot_be_described_is_saved_all_the_same(run, tmp_path, m
     with pytest.warns(UserWarning, match="this checkpoint cannot be exported: not serialisable"):
         run[1].trainer.save_checkpoint(tmp_path / "a.ckpt")
     assert torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+
+
+def test_what_a_base_brings_along(tmp_path):
+    """A generation config that would not pass as new, several chat templates, values untied that the config ties."""
+    trained(LLAMA, tmp_path / "first.ckpt")
+    base = exported(tmp_path / "first.ckpt", tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": CHAT, "tool_use": CHAT + " "}
+    tokenizer.save_pretrained(base)
+    state = load_file(base / "model.safetensors")
+    save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"] + 1}, base / "model.safetensors")
+    data = arithmetic_data(8, batch_size=4)
+    data.tokenizer_name = str(base)
+    module = trained(str(base), tmp_path / "a.ckpt", data)
+    ends = module.model.get_input_embeddings().weight, module.model.get_output_embeddings().weight
+    assert module.model.config.tie_word_embeddings
+    assert ends[0] is not ends[1]
+    output = exported(tmp_path / "a.ckpt", tmp_path / "out")
+    assert_same_tensors(module, output)
+    assert json.loads((output / "generation_config.json").read_text())["temperature"] == 0.6
+    assert AutoTokenizer.from_pretrained(output).chat_template == {"default": CHAT, "tool_use": CHAT + " "}
+
+
+def test_infinity_in_a_config():
+    model = torch.nn.Linear(1, 1)
+    model.config = Mamba2Config()
+    found = _config_of(describe(model, {}, {}, [], None))
+    assert list(found.time_step_limit) == [0.0, float("inf")]
+
+
+class InMemory(RowSource):
+    def __init__(self, rows):
+        self.given = rows
+
+    def rows(self):
+        return enumerate(self.given, 1)
+
+
+def test_rows_in_memory_are_in_no_checkpoint_or_card(tmp_path):
+    rows = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(200)]
+    trained("asset://arithmetic-base", tmp_path / "a.ckpt", InstructionDataModule(InMemory(rows), batch_size=100))
+    text = str({**torch.load(tmp_path / "a.ckpt", weights_only=True), "state_dict": None, "optimizer_states": None})
+    assert "199+1=" not in text
+    assert "not saved: 200 items" in (exported(tmp_path / "a.ckpt", tmp_path / "out") / "README.md").read_text()
+
+
+class Foreign(pl.LightningDataModule):
+    """Somebody's own, with options that have no plain form."""
+
+    def __init__(self, device, folder):
+        super().__init__()
+        self.save_hyperparameters()
+
+    def train_dataloader(self):
+        rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
+        return torch.utils.data.DataLoader(rows, batch_size=2)
+
+
+def test_somebody_elses_data_module(tmp_path):
+    module, output = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss()), tmp_path / "out"
+    data = Foreign(torch.device("cpu"), tmp_path)
+    trainer(callbacks=[HuggingFaceExport(str(output))]).fit(module, datamodule=data)
+    card = (output / "README.md").read_text()
+    assert "not saved: torch.device has no plain form" in card
+    assert str(tmp_path) in card
+    assert_same_tensors(module, output)
+
+
+class OwnModel(CausalLMModule):
+    def build_model(self):
+        return Wrapper(super().build_model())
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **inputs):
+        return self.inner(**inputs)
+
+
+def test_what_cannot_be_exported_is_said_before_training(tmp_path):
+    data = arithmetic_data(8, batch_size=4)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "config.json").write_text("{}")
+    for callback, words, kind in (
+        (HuggingFaceExport(str(taken)), "is not empty", CausalLMModule),
+        (HuggingFaceExport(str(tmp_path / "new")), "Wrapper is no model class of transformers", OwnModel),
+    ):
+        module = kind(TINY_ARITHMETIC, loss=DFTLoss(), head="full")
+        run = trainer(callbacks=[callback])
+        with pytest.raises(InputError, match=words):
+            run.fit(module, datamodule=data)
+        assert run.global_step == 0
+    trial = trainer(callbacks=[HuggingFaceExport(str(taken), overwrite=True)], fast_dev_run=True, max_steps=-1)
+    trial.fit(CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss()), datamodule=data)
+    assert [path.name for path in taken.iterdir()] == ["config.json"]
+    for options in ({"dtype": "bf16"}, {"max_shard_size": "5"}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            HuggingFaceExport(**options)
+
+
+def test_checkpoints_are_not_overwritten(run, tmp_path, capsys):
+    output = exported(run[0], tmp_path / "out")
+    for name in ("last.ckpt", "checkpoints/last.ckpt"):
+        (output / name).parent.mkdir(exist_ok=True)
+        shutil.copy(run[0] / "checkpoints" / "a.ckpt", output / name)
+        assert main(["--checkpoint", str(output / name), "--output", str(output), "--overwrite"]) == 2
+        assert f"has {name.split('/')[0]} in it" in capsys.readouterr().err
+        (output / name).unlink()
+    assert main(["--checkpoint", str(run[0]), "--output", str(tmp_path / "o"), "--max_shard_size", "5"]) == 2
+    assert "expected a size such as 5GB" in capsys.readouterr().err
+    for error in (OSError(28, "No space left on device"), RuntimeError("half")):  # as write and safetensors say it
+        assert "cannot be written to" in fails_with(error, run, tmp_path / "o", capsys)
+
+
+def fails_with(error, run, output, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", lambda *args, **options: (_ for _ in ()).throw(error))
+        assert main(["--checkpoint", str(run[0]), "--output", str(output)]) == 2
+    assert not output.exists()
+    return capsys.readouterr().err
 
 
 def test_the_base_need_not_be_there_any_more(run, tmp_path):

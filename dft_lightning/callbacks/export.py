@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -12,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from dft_lightning.distributed.strategies import whole_state
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.export.checkpoint import TrainedCheckpoint, language_model_tensors
-from dft_lightning.export.folder import OF_A_MODEL, export_folder
+from dft_lightning.export.folder import DTYPES, OF_A_MODEL, check_shard_size, export_folder, model_class_of
 from dft_lightning.files import check_replaceable
 from dft_lightning.modules.causal_lm import CausalLMModule
 
@@ -44,45 +46,63 @@ class HuggingFaceExport(Callback):
         dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
         max_shard_size: str = "5GB",
     ) -> None:
+        check_shard_size(max_shard_size)
+        if dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         self.output = output
         self.overwrite = overwrite
         self.dtype = dtype
         self.max_shard_size = max_shard_size
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit":
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before hours of training, not after."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not isinstance(pl_module, CausalLMModule):
             raise InputError(f"HuggingFaceExport: {type(pl_module).__name__} is no CausalLMModule")
-        if self.output is not None:  # before hours of training, not after
-            check_replaceable(Path(self.output), self.overwrite, OF_A_MODEL, "HuggingFaceExport.output")
+        output, record = self._output(trainer), pl_module.record()
+
+        def check() -> None:
+            check_replaceable(output, self.overwrite, OF_A_MODEL, "output")
+            model_class_of(record, _LIVE)
+            if not os.access(next(parent for parent in output.absolute().parents if parent.is_dir()), os.W_OK):
+                raise InputError(f"output: {output.parent} cannot be written")
+
+        self._on_first_rank(trainer, check)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What was trained for one batch to try the code (``fast_dev_run``) is not written."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         assert isinstance(pl_module, CausalLMModule)
-        log_dir = trainer.log_dir  # a broadcast: every rank asks
-        state = whole_state(trainer)
-        problem = None
-        if trainer.is_global_zero:
-            problem = self._write(trainer, pl_module, state, Path(self.output or Path(log_dir or ".") / "huggingface"))
-        problem = trainer.strategy.broadcast(problem)  # a rank that ends alone leaves the others waiting
-        if problem is not None:
-            raise InputError(f"HuggingFaceExport: {problem}")
+        # On every rank: each of these may be a collective.
+        output, state, record = self._output(trainer), whole_state(trainer), pl_module.record()
 
-    def _write(self, trainer: pl.Trainer, module: CausalLMModule, state: dict[str, Any], output: Path) -> str | None:
-        """Returns what went wrong."""
-        trained = TrainedCheckpoint(
-            Path("the trained model"),
-            language_model_tensors(state),
-            module.record(),
-            dict(module.hparams),
-            trainer.global_step,
-            trainer.current_epoch,
-        )
-        try:
+        def write() -> None:
+            tensors, step = language_model_tensors(state), trainer.global_step
+            trained = TrainedCheckpoint(_LIVE, tensors, record, dict(pl_module.hparams), step, trainer.current_epoch)
             export_folder(
                 trained, output, dtype=self.dtype, overwrite=self.overwrite, max_shard_size=self.max_shard_size
             )
-        except Exception as error:
-            return f"{output}: {one_line(error)}"
-        rank_zero_info(f"the trained model is in {output}")
-        return None
+            rank_zero_info(f"the trained model is in {output}")
+
+        self._on_first_rank(trainer, write)
+
+    def _output(self, trainer: pl.Trainer) -> Path:
+        log_dir = trainer.log_dir  # a broadcast: every rank asks
+        return Path(self.output) if self.output is not None else Path(log_dir or ".") / "huggingface"
+
+    def _on_first_rank(self, trainer: pl.Trainer, action: Callable[[], None]) -> None:
+        """Ends every rank where it fails: one that ends alone leaves the others waiting."""
+        problem = None
+        if trainer.is_global_zero:
+            try:
+                action()
+            except Exception as error:
+                problem = one_line(error)
+        problem = trainer.strategy.broadcast(problem)
+        if problem is not None:
+            raise InputError(f"HuggingFaceExport: {problem}")
+
+
+_LIVE = Path("the trained model")

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dft_lightning.component import plain_values
+from dft_lightning.component import brief_values
 from dft_lightning.data.accumulation import accumulate_to
 from dft_lightning.data.batches import Collator, PackedRows, RowSampler, TokenizedRows
 from dft_lightning.data.cache import RowCounts, tokenize
@@ -236,9 +236,8 @@ class InstructionDataModule(pl.LightningDataModule):
         self._stream = StreamRecord()
 
     def _set_hparams(self, hp: Any) -> None:
-        """Where Lightning stores what ``save_hyperparameters`` collects: in a plain form, as the module's."""
-        values = dict(self._to_hparams_dict(hp))
-        super()._set_hparams(plain_values(values, "it is left out"))
+        """Where Lightning stores what ``save_hyperparameters`` collects: in a plain form, and no rows in memory."""
+        super()._set_hparams(brief_values(dict(self._to_hparams_dict(hp))))
 
     # -- loading -----------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.fsdp._common_utils import TrainingState, clean_tensor_name
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
@@ -77,8 +77,10 @@ def whole_state(trainer: pl.Trainer) -> dict[str, Any]:
 
 def _summoned_state(model: FullyShardedDataParallel) -> dict[str, Any]:
     """As FSDP1's own full state dict, which ends torch's process where shards are on the CPU."""
-    on_gpu = any(parameter.device.type != "cpu" for parameter in model.parameters())
-    options = {"writeback": False, "rank0_only": True, "offload_to_cpu": on_gpu}
+    parts = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
+    in_shards = all(part.sharding_strategy != ShardingStrategy.NO_SHARD for part in parts)
+    offload = in_shards and model.compute_device != torch.device("cpu")
+    options = {"writeback": False, "rank0_only": True, "offload_to_cpu": offload}
     with FullyShardedDataParallel.summon_full_params(model, **options):
         if torch.distributed.get_rank() != 0:
             return {}

@@ -24,13 +24,13 @@ def model_card(trained: TrainedCheckpoint, parameters: int, dtype: str) -> str:
     """
     hyper, record = trained.hyper_parameters, trained.record
     loss = _short(hyper.get("loss"))
-    base = hyper.get("model")
+    base = record["base"]
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["dft-lightning", loss],
     }
-    if isinstance(base, str) and _HUB_NAME.fullmatch(base) and not Path(base).exists():
+    if isinstance(base, str) and _HUB_NAME.fullmatch(base) and not record["base_is_local"]:
         front["base_model"] = base
     metrics = {name: value for name, value in sorted(record["metrics"].items()) if "/" in name}
     settings = {

@@ -51,7 +51,7 @@ def open_checkpoint(path: Path) -> TrainedCheckpoint:
         raise InputError(f"--checkpoint: no such file or folder: {path}")
     if path.is_file() or _is_sharded(path):
         return _read(path)
-    found = sorted(path.rglob("*.ckpt"), key=_written, reverse=True)
+    found = sorted((p for p in path.rglob("*.ckpt") if p.exists()), key=_written, reverse=True)  # links may dangle
     problems = []
     for candidate in found:
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from dft_lightning.cli import quiet, user_message
 from dft_lightning.cli_errors import CommandParser
 from dft_lightning.export.checkpoint import open_checkpoint
-from dft_lightning.export.folder import DTYPES, OF_A_MODEL, export_folder
+from dft_lightning.export.folder import DTYPES, OF_A_MODEL, check_shard_size, export_folder
 from dft_lightning.files import check_replaceable
 
 
@@ -36,6 +36,7 @@ def main(args: list[str]) -> int:
     try:
         # Before gigabytes are read.
         check_replaceable(options.output, options.overwrite, OF_A_MODEL, "--output")
+        check_shard_size(options.max_shard_size)
         trained = open_checkpoint(options.checkpoint)
         parameters = export_folder(
             trained,
@@ -51,6 +52,6 @@ def main(args: list[str]) -> int:
         sys.stderr.write(f"error: {message}\n")
         return 2
     print(f"{options.output}: {parameters:,} parameters of {trained.path}, step {trained.global_step}")
-    if trained.record["tokenizer"] is None:
+    if not trained.record["tokenizer"]:
         print("without a tokenizer: the run had none, so save one there")
     return 0

@@ -173,7 +173,7 @@ class CausalLMModule(pl.LightningModule):
         self._step_learning_rate = 0.0
         self._matrices: frozenset[str] = frozenset()
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._tokenizer_files: dict[str, str] | None = None
+        self._tokenizer_files: dict[str, bytes] | None = None
 
     def _set_hparams(self, hp: Any) -> None:
         """Where Lightning stores what ``save_hyperparameters`` collects, a subclass's arguments included.
@@ -354,16 +354,19 @@ class CausalLMModule(pl.LightningModule):
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of the model and its run; see :mod:`dft_lightning.modules.record`."""
         assert self.model is not None, "call configure_model() first"
-        if self._tokenizer_files is None and self._has_tokenizer():
-            self._tokenizer_files = files_of(self.tokenizer)
-        stops = self._stop_token_ids() if self._tokenizer_files is not None else []
-        return describe(self.model, self._tokenizer_files, stops, self._trainer)
+        if self._tokenizer_files is None:
+            self._tokenizer_files = self._files_of_tokenizer()
+        stops = self._stop_token_ids() if self._tokenizer_files else []
+        return describe(self.model, self.hparams["model"], self._tokenizer_files, stops, self._trainer)
 
-    def _has_tokenizer(self) -> bool:
+    def _files_of_tokenizer(self) -> dict[str, bytes]:
+        if getattr(self._datamodule, "tokenizer", None) is None and not isinstance(self.hparams["model"], str):
+            return {}
         try:
-            return self.tokenizer is not None
-        except InputError:
-            return False
+            return files_of(self.tokenizer)
+        except Exception as error:  # whatever it is, the weights are to be saved
+            rank_zero_warn(f"checkpoints will not hold the tokenizer: {one_line(error)}")
+            return {}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._loss_step = int(checkpoint.get("global_step", 0))

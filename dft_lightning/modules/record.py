@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from torch import nn
 
-from dft_lightning.component import class_path
+from dft_lightning.component import brief_values, class_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +22,8 @@ RECORD = "dft_lightning"
 
 def describe(
     model: nn.Module,
-    tokenizer_files: dict[str, str] | None,
+    base: Any,
+    tokenizer_files: dict[str, bytes],
     stop_token_ids: list[int],
     trainer: pl.Trainer | None,
 ) -> dict[str, Any]:
@@ -30,28 +31,43 @@ def describe(
 
     Args:
         model: the language model.
-        tokenizer_files: see :func:`files_of`; ``None`` where there is no tokenizer.
+        base: name or folder that it was loaded from, or the values of a config.
+        tokenizer_files: see :func:`files_of`; none where there is no tokenizer.
         stop_token_ids: what ends a generated text.
         trainer: of the run; ``None`` for none.
     """
     config, generation = getattr(model, "config", None), getattr(model, "generation_config", None)
     return {
+        "base": base if isinstance(base, str) else None,
+        "base_is_local": isinstance(base, str) and Path(base).exists(),
         "model_class": class_path(type(model)),
-        "config": None if config is None else config.to_json_string(use_diff=False),
+        "config_class": class_path(type(config)),
+        "config": None if config is None else _config_text(model, config),
         "generation_config": None if generation is None else generation.to_json_string(),
         "stop_token_ids": stop_token_ids,
         "tokenizer": tokenizer_files,
-        "data": {} if trainer is None else dict(getattr(getattr(trainer, "datamodule", None), "hparams", {})),
+        "data": {} if trainer is None else brief_values(getattr(getattr(trainer, "datamodule", None), "hparams", {})),
         "trainer": {} if trainer is None else _settings(trainer),
         "metrics": {} if trainer is None else _floats(trainer.callback_metrics),
     }
 
 
-def files_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """The files that ``save_pretrained`` writes for a tokenizer, by name; its chat template is in them."""
+def _config_text(model: nn.Module, config: Any) -> str:
+    """A checkpoint that has two values where its config ties them is loaded untied, and its config still ties."""
+    values = json.loads(config.to_json_string(use_diff=False))
+    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    weights = [getattr(end, "weight", None) for end in ends]
+    if None not in ends and weights[0] is not weights[1]:
+        values["tie_word_embeddings"] = False
+    return json.dumps(values)
+
+
+def files_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """The files that ``save_pretrained`` writes for a tokenizer, by path; its chat templates are in them."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
+        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def _settings(trainer: pl.Trainer) -> dict[str, Any]:
@@ -68,9 +84,3 @@ def _settings(trainer: pl.Trainer) -> dict[str, Any]:
 
 def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
-
-
-def read_config(text: str) -> dict[str, Any]:
-    """The values of a config or generation config of a record."""
-    values: dict[str, Any] = json.loads(text)
-    return values
