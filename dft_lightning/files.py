@@ -30,14 +30,14 @@ def replacing(path: Path) -> Iterator[TextIO]:
 
 
 def check_replaceable(
-    path: Path, overwrite: bool, marker: str, key: str, folders: tuple[str, ...] = ("chat_templates",)
+    path: Path, overwrite: bool, markers: tuple[str, ...], key: str, folders: tuple[str, ...] = ("chat_templates",)
 ) -> None:
     """Whether :func:`replacing_folder` may put a folder there.
 
     Args:
         path: of the folder.
         overwrite: whether it may replace one that is not empty.
-        marker: a file that such a one must have, or it is something else that nobody meant.
+        markers: files of which such a one must have one, or it is something else that nobody meant.
         key: what an error message calls the path.
         folders: what such a one may have for folders in it. Any other, or a checkpoint, is kept.
 
@@ -50,8 +50,8 @@ def check_replaceable(
         return
     if not overwrite:
         raise InputError(f"{key}: {path} is not empty: give another folder, or overwrite")
-    if not (path / marker).is_file():
-        raise InputError(f"{key}: {path} is not empty and has no {marker}: it is no folder to overwrite")
+    if not any((path / marker).is_file() for marker in markers):
+        raise InputError(f"{key}: {path} is not empty and has no {' or '.join(markers)}: it is no folder to overwrite")
     for entry in path.iterdir():
         if (entry.is_dir() and entry.name not in folders) or ".ckpt" in entry.name:
             raise InputError(f"{key}: {path} has {entry.name} in it, which would be deleted: give another folder")

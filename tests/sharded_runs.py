@@ -57,7 +57,13 @@ class LossRecorder(GradientRecorder):
         self.losses.append(float(outputs["loss"].detach()))
 
 
-def three_steps(folder: str | Path, batch_size: int, sharding: dict[str, Any] | None = None, **options: Any) -> Any:
+def three_steps(
+    folder: str | Path,
+    batch_size: int,
+    sharding: dict[str, Any] | None = None,
+    peft: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
     """Losses and gradients of the first three steps from a checkpoint."""
     pl.seed_everything(0)
     module = LossRecorder(
@@ -67,6 +73,7 @@ def three_steps(folder: str | Path, batch_size: int, sharding: dict[str, Any] | 
         learning_rate=0.01,
         lr_schedule="constant",
         sharding=sharding or {},
+        peft=peft,
     )
     run = trainer(max_steps=3, max_epochs=3, gradient_clip_val=1.0, **options)
     run.fit(module, datamodule=arithmetic_data(12, batch_size=batch_size, shuffle=False))
@@ -127,6 +134,39 @@ def checkpoints(folder: Path) -> None:
             losses = torch.tensor(module.losses)
             torch.distributed.all_reduce(losses)
             found[path.name, load] = losses, module.gradients
+    save(found, folder / "out.pt")
+
+
+LORA = {"r": 3, "lora_alpha": 12, "target_modules": ["q_proj", "up_proj"]}  # rows that two ranks do not share evenly
+
+
+def adapter_strategy() -> ModelParallelStrategy:
+    return ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+
+
+def lora(folder: Path) -> None:
+    """Three steps of an adapter, its checkpoint and where that goes on."""
+    base, found = folder / "base", {}
+    for name, options in {
+        "ddp": {"strategy": "ddp"},
+        "shards": {"strategy": adapter_strategy(), "sharding": {"load": "shards"}},
+        "whole": {"strategy": adapter_strategy(), "sharding": {"load": "whole"}},
+    }.items():
+        found[name] = three_steps(base, 2, peft=LORA, devices=2, **options).gradients
+    options = {"peft": LORA, "loss": DFTLoss(), "learning_rate": 0.01}
+    module, data = CausalLMModule(str(base), **options), arithmetic_data(16, batch_size=4, shuffle=False)
+    each_epoch = pl.callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1, every_n_epochs=1)
+    callbacks = [each_epoch, HuggingFaceExport(str(folder / "merged"), merge=True)]
+    four = {"devices": 2, "max_steps": 4, "precision": "bf16-mixed", "enable_checkpointing": True}
+    trainer(strategy=adapter_strategy(), callbacks=callbacks, **four).fit(module, datamodule=data)
+    found["after"] = {name: whole(value) for name, value in module.state_dict().items()}
+    again = CausalLMModule(str(base), **options)
+    resumed = trainer(strategy=adapter_strategy(), callbacks=[each_epoch], **four)
+    resumed.fit(again, datamodule=data, ckpt_path=folder / "epoch=0.ckpt", weights_only=True)
+    found["resumed"] = {name: whole(value) for name, value in again.state_dict().items()}
+    half = CausalLMModule(str(base), dtype="bfloat16", **options)
+    trainer(devices=2, strategy=adapter_strategy(), precision="bf16-mixed").fit(half, datamodule=data)
+    found["dtypes"] = {name: p.dtype for name, p in half.named_parameters()}
     save(found, folder / "out.pt")
 
 

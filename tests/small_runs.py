@@ -76,7 +76,7 @@ class GradientRecorder(CausalLMModule):
 
     def _whole_gradient(self) -> torch.Tensor:
         with whole_parameters(self.trainer.model):
-            return torch.cat([whole(p.grad).flatten() for p in self.parameters()])
+            return torch.cat([whole(p.grad).flatten() for p in self.parameters() if p.requires_grad])
 
 
 def whole_parameters(root: Any) -> Any:

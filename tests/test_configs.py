@@ -12,6 +12,7 @@ from conftest import ROOT, TINY_LLAMA
 from dft_lightning.cli import main
 from dft_lightning.data.accumulation import micro_batches_of
 from dft_lightning.fit_config import read_fit_config
+from dft_lightning.modules.loading import load_causal_lm
 from small_runs import run_limited
 
 # Comparisons are no fit configs; test_compare_settings has them.
@@ -20,6 +21,8 @@ TRAINERS = sorted((ROOT / "configs" / "trainer").glob("*.yaml"))
 OVERLAYS = {
     "quickstart_ce": "quickstart",
     "quickstart_focal": "quickstart",
+    "lora": "quickstart",
+    "qlora": "quickstart",
     "arithmetic_competent": "arithmetic_base",
     "arithmetic_three_digits": "arithmetic_base",
 }
@@ -42,11 +45,15 @@ def test_config_runs(path, tmp_path):
         prompt, completion = "instruction", "output"
     row = {prompt: "1+1=", completion: "1+1+0=2c0|2" if "answer" not in completion else "#### 2"}
     rows.write_text("\n".join([json.dumps(row)] * 60))
+    model = TINY
+    if path.stem in ("lora", "qlora"):  # an adapter needs a base, and 4 bits a width that 64 divides
+        load_causal_lm({**TINY, "hidden_size": 64, "intermediate_size": 64}).save_pretrained(tmp_path / "base")
+        model = str(tmp_path / "base")
     small = tmp_path / "small.yaml"
     small.write_text(
         yaml.safe_dump(
             {
-                "model": {"model": TINY, "gradient_checkpointing": False, "generation": {"max_new_tokens": 4}},
+                "model": {"model": model, "gradient_checkpointing": False, "generation": {"max_new_tokens": 4}},
                 "data": {"train": str(rows), "test": str(rows), "tokenizer": "asset://arithmetic-base"},
                 "trainer": {
                     "max_steps": 2,

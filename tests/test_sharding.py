@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from conftest import ROOT
 from dft_lightning import CausalLMModule
@@ -19,7 +20,7 @@ from dft_lightning.distributed.strategies import data_parallel_mesh
 from dft_lightning.errors import InputError
 from dft_lightning.export.command import main as export
 from dft_lightning.modules.loading import empty_causal_lm, load_causal_lm
-from sharded_runs import LLAMA, MEMORY_CASES, VARIANTS, one_step, seeded_run, three_steps, training_memory
+from sharded_runs import LLAMA, LORA, MEMORY_CASES, VARIANTS, one_step, seeded_run, three_steps, training_memory
 from small_runs import run_two_processes
 from test_normalization import relative
 
@@ -44,11 +45,12 @@ def two_processes(tmp_path_factory):
             name = f"{'tied' if tied else 'untied'}-vocabulary-{vocabulary}"
             save_llama(folder / "checkpoints" / name, tied, vocabulary)
     save_llama(folder / "loading" / "model", True, 512, **LOADED)
+    save_llama(folder / "lora" / "base", True, 97)
     run_two_processes("sharded_runs.py", str(folder), *PARTS, timeout=400)
     return folder
 
 
-PARTS = ("generation", "again", "buffers", "checkpoints", "variants", "behaviour", "loading", "training")
+PARTS = ("lora", "generation", "again", "buffers", "checkpoints", "variants", "behaviour", "loading", "training")
 LOADED = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "num_key_value_heads": 2}
 
 
@@ -72,6 +74,31 @@ def test_every_head_and_option_gives_the_gradient_of_one_process(two_processes):
         assert decayed == decayed_alone, (strategy, name)
         # Under FSDP1, Lightning's 32-true computes float64 parameters in float32.
         assert relative(gradient, alone) < (1e-6 if strategy == "fsdp1" else 1e-10), (strategy, name)
+
+
+def test_an_adapter_on_two_processes(two_processes):
+    pytest.importorskip("peft", reason="the peft extra is not installed")
+    base, found = two_processes / "lora" / "base", torch.load(two_processes / "lora" / "out.pt")
+    alone = three_steps(base, 4, peft=LORA)
+    for name in ("ddp", "shards", "whole"):
+        for step in range(3):
+            assert relative(found[name][step], alone.gradients[step]) < 1e-10, (name, step)
+    # One file with the adapter alone, which goes on on two processes, on one, and as a model.
+    halfway, last = (torch.load(two_processes / "lora" / f"epoch={n}.ckpt", weights_only=True) for n in (0, 1))
+    assert (halfway["global_step"], last["global_step"]) == (2, 4)
+    assert last["state_dict"].keys() == found["after"].keys() == found["resumed"].keys()
+    for name, value in last["state_dict"].items():
+        assert "lora_" in name
+        assert torch.equal(value, found["after"][name]), name
+        assert torch.equal(value, found["resumed"][name]), name
+        assert not torch.equal(value, halfway["state_dict"][name]), name
+    module = CausalLMModule.load_from_checkpoint(two_processes / "lora" / "epoch=1.ckpt")
+    merged = AutoModelForCausalLM.from_pretrained(two_processes / "lora" / "merged")
+    ids = torch.arange(60).reshape(4, 15)
+    with torch.no_grad():
+        assert (module(ids) - merged(ids).logits).abs().max() < 1e-5
+    assert {dtype for name, dtype in found["dtypes"].items() if "lora_" in name} == {torch.float32}
+    assert {dtype for name, dtype in found["dtypes"].items() if "lora_" not in name} == {torch.bfloat16}
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from dft_lightning.distributed.strategies import whole_state
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.export.checkpoint import TrainedCheckpoint, language_model_tensors
-from dft_lightning.export.folder import DTYPES, OF_A_MODEL, check_shard_size, export_folder, model_class_of
+from dft_lightning.export.folder import DTYPES, OF_A_MODEL, check_shard_size, export_folder
+from dft_lightning.export.model import model_class_of
 from dft_lightning.files import check_replaceable
 from dft_lightning.modules.causal_lm import CausalLMModule
 
@@ -29,6 +30,8 @@ class HuggingFaceExport(Callback):
         overwrite: replace a model that is in it.
         dtype: to convert to; ``None`` leaves tensors as trained.
         max_shard_size: of a safetensors file.
+        merge: of a LoRA run, write base and adapter as one model; rank 0 loads the base again for that. ``False``
+            writes the adapter.
 
     Raises:
         InputError: before training: the folder is not empty, or no folder. After it: it cannot be written.
@@ -45,6 +48,7 @@ class HuggingFaceExport(Callback):
         overwrite: bool = False,
         dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
         max_shard_size: str = "5GB",
+        merge: bool = False,
     ) -> None:
         check_shard_size(max_shard_size)
         if dtype not in (None, *DTYPES):
@@ -53,6 +57,7 @@ class HuggingFaceExport(Callback):
         self.overwrite = overwrite
         self.dtype = dtype
         self.max_shard_size = max_shard_size
+        self.merge = merge
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before hours of training, not after."""
@@ -65,6 +70,8 @@ class HuggingFaceExport(Callback):
         def check() -> None:
             check_replaceable(output, self.overwrite, OF_A_MODEL, "output")
             model_class_of(record, _LIVE)
+            if self.merge and record["adapter"] is None:
+                raise InputError("merge: this run trains the whole model and no adapter: leave it out")
             if not os.access(next(parent for parent in output.absolute().parents if parent.is_dir()), os.W_OK):
                 raise InputError(f"output: {output.parent} cannot be written")
 
@@ -82,7 +89,12 @@ class HuggingFaceExport(Callback):
             tensors, step = language_model_tensors(state), trainer.global_step
             trained = TrainedCheckpoint(_LIVE, tensors, record, dict(pl_module.hparams), step, trainer.current_epoch)
             export_folder(
-                trained, output, dtype=self.dtype, overwrite=self.overwrite, max_shard_size=self.max_shard_size
+                trained,
+                output,
+                dtype=self.dtype,
+                overwrite=self.overwrite,
+                max_shard_size=self.max_shard_size,
+                merge=self.merge,
             )
             rank_zero_info(f"the trained model is in {output}")
 

@@ -25,8 +25,12 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def hash_weights(module: nn.Module) -> str:
-    """SHA-256 of a module's parameters and buffers without those of its ``loss``, by which runs may differ."""
-    return hash_tensors({name: t for name, t in module.state_dict().items() if not name.startswith("loss.")})
+    """SHA-256 of a module's parameters and buffers without those of its ``loss``, by which runs may differ.
+
+    Of all of them: a module's own ``state_dict`` may leave out what is frozen.
+    """
+    state = nn.Module.state_dict(module)
+    return hash_tensors({name: tensor for name, tensor in state.items() if not name.startswith("loss.")})
 
 
 def hash_texts(texts: Iterable[str]) -> str:

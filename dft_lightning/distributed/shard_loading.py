@@ -48,29 +48,33 @@ def allocate_shards(root: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def read_shards(model: nn.Module, files: list[Path]) -> None:
+def read_shards(model: nn.Module, files: list[Path], name_of: Callable[[str], str | None] = str) -> None:
     """Fill a sharded model's parameters and persistent buffers from safetensors files.
 
     Args:
         model: its parameters are DTensors, sharded over their first dimension.
         files: of a checkpoint in the model's own layout; a prefix that all its keys lack or have is seen to.
+        name_of: what the checkpoint calls a tensor of the model; ``None`` for one that it does not hold.
 
     Raises:
         InputError: a tensor is missing or has another shape, or tied ones have different values.
     """
     from safetensors import safe_open
 
-    state = model.state_dict(keep_vars=True)  # parameters themselves, under each of their names
+    parameters = model.state_dict(keep_vars=True)  # themselves, under each of their names
+    called = {name: there for name in parameters if (there := name_of(name)) is not None}
+    state = {name: parameters[name] for name in called}
     with ExitStack() as stack:
         slices: dict[str, Any] = {}
         for file in files:
             handle = stack.enter_context(safe_open(file, framework="pt"))
             slices.update({key: handle.get_slice(key) for key in list(handle.keys())})
-        prefix = _prefix_change(set(state), set(slices), getattr(model, "base_model_prefix", ""))
-        found = {prefix(key): source for key, source in slices.items()}
-        _check_keys(model, state, set(found))
+        prefix = _prefix_change(set(called.values()), set(slices), getattr(model, "base_model_prefix", ""))
+        by_name = {prefix(key): source for key, source in slices.items()}
+        found = {name: by_name[there] for name, there in called.items() if there in by_name}
+        _check_keys(model, state, set(found), set(by_name) - set(called.values()))
         filled: dict[int, str] = {}
-        for name in [name for name in state if name in found]:
+        for name in found:
             if id(state[name]) not in filled:
                 _copy_slice(name, state[name], found[name])
                 filled[id(state[name])] = name
@@ -101,7 +105,7 @@ def _prefix_change(wanted: set[str], there: set[str], base: str) -> Callable[[st
     return lambda key: key
 
 
-def _check_keys(model: nn.Module, state: dict[str, Tensor], there: set[str]) -> None:
+def _check_keys(model: nn.Module, state: dict[str, Tensor], there: set[str], left: set[str]) -> None:
     filled = {id(state[name]) for name in state if name in there}  # what is tied is there under one name or more
     missing = sorted(name for name, tensor in state.items() if id(tensor) not in filled)
     if missing:
@@ -110,7 +114,7 @@ def _check_keys(model: nn.Module, state: dict[str, Tensor], there: set[str]) -> 
             f"in the model's own layout; {WAY_OUT}"
         )
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_COMPUTED]
-    unused = sorted(key for key in there - set(state) if not any(re.search(pattern, key) for pattern in ignored))
+    unused = sorted(key for key in left if not any(re.search(pattern, key) for pattern in ignored))
     if unused:  # as transformers does
         rank_zero_warn(f"the checkpoint's {unused[0]} ({len(unused)} such tensors) is in no place of the model")
 

@@ -129,7 +129,8 @@ def shard(
     Raises:
         InputError: no blocks, or parameters of several dtypes.
     """
-    dtypes = {parameter.dtype for parameter in model.parameters()}
+    # What is frozen is gathered and never reduced: a base in bfloat16 may be below adapters in float32.
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     if len(dtypes) > 1:
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))
         raise InputError(f"model: FSDP2 shards parameters of one dtype, and these are of {names}: set model.dtype")

@@ -58,6 +58,25 @@ def check_precision(strategy: object, precision: object) -> None:
         )
 
 
+def check_adapter_strategy(trainer: pl.Trainer | None, quantized: bool) -> None:
+    """Raise ``InputError`` where an adapter cannot be trained, or not be saved alone."""
+    strategy = None if trainer is None else trainer.strategy
+    if isinstance(strategy, FSDPStrategy):
+        raise InputError("model.peft is not supported under FSDPStrategy (FSDP1): use ModelParallelStrategy or DDP")
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    if quantized:
+        raise InputError(
+            "model.quantization_config: ModelParallelStrategy (FSDP2) does not shard quantized weights: use DDP, or "
+            "leave it out"
+        )
+    if strategy._save_distributed_checkpoint:
+        raise InputError(
+            "model.peft: checkpoints hold the adapter alone, which is saved in one file and not as a distributed "
+            "checkpoint: set save_distributed_checkpoint: false in trainer.strategy's init_args"
+        )
+
+
 def shards_parameters(trainer: pl.Trainer | None) -> bool:
     """Whether ranks hold parts of the parameters, so that every forward is a collective."""
     return trainer is not None and isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy))

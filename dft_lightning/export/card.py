@@ -14,19 +14,20 @@ from dft_lightning.export.checkpoint import TrainedCheckpoint
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def model_card(trained: TrainedCheckpoint, parameters: int, dtype: str) -> str:
+def model_card(trained: TrainedCheckpoint, parameters: int, dtype: str, adapter_of: str | None = None) -> str:
     """Markdown with the hub's front matter: what was trained from what, on what, how, and what was measured.
 
     Args:
         trained: the checkpoint.
         parameters: how many the model has.
         dtype: of the exported tensors.
+        adapter_of: name or folder of the base, where an adapter alone is exported.
     """
     hyper, record = trained.hyper_parameters, trained.record
     loss = _short(hyper.get("loss"))
     base = record["base"]
     front: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": "transformers" if adapter_of is None else "peft",
         "pipeline_tag": "text-generation",
         "tags": ["dft-lightning", loss],
     }
@@ -41,11 +42,12 @@ def model_card(trained: TrainedCheckpoint, parameters: int, dtype: str) -> str:
     sections = [
         f"---\n{_yaml(front)}---",
         f"# {_title(base)}, fine-tuned with {loss}",
-        f"{_class_name(record)} with {parameters:,} parameters ({dtype.removeprefix('torch.')}), trained from "
+        f"{_what(record, adapter_of)} with {parameters:,} parameters ({dtype.removeprefix('torch.')}), trained from "
         f"{_named(base)} for {trained.global_step:,} optimizer steps with the token loss `{loss}` by dft_lightning "
         f"{__version__}.",
         "## Use\n\n```python\nfrom transformers import pipeline\n\n"
-        'generate = pipeline("text-generation", "path/to/this/folder")\n'
+        + ("" if adapter_of is None else "# peft must be installed, and the base within reach\n")
+        + 'generate = pipeline("text-generation", "path/to/this/folder")\n'
         'print(generate([{"role": "user", "content": "..."}], max_new_tokens=256))\n```',
         _table(metrics),
         f"## Training\n\n```yaml\n{_yaml(settings)}```",
@@ -59,8 +61,11 @@ def _short(component: Any) -> str:
     return str(path).rpartition(".")[2] or "CrossEntropyLoss"
 
 
-def _class_name(record: dict[str, Any]) -> str:
-    return str(record["model_class"]).rpartition(".")[2]
+def _what(record: dict[str, Any], adapter_of: str | None) -> str:
+    kind = str(record["model_class"]).rpartition(".")[2]
+    if adapter_of is not None:
+        return f"A LoRA adapter for {kind}, `{adapter_of}`,"
+    return kind if record["adapter"] is None else f"{kind}, with a LoRA adapter merged into it,"
 
 
 def _title(base: Any) -> str:

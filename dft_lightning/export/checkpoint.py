@@ -127,7 +127,7 @@ def _checked(path: Path, content: dict[str, Any], state: dict[str, Tensor]) -> T
     return TrainedCheckpoint(
         path,
         language_model_tensors(state),
-        record,
+        {"adapter": None, **record},  # which older ones do not speak of
         dict(content.get("hyper_parameters", {})),
         int(content.get("global_step", 0)),
         int(content.get("epoch", 0)),

@@ -17,7 +17,8 @@ def main(args: list[str]) -> int:
     parser = CommandParser(
         prog="python -m dft_lightning export",
         description="Write a checkpoint's model as a Hugging Face folder: safetensors, config, generation config, "
-        "tokenizer with chat template, and a model card.",
+        "tokenizer with chat template, and a model card. Of a LoRA run: the adapter as peft reads it, or with --merge "
+        "the whole.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -29,6 +30,10 @@ def main(args: list[str]) -> int:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder, or an empty one")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is in the folder")
+    parser.add_argument(
+        "--merge", action="store_true", help="write a LoRA adapter and its base as one model (default: the adapter)"
+    )
+    parser.add_argument("--base", metavar="MODEL", help="the adapter's base, where the run's own is no longer there")
     parser.add_argument("--dtype", choices=DTYPES, help="convert to (default: as trained)")
     parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
     options = parser.parse_args(args)
@@ -44,6 +49,8 @@ def main(args: list[str]) -> int:
             dtype=options.dtype,
             overwrite=options.overwrite,
             max_shard_size=options.max_shard_size,
+            merge=options.merge,
+            base=options.base,
         )
     except Exception as error:
         message = user_message(error)

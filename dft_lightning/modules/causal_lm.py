@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -30,6 +31,7 @@ from dft_lightning.distributed.sharding import (
     synchronise_gradients,
 )
 from dft_lightning.distributed.strategies import (
+    check_adapter_strategy,
     data_parallel_mesh,
     gathered_root,
     prepare_fsdp1,
@@ -38,6 +40,17 @@ from dft_lightning.distributed.strategies import (
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss, require_default_forward_options
 from dft_lightning.metrics import AnswerExtractor, ExactMatch, LastNumber, SourceMetrics, TokenMetrics
+from dft_lightning.modules.adapter import (
+    adapter_record,
+    attach,
+    base_name,
+    check_adapter,
+    check_tensors,
+    fingerprint,
+    lora_config,
+    lora_values,
+    trained_names,
+)
 from dft_lightning.modules.batch_loss import full_batch_loss, fused_batch_loss
 from dft_lightning.modules.documents import check_documents, model_inputs
 from dft_lightning.modules.generation import GenerationOptions, decode_completions, generate
@@ -52,7 +65,9 @@ from dft_lightning.modules.optimization import (
     matrix_names,
     total_optimizer_steps,
 )
+from dft_lightning.modules.quantization import OptimizerName, adamw_8bit, is_quantized
 from dft_lightning.modules.record import RECORD, describe, files_of
+from dft_lightning.modules.size import training_size
 from dft_lightning.modules.telemetry import TrainTelemetry
 from dft_lightning.ops import TokenOutput
 
@@ -99,6 +114,11 @@ class CausalLMModule(pl.LightningModule):
             ``"full"`` takes the model's own logits, for models whose head the fused one does not know.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the checkpoint.
+        peft: train an adapter (LoRA) and nothing else: a ``LoraConfig`` of peft, or a dict of its options. Checkpoints
+            hold the adapter alone. ``None`` trains the whole model.
+        quantization_config: options of transformers' ``BitsAndBytesConfig``: keeps the base below an adapter in 4 or
+            8 bits.
+        optimizer: ``"adamw"``, or ``"adamw_8bit"``, bitsandbytes' with states of a byte each.
         sharding: how ``ModelParallelStrategy`` (FSDP2) shards the model; other strategies take no such options.
         renormalize: divide a step's gradient by the sum of its tokens' weights ``-dL/dl`` over all micro-batches and
             ranks, in place of their number. Weights then have mean one, so that clipping acts alike on every loss.
@@ -140,6 +160,9 @@ class CausalLMModule(pl.LightningModule):
         head: Literal["fused", "full"] = "fused",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        peft: dict[str, Any] | None = None,
+        quantization_config: dict[str, Any] | None = None,
+        optimizer: OptimizerName = "adamw",
         sharding: ShardingOptions = ShardingOptions(),  # noqa: B008 (frozen)
         renormalize: bool = False,
         log_train_entropy: bool = False,
@@ -148,7 +171,9 @@ class CausalLMModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         model = model.to_diff_dict() if hasattr(model, "to_diff_dict") else model  # a transformers config
+        peft = lora_values(peft)
         self.save_hyperparameters()
+        self._check_adapter_options()
         check_schedule_options(warmup_steps, warmup_ratio, min_lr_ratio)
         check_adamw_options(learning_rate, betas, eps, weight_decay)
         self.loss = copy.deepcopy(from_plain(loss, TokenLoss))
@@ -174,6 +199,7 @@ class CausalLMModule(pl.LightningModule):
         self._matrices: frozenset[str] = frozenset()
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokenizer_files: dict[str, bytes] | None = None
+        self._base_fingerprint: str | None = None
 
     def _set_hparams(self, hp: Any) -> None:
         """Where Lightning stores what ``save_hyperparameters`` collects, a subclass's arguments included.
@@ -208,6 +234,18 @@ class CausalLMModule(pl.LightningModule):
         if head == "fused" and type(self).forward is not CausalLMModule.forward:
             raise ValueError(f"{type(self).__name__} overrides forward, which the fused head does not call: {WAY_OUT}")
 
+    def _check_adapter_options(self) -> None:
+        hparams = self.hparams
+        if hparams["optimizer"] not in get_args(OptimizerName):
+            raise ValueError(f"optimizer must be one of {get_args(OptimizerName)}, got {hparams['optimizer']!r}")
+        if hparams["peft"] is None:
+            if hparams["quantization_config"] is not None:
+                raise ValueError("quantization_config is for a base that is frozen: set peft as well")
+            return
+        self.strict_loading = False  # checkpoints hold the adapter alone: on_load_checkpoint checks its names
+        if isinstance(hparams["model"], dict):
+            raise ValueError("peft: an adapter needs a pretrained model, for its checkpoints do not hold the base")
+
     # -- the model ---------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
@@ -219,13 +257,19 @@ class CausalLMModule(pl.LightningModule):
         if self.model is None:  # otherwise built before there was a trainer, or for one that did not shard
             files = self._build(empty=mesh is not None and self.sharding.load == "shards" and self._loads_checkpoint())
         assert self.model is not None
+        if self.hparams["peft"] is not None:
+            check_adapter_strategy(self._trainer, is_quantized(self.model))
+        if self.hparams["optimizer"] != "adamw" and shards_parameters(self._trainer):
+            raise InputError("model.optimizer: adamw_8bit does not train shards: set adamw, or use DDP")
         prepare_fsdp1(self._trainer, self.model)
         self._matrices = matrix_names(self)
         if mesh is not None:
             shard(self, self.model, mesh, self.sharding, self.trainer.precision, _RUN_THE_MODEL)
         if files is not None:
             allocate_shards(self, self.trainer.strategy.root_device)
-            read_shards(self.model, files)
+            read_shards(self.model, files, base_name if self.hparams["peft"] is not None else str)
+        if self.hparams["peft"] is not None:
+            self._base_fingerprint = fingerprint(self.model)
 
     def _build(self, empty: bool) -> list[Path] | None:
         """Make the model, if ``empty`` without its weights; then the files that have them are returned."""
@@ -235,6 +279,10 @@ class CausalLMModule(pl.LightningModule):
         else:
             self.model = self.build_model()
         self._check_vocabulary()
+        if self.hparams["peft"] is not None:
+            attach(self.model, lora_config(self.hparams["peft"]))
+            if self.hparams["head"] == "fused":
+                find_head(self.model)  # an adapter on it is refused before the data is prepared
         if self.hparams["gradient_checkpointing"]:
             if not hasattr(self.model, "gradient_checkpointing_enable"):
                 raise InputError(f"model: {type(self.model).__name__} does not support gradient_checkpointing")
@@ -258,7 +306,8 @@ class CausalLMModule(pl.LightningModule):
         The fused head finds the output layer by ``get_output_embeddings()`` or as ``lm_head``, an ``nn.Linear``; a
         model without needs ``head: full``.
         """
-        return load_causal_lm(self.hparams["model"], **self._loading_options())
+        options = {**self._loading_options(), "quantization_config": self.hparams["quantization_config"]}
+        return load_causal_lm(self.hparams["model"], **options)
 
     def _check_vocabulary(self) -> None:
         """A token id beyond the embedding would end in an index error far from its cause."""
@@ -357,7 +406,9 @@ class CausalLMModule(pl.LightningModule):
         if self._tokenizer_files is None:
             self._tokenizer_files = self._files_of_tokenizer()
         stops = self._stop_token_ids() if self._tokenizer_files else []
-        return describe(self.model, self.hparams["model"], self._tokenizer_files, stops, self._trainer)
+        values, of_base = self.hparams["peft"], self._base_fingerprint
+        adapter = None if values is None or of_base is None else adapter_record(values, of_base)
+        return describe(self.model, self.hparams["model"], adapter, self._tokenizer_files, stops, self._trainer)
 
     def _files_of_tokenizer(self) -> dict[str, bytes]:
         if getattr(self._datamodule, "tokenizer", None) is None and not isinstance(self.hparams["model"], str):
@@ -370,6 +421,31 @@ class CausalLMModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._loss_step = int(checkpoint.get("global_step", 0))
+        saved, values = checkpoint.get(RECORD, {}).get("adapter"), self.hparams["peft"]
+        of_rank_0 = self._trainer is None or self.trainer.is_global_zero  # others may hold other parts of the base
+        check_adapter(saved, values, self._base_fingerprint if of_rank_0 else None)
+        if values is not None and "state_dict" in checkpoint and self.model is not None:
+            prefix = "model."
+            names = [name.removeprefix(prefix) for name in checkpoint["state_dict"] if name.startswith(prefix)]
+            check_tensors(names, self.model)
+
+    def state_dict(self, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """As every module's; of a model with an adapter that alone, which is what is saved."""
+        state: dict[str, Any] = super().state_dict(**kwargs)
+        if self.hparams["peft"] is not None and self.model is not None:
+            prefix = kwargs.get("prefix", "") + "model."
+            kept = {prefix + name for name in trained_names(self.model)}
+            for name in [name for name in state if name.startswith(prefix) and name not in kept]:
+                del state[name]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As every module's. Below an adapter the base is where it belongs already, and not missing."""
+        keys = super().load_state_dict(state_dict, *args, **kwargs)
+        wanted = self.state_dict() if self.hparams["peft"] is not None else None
+        if wanted is not None:
+            keys.missing_keys[:] = [name for name in keys.missing_keys if name in wanted]
+        return keys
 
     # -- training ----------------------------------------------------------------------------------------------
 
@@ -436,6 +512,9 @@ class CausalLMModule(pl.LightningModule):
         discard_gradients(self)
         self.train_telemetry.reset()
         self._sources_of("train").reset()
+        # FSDP1 has cut the parameters themselves.
+        counted = "parameters" if not isinstance(self.trainer.model, FullyShardedDataParallel) else "values on rank 0"
+        rank_zero_info(training_size(self, self.trainer.optimizers, counted))
         self.train_telemetry.start_clock()
 
     def on_train_end(self) -> None:
@@ -591,14 +670,19 @@ class CausalLMModule(pl.LightningModule):
         return decay_groups(self, self.hparams["weight_decay"], self._matrices)
 
     def build_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
-        """AdamW, fused where the device allows."""
+        """AdamW, fused where the device allows, or bitsandbytes' of 8 bits."""
+        options: dict[str, Any] = {
+            "lr": self.hparams["learning_rate"],
+            "betas": tuple(self.hparams["betas"]),
+            "eps": self.hparams["eps"],
+        }
+        if self.hparams["optimizer"] == "adamw_8bit":
+            return adamw_8bit(groups, self.device, **options)
         # Under 16-mixed a fused optimizer unscales inside step(), out of reach of the rescale's log and of clipping.
         return AdamW(
             groups,
-            lr=self.hparams["learning_rate"],
-            betas=tuple(self.hparams["betas"]),
-            eps=self.hparams["eps"],
             fused=not self._scales_gradients and self.device.type in ("cpu", "cuda", "xpu"),
+            **options,
         )
 
     def build_scheduler(self, optimizer: Optimizer) -> LRScheduler | None:

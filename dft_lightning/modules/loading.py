@@ -17,6 +17,7 @@ from dft_lightning.distributed.shard_loading import WAY_OUT as WHOLE
 from dft_lightning.distributed.shard_loading import parameters_on_meta, saved_dtype
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.modules.documents import ATTENTION, register_documents_attention
+from dft_lightning.modules.quantization import bitsandbytes_config, check_quantized
 
 # What transformers makes rope_parameters of, and what it writes into every config of its own.
 _ALSO_TAKEN = ("rope_theta", "rope_scaling", "transformers_version", "dtype")
@@ -30,6 +31,7 @@ def load_causal_lm(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantization_config: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Load a pretrained model, or make one from scratch from a config, in training mode.
 
@@ -41,6 +43,7 @@ def load_causal_lm(
             ``"documents"`` is this package's, for padding-free batches.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the checkpoint.
+        quantization_config: of transformers' ``BitsAndBytesConfig``, for a pretrained model whose weights are frozen.
 
     Raises:
         InputError: no such folder or hub name, an unknown ``model_type`` or config value, weights missing.
@@ -53,15 +56,19 @@ def load_causal_lm(
         return _from_config(model, torch_dtype, attn_implementation, trust_remote_code)
     path = _checkpoint_path(model)
     options: dict[str, Any] = {"revision": revision} if revision is not None else {}
+    if quantization_config is not None:
+        options["quantization_config"] = bitsandbytes_config(quantization_config)
     with _loading(path):
         loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
             path,
-            config=_read_config(path, trust_remote_code, options),
+            config=_read_config(path, trust_remote_code, revision),
             dtype=torch_dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             **options,
         )
+    if quantization_config is not None:
+        check_quantized(loaded)
     _check_attention(loaded, attn_implementation)
     return loaded.train()  # from_pretrained leaves dropout off and gradient checkpointing inactive
 
@@ -98,7 +105,7 @@ def empty_causal_lm(
     path = _checkpoint_path(model)
     options: dict[str, Any] = {"revision": revision} if revision is not None else {}
     with _loading(path):
-        config = _read_config(path, trust_remote_code, options)
+        config = _read_config(path, trust_remote_code, revision)
         files = _safetensors_files(path, options)
         own = config.get_text_config().dtype
         wanted = getattr(torch, dtype) if dtype != "auto" else own or saved_dtype(files)
@@ -142,9 +149,10 @@ def _loading(path: str) -> Iterator[None]:
         raise InputError(f"model.model: cannot load {path!r}: {one_line(error)}") from error
 
 
-def _read_config(path: str, trust_remote_code: bool, options: dict[str, Any]) -> Any:
+def _read_config(path: str, trust_remote_code: bool, revision: str | None) -> Any:
     from transformers import AutoConfig
 
+    options: dict[str, Any] = {"revision": revision} if revision is not None else {}
     return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
 
 

@@ -23,6 +23,7 @@ RECORD = "dft_lightning"
 def describe(
     model: nn.Module,
     base: Any,
+    adapter: dict[str, Any] | None,
     tokenizer_files: dict[str, bytes],
     stop_token_ids: list[int],
     trainer: pl.Trainer | None,
@@ -32,6 +33,7 @@ def describe(
     Args:
         model: the language model.
         base: name or folder that it was loaded from, or the values of a config.
+        adapter: see :func:`~dft_lightning.modules.adapter.adapter_record`; ``None`` where all of the model is trained.
         tokenizer_files: see :func:`files_of`; none where there is no tokenizer.
         stop_token_ids: what ends a generated text.
         trainer: of the run; ``None`` for none.
@@ -40,6 +42,7 @@ def describe(
     return {
         "base": base if isinstance(base, str) else None,
         "base_is_local": isinstance(base, str) and Path(base).exists(),
+        "adapter": adapter,
         "model_class": class_path(type(model)),
         "config_class": class_path(type(config)),
         "config": None if config is None else _config_text(model, config),

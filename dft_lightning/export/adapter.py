@@ -1,0 +1,93 @@
+"""An adapter as peft's files, or merged into its base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dft_lightning.assets import resolve
+from dft_lightning.distributed.shard_loading import parameters_on_meta
+from dft_lightning.errors import InputError
+from dft_lightning.export.checkpoint import TrainedCheckpoint
+from dft_lightning.export.model import converted, empty_model
+from dft_lightning.modules.adapter import (
+    adapter_tensors,
+    attach,
+    check_adapter,
+    check_tensors,
+    fingerprint,
+    lora_config,
+)
+from dft_lightning.modules.loading import load_causal_lm
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
+
+def adapter_model(trained: TrainedCheckpoint, base: str | None) -> tuple[nn.Module, LoraConfig]:
+    """A model on the meta device with the adapter of a checkpoint, and its config, which names the base.
+
+    Args:
+        trained: the checkpoint.
+        base: name or folder of the base; ``None`` for the run's own.
+    """
+    values = json.loads(trained.record["adapter"]["config"])
+    config = lora_config(values)
+    model = empty_model(trained)
+    with parameters_on_meta():
+        attach(model, config)
+    check_tensors(trained.tensors, model, str(trained.path))
+    config.base_model_name_or_path = _name_of_base(trained, base)
+    config.revision = None if base is not None else trained.hyper_parameters.get("revision")
+    config.inference_mode = True
+    return model, config
+
+
+def save_adapter(folder: Path, model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``."""
+    from safetensors.torch import save_file
+
+    named = {name: tensor.contiguous() for name, tensor in adapter_tensors(model, tensors).items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def merged_model(trained: TrainedCheckpoint, base: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The base with the adapter's product added to its weights, which are loaded in the dtype of training.
+
+    Args:
+        trained: the checkpoint.
+        base: name or folder of the base; ``None`` for the run's own.
+        dtype: to convert floating-point tensors to.
+
+    Raises:
+        InputError: the base cannot be loaded, or is not the one that the adapter was trained on.
+    """
+    record, hyper = trained.record, trained.hyper_parameters
+    options: dict[str, Any] = {"dtype": hyper["dtype"], "trust_remote_code": hyper["trust_remote_code"]}
+    if base is None:
+        options["revision"] = hyper["revision"]
+    model: Any = load_causal_lm(_name_of_base(trained, base), **options)
+    values = json.loads(record["adapter"]["config"])
+    tuner = attach(model, lora_config(values))
+    check_adapter(record["adapter"], values, fingerprint(model), str(trained.path))
+    check_tensors(trained.tensors, model, str(trained.path))
+    model.load_state_dict(trained.tensors, strict=False)
+    merged = cast("PreTrainedModel", tuner.merge_and_unload(safe_merge=True))
+    if dtype is not None:
+        for name, parameter in merged.named_parameters():
+            parameter.data = converted(name, parameter.data, dtype)
+    return merged
+
+
+def _name_of_base(trained: TrainedCheckpoint, base: str | None) -> str:
+    name = base if base is not None else trained.record["base"]
+    if name is None:
+        raise InputError(f"{trained.path} does not say what its adapter was trained on: give --base")
+    found = resolve(name, "--base")
+    return str(Path(found).resolve()) if Path(found).is_dir() else found

@@ -1,0 +1,309 @@
+"""LoRA by peft: adapters put into a language model, which alone are trained and saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dft_lightning.errors import InputError, one_line
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, LoraModel
+
+ADAPTER = "default"
+"""Its name in the model, as peft's own."""
+
+# What else LoraConfig has changes the base's weights, of which checkpoints hold nothing, wants data before training,
+# or arguments in every forward.
+_SUPPORTED = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "init_lora_weights",
+    "use_rslora",
+    "use_dora",
+    "lora_bias",
+    "bias",
+    "fan_in_fan_out",
+)
+_INITIALISATIONS = (True, "gaussian")
+# What an adapter's weights mean nothing without.
+_OF_THE_FUNCTION = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+_ADAPTER_PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
+
+
+def lora_values(peft: dict[str, Any] | LoraConfig | None) -> dict[str, Any] | None:
+    """The options of a ``LoraConfig`` that are not its defaults, in plain values.
+
+    Args:
+        peft: a config, its options, or ``None`` for no adapter.
+
+    Raises:
+        InputError: the peft extra is missing, an option is unknown, not supported here or has a value that
+            ``LoraConfig`` refuses.
+    """
+    if peft is None:
+        return None
+    lora_config_class = _lora_config_class()
+    if isinstance(peft, lora_config_class):
+        defaults = lora_config_class(task_type="CAUSAL_LM")
+        given = {field.name: getattr(peft, field.name) for field in dataclasses.fields(peft)}
+        peft = {name: _plain(value) for name, value in given.items() if value != getattr(defaults, name)}
+        peft.pop("task_type", None)
+    if not isinstance(peft, dict):
+        raise InputError(f"model.peft: expected the options of a LoraConfig, got {type(peft).__name__}")
+    lora_config(peft)
+    return peft
+
+
+def lora_config(values: dict[str, Any]) -> LoraConfig:
+    """The config that :func:`lora_values` took apart."""
+    lora_config_class = _lora_config_class()
+    known = {field.name for field in dataclasses.fields(lora_config_class)}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), _SUPPORTED, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f": it has {', '.join(_SUPPORTED)}"
+            raise InputError(f"model.peft: LoraConfig has no {name}{hint}")
+        if name not in _SUPPORTED:
+            raise InputError(
+                f"model.peft.{name} is not supported (supported are {', '.join(_SUPPORTED)}): override build_model and "
+                "use peft there"
+            )
+        if name == "init_lora_weights" and value not in _INITIALISATIONS:
+            raise InputError(
+                f"model.peft.init_lora_weights: {value!r} is not supported, as it changes the base, of which "
+                "checkpoints hold nothing, or wants data or a start that is no longer the base: set true or gaussian"
+            )
+    for name in ("r", "lora_alpha", "lora_dropout"):
+        if isinstance(values.get(name, 0), bool) or not isinstance(values.get(name, 0), (int, float)):
+            raise InputError(f"model.peft.{name}: expected a number, got {values[name]!r}")
+    try:
+        return lora_config_class(task_type="CAUSAL_LM", **values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"model.peft: {one_line(error)}") from error
+
+
+def _lora_config_class() -> type[LoraConfig]:
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise InputError(f"model.peft needs the peft extra: pip install 'dft-lightning[peft]' ({error})") from error
+    return LoraConfig
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
+
+
+def attach(model: nn.Module, config: LoraConfig) -> LoraModel:
+    """Put an adapter into a model, in place, and freeze all else. Adapters of a half-precision base are in float32.
+
+    On a model whose parameters are on the meta device the adapter's are on the CPU, and drawn as on any other model.
+
+    Returns:
+        What peft merges them by.
+
+    Raises:
+        InputError: no module is meant by ``target_modules``, or an end of the model that is tied to the other.
+    """
+    from peft import LoraModel
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    if on_meta and config.use_dora:
+        raise InputError("model.peft.use_dora needs the base's weights when it begins: set model.sharding.load: whole")
+    tied = _tied_ends(model)
+    try:
+        tuner: LoraModel = LoraModel(model, config, ADAPTER)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"model.peft: {one_line(error)}") from error
+    if tied and _changed_ends(model):
+        raise InputError(
+            f"model.peft: {type(model).__name__} ties its embedding to its output layer, and an adapter or a copy of "
+            "one would leave the other behind: leave both out of target_modules and modules_to_save"
+        )
+    cast_adapter_dtype(model, ADAPTER)
+    _draw(model, config)
+    return tuner
+
+
+def _ends(model: nn.Module) -> list[Any]:
+    return [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+
+
+def _tied_ends(model: nn.Module) -> bool:
+    ends = _ends(model)
+    return None not in ends and ends[0].weight is ends[1].weight
+
+
+def _changed_ends(model: nn.Module) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return any(isinstance(end, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for end in _ends(model))
+
+
+def _draw(model: nn.Module, config: LoraConfig) -> None:
+    """Initial values, again: those that peft drew went to the meta device with the base, if that is there.
+
+    They hang on the seed alone, and not on what was drawn before, which differs with the way the base is loaded.
+    """
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(torch.initial_seed())
+        _draw_layers(model, config)
+
+
+def _draw_layers(model: nn.Module, config: LoraConfig) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for name in layer.adapter_layer_names:
+                part = getattr(layer, name)
+                if ADAPTER not in part:
+                    continue
+                if isinstance(part[ADAPTER], nn.Module):
+                    if any(parameter.is_meta for parameter in part[ADAPTER].parameters()):
+                        part[ADAPTER].to_empty(device="cpu")
+                elif part[ADAPTER].is_meta:
+                    part[ADAPTER] = nn.Parameter(torch.empty_like(part[ADAPTER], device="cpu"))
+            layer.reset_lora_parameters(ADAPTER, config.init_lora_weights)  # type: ignore[no-untyped-call]
+
+
+def base_name(name: str) -> str | None:
+    """What the base called a tensor of the model with its adapter; ``None`` for a tensor of the adapter.
+
+    Example:
+        >>> base_name("layers.0.q_proj.base_layer.weight"), base_name("layers.0.q_proj.lora_A.default.weight")
+        ('layers.0.q_proj.weight', None)
+    """
+    parts = name.split(".")
+    if _ADAPTER_PARTS & set(parts):
+        return None
+    for inner in ("original_module", "base_layer"):
+        parts = [part for part in parts if part != inner]
+    if "modules_to_save" in parts:  # a copy that is trained
+        at = parts.index("modules_to_save")
+        del parts[at : at + 2]
+    return ".".join(parts)
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    """Names of what a checkpoint holds of a model with an adapter: all that is trained."""
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tells one base from another by the first values of every frozen matrix, rounded to bfloat16.
+
+    The same for a base that was loaded in float32 and in bfloat16; others have another word in front. Where ranks hold
+    rows of the matrices, rank 0's counts.
+    """
+    digest, kinds = hashlib.sha256(), set()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and parameter.ndim > 1:
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            first = local.detach().flatten()[:_FIRST].cpu()
+            kinds.add("bfloat16" if first.dtype in (torch.float32, torch.float64) else str(first.dtype)[6:])
+            if first.dtype in (torch.float32, torch.float64):
+                first = first.to(torch.bfloat16)
+            digest.update(f"{base_name(name)} {list(parameter.shape)}".encode())
+            digest.update(first.view(torch.uint8).numpy().tobytes())
+    return f"{' '.join(sorted(kinds))}:{digest.hexdigest()}"
+
+
+_FIRST = 16
+
+
+def adapter_record(values: dict[str, Any], of_base: str) -> dict[str, Any]:
+    """What a checkpoint says of its adapter, in plain values."""
+    return {"config": json.dumps(values), "base_fingerprint": of_base}
+
+
+def check_adapter(
+    saved: dict[str, Any] | None, values: dict[str, Any] | None, of_base: str | None, key: str = "--ckpt_path"
+) -> None:
+    """Whether a checkpoint's adapter belongs on this model.
+
+    Args:
+        saved: what :func:`adapter_record` made; ``None`` for a checkpoint without an adapter.
+        values: of the adapter that the model has; ``None`` for none.
+        of_base: see :func:`fingerprint`; ``None`` where it is not to be compared.
+        key: what an error message calls the checkpoint.
+
+    Raises:
+        InputError: one has an adapter and the other has none, they differ in what an adapter's weights mean, or the
+            base is another.
+    """
+    if saved is None and values is not None:
+        raise InputError(
+            f"{key}: the checkpoint holds a whole model and no adapter: leave model.peft out, or export the checkpoint "
+            "and give that folder as model.model"
+        )
+    if saved is not None and values is None:
+        raise InputError(f"{key}: the checkpoint holds an adapter alone: set model.peft as its run did")
+    if saved is None or values is None:
+        return
+    of_checkpoint, own = lora_config(json.loads(saved["config"])), lora_config(values)
+    for name in _OF_THE_FUNCTION:
+        if getattr(of_checkpoint, name) != getattr(own, name):
+            raise InputError(
+                f"{key}: the checkpoint's adapter has {name} {getattr(of_checkpoint, name)}, and model.peft.{name} is "
+                f"{getattr(own, name)}"
+            )
+    other = saved["base_fingerprint"]
+    if of_base is not None and other != of_base and other.partition(":")[0] == of_base.partition(":")[0]:
+        raise InputError(f"{key}: the checkpoint's adapter was trained on another base: their weights differ")
+
+
+def check_tensors(there: Iterable[str], model: nn.Module, key: str = "--ckpt_path") -> None:
+    """Raise ``InputError`` where a checkpoint lacks what is trained of a model, or has what is not in it."""
+    there = set(there)
+    lacking, unknown = trained_names(model) - there, there - set(model.state_dict())
+    for found, what in ((lacking, "lacks"), (unknown, "has, and the model has not,")):
+        if found:
+            raise InputError(
+                f"{key}: the checkpoint {what} {min(found)} ({len(found)} such tensors of the adapter): it is of a run "
+                "with another model.peft or another model"
+            )
+
+
+def adapter_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's trained tensors by the names of peft's own files.
+
+    Args:
+        model: has the adapter; its values are not read.
+        tensors: by the model's names.
+
+    Raises:
+        InputError: more than the adapter was trained, which such a file has no place for.
+    """
+    from peft import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(
+        model, state_dict=dict(tensors), adapter_name=ADAPTER, save_embedding_layers=False
+    )
+    if len(found) != len(tensors):
+        kept = {id(tensor) for tensor in found.values()}
+        left = sorted(name for name, tensor in tensors.items() if id(tensor) not in kept)
+        raise InputError(
+            f"{left[0]} ({len(left)} such tensors) was trained beside the adapter, and an adapter's folder has no "
+            "place for it: export with --merge"
+        )
+    return {f"base_model.model.{name}": tensor for name, tensor in found.items()}

@@ -1,0 +1,51 @@
+"""What a run trains and the memory that takes before the first batch, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW, Optimizer
+
+_MIB = 2**20
+
+
+def training_size(module: nn.Module, optimizers: Iterable[Optimizer], counted: str = "parameters") -> str:
+    """How many parameters are trained, and bytes of weights, gradients and AdamW's states on this rank.
+
+    Activations and logits come on top: see :func:`~dft_lightning.distributed.estimate_memory`.
+
+    Args:
+        module: the whole of it.
+        optimizers: of its parameters.
+        counted: what a parameter's values are called.
+
+    Example:
+        >>> layer = nn.Linear(1023, 1024)
+        >>> training_size(layer, [AdamW(layer.parameters())])
+        'training 1,048,576 of 1,048,576 parameters (100%); on each rank: weights 4 MiB, gradients 4 MiB, AdamW 8 MiB'
+    """
+    parameters = list(module.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    count, total = sum(map(_whole, trained)), sum(map(_whole, parameters))
+    sizes = {"weights": sum(map(_bytes, parameters)), "gradients": sum(map(_bytes, trained))}
+    for optimizer in optimizers:
+        own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if isinstance(optimizer, AdamW):
+            sizes["AdamW"] = 2 * sum(map(_bytes, own))
+        elif type(optimizer).__name__ == "AdamW8bit":
+            sizes["AdamW8bit"] = 2 * sum(p.numel() if p.numel() >= 4096 else 4 * p.numel() for p in own)
+    shown = ", ".join(f"{name} {size / _MIB:,.4g} MiB" for name, size in sizes.items())
+    return f"training {count:,} of {total:,} {counted} ({100 * count / max(total, 1):.3g}%); on each rank: {shown}"
+
+
+def _bytes(parameter: Tensor) -> int:
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local.numel() * local.element_size()
+
+
+def _whole(parameter: Tensor) -> int:
+    """Of all ranks' shards; of the quantized ones what they stand for."""
+    state = getattr(parameter, "quant_state", None)
+    return int(state.shape.numel()) if state is not None else parameter.numel()
