@@ -50,8 +50,8 @@ def check_quantized(model: nn.Module) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, Linear4bit) and layer.weight.device.type == "cpu" and layer.in_features % _BLOCK:
             raise InputError(
-                f"model.quantization_config: on the CPU bitsandbytes' 4 bits need widths that {_BLOCK} divides, and {name} "
-                f"has {layer.in_features}: use a GPU, or load_in_8bit"
+                f"model.quantization_config: on the CPU bitsandbytes' 4 bits need widths that {_BLOCK} divides, and "
+                f"{name} has {layer.in_features}: use a GPU, or load_in_8bit"
             )
 
 
