@@ -150,6 +150,9 @@ def user_message(error: Exception) -> str | None:
         return f"trainer.val_check_interval: {text}"
     if isinstance(error, RuntimeError) and text.startswith("The sizes `data_parallel_size"):
         return f"trainer.strategy: {text}"
+    if isinstance(error, RuntimeError) and text.startswith("SaveConfigCallback expected "):
+        path = text.removeprefix("SaveConfigCallback expected ").partition(" to NOT exist")[0]
+        return f"{path} is of an earlier run, and is kept: set another trainer.default_root_dir, or a trainer.logger"
     if isinstance(error, RuntimeError) and "loading state_dict" in text:
         lines = [line.strip() for line in text.splitlines()]
         return f"--ckpt_path: the checkpoint is of another model: {lines[1] if len(lines) > 1 else text}"[:500]

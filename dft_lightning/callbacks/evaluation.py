@@ -79,10 +79,14 @@ def at_temperature(options: GenerationOptions, temperature: float) -> Generation
 def shares(greedy: list[int], sampled: list[int] | None, num_samples: int) -> dict[str, float]:
     """Exact match ``greedy``, ``sampled`` (avg@n) and ``pass_at_K`` from the right completions of each problem."""
     values = {"greedy": sum(greedy) / len(greedy)}
-    if sampled is not None:
-        values["sampled"] = sum(sampled) / (num_samples * len(sampled))
-        for k in reported_k(num_samples):
-            values[f"pass_at_{k}"] = sum(pass_at_k(num_samples, count, k) for count in sampled) / len(sampled)
+    return values if sampled is None else {**values, **sampled_shares(sampled, num_samples)}
+
+
+def sampled_shares(sampled: list[int], num_samples: int) -> dict[str, float]:
+    """``sampled`` (avg@n) and ``pass_at_K`` from the right completions of each problem."""
+    values = {"sampled": sum(sampled) / (num_samples * len(sampled))}
+    for k in reported_k(num_samples):
+        values[f"pass_at_{k}"] = sum(pass_at_k(num_samples, count, k) for count in sampled) / len(sampled)
     return values
 
 

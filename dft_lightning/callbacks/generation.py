@@ -13,6 +13,7 @@ from dft_lightning.callbacks.evaluation import (
     check_prompts,
     count_correct,
     require_instruction_data,
+    sampled_shares,
     shares,
 )
 from dft_lightning.modules.causal_lm import CausalLMModule
@@ -35,6 +36,8 @@ class GenerationEvaluation(Callback):
         temperature: of sampling, more than 0.
         limit: problems, from the start of the validation rows; ``None`` for all.
         seed: of the sampling.
+        at_test: in the command ``test``, sample answers to the test problems: logs ``test/sampled`` and
+            ``test/pass_at_K`` beside the greedy ``test/exact_match``.
 
     Raises:
         ValueError: options out of range.
@@ -57,7 +60,10 @@ class GenerationEvaluation(Callback):
         temperature: float = 1.0,
         limit: int | None = 200,
         seed: int = 0,
+        at_test: bool = False,
     ) -> None:
+        if at_test and num_samples < 1:
+            raise ValueError("at_test samples: num_samples must be at least 1")
         for name, value, least in (("every_n_steps", every_n_steps, 1), ("num_samples", num_samples, 0)):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -72,15 +78,27 @@ class GenerationEvaluation(Callback):
         self.temperature = temperature
         self.limit = limit
         self.seed = seed
+        self.at_test = at_test
         self.history: list[tuple[int, dict[str, float]]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "test" and self.at_test:
+            require_instruction_data(trainer, "GenerationEvaluation")
         if stage != "fit":
             return
         self.history = []
         require_instruction_data(trainer, "GenerationEvaluation")
         assert isinstance(pl_module, CausalLMModule)
-        check_prompts(trainer, pl_module, "validation", self.limit)
+        if self.at_start or self.every_n_steps is not None or self.at_end:
+            check_prompts(trainer, pl_module, "validation", self.limit)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.at_test:
+            return
+        assert isinstance(pl_module, CausalLMModule)
+        sampled = self._count(trainer, pl_module, self.temperature, self.num_samples, "test")
+        for name, value in sampled_shares(sampled, self.num_samples).items():
+            pl_module.log(f"test/{name}", value, batch_size=1)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.at_start and trainer.global_step == 0:
@@ -124,6 +142,15 @@ class GenerationEvaluation(Callback):
         telemetry.start_clock()
         return values
 
-    def _count(self, trainer: pl.Trainer, module: CausalLMModule, temperature: float, num_samples: int) -> list[int]:
+    def _count(
+        self,
+        trainer: pl.Trainer,
+        module: CausalLMModule,
+        temperature: float,
+        num_samples: int,
+        split: str = "validation",
+    ) -> list[int]:
         options = at_temperature(module.generation, temperature)
-        return count_correct(trainer, module, options, limit=self.limit, num_samples=num_samples, seed=self.seed)
+        return count_correct(
+            trainer, module, options, split=split, limit=self.limit, num_samples=num_samples, seed=self.seed
+        )

@@ -108,6 +108,8 @@ class HubRows(RowSource):
         revision: branch, tag or commit.
         rename_columns: new names of columns, by the old ones.
         streaming: read rows as they come, without keeping the dataset on disk.
+        num_rows: rows drawn at random, without replacement; ``None`` for all, in their order.
+        seed: of the draw.
     """
 
     def __init__(
@@ -118,25 +120,36 @@ class HubRows(RowSource):
         revision: str | None = None,
         rename_columns: dict[str, str] | None = None,
         streaming: bool = False,
+        num_rows: int | None = None,
+        seed: int = 0,
     ) -> None:
+        if num_rows is not None and num_rows < 1:
+            raise ValueError(f"num_rows must be at least 1, got {num_rows}")
         self.path = path
         self.config_name = name
         self.split = split
         self.revision = revision
         self.rename_columns = rename_columns or {}
         self.streaming = streaming
+        self.num_rows = num_rows
+        self.seed = seed
 
     def stream(self) -> None:
         self.streaming = True
 
     @property
     def name(self) -> str:
-        return "/".join(part for part in (self.path, self.config_name, self.split) if part)
+        whole = "/".join(part for part in (self.path, self.config_name, self.split) if part)
+        return whole if self.num_rows is None else f"{self.num_rows} rows of {whole}"
 
     def rows(self) -> Iterator[tuple[int | str, Row]]:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
 
+        if self.num_rows is not None and self.streaming:
+            raise InputError(
+                f"{self.name}: rows cannot be drawn at random from a stream: leave num_rows or streaming out"
+            )
         try:
             dataset = load_dataset(
                 self.path, self.config_name, split=self.split, revision=self.revision, streaming=self.streaming
@@ -144,6 +157,10 @@ class HubRows(RowSource):
         except (OSError, ValueError, KeyError, DatasetsError) as error:
             reason = one_line(error)
             raise InputError(f"{self.name}: neither a local file nor a dataset that can be loaded: {reason}") from error
+        if self.num_rows is not None:
+            if self.num_rows > len(dataset):
+                raise InputError(f"{self.name}: there are {len(dataset)}")
+            dataset = dataset.shuffle(seed=self.seed).select(range(self.num_rows))
         if self.streaming:  # iterated over plainly, it would leave out rows in a data loader's worker: other workers'
             dataset = ({name: values[0] for name, values in row.items()} for row in dataset.iter(batch_size=1))
         yield from _renamed(_rows_of(dataset, self.name), self.rename_columns)
