@@ -25,9 +25,10 @@ from dft_lightning.errors import InputError
 from dft_lightning.modules import CausalLMModule
 
 _DESCRIPTION = (
-    "Fine-tune causal language models with a pluggable token loss. Three more commands have options of their own, "
+    "Fine-tune causal language models with a pluggable token loss. Four more commands have options of their own, "
     "shown by `compare --help` and so on: compare runs a grid of losses, learning rates and seeds and reports on it; "
-    "inspect shows a fit config's rows as the model will see them; export writes a checkpoint as a Hugging Face folder."
+    "inspect shows a fit config's rows as the model will see them; export writes a checkpoint as a Hugging Face "
+    "folder; configs lists and copies the configs that come with the package."
 )
 
 TRAINER_DEFAULTS: dict[str, Any] = {

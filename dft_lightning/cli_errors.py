@@ -164,7 +164,9 @@ def _required(match: re.Match[str], message: str, parser: ArgumentParser) -> str
 
 
 def _missing_file(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
-    return f"{_key_and_reasons(message)[0] or 'config'}: no such file: {match.group(1)}"
+    from dft_lightning.shipped_configs import hint
+
+    return f"{_key_and_reasons(message)[0] or 'config'}: no such file: {match.group(1)}{hint(match.group(1))}"
 
 
 def _option_of_text(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
@@ -176,17 +178,23 @@ def _broken_config(match: re.Match[str], message: str, parser: ArgumentParser) -
     return "config: broken YAML: " + " ".join(match.group(1).split()).replace('in "<unicode string>", ', "at ")
 
 
-_OTHER_COMMANDS = ("compare", "inspect", "export")
+# Beside Lightning's own, each with options of its own: the module whose ``main`` takes the arguments.
+OTHER_COMMANDS = {
+    "compare": "dft_lightning.compare.command",
+    "inspect": "dft_lightning.inspection.command",
+    "export": "dft_lightning.export.command",
+    "configs": "dft_lightning.shipped_configs",
+}
 
 
 def _unknown_command(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
-    known = [*re.findall(r"\w+", match.group(2)), *_OTHER_COMMANDS]
+    known = [*re.findall(r"\w+", match.group(2)), *OTHER_COMMANDS]
     near = difflib.get_close_matches(match.group(1), known, n=1)
     return f"unknown command {match.group(1)!r}" + (f"; did you mean {near[0]}?" if near else f": {_one_of(known)}")
 
 
 def _no_command(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
-    return f"no command: {_one_of([*match.group(1).split(','), *_OTHER_COMMANDS])}"
+    return f"no command: {_one_of([*match.group(1).split(','), *OTHER_COMMANDS])}"
 
 
 def _one_of(commands: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from conftest import ROOT, TINY_LLAMA
-from dft_lightning.__main__ import main
+from dft_lightning.cli import main
 from dft_lightning.losses import CrossEntropyLoss, DFTLoss, FocalLoss
 
 TINY = {**TINY_LLAMA, "vocab_size": 20}
@@ -145,7 +146,8 @@ def test_unknown_command(capfd):
     assert fails(capfd, "fitt") == "unknown command 'fitt'; did you mean fit?"
     assert fails(capfd, "inspec") == "unknown command 'inspec'; did you mean inspect?"
     assert fails(capfd, "exprt") == "unknown command 'exprt'; did you mean export?"
-    known = "give one of fit, validate, test, predict, compare, inspect, export; see --help"
+    assert fails(capfd, "config") == "unknown command 'config'; did you mean configs?"
+    known = "give one of fit, validate, test, predict, compare, inspect, export, configs; see --help"
     assert fails(capfd, "xyz") == f"unknown command 'xyz': {known}"
     assert fails(capfd) == f"no command: {known}"
 
@@ -154,7 +156,8 @@ def test_help_names_every_command(capfd):
     with pytest.raises(SystemExit) as error:
         main(["--help"])
     assert error.value.code == 0
-    assert {"fit", "validate", "test", "predict", "compare", "inspect", "export"} <= set(capfd.readouterr().out.split())
+    known = {"fit", "validate", "test", "predict", "compare", "inspect", "export", "configs"}
+    assert known <= set(capfd.readouterr().out.split())
 
 
 def test_bad_rows_end_the_run_before_a_model_is_loaded(capfd, config, tmp_path, monkeypatch):
@@ -293,11 +296,15 @@ def test_own_loss_by_dotted_path(config, monkeypatch):
     assert cli.model.loss.floor == 0.3
 
 
-def test_console_script_and_module_are_the_same_command():
-    import dft_lightning.__main__ as entry
-    import dft_lightning.cli as cli
+def test_console_script_and_module_are_the_same_command(config, monkeypatch):
+    from importlib.metadata import entry_points
 
-    assert entry.main is cli.main
+    import dft_lightning.__main__ as entry
+
+    (script,) = entry_points(group="console_scripts", name="dft-lightning")
+    assert script.load() is entry.run
+    monkeypatch.setattr(sys, "argv", ["dft-lightning", "fit", "--config", config, "--trainer.max_steps", "0"])
+    entry.run()
 
 
 def test_command_puts_large_tensors_on_huge_pages_unless_told_otherwise(monkeypatch):

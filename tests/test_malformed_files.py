@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 
 from dft_lightning import CausalLMModule, InstructionDataModule
-from dft_lightning.__main__ import main
+from dft_lightning.cli import main
 from dft_lightning.data import HubRows, MixedRows
 from dft_lightning.errors import InputError
 from malformed import (

@@ -18,6 +18,7 @@ from dft_lightning.compare.names import slug_of
 from dft_lightning.compare.recorder import Evaluation
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.losses import TokenLoss
+from dft_lightning.shipped_configs import hint
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def _read_strictly(path: Path) -> dict[str, Any]:
         InputError: no such file, broken YAML, a key that is there twice, or no mapping.
     """
     if not path.is_file():
-        raise InputError(f"--config: no such file: {path}")
+        raise InputError(f"--config: no such file: {path}{hint(str(path))}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,0 +1,146 @@
+"""The command ``configs``: the configs that come with the package, listed or copied."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import posixpath
+import sys
+from pathlib import Path
+
+import yaml
+
+from dft_lightning.cli_errors import CommandParser
+from dft_lightning.errors import InputError
+from dft_lightning.files import write_text
+
+_PREFIX = "configs/"
+
+
+def shipped() -> dict[str, Path]:
+    """Every config that comes with the package: the name that the README has for it, and its file.
+
+    Raises:
+        FileNotFoundError: the package has none, which is a fault of its installation.
+    """
+    package = Path(__file__).parent
+    # A wheel has them in the package. In a checkout they are beside it, and a folder of that name beside an installed
+    # package may be anybody's.
+    folders = [package / "configs"]
+    if (package.parent / "pyproject.toml").is_file():
+        folders.append(package.parent / "configs")
+    for folder in folders:
+        paths = [(path.relative_to(folder).as_posix(), path) for path in folder.rglob("*.yaml")]
+        if paths:
+            # A folder's own files come before those of its sub-folders.
+            return {_PREFIX + name: path for name, path in sorted(paths, key=lambda pair: (pair[0].count("/"), pair))}
+    raise FileNotFoundError(f"{package} was installed without its configs: install dft-lightning again")
+
+
+def describe(path: Path) -> str:
+    """What a config is for: its first line, a comment."""
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+
+
+def copy(names: list[str], folder: Path, overwrite: bool = False) -> list[Path]:
+    """Copy shipped configs, sub-folders kept; files that are there already and the same are left alone.
+
+    Nothing is written where one of them may not be.
+
+    Args:
+        names: of :func:`shipped`.
+        folder: takes the place of ``configs``.
+        overwrite: replace files that differ.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: a file that differs is there and ``overwrite`` is off, or a folder cannot be.
+    """
+    configs = shipped()
+    wanted: dict[Path, bytes] = {}
+    differing = []
+    for name in names:
+        target, content = folder / name.removeprefix(_PREFIX), configs[name].read_bytes()
+        for above in target.parents:
+            if above.exists() and not above.is_dir():
+                raise InputError(f"--output: {above} is a file")
+        if target.is_dir():
+            raise InputError(f"--output: {target} is a folder")
+        if target.is_file() and target.read_bytes() == content:
+            continue
+        if os.path.lexists(target):  # a link that leads nowhere is something of the user's, too
+            differing.append(target)
+        wanted[target] = content
+    if differing and not overwrite:
+        differ = f"and {len(differing) - 1} more are there and differ" if differing[1:] else "is there and differs"
+        raise InputError(f"--output: {differing[0]} {differ}: give another folder, or --overwrite")
+    for target, content in wanted.items():
+        write_text(target, content.decode("utf-8"))
+    return list(wanted)
+
+
+def hint(path: str) -> str:
+    """What to add to a message that says there is no such file: how to get it, where it is a shipped config's name."""
+    known = Path(path) in {Path.cwd() / name for name in shipped()} | {Path(name) for name in shipped()}
+    return "; it comes with the package: `python -m dft_lightning configs --output configs` copies it" if known else ""
+
+
+def _select(names: list[str]) -> list[str]:
+    """The shipped configs of some names, and the fit configs that comparisons among them are over."""
+    configs = shipped()
+    short = {name.removeprefix(_PREFIX).removesuffix(".yaml"): name for name in configs}
+    chosen = []
+    for name in names:
+        key = posixpath.normpath(name).removeprefix(_PREFIX).removesuffix(".yaml")
+        if key not in short:
+            ends = {posixpath.basename(other): other for other in reversed(short)}
+            near = difflib.get_close_matches(key, short, n=1)
+            near = near or [ends[end] for end in difflib.get_close_matches(posixpath.basename(key), ends, n=1)]
+            rest = f"did you mean {short[near[0]]}?" if near else "`python -m dft_lightning configs` lists them"
+            raise InputError(f"no such config: {name}; {rest}")
+        base = yaml.safe_load(configs[short[key]].read_text(encoding="utf-8")).get("base", [])
+        for path in [base] if isinstance(base, str) else base:
+            chosen.append(_PREFIX + posixpath.normpath(posixpath.join(posixpath.dirname(key), path)))
+        chosen.append(short[key])
+    return [name for name in configs if name in chosen]
+
+
+def main(args: list[str]) -> int:
+    """Run the command; returns the exit status, 2 after one message on standard error where the input was wrong."""
+    parser = CommandParser(
+        prog="python -m dft_lightning configs",
+        description="List the configs that come with the package, or copy them to where commands can name them. "
+        "After `configs --output configs` the README's commands work as they are written.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="only these, such as quickstart or compare/half; what a comparison is over comes along (default: all)",
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="copy them there")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that differ")
+    options = parser.parse_args(args)
+    if options.overwrite and options.output is None:
+        parser.error("--overwrite: give --output FOLDER, too")
+    try:
+        configs = shipped()
+        names = _select(options.names) if options.names else list(configs)
+        if options.output is None:
+            width = max(map(len, names))
+            for name in names:
+                print(f"{name:{width}}  {describe(configs[name])}")
+            return 0
+        written = copy(names, options.output, options.overwrite)
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except OSError as error:
+        sys.stderr.write(f"error: {error.filename}: {error.strerror}\n" if error.filename else f"error: {error}\n")
+        return 2
+    there = f", {len(names) - len(written)} were there already" if len(written) < len(names) else ""
+    print(f"{options.output}: {len(written)} copied{there}")
+    return 0
