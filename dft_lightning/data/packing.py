@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -171,7 +171,7 @@ class _Lengths:
         there = [length for length, count in enumerate(self._counts) if count]
         self._there = sum(1 << length for length in there)
         self._mirrored = sum(1 << (max_length - length) for length in there)
-        self._draws = iter(shuffled.tolist())
+        self._draws = iter(cast("list[int]", shuffled.tolist()))
 
     def take(self, length: int) -> int:
         self.number -= 1

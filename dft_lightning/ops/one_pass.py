@@ -46,7 +46,7 @@ def one_pass(
     hidden = batch.hidden
     task = _Task(batch, loss, settings, normalizer, step, wanted_gradients(hidden, weight, bias))
     names = sorted(settings.statistics)
-    value, loss_sum, slope, correct, log_prob, *rest = OnePass.apply(hidden, weight, bias, task)  # type: ignore[no-untyped-call]
+    value, loss_sum, slope, correct, log_prob, *rest = OnePass.apply(hidden, weight, bias, task)  # type: ignore[no-untyped-call, unused-ignore]
     return TokenOutput(
         loss=value,
         loss_sum=loss_sum,

@@ -20,7 +20,7 @@ def head_statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: HeadSettings
 ) -> tuple[TokenStats, Tensor]:
     """Statistics of ``n`` target tokens, differentiable, and whether each target is the argmax."""
-    correct, log_prob, *rest = _Statistics.apply(hidden, weight, bias, targets, settings)  # type: ignore[no-untyped-call]
+    correct, log_prob, *rest = _Statistics.apply(hidden, weight, bias, targets, settings)  # type: ignore[no-untyped-call, unused-ignore]
     return TokenStats(log_prob=log_prob, **dict(zip(sorted(settings.statistics), rest, strict=True))), correct
 
 
