@@ -49,7 +49,7 @@ def test_bootstrap_against_scipy():
         paired=True,
         method="percentile",
         n_resamples=10_000,
-        rng=np.random.default_rng(3),
+        random_state=np.random.default_rng(3),
     ).confidence_interval
     assert found.mean == pytest.approx((a - b).mean(), abs=1e-12)
     # Two runs of 10,000 resamples: a quantile's own error is near 0.002 here.
