@@ -84,9 +84,13 @@ def test_configs_are_accepted(code, parse, tmp_path, monkeypatch):
     parse(["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--config", str(config)])
 
 
-@pytest.mark.parametrize("name", ["compare", "export", "inspect"])
+COMMANDS = {name: f"{name}.command" for name in ("compare", "export")}
+COMMANDS |= {"inspect": "inspection.command", "configs": "shipped_configs"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_options_of_commands_are_named(name, capsys):
-    main = importlib.import_module(f"dft_lightning.{'inspection' if name == 'inspect' else name}.command").main
+    main = importlib.import_module(f"dft_lightning.{COMMANDS[name]}").main
     with pytest.raises(SystemExit):
         main(["--help"])
     options = set(re.findall(r"--[a-z][\w-]+", capsys.readouterr().out.partition("Learnt tokens")[0])) - {"--help"}
