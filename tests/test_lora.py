@@ -21,6 +21,7 @@ from dft_lightning.errors import InputError
 from dft_lightning.export.command import main as export
 from dft_lightning.modules.adapter import base_name, lora_values
 from dft_lightning.modules.loading import load_causal_lm
+from dft_lightning.modules.size import training_size
 from small_runs import TINY_ARITHMETIC, arithmetic_data, trainer
 
 peft = pytest.importorskip("peft", reason="the peft extra is not installed")
@@ -374,6 +375,9 @@ def test_a_base_in_four_bits(tmp_path):
     run = fit(module)
     assert isinstance(module.model.model.layers[0].self_attn.k_proj, bitsandbytes.nn.Linear4bit)
     assert type(run.optimizers[0]) is bitsandbytes.optim.AdamW8bit
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    total = trained + sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+    assert training_size(module, []).startswith(f"training {trained:,} of {total:,} parameters")
     run.save_checkpoint(path)
     assert all("lora_" in name for name in torch.load(path, weights_only=True)["state_dict"])
     again = made(folder, quantization_config=FOUR_BITS, optimizer="adamw_8bit", learning_rate=0.1)
