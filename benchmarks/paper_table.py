@@ -5,6 +5,7 @@ usage: python benchmarks/paper_table.py
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ PEAK, SHARE, TOKENS_PER_ROW = 989e12, 0.4, 500
 ROWS = 100_000
 # Problems of the five benchmarks, samples of each, problems that a GPU answers at a time; and for one token of all of
 # them, in seconds, the overhead of a step and the memory's bandwidth in bytes per second.
-PROBLEMS, LONGEST, AT_A_TIME = 500 + 272 + 674 + 30 + 40, 4096, {"DeepSeekMath-7B": 1}
+PROBLEMS, LONGEST, AT_A_TIME = (500, 272, 674, 30, 40), 4096, {"DeepSeekMath-7B": 1}
 STEP, BANDWIDTH = 0.03, 3.35e12
 
 
@@ -31,8 +32,8 @@ def training_minutes(parameters: int) -> float:
 
 
 def evaluation_hours(name: str, parameters: int) -> float:
-    """Every batch goes on to the longest answer, and reads the bfloat16 weights once a token."""
-    batches = PROBLEMS / (AT_A_TIME.get(name, 4) * GPUS)
+    """A greedy and a sampled pass; every batch goes on to the longest answer, and reads the weights once a token."""
+    batches = 2 * sum(math.ceil(count / (AT_A_TIME.get(name, 4) * GPUS)) for count in PROBLEMS)
     return batches * LONGEST * (STEP + 2 * parameters / BANDWIDTH) / 3600
 
 

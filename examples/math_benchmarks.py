@@ -27,7 +27,9 @@ PROBLEM, ANSWER = ("problem", "question"), ("answer", "final_answer")
 def convert(rows: Any, name: str) -> Iterator[dict[str, str]]:
     """Rows of any of them in one form."""
     for number, row in enumerate(rows, start=1):
-        problem, answer = (next((row[c] for c in columns if row.get(c)), None) for columns in (PROBLEM, ANSWER))
+        problem, answer = (
+            next((row[c] for c in columns if row.get(c) not in (None, "", [])), None) for columns in (PROBLEM, ANSWER)
+        )
         if problem is None or answer is None:
             raise SystemExit(f"{name}, row {number}: expected a problem and an answer, found {sorted(row)}")
         answers = answer if isinstance(answer, list) else [answer]

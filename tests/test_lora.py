@@ -7,16 +7,17 @@ import re
 import sys
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, pipeline
 
 from dft_lightning import CausalLMModule, DFTLoss, HuggingFaceExport
 from dft_lightning.compare.fingerprints import hash_weights
-from dft_lightning.distributed.strategies import check_adapter_strategy
+from dft_lightning.distributed.strategies import check_adapter_strategy, check_wrapped
 from dft_lightning.errors import InputError
 from dft_lightning.export.command import main as export
 from dft_lightning.modules.adapter import base_name, lora_values
@@ -204,7 +205,10 @@ def test_a_base_that_moved_or_is_another(run, base, tmp_path, capsys):
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(moved)
     capsys.readouterr()
     assert export(["--checkpoint", str(path), "--output", str(tmp_path / "no"), "--merge", "--base", str(other)]) == 2
-    assert "trained on another base" in capsys.readouterr().err
+    assert "trained on another base: model.layers.1.mlp.up_proj.weight differs" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert export(["--checkpoint", str(path), "--output", str(tmp_path / "no"), "--base", str(tmp_path / "empty")]) == 2
+    assert "--base: " in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
     with pytest.raises(InputError, match="trained on another base"):
         fit(made(other), ckpt_path=path)
@@ -241,6 +245,121 @@ def test_what_is_trained_beside_the_adapter_is_not_lost(base, tmp_path, capsys):
     assert torch.equal(load_file(folder / "model.safetensors")["model.norm.weight"], norm)
     loaded = WithNorm.load_from_checkpoint(path)
     assert torch.equal(of_module(loaded.eval()), of_module(module.eval()))
+
+
+def test_a_norm_that_was_trained_and_frozen_again_is_not_lost(base, tmp_path):
+    module, path = WithNorm(str(base), peft=PEFT, learning_rate=1e-2, lr_schedule="constant"), tmp_path / "a.ckpt"
+    run = fit(module)
+    module.model.model.norm.requires_grad_(False)
+    run.save_checkpoint(path)
+    assert torch.equal(
+        torch.load(path, weights_only=True)["state_dict"]["model.model.norm.weight"], module.model.model.norm.weight
+    )
+
+
+def test_what_is_trained_beside_an_adapter_in_half_precision_is_in_float32(base):
+    options = {**PEFT, "modules_to_save": ["up_proj"]}
+    module = made(base, options, dtype="bfloat16", learning_rate=1e-5)
+    module.configure_model()
+    copies = {name: p.detach().clone() for name, p in module.named_parameters() if "modules_to_save" in name}
+    fit(module, precision="bf16-mixed")
+    assert len(copies) == 2
+    for name, parameter in module.named_parameters():
+        if name in copies:
+            assert parameter.dtype == torch.float32
+            assert not torch.equal(parameter, copies[name].float())
+            moved = (parameter != copies[name]).float().mean()
+            assert moved > 0.9  # in bfloat16 hardly one would
+    with pytest.raises(InputError, match=r"up_proj.* updates would be rounded away there: set trainer\.precision"):
+        fit(made(base, options, dtype="bfloat16"))
+
+
+def test_a_merge_into_a_half_precision_base_is_rounded_once(base, tmp_path):
+    module = made(base, dtype="bfloat16", learning_rate=1e-3)
+    fit(module, precision="bf16-mixed").save_checkpoint(tmp_path / "a.ckpt")
+    weights = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).state_dict()
+    state, name = module.state_dict(), "model.layers.1.self_attn.q_proj.weight"
+    adapter = {part: state[f"model.{name}".replace("q_proj", f"q_proj.lora_{part}.default")].double() for part in "AB"}
+    expected = weights[name].double() + 3.0 * adapter["B"] @ adapter["A"]
+    in_float32 = load_file(
+        exported(tmp_path / "a.ckpt", tmp_path / "f", "--merge", "--dtype", "float32") / "model.safetensors"
+    )
+    assert (in_float32[name].double() - expected).abs().max() < 1e-7
+    as_trained = load_file(exported(tmp_path / "a.ckpt", tmp_path / "b", "--merge") / "model.safetensors")
+    assert torch.equal(as_trained[name], in_float32[name].bfloat16())
+    assert not torch.equal(as_trained[name], weights[name])
+
+
+def test_a_base_that_training_rounded_is_merged_rounded(base, tmp_path):
+    module = made(base)
+    fit(module, precision="bf16-true").save_checkpoint(tmp_path / "a.ckpt")
+    merged = load_file(exported(tmp_path / "a.ckpt", tmp_path / "b", "--merge") / "model.safetensors")
+    assert torch.equal(merged["lm_head.weight"], module.model.lm_head.weight)
+
+
+def test_adapters_with_magnitudes_are_exported(base, tmp_path):
+    module, path = made(base, {**PEFT, "use_dora": True}), tmp_path / "a.ckpt"
+    fit(module).save_checkpoint(path)
+    merged = AutoModelForCausalLM.from_pretrained(exported(path, tmp_path / "merged", "--merge"))
+    folder = exported(path, tmp_path / "adapter")
+    assert any(name.endswith("lora_magnitude_vector") for name in load_file(folder / "adapter_model.safetensors"))
+    for model in (merged, peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)):
+        assert (log_probs(model) - of_module(module)).abs().max() < 1e-5
+
+
+def test_any_module_that_wraps_it_loads_the_adapter(run, base):
+    _, module = run
+    other = made(base)
+    other.configure_model()
+    other.load_state_dict(module.state_dict())  # strictly: nothing that was saved is missing
+    assert torch.equal(of_module(other.eval()), of_module(module.eval()))
+    wrapper = torch.nn.Sequential(made(base))
+    wrapper[0].configure_model()
+    wrapper.load_state_dict({f"0.{name}": value for name, value in module.state_dict().items()})
+    assert torch.equal(of_module(wrapper[0].eval()), of_module(module.eval()))
+    state = module.state_dict()
+    state.popitem()
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"model\..*lora_"):
+        other.load_state_dict(state)
+
+
+class SaysNothing(CausalLMModule):
+    def on_save_checkpoint(self, checkpoint):
+        pass
+
+
+def test_an_adapter_without_a_record_is_resumed_with_a_warning(base, tmp_path):
+    module = SaysNothing(str(base), peft=PEFT)
+    fit(module).save_checkpoint(tmp_path / "a.ckpt")
+    again = SaysNothing(str(base), peft=PEFT)
+    with pytest.warns(match="neither alpha nor base are compared"):
+        fit(again, ckpt_path=tmp_path / "a.ckpt")
+    assert torch.equal(of_module(again), of_module(module))
+
+
+def test_another_optimizer_than_the_checkpoints_is_refused(base, run):
+    pytest.importorskip("bitsandbytes", reason="the bitsandbytes extra is not installed")
+    with pytest.raises(InputError, match=r"has the states of adamw, and model\.optimizer is adamw_8bit"):
+        fit(made(base, optimizer="adamw_8bit"), ckpt_path=run[0], steps=5)
+
+
+def test_ddp_sees_what_is_frozen_and_freed(base):
+    ddp = SimpleNamespace(strategy=DDPStrategy())
+    with pytest.raises(InputError, match=r"norm\.weight \(1 parameters\) was frozen or freed after DDP"):
+        check_wrapped(ddp, ["norm.weight"])
+    check_wrapped(SimpleNamespace(strategy=ModelParallelStrategy()), ["norm.weight"])
+    seen = {}
+
+    class Watch(pl.Callback):
+        def setup(self, trainer, module, stage):
+            trainer.strategy.setup_before = trainer.strategy.setup
+            trainer.strategy.setup = lambda t: (
+                seen.update(freed=module.model.model.norm.weight.requires_grad),
+                trainer.strategy.setup_before(t),
+            )
+
+    fit(WithNorm(str(base), peft=PEFT), callbacks=[Watch()])
+    assert seen == {"freed": True}  # before the strategy wraps anything
 
 
 def test_adapters_of_a_half_precision_base_are_in_float32(base, tmp_path):
@@ -294,7 +413,22 @@ REFUSED = {
     "not supported": ({"trainable_token_indices": [1]}, {}, "model.peft.trainable_token_indices is not supported"),
     "changes the base": ({"init_lora_weights": "pissa"}, {}, "init_lora_weights: 'pissa' is not supported"),
     "no such module": ({"target_modules": ["query"]}, {}, "model.peft: .*query"),
-    "rank 0": ({"r": 0}, {}, "model.peft: .*r"),
+    "rank 0": ({"r": 0}, {}, "model.peft.r: expected a whole number from 1, got 0"),
+    "half a rank": ({"r": 8.5}, {}, "model.peft.r: expected a whole number from 1, got 8.5"),
+    "alpha nan": ({"lora_alpha": float("nan")}, {}, "model.peft.lora_alpha: expected a number above 0, got nan"),
+    "modules by number": ({"modules_to_save": 5}, {}, "model.peft.modules_to_save: expected a list of names, got 5"),
+    "a pattern of text": ({"alpha_pattern": {"q_proj": "x"}}, {}, "alpha_pattern: expected names with numbers above 0"),
+    "no expression": ({"target_modules": "("}, {}, "model.peft: missing \\), unterminated subpattern"),
+    "half of the names": (
+        {"target_modules": ["q_proj", "foo"]},
+        {},
+        "target_modules: LlamaForCausalLM has no module foo",
+    ),
+    "no copy": ({"modules_to_save": ["foo"]}, {}, "model.peft.modules_to_save: LlamaForCausalLM has no module foo"),
+    "nothing to exclude": ({"exclude_modules": ["foo"]}, {}, "exclude_modules: LlamaForCausalLM has no module foo"),
+    "no such rank": ({"rank_pattern": {"k_proj": 2}}, {}, "rank_pattern: no module with an adapter is meant by k_proj"),
+    "no such layer": ({"layers_to_transform": [0, 9]}, {}, "layers_to_transform: LlamaForCausalLM has no layer 9"),
+    "a bias for nothing": ({"lora_bias": True}, {}, "model.peft.lora_bias: .*q_proj has no bias"),
     "on the head": ({"target_modules": ["lm_head"]}, {}, "leave it out of the adapter .*model.head: full"),
     "a list": ([8], {}, "model.peft: expected the options of a LoraConfig, got list"),
     "bits of what is trained": (None, {"quantization_config": {"load_in_4bit": True}}, "set peft as well"),
@@ -318,6 +452,14 @@ def test_one_of_two_tied_ends_is_refused(tmp_path, options):
     load_causal_lm({**LLAMA, "tie_word_embeddings": True}).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="ties its embedding to its output layer"):
         made(tmp_path, {**PEFT, **options}, head="full").configure_model()
+
+
+def test_what_every_adapters_config_says_is_taken(base):
+    assert (
+        made(base, {**PEFT, "task_type": "CAUSAL_LM", "peft_type": "LORA"}).hparams["peft"]["task_type"] == "CAUSAL_LM"
+    )
+    with pytest.raises(InputError, match=r"model\.peft\.task_type is not supported"):
+        made(base, {**PEFT, "task_type": "SEQ_CLS"})
 
 
 def test_without_the_extra(base, monkeypatch):
@@ -383,6 +525,13 @@ def test_a_base_in_four_bits(tmp_path):
     again = made(folder, quantization_config=FOUR_BITS, optimizer="adamw_8bit", learning_rate=0.1)
     fit(again, ckpt_path=path)  # at its end already
     assert torch.equal(of_module(again), of_module(module))
+    # Another base is known by what is not in 4 bits.
+    other = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        other.model.norm.weight *= 1.5
+    other.save_pretrained(tmp_path / "other")
+    wrong = ["--merge", "--base", str(tmp_path / "other")]
+    assert export(["--checkpoint", str(path), "--output", str(tmp_path / "no"), *wrong]) == 2
     # Merged, it goes on the base as it was before it was rounded to 4 bits.
     merged = exported(path, tmp_path / "merged", "--merge")
     unrounded = made(folder)

@@ -16,6 +16,7 @@ from dft_lightning.callbacks.evaluation import (
     sampled_shares,
     shares,
 )
+from dft_lightning.errors import InputError
 from dft_lightning.modules.causal_lm import CausalLMModule
 
 
@@ -34,7 +35,7 @@ class GenerationEvaluation(Callback):
         at_end: evaluate after the last step.
         num_samples: samples per problem; 0 for greedy alone.
         temperature: of sampling, more than 0.
-        limit: problems, from the start of the validation rows; ``None`` for all.
+        limit: problems, from the start of the validation rows, or of the test rows in ``test``; ``None`` for all.
         seed: of the sampling.
         at_test: in the command ``test``, sample answers to the test problems: logs ``test/sampled`` and
             ``test/pass_at_K`` beside the greedy ``test/exact_match``.
@@ -82,8 +83,13 @@ class GenerationEvaluation(Callback):
         self.history: list[tuple[int, dict[str, float]]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "test" and self.at_test:
+        if stage == "test" and self.at_test and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             require_instruction_data(trainer, "GenerationEvaluation")
+            if trainer.limit_test_batches != 1.0:
+                raise InputError(
+                    "GenerationEvaluation.at_test takes all test rows or the first `limit`: leave "
+                    "trainer.limit_test_batches out"
+                )
         if stage != "fit":
             return
         self.history = []
@@ -93,7 +99,7 @@ class GenerationEvaluation(Callback):
             check_prompts(trainer, pl_module, "validation", self.limit)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.at_test:
+        if not self.at_test or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, CausalLMModule)
         sampled = self._count(trainer, pl_module, self.temperature, self.num_samples, "test")

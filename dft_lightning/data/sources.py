@@ -123,8 +123,9 @@ class HubRows(RowSource):
         num_rows: int | None = None,
         seed: int = 0,
     ) -> None:
-        if num_rows is not None and num_rows < 1:
-            raise ValueError(f"num_rows must be at least 1, got {num_rows}")
+        for key, value, least in (("num_rows", 1 if num_rows is None else num_rows, 1), ("seed", seed, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{key} must be a whole number from {least}, got {value!r}")
         self.path = path
         self.config_name = name
         self.split = split

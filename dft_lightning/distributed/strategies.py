@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -74,6 +74,15 @@ def check_adapter_strategy(trainer: pl.Trainer | None, quantized: bool) -> None:
         raise InputError(
             "model.peft: checkpoints hold the adapter alone, which is saved in one file and not as a distributed "
             "checkpoint: set save_distributed_checkpoint: false in trainer.strategy's init_args"
+        )
+
+
+def check_wrapped(trainer: pl.Trainer, changed: list[str]) -> None:
+    """Raise ``InputError`` where parameters were frozen or freed behind the back of DDP, which would not see them."""
+    if isinstance(trainer.strategy, DDPStrategy):
+        raise InputError(
+            f"{changed[0]} ({len(changed)} parameters) was frozen or freed after DDP had wrapped the model, so that "
+            "ranks would part there: do it in build_parameter_groups or configure_model"
         )
 
 

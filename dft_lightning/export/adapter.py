@@ -40,7 +40,7 @@ def adapter_model(trained: TrainedCheckpoint, base: str | None) -> tuple[nn.Modu
     config = lora_config(values)
     model = empty_model(trained)
     with parameters_on_meta():
-        attach(model, config)
+        attach(model, config, values=False)
     check_tensors(trained.tensors, model, str(trained.path))
     config.base_model_name_or_path = _name_of_base(trained, base)
     config.revision = None if base is not None else trained.hyper_parameters.get("revision")
@@ -58,7 +58,10 @@ def save_adapter(folder: Path, model: nn.Module, config: LoraConfig, tensors: di
 
 
 def merged_model(trained: TrainedCheckpoint, base: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The base with the adapter's product added to its weights, which are loaded in the dtype of training.
+    """The base with the adapter's product added to its weights.
+
+    The base is loaded and rounded as it was in training, the sum is taken in float32, and rounded once: in the dtype of
+    the base small products would be lost.
 
     Args:
         trained: the checkpoint.
@@ -73,16 +76,23 @@ def merged_model(trained: TrainedCheckpoint, base: str | None, dtype: torch.dtyp
     if base is None:
         options["revision"] = hyper["revision"]
     model: Any = load_causal_lm(_name_of_base(trained, base), **options)
+    if record["trainer"].get("precision") in _ROUNDED:
+        model.to(_ROUNDED[record["trainer"]["precision"]])
+    kept_in = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    if model.dtype != torch.float64:
+        model.float()
     values = json.loads(record["adapter"]["config"])
     tuner = attach(model, lora_config(values))
     check_adapter(record["adapter"], values, fingerprint(model), str(trained.path))
     check_tensors(trained.tensors, model, str(trained.path))
     model.load_state_dict(trained.tensors, strict=False)
     merged = cast("PreTrainedModel", tuner.merge_and_unload(safe_merge=True))
-    if dtype is not None:
-        for name, parameter in merged.named_parameters():
-            parameter.data = converted(name, parameter.data, dtype)
+    for name, parameter in merged.named_parameters():
+        parameter.data = converted(name, parameter.data, dtype or kept_in.get(name, parameter.dtype))
     return merged
+
+
+_ROUNDED = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
 def _name_of_base(trained: TrainedCheckpoint, base: str | None) -> str:
@@ -90,4 +100,8 @@ def _name_of_base(trained: TrainedCheckpoint, base: str | None) -> str:
     if name is None:
         raise InputError(f"{trained.path} does not say what its adapter was trained on: give --base")
     found = resolve(name, "--base")
-    return str(Path(found).resolve()) if Path(found).is_dir() else found
+    if not Path(found).is_dir():
+        return found
+    if not (Path(found) / "config.json").is_file():
+        raise InputError(f"--base: {found} is a folder without config.json; expected the adapter's base")
+    return str(Path(found).resolve())

@@ -6,7 +6,9 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,6 +77,7 @@ def lora_config(values: dict[str, Any]) -> LoraConfig:
     """The config that :func:`lora_values` took apart."""
     lora_config_class = _lora_config_class()
     known = {field.name for field in dataclasses.fields(lora_config_class)}
+    values = {name: value for name, value in values.items() if (name, value) not in _OF_EVERY_ADAPTER}
     for name, value in values.items():
         if name not in known:
             near = difflib.get_close_matches(str(name), _SUPPORTED, n=1)
@@ -90,13 +93,45 @@ def lora_config(values: dict[str, Any]) -> LoraConfig:
                 f"model.peft.init_lora_weights: {value!r} is not supported, as it changes the base, of which "
                 "checkpoints hold nothing, or wants data or a start that is no longer the base: set true or gaussian"
             )
-    for name in ("r", "lora_alpha", "lora_dropout"):
-        if isinstance(values.get(name, 0), bool) or not isinstance(values.get(name, 0), (int, float)):
-            raise InputError(f"model.peft.{name}: expected a number, got {values[name]!r}")
+    _check_values(values)
     try:
         return lora_config_class(task_type="CAUSAL_LM", **values)
     except (TypeError, ValueError) as error:
         raise InputError(f"model.peft: {one_line(error)}") from error
+
+
+_OF_EVERY_ADAPTER = (("task_type", "CAUSAL_LM"), ("peft_type", "LORA"))
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    """What ``LoraConfig`` takes and the layers then stumble on, or do not."""
+    checks: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "r": ("a whole number from 1", lambda value: _is(value, int) and value >= 1),
+        "lora_alpha": ("a number above 0", lambda value: _is(value, int, float) and 0 < value < math.inf),
+        "lora_dropout": ("a number in [0, 1)", lambda value: _is(value, int, float) and 0 <= value < 1),
+        "rank_pattern": ("names with whole numbers from 1", _are(lambda value: _is(value, int) and value >= 1)),
+        "alpha_pattern": ("names with numbers above 0", _are(lambda value: _is(value, int, float) and value > 0)),
+        "target_modules": ("a name or a list of names", _is_names),
+        "exclude_modules": ("a name or a list of names", _is_names),
+        "modules_to_save": ("a list of names", lambda value: _is_names(value) and not isinstance(value, str)),
+    }
+    for name, (expected, holds) in checks.items():
+        if values.get(name) is not None and not holds(values[name]):
+            raise InputError(f"model.peft.{name}: expected {expected}, got {values[name]!r}")
+
+
+def _is(value: Any, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _are(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(holds(each) for each in value.values())
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, (list, tuple, set)) and bool(value) and all(isinstance(name, str) for name in value)
+    )
 
 
 def _lora_config_class() -> type[LoraConfig]:
@@ -111,36 +146,84 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else value
 
 
-def attach(model: nn.Module, config: LoraConfig) -> LoraModel:
+def attach(model: nn.Module, config: LoraConfig, values: bool = True) -> LoraModel:
     """Put an adapter into a model, in place, and freeze all else. Adapters of a half-precision base are in float32.
 
     On a model whose parameters are on the meta device the adapter's are on the CPU, and drawn as on any other model.
+
+    Args:
+        model: the base.
+        config: of the adapter.
+        values: ``False`` where names and shapes will do.
 
     Returns:
         What peft merges them by.
 
     Raises:
-        InputError: no module is meant by ``target_modules``, or an end of the model that is tied to the other.
+        InputError: the config names something that the model has not, or an end of the model that is tied to the other.
     """
     from peft import LoraModel
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
     on_meta = any(parameter.is_meta for parameter in model.parameters())
-    if on_meta and config.use_dora:
+    if on_meta and config.use_dora and values:
         raise InputError("model.peft.use_dora needs the base's weights when it begins: set model.sharding.load: whole")
     tied = _tied_ends(model)
     try:
         tuner: LoraModel = LoraModel(model, config, ADAPTER)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever peft and torch raise over a name or a size
         raise InputError(f"model.peft: {one_line(error)}") from error
+    _check_matches(model, config)
     if tied and _changed_ends(model):
         raise InputError(
             f"model.peft: {type(model).__name__} ties its embedding to its output layer, and an adapter or a copy of "
             "one would leave the other behind: leave both out of target_modules and modules_to_save"
         )
     cast_adapter_dtype(model, ADAPTER)
-    _draw(model, config)
+    if values:
+        _draw(model, config)
     return tuner
+
+
+def _check_matches(model: nn.Module, config: LoraConfig) -> None:
+    """peft ignores most of what names nothing."""
+    from peft.tuners.lora import LoraLayer
+
+    names = {own for name, _ in model.named_modules() if (own := base_name(name))}
+    adapted = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        given = getattr(config, key)
+        if key == "exclude_modules" and isinstance(given, str):
+            continue
+        for each in [] if given is None or isinstance(given, str) else given:
+            if not any(name == each or name.endswith(f".{each}") for name in names):
+                raise InputError(f"model.peft.{key}: {type(model).__name__} has no module {each}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name, _ in adapted):
+                raise InputError(f"model.peft.{key}: no module with an adapter is meant by {pattern}")
+    layers = config.layers_to_transform
+    for index in [layers] if isinstance(layers, int) else layers or []:
+        if not any(f".{index}." in name for name, _ in adapted):
+            raise InputError(f"model.peft.layers_to_transform: {type(model).__name__} has no layer {index} to adapt")
+    if config.lora_bias:
+        for name, layer in adapted:
+            if getattr(layer.get_base_layer(), "bias", None) is None:
+                raise InputError(f"model.peft.lora_bias: {name} has no bias, so that one could not be merged into it")
+
+
+def raise_to_float32(model: nn.Module) -> list[str]:
+    """Keep whatever is trained in float32, in place: in half precision small updates are rounded away.
+
+    Returns:
+        Names of what was not.
+    """
+    names = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+            names.append(name)
+    return names
 
 
 def _ends(model: nn.Module) -> list[Any]:
@@ -209,35 +292,39 @@ def trained_names(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Tells one base from another by the first values of every frozen matrix, rounded to bfloat16.
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """Tells one base from another: a hash of shape and first values of every frozen parameter, by the base's names.
 
-    The same for a base that was loaded in float32 and in bfloat16; others have another word in front. Where ranks hold
-    rows of the matrices, rank 0's counts.
+    In float32 and float64 the values are rounded to bfloat16, so that a base that was loaded in bfloat16 has the same;
+    the word before each hash says what it was made of, and those of one word alone are to be compared. Where ranks hold
+    rows of a model, rank 0's count.
     """
-    digest, kinds = hashlib.sha256(), set()
+    found = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and parameter.ndim > 1:
+        if not parameter.requires_grad:
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            first = local.detach().flatten()[:_FIRST].cpu()
-            kinds.add("bfloat16" if first.dtype in (torch.float32, torch.float64) else str(first.dtype)[6:])
+            # Of vectors rank 0 may hold no more than one value; of matrices it has the first row.
+            first = local.detach().flatten()[: _FIRST if parameter.ndim > 1 else 1].cpu()
             if first.dtype in (torch.float32, torch.float64):
                 first = first.to(torch.bfloat16)
-            digest.update(f"{base_name(name)} {list(parameter.shape)}".encode())
-            digest.update(first.view(torch.uint8).numpy().tobytes())
-    return f"{' '.join(sorted(kinds))}:{digest.hexdigest()}"
+            digest = hashlib.sha256(f"{list(parameter.shape)}".encode() + first.view(torch.uint8).numpy().tobytes())
+            found[str(base_name(name))] = f"{str(first.dtype)[6:]}:{digest.hexdigest()[:16]}"
+    return found
 
 
 _FIRST = 16
 
 
-def adapter_record(values: dict[str, Any], of_base: str) -> dict[str, Any]:
+def adapter_record(values: dict[str, Any], of_base: dict[str, str]) -> dict[str, Any]:
     """What a checkpoint says of its adapter, in plain values."""
     return {"config": json.dumps(values), "base_fingerprint": of_base}
 
 
 def check_adapter(
-    saved: dict[str, Any] | None, values: dict[str, Any] | None, of_base: str | None, key: str = "--ckpt_path"
+    saved: dict[str, Any] | None,
+    values: dict[str, Any] | None,
+    of_base: dict[str, str] | None,
+    key: str = "--ckpt_path",
 ) -> None:
     """Whether a checkpoint's adapter belongs on this model.
 
@@ -267,9 +354,10 @@ def check_adapter(
                 f"{key}: the checkpoint's adapter has {name} {getattr(of_checkpoint, name)}, and model.peft.{name} is "
                 f"{getattr(own, name)}"
             )
-    other = saved["base_fingerprint"]
-    if of_base is not None and other != of_base and other.partition(":")[0] == of_base.partition(":")[0]:
-        raise InputError(f"{key}: the checkpoint's adapter was trained on another base: their weights differ")
+    for name, own_hash in (of_base or {}).items():
+        other = saved["base_fingerprint"].get(name, "")
+        if other != own_hash and other.partition(":")[0] == own_hash.partition(":")[0]:
+            raise InputError(f"{key}: the checkpoint's adapter was trained on another base: {name} differs")
 
 
 def check_tensors(there: Iterable[str], model: nn.Module, key: str = "--ckpt_path") -> None:

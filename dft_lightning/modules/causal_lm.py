@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -32,6 +32,7 @@ from dft_lightning.distributed.sharding import (
 )
 from dft_lightning.distributed.strategies import (
     check_adapter_strategy,
+    check_wrapped,
     data_parallel_mesh,
     gathered_root,
     prepare_fsdp1,
@@ -49,6 +50,7 @@ from dft_lightning.modules.adapter import (
     fingerprint,
     lora_config,
     lora_values,
+    raise_to_float32,
     trained_names,
 )
 from dft_lightning.modules.batch_loss import full_batch_loss, fused_batch_loss
@@ -199,7 +201,9 @@ class CausalLMModule(pl.LightningModule):
         self._matrices: frozenset[str] = frozenset()
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokenizer_files: dict[str, bytes] | None = None
-        self._base_fingerprint: str | None = None
+        self._base_fingerprint: dict[str, str] | None = None
+        self._trained: set[str] = set()
+        self.register_load_state_dict_post_hook(leave_out_the_base)  # type: ignore[no-untyped-call]
 
     def _set_hparams(self, hp: Any) -> None:
         """Where Lightning stores what ``save_hyperparameters`` collects, a subclass's arguments included.
@@ -261,14 +265,20 @@ class CausalLMModule(pl.LightningModule):
             check_adapter_strategy(self._trainer, is_quantized(self.model))
         if self.hparams["optimizer"] != "adamw" and shards_parameters(self._trainer):
             raise InputError("model.optimizer: adamw_8bit does not train shards: set adamw, or use DDP")
-        prepare_fsdp1(self._trainer, self.model)
         self._matrices = matrix_names(self)
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            # What a subclass freezes or trains there counts when the model is wrapped: DDP and FSDP look but once.
+            self.build_parameter_groups()
+        if self.hparams["peft"] is not None:
+            self._raise_to_float32()
+        prepare_fsdp1(self._trainer, self.model)
         if mesh is not None:
             shard(self, self.model, mesh, self.sharding, self.trainer.precision, _RUN_THE_MODEL)
         if files is not None:
             allocate_shards(self, self.trainer.strategy.root_device)
             read_shards(self.model, files, base_name if self.hparams["peft"] is not None else str)
-        if self.hparams["peft"] is not None:
+        self._trained = trained_names(self.model)
+        if self.hparams["peft"] is not None and self._base_fingerprint is None:  # before training touches anything
             self._base_fingerprint = fingerprint(self.model)
 
     def _build(self, empty: bool) -> list[Path] | None:
@@ -290,6 +300,16 @@ class CausalLMModule(pl.LightningModule):
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
         return files
+
+    def _raise_to_float32(self) -> None:
+        """What is trained beside LoRA's matrices, which peft has seen to."""
+        assert self.model is not None
+        raised = raise_to_float32(self.model)
+        if raised and self._trainer is not None and self.trainer.precision == "32-true":
+            raise InputError(
+                f"model.peft: {raised[0]} of a base in half precision is trained beside the adapter, and its updates "
+                "would be rounded away there: set trainer.precision: bf16-mixed, or model.dtype: float32"
+            )
 
     def _loads_checkpoint(self) -> bool:
         """Whether :meth:`build_model` is the class's own and would load a checkpoint."""
@@ -423,29 +443,33 @@ class CausalLMModule(pl.LightningModule):
         self._loss_step = int(checkpoint.get("global_step", 0))
         saved, values = checkpoint.get(RECORD, {}).get("adapter"), self.hparams["peft"]
         of_rank_0 = self._trainer is None or self.trainer.is_global_zero  # others may hold other parts of the base
-        check_adapter(saved, values, self._base_fingerprint if of_rank_0 else None)
-        if values is not None and "state_dict" in checkpoint and self.model is not None:
-            prefix = "model."
-            names = [name.removeprefix(prefix) for name in checkpoint["state_dict"] if name.startswith(prefix)]
+        state = checkpoint.get("state_dict", {})
+        names = [name.removeprefix("model.") for name in state if name.startswith("model.")]
+        if saved is None and values is not None and any("lora_" in name for name in names):
+            rank_zero_warn("the checkpoint does not say how its adapter was made: neither alpha nor base are compared")
+        else:
+            check_adapter(saved, values, self._base_fingerprint if of_rank_0 else None)
+        if values is not None and names and self.model is not None:
             check_tensors(names, self.model)
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_optimizer(checkpoint)
+
+    def _check_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        own = self.hparams["optimizer"]
+        saved = checkpoint.get("hyper_parameters", {}).get("optimizer", own)
+        if saved != own and checkpoint.get("optimizer_states"):
+            raise InputError(f"--ckpt_path: the checkpoint has the states of {saved}, and model.optimizer is {own}")
 
     def state_dict(self, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """As every module's; of a model with an adapter that alone, which is what is saved."""
         state: dict[str, Any] = super().state_dict(**kwargs)
         if self.hparams["peft"] is not None and self.model is not None:
             prefix = kwargs.get("prefix", "") + "model."
-            kept = {prefix + name for name in trained_names(self.model)}
+            self._trained |= trained_names(self.model)  # whatever ever was: it is no longer the base's
+            kept = {prefix + name for name in self._trained}
             for name in [name for name in state if name.startswith(prefix) and name not in kept]:
                 del state[name]
         return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As every module's. Below an adapter the base is where it belongs already, and not missing."""
-        keys = super().load_state_dict(state_dict, *args, **kwargs)
-        wanted = self.state_dict() if self.hparams["peft"] is not None else None
-        if wanted is not None:
-            keys.missing_keys[:] = [name for name in keys.missing_keys if name in wanted]
-        return keys
 
     # -- training ----------------------------------------------------------------------------------------------
 
@@ -512,6 +536,10 @@ class CausalLMModule(pl.LightningModule):
         discard_gradients(self)
         self.train_telemetry.reset()
         self._sources_of("train").reset()
+        assert self.model is not None
+        if changed := sorted(self._trained ^ trained_names(self.model)):
+            check_wrapped(self.trainer, changed)
+            self._trained |= set(changed)
         # FSDP1 has cut the parameters themselves.
         counted = "parameters" if not isinstance(self.trainer.model, FullyShardedDataParallel) else "values on rank 0"
         rank_zero_info(training_size(self, self.trainer.optimizers, counted))
@@ -701,6 +729,15 @@ class CausalLMModule(pl.LightningModule):
             min_ratio=self.hparams["min_lr_ratio"],
         )
         return LambdaLR(optimizer, factor)
+
+
+def leave_out_the_base(module: nn.Module, keys: Any) -> None:
+    """Of what a checkpoint lacks for a module with an adapter: the base is where it belongs already."""
+    if isinstance(module, CausalLMModule) and module.hparams["peft"] is not None and module.model is not None:
+        frozen = {f"model.{name}" for name in module.model.state_dict()} - {f"model.{name}" for name in module._trained}
+        keys.missing_keys[:] = [
+            name for name in keys.missing_keys if not any(f".{name}".endswith(f".{each}") for each in frozen)
+        ]
 
 
 def count_tokens(batch: Batch) -> Tensor | int:
