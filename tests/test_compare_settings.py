@@ -71,6 +71,14 @@ def test_the_bases_own_callbacks_stay_but_generation_along_fit(tmp_path):
     assert names == ["LearningRateMonitor", "RunRecorder"]
 
 
+def test_every_run_exports_into_its_own_folder(tmp_path):
+    exports = [{"class_path": "HuggingFaceExport", "init_args": {"output": output}} for output in ("a/b", None)]
+    base = {**BASE, "trainer": {**BASE["trainer"], "callbacks": exports}}
+    runs = grid(write(tmp_path, base), tmp_path / "out")[1:3]
+    outputs = [[c["init_args"].get("output") for c in run.config["trainer"]["callbacks"][:2]] for run in runs]
+    assert outputs == [[str(run.folder / "b"), None] for run in runs]
+
+
 def test_a_seed_is_another_order_and_no_other_split(tmp_path):
     data = {key: value for key, value in BASE["data"].items() if key != "validation"}
     base = {**BASE, "data": {**data, "validation_fraction": 0.5, "seed": 5}}

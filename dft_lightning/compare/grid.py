@@ -109,7 +109,7 @@ def _run(settings: Settings, fit_config: dict[str, Any], output: Path, run: RunI
         "enable_checkpointing": False,  # the recorder saves the last weights, and those are tested
     }
     config["trainer"]["logger"] = _loggers(config["trainer"]["logger"], folder)
-    config["trainer"]["callbacks"] = [*_other_callbacks(config["trainer"]["callbacks"]), recorder]
+    config["trainer"]["callbacks"] = [*_other_callbacks(config["trainer"]["callbacks"], folder), recorder]
     return Run(run, folder, config)
 
 
@@ -122,10 +122,18 @@ def _loggers(given: Any, folder: Path) -> Any:
     return [own, *(given if isinstance(given, list) else [given])]
 
 
-def _other_callbacks(callbacks: Any) -> list[Any]:
-    """The base's own, without what the recorder does: generation along ``fit`` and checkpoints."""
+def _other_callbacks(callbacks: Any, folder: Path) -> list[Any]:
+    """The base's own, without what the recorder does: generation along ``fit`` and checkpoints. Exported models go into
+    the run's folder: one of the base's choice would be of whichever run came last."""
     listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
-    return [c for c in listed if str(c["class_path"]).rpartition(".")[2] not in _REPLACED]
+    kept = []
+    for callback in listed:
+        name, options = str(callback["class_path"]).rpartition(".")[2], callback.get("init_args") or {}
+        if name == "HuggingFaceExport" and options.get("output"):
+            callback = {**callback, "init_args": {**options, "output": str(folder / Path(options["output"]).name)}}
+        if name not in _REPLACED:
+            kept.append(callback)
+    return kept
 
 
 def write_config(run: Run) -> None:
