@@ -164,6 +164,11 @@ def lora(folder: Path) -> None:
     resumed = trainer(strategy=adapter_strategy(), callbacks=[each_epoch], **four)
     resumed.fit(again, datamodule=data, ckpt_path=folder / "epoch=0.ckpt", weights_only=True)
     found["resumed"] = {name: whole(value) for name, value in again.state_dict().items()}
+    other = CausalLMModule(str(folder / "other"), **options)
+    try:
+        trainer(strategy=adapter_strategy(), **four).fit(other, datamodule=data, ckpt_path=folder / "epoch=0.ckpt")
+    except InputError as error:
+        found["refused"] = gather_lists([str(error)], 2)
     half = CausalLMModule(str(base), dtype="bfloat16", **options)
     trainer(devices=2, strategy=adapter_strategy(), precision="bf16-mixed").fit(half, datamodule=data)
     found["dtypes"] = {name: p.dtype for name, p in half.named_parameters()}

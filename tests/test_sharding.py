@@ -46,6 +46,7 @@ def two_processes(tmp_path_factory):
             save_llama(folder / "checkpoints" / name, tied, vocabulary)
     save_llama(folder / "loading" / "model", True, 512, **LOADED)
     save_llama(folder / "lora" / "base", True, 97)
+    save_llama(folder / "lora" / "other", True, 97, initializer_range=0.03)
     run_two_processes("sharded_runs.py", str(folder), *PARTS, timeout=400)
     return folder
 
@@ -97,6 +98,7 @@ def test_an_adapter_on_two_processes(two_processes):
     ids = torch.arange(60).reshape(4, 15)
     with torch.no_grad():
         assert (module(ids) - merged(ids).logits).abs().max() < 1e-5
+    assert ["trained on another base" in message for message in found["refused"]] == [True, True]  # on both ranks
     assert {dtype for name, dtype in found["dtypes"].items() if "lora_" in name} == {torch.float32}
     assert {dtype for name, dtype in found["dtypes"].items() if "lora_" not in name} == {torch.bfloat16}
 

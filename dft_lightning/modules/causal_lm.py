@@ -7,12 +7,12 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import AdamW, Optimizer
@@ -32,27 +32,15 @@ from dft_lightning.distributed.sharding import (
 )
 from dft_lightning.distributed.strategies import (
     check_adapter_strategy,
-    check_wrapped,
     data_parallel_mesh,
     gathered_root,
     prepare_fsdp1,
     shards_parameters,
 )
-from dft_lightning.errors import InputError, one_line
+from dft_lightning.errors import InputError
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss, require_default_forward_options
 from dft_lightning.metrics import AnswerExtractor, ExactMatch, LastNumber, SourceMetrics, TokenMetrics
-from dft_lightning.modules.adapter import (
-    adapter_record,
-    attach,
-    base_name,
-    check_adapter,
-    check_tensors,
-    fingerprint,
-    lora_config,
-    lora_values,
-    raise_to_float32,
-    trained_names,
-)
+from dft_lightning.modules.adapter import attach, base_name, lora_config, lora_values
 from dft_lightning.modules.batch_loss import full_batch_loss, fused_batch_loss
 from dft_lightning.modules.documents import check_documents, model_inputs
 from dft_lightning.modules.generation import GenerationOptions, decode_completions, generate
@@ -67,8 +55,8 @@ from dft_lightning.modules.optimization import (
     matrix_names,
     total_optimizer_steps,
 )
-from dft_lightning.modules.quantization import OptimizerName, adamw_8bit, is_quantized
-from dft_lightning.modules.record import RECORD, describe, files_of
+from dft_lightning.modules.quantization import OptimizerName, adamw_8bit, check_optimizer_name, is_quantized
+from dft_lightning.modules.saved import SavedModule
 from dft_lightning.modules.size import training_size
 from dft_lightning.modules.telemetry import TrainTelemetry
 from dft_lightning.ops import TokenOutput
@@ -81,7 +69,7 @@ _STAGES = ("train", "val", "forgetting", "test")
 _RUN_THE_MODEL = ("training_step", "validation_step", "test_step", "predict_step", "token_output", "generate")
 
 
-class CausalLMModule(pl.LightningModule):
+class CausalLMModule(SavedModule):
     """Fine-tunes a causal language model with a pluggable token loss.
 
     The gradient of an optimizer step is that of the token mean of the loss over the whole step (or, with
@@ -142,8 +130,6 @@ class CausalLMModule(pl.LightningModule):
         'LlamaForCausalLM'
     """
 
-    model: nn.Module | None
-
     def __init__(
         self,
         model: dict[str, Any] | str,  # in this order: jsonargparse would make a string of a dict
@@ -175,6 +161,7 @@ class CausalLMModule(pl.LightningModule):
         model = model.to_diff_dict() if hasattr(model, "to_diff_dict") else model  # a transformers config
         peft = lora_values(peft)
         self.save_hyperparameters()
+        check_optimizer_name(optimizer)
         self._check_adapter_options()
         check_schedule_options(warmup_steps, warmup_ratio, min_lr_ratio)
         check_adamw_options(learning_rate, betas, eps, weight_decay)
@@ -200,10 +187,6 @@ class CausalLMModule(pl.LightningModule):
         self._step_learning_rate = 0.0
         self._matrices: frozenset[str] = frozenset()
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._tokenizer_files: dict[str, bytes] | None = None
-        self._base_fingerprint: dict[str, str] | None = None
-        self._trained: set[str] = set()
-        self.register_load_state_dict_post_hook(leave_out_the_base)  # type: ignore[no-untyped-call]
 
     def _set_hparams(self, hp: Any) -> None:
         """Where Lightning stores what ``save_hyperparameters`` collects, a subclass's arguments included.
@@ -238,18 +221,6 @@ class CausalLMModule(pl.LightningModule):
         if head == "fused" and type(self).forward is not CausalLMModule.forward:
             raise ValueError(f"{type(self).__name__} overrides forward, which the fused head does not call: {WAY_OUT}")
 
-    def _check_adapter_options(self) -> None:
-        hparams = self.hparams
-        if hparams["optimizer"] not in get_args(OptimizerName):
-            raise ValueError(f"optimizer must be one of {get_args(OptimizerName)}, got {hparams['optimizer']!r}")
-        if hparams["peft"] is None:
-            if hparams["quantization_config"] is not None:
-                raise ValueError("quantization_config is for a base that is frozen: set peft as well")
-            return
-        self.strict_loading = False  # checkpoints hold the adapter alone: on_load_checkpoint checks its names
-        if isinstance(hparams["model"], dict):
-            raise ValueError("peft: an adapter needs a pretrained model, for its checkpoints do not hold the base")
-
     # -- the model ---------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
@@ -269,17 +240,14 @@ class CausalLMModule(pl.LightningModule):
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             # What a subclass freezes or trains there counts when the model is wrapped: DDP and FSDP look but once.
             self.build_parameter_groups()
-        if self.hparams["peft"] is not None:
-            self._raise_to_float32()
+        self._raise_to_float32()
         prepare_fsdp1(self._trainer, self.model)
         if mesh is not None:
             shard(self, self.model, mesh, self.sharding, self.trainer.precision, _RUN_THE_MODEL)
         if files is not None:
             allocate_shards(self, self.trainer.strategy.root_device)
             read_shards(self.model, files, base_name if self.hparams["peft"] is not None else str)
-        self._trained = trained_names(self.model)
-        if self.hparams["peft"] is not None and self._base_fingerprint is None:  # before training touches anything
-            self._base_fingerprint = fingerprint(self.model)
+        self._remember_base()
 
     def _build(self, empty: bool) -> list[Path] | None:
         """Make the model, if ``empty`` without its weights; then the files that have them are returned."""
@@ -300,16 +268,6 @@ class CausalLMModule(pl.LightningModule):
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
         return files
-
-    def _raise_to_float32(self) -> None:
-        """What is trained beside LoRA's matrices, which peft has seen to."""
-        assert self.model is not None
-        raised = raise_to_float32(self.model)
-        if raised and self._trainer is not None and self.trainer.precision == "32-true":
-            raise InputError(
-                f"model.peft: {raised[0]} of a base in half precision is trained beside the adapter, and its updates "
-                "would be rounded away there: set trainer.precision: bf16-mixed, or model.dtype: float32"
-            )
 
     def _loads_checkpoint(self) -> bool:
         """Whether :meth:`build_model` is the class's own and would load a checkpoint."""
@@ -413,64 +371,6 @@ class CausalLMModule(pl.LightningModule):
             self._loss_step = self.global_step
         return self._loss_step
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what ``export`` needs beside the weights: config, tokenizer, the run's settings and metrics."""
-        try:
-            checkpoint[RECORD] = self.record()
-        except Exception as error:  # a model's own config may fail to be written: no reason to lose its weights
-            rank_zero_warn(f"this checkpoint cannot be exported: {one_line(error)}")
-
-    def record(self) -> dict[str, Any]:
-        """What a checkpoint says of the model and its run; see :mod:`dft_lightning.modules.record`."""
-        assert self.model is not None, "call configure_model() first"
-        if self._tokenizer_files is None:
-            self._tokenizer_files = self._files_of_tokenizer()
-        stops = self._stop_token_ids() if self._tokenizer_files else []
-        values, of_base = self.hparams["peft"], self._base_fingerprint
-        adapter = None if values is None or of_base is None else adapter_record(values, of_base)
-        return describe(self.model, self.hparams["model"], adapter, self._tokenizer_files, stops, self._trainer)
-
-    def _files_of_tokenizer(self) -> dict[str, bytes]:
-        if getattr(self._datamodule, "tokenizer", None) is None and not isinstance(self.hparams["model"], str):
-            return {}
-        try:
-            return files_of(self.tokenizer)
-        except Exception as error:  # whatever it is, the weights are to be saved
-            rank_zero_warn(f"checkpoints will not hold the tokenizer: {one_line(error)}")
-            return {}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._loss_step = int(checkpoint.get("global_step", 0))
-        saved, values = checkpoint.get(RECORD, {}).get("adapter"), self.hparams["peft"]
-        of_rank_0 = self._trainer is None or self.trainer.is_global_zero  # others may hold other parts of the base
-        state = checkpoint.get("state_dict", {})
-        names = [name.removeprefix("model.") for name in state if name.startswith("model.")]
-        if saved is None and values is not None and any("lora_" in name for name in names):
-            rank_zero_warn("the checkpoint does not say how its adapter was made: neither alpha nor base are compared")
-        else:
-            check_adapter(saved, values, self._base_fingerprint if of_rank_0 else None)
-        if values is not None and names and self.model is not None:
-            check_tensors(names, self.model)
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._check_optimizer(checkpoint)
-
-    def _check_optimizer(self, checkpoint: dict[str, Any]) -> None:
-        own = self.hparams["optimizer"]
-        saved = checkpoint.get("hyper_parameters", {}).get("optimizer", own)
-        if saved != own and checkpoint.get("optimizer_states"):
-            raise InputError(f"--ckpt_path: the checkpoint has the states of {saved}, and model.optimizer is {own}")
-
-    def state_dict(self, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """As every module's; of a model with an adapter that alone, which is what is saved."""
-        state: dict[str, Any] = super().state_dict(**kwargs)
-        if self.hparams["peft"] is not None and self.model is not None:
-            prefix = kwargs.get("prefix", "") + "model."
-            self._trained |= trained_names(self.model)  # whatever ever was: it is no longer the base's
-            kept = {prefix + name for name in self._trained}
-            for name in [name for name in state if name.startswith(prefix) and name not in kept]:
-                del state[name]
-        return state
-
     # -- training ----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -536,10 +436,7 @@ class CausalLMModule(pl.LightningModule):
         discard_gradients(self)
         self.train_telemetry.reset()
         self._sources_of("train").reset()
-        assert self.model is not None
-        if changed := sorted(self._trained ^ trained_names(self.model)):
-            check_wrapped(self.trainer, changed)
-            self._trained |= set(changed)
+        self._check_trained()
         # FSDP1 has cut the parameters themselves.
         counted = "parameters" if not isinstance(self.trainer.model, FullyShardedDataParallel) else "values on rank 0"
         rank_zero_info(training_size(self, self.trainer.optimizers, counted))
@@ -729,15 +626,6 @@ class CausalLMModule(pl.LightningModule):
             min_ratio=self.hparams["min_lr_ratio"],
         )
         return LambdaLR(optimizer, factor)
-
-
-def leave_out_the_base(module: nn.Module, keys: Any) -> None:
-    """Of what a checkpoint lacks for a module with an adapter: the base is where it belongs already."""
-    if isinstance(module, CausalLMModule) and module.hparams["peft"] is not None and module.model is not None:
-        frozen = {f"model.{name}" for name in module.model.state_dict()} - {f"model.{name}" for name in module._trained}
-        keys.missing_keys[:] = [
-            name for name in keys.missing_keys if not any(f".{name}".endswith(f".{each}") for each in frozen)
-        ]
 
 
 def count_tokens(batch: Batch) -> Tensor | int:

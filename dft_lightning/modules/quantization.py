@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -56,6 +56,12 @@ def check_quantized(model: nn.Module) -> None:
 
 
 _BLOCK = 64
+
+
+def check_optimizer_name(name: str) -> None:
+    """Raise ``ValueError`` for a name that is none of :data:`OptimizerName`."""
+    if name not in get_args(OptimizerName):
+        raise ValueError(f"optimizer must be one of {get_args(OptimizerName)}, got {name!r}")
 
 
 def adamw_8bit(groups: list[dict[str, Any]], device: torch.device, **options: Any) -> Optimizer:
