@@ -160,6 +160,19 @@ def user_message(error: Exception) -> str | None:
     return None
 
 
+def report(error: Exception, aloud: bool = True) -> int:
+    """Write what to tell a person of an error to standard error, if ``aloud``, and return the exit status.
+
+    Called where the error is handled: any other than :func:`user_message` knows goes on its way.
+    """
+    message = user_message(error)
+    if message is None:
+        raise error
+    if aloud:
+        sys.stderr.write(f"error: {message}\n")
+    return 2
+
+
 def _first_on_its_node() -> bool:
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0
 
@@ -203,9 +216,4 @@ def main(
             args=args,
         )
     except Exception as error:
-        message = user_message(error)
-        if message is None:
-            raise
-        if _first_on_its_node():  # every rank there meets the same mistake
-            sys.stderr.write(f"error: {message}\n")
-        raise SystemExit(2) from None
+        raise SystemExit(report(error, aloud=_first_on_its_node())) from None  # every rank there meets the same mistake

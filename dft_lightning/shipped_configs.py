@@ -83,7 +83,7 @@ def copy(names: list[str], folder: Path, overwrite: bool = False) -> list[Path]:
 
 def hint(path: str) -> str:
     """What to add to a message that says there is no such file: how to get it, where it is a shipped config's name."""
-    known = Path(path) in {Path.cwd() / name for name in shipped()} | {Path(name) for name in shipped()}
+    known = Path.cwd() / path in {Path.cwd() / name for name in shipped()}
     return "; it comes with the package: `python -m dft_lightning configs --output configs` copies it" if known else ""
 
 

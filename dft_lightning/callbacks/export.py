@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -11,8 +10,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from dft_lightning.distributed.strategies import whole_state
-from dft_lightning.errors import InputError, one_line
+from dft_lightning.distributed.strategies import on_first_rank, whole_state
+from dft_lightning.errors import InputError
 from dft_lightning.export.checkpoint import TrainedCheckpoint, language_model_tensors
 from dft_lightning.export.folder import DTYPES, OF_A_MODEL, check_shard_size, export_folder
 from dft_lightning.export.model import model_class_of
@@ -75,7 +74,7 @@ class HuggingFaceExport(Callback):
             if not os.access(next(parent for parent in output.absolute().parents if parent.is_dir()), os.W_OK):
                 raise InputError(f"output: {output.parent} cannot be written")
 
-        self._on_first_rank(trainer, check)
+        on_first_rank(trainer, check, "HuggingFaceExport: ")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What was trained for one batch to try the code (``fast_dev_run``) is not written."""
@@ -98,23 +97,11 @@ class HuggingFaceExport(Callback):
             )
             rank_zero_info(f"the trained model is in {output}")
 
-        self._on_first_rank(trainer, write)
+        on_first_rank(trainer, write, "HuggingFaceExport: ")
 
     def _output(self, trainer: pl.Trainer) -> Path:
         log_dir = trainer.log_dir  # a broadcast: every rank asks
         return Path(self.output) if self.output is not None else Path(log_dir or ".") / "huggingface"
-
-    def _on_first_rank(self, trainer: pl.Trainer, action: Callable[[], None]) -> None:
-        """Ends every rank where it fails: one that ends alone leaves the others waiting."""
-        problem = None
-        if trainer.is_global_zero:
-            try:
-                action()
-            except Exception as error:
-                problem = one_line(error)
-        problem = trainer.strategy.broadcast(problem)
-        if problem is not None:
-            raise InputError(f"HuggingFaceExport: {problem}")
 
 
 _LIVE = Path("the trained model")

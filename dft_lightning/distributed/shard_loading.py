@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from dft_lightning.distributed.sharding import local_part
 from dft_lightning.errors import InputError
 
 WAY_OUT = (
@@ -126,12 +127,12 @@ _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 def _copy_slice(name: str, target: Tensor, source: Any) -> None:
     own = _own_rows(name, target, source)
     if own is not None:
-        _local(target).copy_(own)
+        local_part(target).copy_(own)
 
 
 def _check_tied(name: str, other: str, target: Tensor, source: Any) -> None:
     """Tied by the config and saved twice: transformers unties them where they differ, which every rank must know."""
-    own, kept = _own_rows(other, target, source), _local(target)
+    own, kept = _own_rows(other, target, source), local_part(target)
     differs = torch.tensor(own is not None and not torch.equal(kept, own.to(kept)), dtype=torch.int)
     if isinstance(target, DTensor):
         differs = differs.to(target.device_mesh.device_type)
@@ -141,10 +142,6 @@ def _check_tied(name: str, other: str, target: Tensor, source: Any) -> None:
             f"model.model: the config ties {other} to {name}, and the checkpoint has another value for each: set "
             f"tie_word_embeddings: false in its config.json, or {WAY_OUT}"
         )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _own_rows(name: str, target: Tensor, source: Any) -> Tensor | None:

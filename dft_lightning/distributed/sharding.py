@@ -130,7 +130,8 @@ def shard(
         InputError: no blocks, or parameters of several dtypes.
     """
     # What is frozen is gathered and never reduced: a base in bfloat16 may be below adapters in float32.
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    counted = [parameter for parameter in model.parameters() if parameter.requires_grad] or list(model.parameters())
+    dtypes = {parameter.dtype for parameter in counted}
     if len(dtypes) > 1:
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))
         raise InputError(f"model: FSDP2 shards parameters of one dtype, and these are of {names}: set model.dtype")
@@ -185,6 +186,11 @@ def _gather_around(root: nn.Module, method: str) -> None:
 def is_sharded(module: nn.Module) -> bool:
     """Whether a module was given to :func:`shard` as its root."""
     return isinstance(module, FSDPModule)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: all of one that is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def synchronise_gradients(root: nn.Module, synchronise: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +18,7 @@ from torch.distributed.fsdp._common_utils import TrainingState, clean_tensor_nam
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from dft_lightning.distributed.sharding import ShardingOptions, find_blocks
-from dft_lightning.errors import InputError
+from dft_lightning.errors import InputError, one_line
 
 
 def data_parallel_mesh(trainer: pl.Trainer | None, options: ShardingOptions) -> DeviceMesh | None:
@@ -89,6 +89,31 @@ def check_wrapped(trainer: pl.Trainer, changed: list[str]) -> None:
 def shards_parameters(trainer: pl.Trainer | None) -> bool:
     """Whether ranks hold parts of the parameters, so that every forward is a collective."""
     return trainer is not None and isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy))
+
+
+def on_first_rank(trainer: pl.Trainer | None, action: Callable[[], None], key: str = "") -> None:
+    """Do something on rank 0, and end every rank where it fails: one that ends alone leaves the others waiting.
+
+    A collective. Without a trainer this process is rank 0.
+
+    Args:
+        trainer: tells the ranks.
+        action: what is done.
+        key: what the message begins with.
+
+    Raises:
+        InputError: it failed.
+    """
+    problem = None
+    if trainer is None or trainer.is_global_zero:
+        try:
+            action()
+        except Exception as error:
+            problem = one_line(error)
+    if trainer is not None:
+        problem = trainer.strategy.broadcast(problem)
+    if problem is not None:
+        raise InputError(f"{key}{problem}")
 
 
 def whole_state(trainer: pl.Trainer) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from dft_lightning.cli import quiet, user_message
+from dft_lightning.cli import quiet, report
 from dft_lightning.cli_errors import CommandParser
 from dft_lightning.export.checkpoint import open_checkpoint
 from dft_lightning.export.folder import DTYPES, OF_A_MODEL, check_shard_size, export_folder
@@ -53,11 +52,7 @@ def main(args: list[str]) -> int:
             base=options.base,
         )
     except Exception as error:
-        message = user_message(error)
-        if message is None:
-            raise
-        sys.stderr.write(f"error: {message}\n")
-        return 2
+        return report(error)
     print(f"{options.output}: {parameters:,} parameters of {trained.path}, step {trained.global_step}")
     if not trained.record["tokenizer"]:
         print("without a tokenizer: the run had none, so save one there")

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dft_lightning.cli import Parser, quiet, user_message
+from dft_lightning.cli import Parser, quiet, report
 from dft_lightning.cli_errors import CommandParser
 from dft_lightning.data import InstructionDataModule, RowSource
 from dft_lightning.data.sources import Row, as_source
@@ -83,11 +83,7 @@ def main(args: list[str]) -> int:
     try:
         inspect(options, of_fit)
     except Exception as error:
-        message = user_message(error)
-        if message is None:
-            raise
-        sys.stderr.write(f"error: {message}\n")
-        return 2
+        return report(error)
     return 0
 
 

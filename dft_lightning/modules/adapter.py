@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from dft_lightning.distributed.sharding import local_part
 from dft_lightning.errors import InputError, one_line
+from dft_lightning.modules.head import ends_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig, LoraModel
@@ -226,12 +227,8 @@ def raise_to_float32(model: nn.Module) -> list[str]:
     return names
 
 
-def _ends(model: nn.Module) -> list[Any]:
-    return [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
-
-
 def _tied_ends(model: nn.Module) -> bool:
-    ends = _ends(model)
+    ends = ends_of(model)
     return None not in ends and ends[0].weight is ends[1].weight
 
 
@@ -239,7 +236,7 @@ def _changed_ends(model: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    return any(isinstance(end, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for end in _ends(model))
+    return any(isinstance(end, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for end in ends_of(model))
 
 
 def _draw(model: nn.Module, config: LoraConfig) -> None:
@@ -302,9 +299,8 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     found = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             # Of vectors rank 0 may hold no more than one value; of matrices it has the first row.
-            first = local.detach().flatten()[: _FIRST if parameter.ndim > 1 else 1].cpu()
+            first = local_part(parameter).detach().flatten()[: _FIRST if parameter.ndim > 1 else 1].cpu()
             if first.dtype in (torch.float32, torch.float64):
                 first = first.to(torch.bfloat16)
             digest = hashlib.sha256(f"{list(parameter.shape)}".encode() + first.view(torch.uint8).numpy().tobytes())

@@ -98,6 +98,11 @@ def find_head(model: nn.Module) -> LanguageModelHead:
     return LanguageModelHead(layer, scale, softcap)
 
 
+def ends_of(model: nn.Module) -> list[Any]:
+    """A model's input embedding and its output layer; ``None`` for one that it does not show."""
+    return [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+
+
 def _text_config(model: nn.Module) -> Any:
     """The config of the language model, within that of a multimodal one."""
     config: Any = getattr(model, "config", None)

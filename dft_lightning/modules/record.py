@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from dft_lightning.component import brief_values, class_path
+from dft_lightning.modules.head import ends_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +59,7 @@ def describe(
 def _config_text(model: nn.Module, config: Any) -> str:
     """A checkpoint that has two values where its config ties them is loaded untied, and its config still ties."""
     values = json.loads(config.to_json_string(use_diff=False))
-    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    ends = ends_of(model)
     weights = [getattr(end, "weight", None) for end in ends]
     if None not in ends and weights[0] is not weights[1]:
         values["tie_word_embeddings"] = False

@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from dft_lightning.distributed.strategies import check_wrapped
+from dft_lightning.distributed.strategies import check_wrapped, on_first_rank
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.modules.adapter import (
     adapter_record,
@@ -117,7 +117,8 @@ class SavedModule(pl.LightningModule):
         if saved is None and values is not None and any("lora_" in name for name in names):
             rank_zero_warn("the checkpoint does not say how its adapter was made: neither alpha nor base are compared")
         else:
-            self._check_adapter(saved, values)
+            # On rank 0: others may hold other rows of the base.
+            on_first_rank(self._trainer, lambda: check_adapter(saved, values, self._base_fingerprint))
         if values is not None and names and self.model is not None:
             check_tensors(names, self.model)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
@@ -139,19 +140,6 @@ class SavedModule(pl.LightningModule):
             for name in [name for name in state if name.startswith(prefix) and name not in kept]:
                 del state[name]
         return state
-
-    def _check_adapter(self, saved: dict[str, Any] | None, values: dict[str, Any] | None) -> None:
-        """On rank 0, for others may hold other rows, and for all: one that ends alone leaves the others waiting."""
-        trainer, problem = self._trainer, None
-        if trainer is None or trainer.is_global_zero:
-            try:
-                check_adapter(saved, values, self._base_fingerprint)
-            except InputError as error:
-                problem = str(error)
-        if trainer is not None:
-            problem = trainer.strategy.broadcast(problem)
-        if problem is not None:
-            raise InputError(problem)
 
 
 def leave_out_the_base(module: nn.Module, keys: Any) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
+
+from dft_lightning.distributed.sharding import local_part
 
 _MIB = 2**20
 
@@ -41,7 +42,7 @@ def training_size(module: nn.Module, optimizers: Iterable[Optimizer], counted: s
 
 
 def _bytes(parameter: Tensor) -> int:
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    local = local_part(parameter)
     return local.numel() * local.element_size()
 
 
