@@ -92,6 +92,8 @@ class RowSampler(DistributedSampler[Any]):
     rows instead, which counts them twice in an epoch's gradients and metrics. It is a ``DistributedSampler`` so that
     Lightning leaves it alone and sets its epoch.
 
+    Its state is the epoch and how many of its rows all ranks have drawn together, and so good for any number of ranks.
+
     Args:
         dataset: the rows.
         num_replicas: number of ranks.
@@ -115,8 +117,32 @@ class RowSampler(DistributedSampler[Any]):
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
         self.lengths = lengths
         self.group_size = group_size
+        self._start = 0  # rows of this rank that the next iteration leaves out
+        self._drawn = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self._start = 0
+        super().set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and the rows drawn of it over all ranks."""
+        return {"epoch": self.epoch, "rows": self._drawn * self.num_replicas}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Have the next iteration go on where :meth:`state_dict` was taken; later ones of other epochs are whole."""
+        self.epoch = state_dict["epoch"]
+        self._start = self._drawn = state_dict["rows"] // self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
+        start, self._start = self._start, 0
+        self._drawn = start
+        for index in self._order()[start:]:
+            self._drawn += 1
+            yield index
+
+    def _order(self) -> list[int]:
+        """This rank's rows of the epoch."""
         size = len(self.dataset)  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         shuffled = torch.randperm(size, generator=generator) if self.shuffle else torch.arange(size)
@@ -124,7 +150,7 @@ class RowSampler(DistributedSampler[Any]):
             shuffled = _by_length(shuffled, self.lengths, self.group_size, generator if self.shuffle else None)
         order = shuffled.tolist()
         order += [PADDING_ROW] * (self.total_size - size)
-        return iter(order[self.rank :: self.num_replicas])
+        return order[self.rank :: self.num_replicas]
 
 
 _POOLED_GROUPS = 50

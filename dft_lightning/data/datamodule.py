@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from dft_lightning.component import brief_values
 from dft_lightning.data.accumulation import accumulate_to
@@ -20,14 +22,17 @@ from dft_lightning.data.forms import LastTurn, RowColumns, RowForm
 from dft_lightning.data.messages import Conversations, OnBadRows, RowReader, read_messages
 from dft_lightning.data.mixtures import MixedRows
 from dft_lightning.data.packing import Packing, Packs, pack_documents
+from dft_lightning.data.row_position import RowPosition
 from dft_lightning.data.sources import RowSource, as_source
 from dft_lightning.data.stream_position import StreamRecord
 from dft_lightning.data.streaming import StreamedBatches, StreamOptions
 from dft_lightning.data.template import TrainTurns
 from dft_lightning.data.tokenizer import end_of_turn, load_tokenizer
 from dft_lightning.data.tokens import ConversationEncoder
+from dft_lightning.data.workers import start_worker
 from dft_lightning.errors import InputError
 from dft_lightning.metrics.sources import MAX_SOURCES
+from dft_lightning.progress import last_step
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -234,6 +239,7 @@ class InstructionDataModule(pl.LightningDataModule):
         self._divided: dict[str, Conversations] = {}
         self._encoders: dict[int | None, ConversationEncoder] = {}
         self._stream = StreamRecord()
+        self.row_position = RowPosition()
 
     def _set_hparams(self, hp: Any) -> None:
         """Where Lightning stores what ``save_hyperparameters`` collects: in a plain form, and no rows in memory."""
@@ -255,6 +261,7 @@ class InstructionDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self._stream.reset()
+            self.row_position.reset()
         if stage == "fit" and self.trainer is not None:
             self._check_trainer(self.trainer)
         if stage == "fit" and self.global_batch_size is not None and self.trainer is not None:
@@ -441,7 +448,7 @@ class InstructionDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         if self.streaming:
             return self._stream_loader()
-        return self._loader("train", shuffle=self.shuffle, packs=self.packs)
+        return self._loader("train", shuffle=self.shuffle, packs=self.packs, goes_on=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation rows; a list of them and the ``forgetting`` rows where there are such."""
@@ -509,6 +516,7 @@ class InstructionDataModule(pl.LightningDataModule):
         with_prompts: bool = False,
         limit: int | None = None,
         packs: Packs | None = None,
+        goes_on: bool = False,
     ) -> DataLoader[Any]:
         rows: Any = self._rows[split]
         if limit is not None:
@@ -526,9 +534,11 @@ class InstructionDataModule(pl.LightningDataModule):
             shuffle=shuffle,
             seed=self.seed,
             lengths=self.lengths(split) if grouped else None,
-            group_size=self.global_batch_size or self.batch_size * ranks,
+            group_size=self._group_size(),
         )
-        return DataLoader(
+        if goes_on:
+            self.row_position.apply(sampler, self._row_order())
+        loader: DataLoader[Any] = StatefulDataLoader(
             dataset,
             batch_size=self.batch_size if split == "train" else self.eval_batch_size,
             sampler=sampler,
@@ -536,7 +546,9 @@ class InstructionDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            **self._worker_options(rank),
         )
+        return loader
 
     def _stream_loader(self) -> DataLoader[Any]:
         rank, ranks = self._ranks()
@@ -557,7 +569,20 @@ class InstructionDataModule(pl.LightningDataModule):
             ranks,
             None if overfits else self._stream.position(rank, ranks, self.num_workers),
         )
-        return DataLoader(stream, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+        return DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            **self._worker_options(rank),
+        )
+
+    def _worker_options(self, rank: int) -> dict[str, Any]:
+        return {
+            # Of its own: each new pass over a loader would take a number of those that dropout draws from.
+            "generator": torch.Generator().manual_seed(self.seed),
+            "worker_init_fn": partial(start_worker, rank=rank),
+        }
 
     def _collator(self, split: str, with_prompts: bool) -> Collator:
         sources = self._source_index.get(split) or None
@@ -571,25 +596,49 @@ class InstructionDataModule(pl.LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
-    # -- a stream's place --------------------------------------------------------------------------------------
+    # -- where a run is in its rows ----------------------------------------------------------------------------
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Note where the stream was left when this batch was made, which is no part of it.
 
         Then the module's own hook, which Lightning leaves out where a data module has one.
         """
-        batch = self._stream.take(batch) if self.streaming else batch
+        if self.streaming:
+            batch = self._stream.take(batch, begins_step=not self._within_step())
         module = getattr(self.trainer, "lightning_module", None)
         if module is None or not is_overridden("on_before_batch_transfer", module):
             return batch
         return module.on_before_batch_transfer(batch, dataloader_idx)
 
+    def _within_step(self) -> bool:
+        """Whether the last batch was one of several of an optimizer step that is not done."""
+        return self.trainer is not None and last_step(self.trainer).micro_batches > 0
+
     def state_dict(self) -> dict[str, Any]:
-        """Every rank's place in the stream. A collective."""
-        return self._stream.state_dict(self._ranks()[1]) if self.streaming else {}
+        """The place in the training rows after the last optimizer step; of a stream every rank's. A collective."""
+        if self.streaming:
+            return self._stream.state_dict(self._ranks()[1], self._within_step())
+        if self.trainer is None or "train" not in self._rows:
+            return {}
+        return {"train": self.row_position.state_dict(self.trainer, self.batch_size, self._row_order())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._stream.load_state_dict(state_dict)
+        self.row_position.load_state_dict(state_dict.get("train"))
+
+    def _row_order(self) -> dict[str, Any]:
+        """What the order of the training rows hangs on."""
+        order = {
+            "number of rows": len(self._rows["train"]) if self.packs is None else len(self.packs),
+            "data.seed": self.seed if self.shuffle else None,
+            "data.packing": self.packing,
+        }
+        if self.shuffle and self.group_by_length:
+            order["rows of a group"] = self._group_size()
+        return order
+
+    def _group_size(self) -> int:
+        return self.global_batch_size or self.batch_size * self._ranks()[1]
 
 
 def _check_choices(row_form: str, on_bad_rows: str, train_turns: str, packing: str | None) -> None:

@@ -23,6 +23,7 @@ class StreamRecord:
     def __init__(self) -> None:
         self._loaded: list[dict[str, Any]] | None = None
         self.place = StreamPosition()
+        self._step: dict[str, Any] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -30,8 +31,12 @@ class StreamRecord:
         self.bad = self.dropped = 0
         self.place.next_worker, self.place.workers = 0, []
 
-    def take(self, batch: Any) -> Any:
+    def take(self, batch: Any, begins_step: bool = True) -> Any:
         """A batch without its ``stream`` entry, which is noted.
+
+        Args:
+            batch: of a loader.
+            begins_step: whether it is the first of an optimizer step's micro-batches.
 
         Raises:
             InputError: it is no batch, but what is wrong with a row.
@@ -39,6 +44,8 @@ class StreamRecord:
         report = batch.pop("stream", None) if isinstance(batch, dict) else None
         if report is None:
             return batch
+        if begins_step:
+            self._step = self._now()
         if "error" in report:
             raise InputError(report["error"])
         if report["bad"] and not self.bad:
@@ -50,10 +57,18 @@ class StreamRecord:
         self.place.next_worker = (report["worker"] + 1) % report["workers"]
         return batch
 
-    def state_dict(self, world_size: int) -> dict[str, Any]:
-        """Every rank's place. A collective."""
+    def _now(self) -> dict[str, Any]:
         place = {"next_worker": self.place.next_worker, "workers": [*self.place.workers]}
-        return {"stream": gather_lists([{**place, "bad": self.bad, "dropped": self.dropped}], world_size)}
+        return {**place, "bad": self.bad, "dropped": self.dropped}
+
+    def state_dict(self, world_size: int, within_step: bool = False) -> dict[str, Any]:
+        """Every rank's place. A collective.
+
+        Args:
+            world_size: number of ranks.
+            within_step: whether micro-batches were taken since the last optimizer step, which are to be read again.
+        """
+        return {"stream": gather_lists([self._step if within_step else self._now()], world_size)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""

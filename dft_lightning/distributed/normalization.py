@@ -26,12 +26,15 @@ class TokenNormalizer:
     Args:
         all_reduce: sums a tensor over ranks.
         world_size: number of data-parallel ranks.
+
+    Attributes:
+        divisor: that power of two, for the next step; ``None`` before the first micro-batch.
     """
 
     def __init__(self, all_reduce: Callable[[Tensor], Tensor], world_size: int) -> None:
         self._all_reduce = all_reduce
         self._world_size = world_size
-        self._divisor: float | None = None
+        self.divisor: float | None = None
         self._count: Tensor | None = None
         self._weight: Tensor | None = None
 
@@ -43,12 +46,12 @@ class TokenNormalizer:
     def count(self, num_targets: Tensor) -> float:
         """Count a micro-batch's targets (a scalar int64 tensor) and return what to divide its summed loss by."""
         self._count = num_targets if self._count is None else self._count + num_targets
-        if self._divisor is None:
+        if self.divisor is None:
             mean = int(self._all_reduce(num_targets.clone())) / self._world_size
             if mean == 0:
                 return 1.0  # no rank has targets: the loss is 0, and 0 needs no range
-            self._divisor = _power_of_two(mean)
-        return self._divisor
+            self.divisor = _power_of_two(mean)
+        return self.divisor
 
     def weigh(self, weights: Tensor) -> None:
         """Count a micro-batch's weights (``-dL/dl`` of each target): the step is divided by their sum over all."""
@@ -72,10 +75,10 @@ class TokenNormalizer:
             for parameter in parameters:
                 parameter.grad = None
             return
-        assert self._divisor is not None
+        assert self.divisor is not None
         micro_batches = accumulate_grad_batches * self._world_size
-        factor = self._divisor * micro_batches / total
-        self._divisor = _power_of_two(tokens / micro_batches)
+        factor = self.divisor * micro_batches / total
+        self.divisor = _power_of_two(tokens / micro_batches)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, factor)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torchmetrics import Metric
 
 from dft_lightning.component import from_plain, plain_values
 from dft_lightning.distributed import TokenNormalizer
@@ -373,11 +374,12 @@ class CausalLMModule(SavedModule):
 
     # -- training ----------------------------------------------------------------------------------------------
 
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        return cast(Tensor, self.trainer.strategy.reduce(tensor, reduce_op="sum"))
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self._normalizer is None:  # here and not in a hook: a learning-rate finder trains before every hook
-            self._normalizer = TokenNormalizer(
-                partial(self.trainer.strategy.reduce, reduce_op="sum"), self.trainer.world_size
-            )
+            self._normalizer = TokenNormalizer(self._sum_over_ranks, self.trainer.world_size)
         if self._normalizer.pending and self._normalized_step != self.global_step:
             raise RuntimeError(
                 f"{type(self).__name__} overrides on_before_optimizer_step without calling super(): the step's "
@@ -432,10 +434,14 @@ class CausalLMModule(SavedModule):
 
     def on_train_start(self) -> None:
         self._tokenizer_files = None  # this run's data may have another
-        self._normalizer = None  # this trainer's ranks, and nothing left over from an interrupted step
+        # This trainer's ranks, and nothing left over from an interrupted step.
+        self._normalizer = TokenNormalizer(self._sum_over_ranks, self.trainer.world_size)
         discard_gradients(self)
         self.train_telemetry.reset()
         self._sources_of("train").reset()
+        self._run_state.reset()
+        self._run_state.restore()
+        self._run_state.note_step()
         self._check_trained()
         # FSDP1 has cut the parameters themselves.
         counted = "parameters" if not isinstance(self.trainer.model, FullyShardedDataParallel) else "values on rank 0"
@@ -450,17 +456,45 @@ class CausalLMModule(SavedModule):
 
     def on_validation_end(self) -> None:
         self.train_telemetry.start_clock()
+        if self._stepped and not self.trainer.sanity_checking and self.trainer.state.fn == TrainerFn.FITTING:
+            self._run_state.note_step()  # with the random numbers that validation took
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        stepped = self._normalizer is not None and not self._normalizer.pending
-        # Lightning's own criterion: another would collect at steps that the loggers never see.
-        due = self.trainer._logger_connector.should_update_logs
-        if not stepped or not due or not self.train_telemetry.tokens.update_called:
+        if not self._stepped:
             return
-        values = self.train_telemetry.collect()
-        values["lr"] = self._step_learning_rate
-        values |= self._collect_sources("train")
-        self._log("train", values, prog_bar=("loss", "nll", "token_accuracy"), on_step=True, on_epoch=False)
+        if self.window_ends():
+            values = self.train_telemetry.collect()
+            values["lr"] = self._step_learning_rate
+            values |= self._collect_sources("train")
+            self._log("train", values, prog_bar=("loss", "nll", "token_accuracy"), on_step=True, on_epoch=False)
+        self._run_state.note_step()
+
+    @property
+    def _stepped(self) -> bool:
+        """Whether no micro-batch was counted since the last optimizer step."""
+        return self._normalizer is not None and not self._normalizer.pending
+
+    # -- what a run has in flight: see RunState ------------------------------------------------------------------
+
+    def window_ends(self) -> bool:
+        """Whether what was gathered is logged after this step."""
+        # Lightning's own criterion: another would collect at steps that the loggers never see.
+        return self.trainer._logger_connector.should_update_logs and self.train_telemetry.tokens.update_called
+
+    def in_flight_metrics(self) -> dict[str, Metric]:
+        """Metrics that are updated at each step and logged later: checkpoints hold every rank's."""
+        telemetry = self.train_telemetry
+        return {"tokens": telemetry.tokens, "gradients": telemetry.gradients, "sources": self._sources_of("train")}
+
+    def in_flight_values(self) -> dict[str, Any]:
+        """Numbers of this rank that go into checkpoints with them."""
+        divisor = None if self._normalizer is None else self._normalizer.divisor
+        return {"seconds": self.train_telemetry.seconds, "divisor": divisor}
+
+    def load_in_flight_values(self, values: dict[str, Any]) -> None:
+        """Go on from what :meth:`in_flight_values` returned."""
+        assert self._normalizer is not None
+        self.train_telemetry.seconds, self._normalizer.divisor = values["seconds"], values["divisor"]
 
     def _log(self, stage: str, values: dict[str, Any], *, prog_bar: Sequence[str], **kwargs: Any) -> None:
         # Already reduced over ranks and batches: Lightning must neither average nor exchange them again.
@@ -506,6 +540,7 @@ class CausalLMModule(SavedModule):
         self._count_sources("forgetting" if dataloader_idx else "val", batch, output)
 
     def on_validation_epoch_end(self) -> None:
+        self._run_state.note_validation()
         self._log_evaluation("val", self.val_metrics, prog_bar=("nll",))
         self._log_evaluation("forgetting", self.forgetting_metrics, prog_bar=())
 

@@ -103,7 +103,7 @@ def total_optimizer_steps(trainer: pl.Trainer) -> int:
     """
     limits: list[int] = [trainer.max_steps] if trainer.max_steps >= 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        batches = _num_batches(trainer)
+        batches = num_training_batches(trainer)
         if batches is not None:
             limits.append(trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
         elif not limits:
@@ -116,7 +116,7 @@ def total_optimizer_steps(trainer: pl.Trainer) -> int:
     return min(limits)
 
 
-def _num_batches(trainer: pl.Trainer) -> int | None:
+def num_training_batches(trainer: pl.Trainer) -> int | None:
     """Micro-batches per epoch and rank, or ``None`` where the data has no length."""
     # Covers loaders given to fit, the data module's and the module's own alike, without starting their workers.
     loader = trainer.fit_loop._data_source.dataloader()

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torchmetrics import Metric
 
 from dft_lightning.distributed.strategies import check_wrapped, on_first_rank
 from dft_lightning.errors import InputError, one_line
@@ -20,6 +21,7 @@ from dft_lightning.modules.adapter import (
     trained_names,
 )
 from dft_lightning.modules.record import RECORD, describe, files_of
+from dft_lightning.modules.run_state import RunState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +34,14 @@ class SavedModule(pl.LightningModule):
     _loss_step: int
 
     if TYPE_CHECKING:
+
+        def in_flight_metrics(self) -> dict[str, Metric]: ...
+
+        def in_flight_values(self) -> dict[str, Any]: ...
+
+        def load_in_flight_values(self, values: dict[str, Any]) -> None: ...
+
+        def window_ends(self) -> bool: ...
 
         @property
         def tokenizer(self) -> PreTrainedTokenizerBase: ...
@@ -46,6 +56,7 @@ class SavedModule(pl.LightningModule):
         self._tokenizer_files: dict[str, bytes] | None = None
         self._base_fingerprint: dict[str, str] | None = None
         self._trained: set[str] = set()
+        self._run_state = RunState(self)
         self.register_load_state_dict_post_hook(leave_out_the_base)  # type: ignore[no-untyped-call]
 
     def _check_adapter_options(self) -> None:
@@ -84,11 +95,14 @@ class SavedModule(pl.LightningModule):
             self._trained |= set(changed)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what ``export`` needs beside the weights: config, tokenizer, the run's settings and metrics."""
+        """Add what ``export`` needs beside the weights (config, tokenizer, the run's settings and metrics), and what a
+        run has in flight."""
         try:
             checkpoint[RECORD] = self.record()
         except Exception as error:  # a model's own config may fail to be written: no reason to lose its weights
             rank_zero_warn(f"this checkpoint cannot be exported: {one_line(error)}")
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._run_state.save(checkpoint)
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of the model and its run; see :mod:`dft_lightning.modules.record`."""
@@ -123,6 +137,7 @@ class SavedModule(pl.LightningModule):
             check_tensors(names, self.model)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._check_optimizer(checkpoint)
+            self._run_state.load(checkpoint)
 
     def _check_optimizer(self, checkpoint: dict[str, Any]) -> None:
         own = self.hparams["optimizer"]

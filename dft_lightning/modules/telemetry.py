@@ -15,13 +15,16 @@ class TrainTelemetry(nn.Module):
     """Token metrics, gradient norm, share of clipped steps and speed since the last :meth:`collect`.
 
     Device tensors are only added up; nothing waits for the device until :meth:`collect`.
+
+    Attributes:
+        seconds: of training since then.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.tokens = TokenMetrics()
         self.gradients = GradientMetrics()
-        self._seconds = 0.0
+        self.seconds = 0.0
         self._mark: float | None = None
 
     def update(self, output: TokenOutput, tokens: Tensor | int) -> None:
@@ -39,14 +42,14 @@ class TrainTelemetry(nn.Module):
     def stop_clock(self) -> None:
         """Time from here (validation, generation, saving) does not count."""
         if self._mark is not None:
-            self._seconds += time.perf_counter() - self._mark
+            self.seconds += time.perf_counter() - self._mark
             self._mark = None
 
     def collect(self) -> dict[str, Any]:
         """All values since the last call, reduced over ranks. A collective: call it on every rank."""
         self.stop_clock()
         values: dict[str, Any] = self.tokens.compute()
-        values["tokens_per_second"] = values.pop("tokens") / max(self._seconds, 1e-9)
+        values["tokens_per_second"] = values.pop("tokens") / max(self.seconds, 1e-9)
         if self.gradients.update_called:
             values |= self.gradients.compute()
         self.reset()
@@ -57,4 +60,4 @@ class TrainTelemetry(nn.Module):
         """Forget everything gathered."""
         self.tokens.reset()
         self.gradients.reset()
-        self._seconds = 0.0
+        self.seconds = 0.0

@@ -1,0 +1,120 @@
+"""How far a fit is, in whole optimizer steps, and how its loops are told to go on from there."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import lightning.pytorch as pl
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The last optimizer step of a fit: what was done of the next is done again.
+
+    Attributes:
+        epoch: the epoch of the next batch, from 0.
+        batches: micro-batches of a rank behind this step in that epoch.
+        total_batches: the same in all epochs.
+        epoch_full: whether they are all of the epoch, of which only what comes at its end is left.
+        validated: whether validation has run since.
+        micro_batches: of a rank, since the step; done again.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+    total_batches: int = 0
+    epoch_full: bool = False
+    validated: bool = False
+    micro_batches: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """In plain values."""
+        return asdict(self)
+
+    def in_batches_of(self, rows: int, before: int, batches_of_epoch: int | None) -> Progress | None:
+        """The same progress where batches have another number of rows.
+
+        Args:
+            rows: of a micro-batch over all ranks.
+            before: the same when this was written.
+            batches_of_epoch: how many such batches an epoch has.
+
+        Returns:
+            ``None`` where it is no whole number of such batches.
+        """
+        if rows == before:
+            return self
+        total = self.total_batches * before // rows
+        if self.epoch_full and batches_of_epoch is not None:
+            return replace(self, batches=batches_of_epoch, total_batches=total)
+        if self.batches * before % rows:
+            return None
+        return replace(self, batches=self.batches * before // rows, total_batches=total)
+
+
+def last_step(trainer: pl.Trainer, validated_at: int | None = None) -> Progress:
+    """The last optimizer step of the present or last fit.
+
+    Args:
+        trainer: its loops know.
+        validated_at: what ``total_batches`` was when validation last ran.
+    """
+    loop, total = trainer.fit_loop, batches_done(trainer)
+    epoch, done = cast(Any, loop.epoch_progress.current), cast(Any, loop.epoch_loop.batch_progress)
+    if epoch.started == epoch.processed:  # between two epochs: the counts of batches are still the last one's
+        return Progress(epoch.processed, 0, total, validated=True)
+    batches = done.current.processed
+    full = batches == trainer.num_training_batches or (done.is_last_batch and done.current.ready == batches)
+    since = 0 if full else batches % trainer.accumulate_grad_batches
+    total -= since
+    return Progress(epoch.processed, batches - since, total, full, validated_at == total, since)
+
+
+def batches_done(trainer: pl.Trainer) -> int:
+    """Micro-batches of this rank in all epochs of the present or last fit."""
+    return int(cast(Any, trainer.fit_loop.epoch_loop.batch_progress.total).processed)
+
+
+def go_on_from(progress: Progress, loops: dict[str, Any]) -> dict[str, Any]:
+    """The states of a trainer's loops, as a checkpoint has them, put to a step.
+
+    Lightning's own say at which hook the checkpoint was written. Resumed from some of them it skips a validation,
+    counts an epoch without batches, or goes on within a step.
+
+    Args:
+        progress: the step.
+        loops: the ``loops`` of a checkpoint.
+
+    Returns:
+        A changed copy.
+    """
+    loops = copy.deepcopy(loops)
+    state = loops["fit_loop"]
+    epochs, batches = progress.epoch, progress.batches
+    begun = 1 if batches else 0  # an epoch without a batch is begun anew
+    for counts in state["epoch_progress"].values():
+        counts.update(ready=epochs + begun, started=epochs + begun, processed=epochs, completed=epochs)
+    done = state["epoch_loop.batch_progress"]
+    for counts, number in ((done["total"], progress.total_batches), (done["current"], batches)):
+        counts.update(ready=number, started=number, processed=number, completed=number)
+    done["is_last_batch"] = progress.epoch_full
+    # A validation that began and has none of its batches is run if it is due; one that did not begin is passed over.
+    pending = 1 if batches and not progress.validated else 0
+    evaluation = state["epoch_loop.val_loop.batch_progress"]
+    evaluation["total"].update(ready=pending, started=pending, processed=0, completed=0)
+    evaluation["current"].update(ready=0, started=0, processed=0, completed=0)
+    evaluation["is_last_batch"] = False
+    return loops
+
+
+def count_logged_steps(trainer: pl.Trainer) -> None:
+    """Before the first batch of a fit that goes on: the step that its loggers are at.
+
+    Lightning counts it after the validation of a step. Where one is due, be it run or passed over, it will.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    assert trainer.fit_loop._data_fetcher is not None
+    due = loop.restarting and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+    loop._batches_that_stepped = trainer.global_step - 1 if due else trainer.global_step
