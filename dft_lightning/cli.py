@@ -16,13 +16,14 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelChec
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from dft_lightning.callbacks import PredictionWriter
+from dft_lightning.callbacks import InterruptionCheckpoint, PredictionWriter
 from dft_lightning.checkpoints import resolve_checkpoint
 from dft_lightning.cli_errors import shorten
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.distributed.strategies import check_precision
 from dft_lightning.errors import InputError
 from dft_lightning.modules import CausalLMModule
+from dft_lightning.saved_config import RunConfig
 
 _DESCRIPTION = (
     "Fine-tune causal language models with a pluggable token loss. Four more commands have options of their own, "
@@ -58,9 +59,10 @@ class Parser(LightningArgumentParser):
 class DFTLightningCLI(LightningCLI):
     """LightningCLI with this project's defaults, each replaceable by config.
 
-    Adds TensorBoard and CSV loggers (into one folder), a ``ModelCheckpoint`` of the newest state, a
-    ``LearningRateMonitor`` and a ``PredictionWriter``, where the config has none of the kind. No checkpoint is chosen
-    by its ``nll``, which rises under DFT. Checkpoints are loaded with ``weights_only=True``.
+    Adds TensorBoard and CSV loggers (into one folder), a ``ModelCheckpoint`` of the newest state, an
+    ``InterruptionCheckpoint``, a ``LearningRateMonitor`` and a ``PredictionWriter``, where the config has none of the
+    kind. No checkpoint is chosen by its ``nll``, which rises under DFT. Checkpoints are loaded with
+    ``weights_only=True``.
     """
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -109,7 +111,7 @@ def default_callbacks(given: list[Callback], trainer_config: Any) -> list[Callba
     """The callbacks of the command that the config has none of its own of."""
     defaults: list[Callback] = [PredictionWriter()]
     if trainer_config.get("enable_checkpointing") is not False and not trainer_config.get("fast_dev_run"):
-        defaults.append(ModelCheckpoint())
+        defaults += [ModelCheckpoint(), InterruptionCheckpoint()]
     if trainer_config.get("logger") is not False and not trainer_config.get("fast_dev_run"):
         defaults.append(LearningRateMonitor(logging_interval="step"))
     return [callback for callback in defaults if not any(isinstance(other, type(callback)) for other in given)]
@@ -151,8 +153,8 @@ def user_message(error: Exception) -> str | None:
         return f"trainer.val_check_interval: {text}"
     if isinstance(error, RuntimeError) and text.startswith("The sizes `data_parallel_size"):
         return f"trainer.strategy: {text}"
-    if isinstance(error, RuntimeError) and text.startswith("SaveConfigCallback expected "):
-        path = text.removeprefix("SaveConfigCallback expected ").partition(" to NOT exist")[0]
+    if isinstance(error, RuntimeError) and text.startswith("RunConfig expected "):
+        path = text.removeprefix("RunConfig expected ").partition(" to NOT exist")[0]
         return f"{path} is of an earlier run, and is kept: set another trainer.default_root_dir, or a trainer.logger"
     if isinstance(error, RuntimeError) and "loading state_dict" in text:
         lines = [line.strip() for line in text.splitlines()]
@@ -185,6 +187,7 @@ def cli_options() -> dict[str, Any]:
         "parser_class": Parser,
         "parser_kwargs": {"prog": "python -m dft_lightning", "description": _DESCRIPTION},
         "auto_configure_optimizers": False,
+        "save_config_callback": RunConfig,
         "load_from_checkpoint_support": False,
     }
 

@@ -19,7 +19,7 @@ class Progress:
         total_batches: the same in all epochs.
         epoch_full: whether they are all of the epoch, of which only what comes at its end is left.
         validated: whether validation has run since.
-        micro_batches: of a rank, since the step; done again.
+        micro_batches: of a rank, begun since the step; done again.
     """
 
     epoch: int = 0
@@ -67,9 +67,10 @@ def last_step(trainer: pl.Trainer, validated_at: int | None = None) -> Progress:
         return Progress(epoch.processed, 0, total, validated=True)
     batches = done.current.processed
     full = batches == trainer.num_training_batches or (done.is_last_batch and done.current.ready == batches)
-    since = 0 if full else batches % trainer.accumulate_grad_batches
-    total -= since
-    return Progress(epoch.processed, batches - since, total, full, validated_at == total, since)
+    of_next = 0 if full else batches % trainer.accumulate_grad_batches
+    total -= of_next
+    begun = done.current.ready - batches  # the batch that is computed now
+    return Progress(epoch.processed, batches - of_next, total, full, validated_at == total, of_next + begun)
 
 
 def batches_done(trainer: pl.Trainer) -> int:

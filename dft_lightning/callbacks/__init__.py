@@ -2,6 +2,7 @@
 
 from dft_lightning.callbacks.export import HuggingFaceExport
 from dft_lightning.callbacks.generation import GenerationEvaluation
+from dft_lightning.callbacks.interruption import Interrupted, InterruptionCheckpoint
 from dft_lightning.callbacks.predictions import PredictionWriter
 
-__all__ = ["GenerationEvaluation", "HuggingFaceExport", "PredictionWriter"]
+__all__ = ["GenerationEvaluation", "HuggingFaceExport", "Interrupted", "InterruptionCheckpoint", "PredictionWriter"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -47,10 +47,12 @@ def count_correct(
     limit: int | None = None,
     num_samples: int = 1,
     seed: int = 0,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> list[int]:
     """How many of ``num_samples`` completions are right, for each of the first ``limit`` problems of a split.
 
-    A collective: call it on every rank. Every rank gets the counts of all rows, in the rows' order.
+    A collective: call it on every rank. Every rank gets the counts of all rows, in the rows' order. ``after_batch`` may
+    raise, on every rank alike.
     """
     metric = ExactMatch(module.answer_extractor)
     counts: list[tuple[int, int]] = []
@@ -62,6 +64,7 @@ def count_correct(
                 if index >= 0:  # rows of index -1 only make the ranks even
                     samples = completions[i * num_samples : (i + 1) * num_samples]
                     counts.append((index, sum(metric.score(text, batch["reference"][i]) for text in samples)))
+            after_batch()
     return [count for _, count in sorted(gather_lists(counts, trainer.world_size))]
 
 

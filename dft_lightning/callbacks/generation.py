@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from dft_lightning.callbacks.evaluation import (
     sampled_shares,
     shares,
 )
+from dft_lightning.callbacks.interruption import asked_to_stop
 from dft_lightning.errors import InputError
 from dft_lightning.modules.causal_lm import CausalLMModule
 
@@ -107,24 +109,36 @@ class GenerationEvaluation(Callback):
             pl_module.log(f"test/{name}", value, batch_size=1)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.at_start and trainer.global_step == 0:
+        step = trainer.global_step
+        # Of a run that goes on: an evaluation that it was stopped in, or before.
+        due = self.at_start if step == 0 else self.every_n_steps is not None and step % self.every_n_steps == 0
+        if due and not self._evaluated(step):
             self._evaluate(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step, every = trainer.global_step, self.every_n_steps
-        if every is None or step == 0 or step % every or (self.history and self.history[-1][0] == step):
+        if every is None or step == 0 or step % every or self._evaluated(step):
             return
         values = self._evaluate(trainer, pl_module)
         for name, value in values.items():
             pl_module.log(f"generation/{name}", value, logger=False, on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.at_end and not (self.history and self.history[-1][0] == trainer.global_step):
+        if self.at_end and not self._evaluated(trainer.global_step):
             self._evaluate(trainer, pl_module)
         if len(self.history) > 1:
             rank_zero_info(self.table())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = [(int(step), dict(values)) for step, values in state_dict["history"]]
+
+    def _evaluated(self, step: int) -> bool:
+        return bool(self.history) and self.history[-1][0] == step
 
     def table(self) -> str:
         """What was measured, a line per evaluation."""
@@ -137,8 +151,12 @@ class GenerationEvaluation(Callback):
         assert isinstance(pl_module, CausalLMModule)
         telemetry = pl_module.train_telemetry
         telemetry.stop_clock()
-        greedy = self._count(trainer, pl_module, 0.0, 1)
-        sampled = self._count(trainer, pl_module, self.temperature, self.num_samples) if self.num_samples else None
+        try:
+            greedy = self._count(trainer, pl_module, 0.0, 1)
+            sampled = self._count(trainer, pl_module, self.temperature, self.num_samples) if self.num_samples else None
+        except _GaveUpError:
+            telemetry.start_clock()
+            return {}  # it is evaluated when the run goes on
         values = shares(greedy, sampled, self.num_samples)
         self.history.append((trainer.global_step, values))
         for logger in trainer.loggers:
@@ -158,5 +176,21 @@ class GenerationEvaluation(Callback):
     ) -> list[int]:
         options = at_temperature(module.generation, temperature)
         return count_correct(
-            trainer, module, options, split=split, limit=self.limit, num_samples=num_samples, seed=self.seed
+            trainer,
+            module,
+            options,
+            split=split,
+            limit=self.limit,
+            num_samples=num_samples,
+            seed=self.seed,
+            after_batch=partial(_give_up_if_asked, trainer),
         )
+
+
+class _GaveUpError(Exception):
+    """The run is to stop."""
+
+
+def _give_up_if_asked(trainer: pl.Trainer) -> None:
+    if asked_to_stop(trainer):
+        raise _GaveUpError

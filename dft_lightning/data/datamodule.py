@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -538,16 +539,18 @@ class InstructionDataModule(pl.LightningDataModule):
         )
         if goes_on:
             self.row_position.apply(sampler, self._row_order())
-        loader: DataLoader[Any] = StatefulDataLoader(
-            dataset,
-            batch_size=self.batch_size if split == "train" else self.eval_batch_size,
-            sampler=sampler,
-            collate_fn=self._collator(split, with_prompts),
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-            **self._worker_options(rank),
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's call of torch
+            loader: DataLoader[Any] = StatefulDataLoader(
+                dataset,
+                batch_size=self.batch_size if split == "train" else self.eval_batch_size,
+                sampler=sampler,
+                collate_fn=self._collator(split, with_prompts),
+                num_workers=self.num_workers,
+                pin_memory=torch.cuda.is_available(),
+                persistent_workers=self.num_workers > 0,
+                **self._worker_options(rank),
+            )
         return loader
 
     def _stream_loader(self) -> DataLoader[Any]:

@@ -1,0 +1,150 @@
+"""A run that is asked to stop writes a checkpoint first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(SystemExit):
+    """Raised by ``fit`` when a run has stopped on a signal, whose number and 128 are its code."""
+
+
+class InterruptionCheckpoint(Checkpoint):
+    """On SIGTERM and Ctrl-C writes a checkpoint and leaves; a second Ctrl-C leaves at once.
+
+    The batch that is computed is finished; a validation or generation is given up, and done anew by the run that goes
+    on. What is written is of the last optimizer step: a run that goes on from it ends as one that was never stopped. A
+    signal on one rank stops all of them at the same batch.
+
+    The checkpoint goes beside those of the first ``ModelCheckpoint``, and is that one's own where it has just written
+    one; the log says which and how to go on. Before the first batch of a run, signals do what they always do.
+
+    Raises (out of ``fit``):
+        Interrupted: a :class:`SystemExit` with the status 130 (SIGINT) or 143 (SIGTERM).
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(accelerator="cpu", callbacks=[InterruptionCheckpoint()], logger=False)
+    """
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+        self._previous: dict[int, Any] = {}
+        self._trainer: pl.Trainer | None = None
+
+    # -- signals -----------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # In place of Lightning's own for SIGTERM, which exchanges tensors with other ranks in the middle of anything.
+        self._signal, self._trainer = None, trainer
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set them
+            self._previous = {number: signal.signal(number, self._asked) for number in _SIGNALS}
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous, self._trainer = {}, None
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None and number == signal.SIGINT:
+            self._leave_at_once(number)
+        if self._signal is None:
+            name = signal.Signals(number).name
+            _say(f"{name}: stopping after this batch, with a checkpoint; Ctrl-C again leaves at once, without one")
+        self._signal = number
+
+    def _leave_at_once(self, number: int) -> None:
+        launcher = None if self._trainer is None else self._trainer.strategy.launcher
+        if launcher is not None and hasattr(launcher, "kill"):
+            launcher.kill(signal.SIGKILL)
+        _say("left at once: what was saved before is whole, and --ckpt_path last goes on from it")
+        os._exit(128 + number)  # from whatever it was doing: a collective would not end by an exception
+
+    # -- where a run can stop ------------------------------------------------------------------------------------
+
+    def asked(self, trainer: pl.Trainer) -> bool:
+        """Whether any rank was asked to stop. A collective."""
+        own = self._signal is not None
+        found = trainer.strategy.reduce_boolean_decision(own, all=False)
+        if found and not own:
+            self._signal = signal.SIGTERM  # the other's may have been another, which only it knows
+        return bool(found)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._stop_if_asked(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_if_asked(trainer)
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        # Ranks exchange a flag here: only where they are known to have as many batches.
+        if trainer.world_size == 1 or hasattr(trainer.datamodule, "row_position"):  # type: ignore[attr-defined]
+            self._stop_if_asked(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_if_asked(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_if_asked(trainer)
+
+    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or not self.asked(trainer):
+            return
+        assert self._signal is not None
+        path = self._save(trainer)
+        rank_zero_info(
+            f"{signal.Signals(self._signal).name}: stopped after step {trainer.global_step}. Saved {path}. To go on, "
+            f"repeat the command with --ckpt_path {path} (or --ckpt_path last)"
+        )
+        raise Interrupted(0 if _was_started_by_another(trainer) else 128 + self._signal)
+
+    def _save(self, trainer: pl.Trainer) -> Path:
+        own = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        for callback in own:
+            last, step = Path(callback._last_checkpoint_saved), callback._last_global_step_saved
+            if step == trainer.global_step and last.exists() and not callback.save_weights_only:
+                return last
+        folder = own[0].dirpath if own and own[0].dirpath else Path(trainer.log_dir or trainer.default_root_dir)
+        path = Path(folder) / f"interrupted-step={trainer.global_step}.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)
+        return path
+
+
+def asked_to_stop(trainer: pl.Trainer) -> bool:
+    """Whether a run is to stop, for what takes long between two batches. A collective."""
+    found = [callback for callback in trainer.callbacks if isinstance(callback, InterruptionCheckpoint)]  # type: ignore[attr-defined]
+    return bool(found) and found[0].asked(trainer)
+
+
+def _was_started_by_another(trainer: pl.Trainer) -> bool:
+    """Whether Lightning started this process from the first one of its machine, which it ends, with no time to tidy up,
+    when one of them fails."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return trainer.local_rank > 0 and environment is not None and not environment.creates_processes_externally
+
+
+def _say(text: str) -> None:
+    os.write(2, f"\n{text}\n".encode())  # a handler must not write where it may have interrupted a write
