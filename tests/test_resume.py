@@ -18,8 +18,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
         {"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": 2, "val_check_interval": 3},
     ),
-    "validation over epochs, packed": (
-        {"packing": "bfd", "max_length": 64, "num_rows": 40},
+    "validation over epochs, packed, with workers": (
+        {"packing": "bfd", "max_length": 64, "num_rows": 40, "num_workers": 2},
         {"max_steps": 9, "max_epochs": -1, "check_val_every_n_epoch": None, "val_check_interval": 4},
     ),
     "streamed": (
