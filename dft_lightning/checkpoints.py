@@ -74,3 +74,11 @@ def checkpoint_folders(trainer: pl.Trainer) -> list[Path]:
     for root in _roots(trainer):
         folders += [root, root / "checkpoints", *root.glob("*/checkpoints")]
     return [folder for folder in folders if folder.is_dir()]
+
+
+def newest_saved(trainer: pl.Trainer) -> str | None:
+    """The checkpoint that this run saved last, by what its ``ModelCheckpoint`` callbacks know; ``None`` for none."""
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    named = {path for callback in callbacks for path in (callback.last_model_path, callback.best_model_path)}
+    found = [Path(path) for path in named if path and Path(path).exists()]
+    return str(max(found, key=lambda path: path.stat().st_mtime_ns)) if found else None

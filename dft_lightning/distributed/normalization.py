@@ -23,6 +23,8 @@ class TokenNormalizer:
 
     Where :meth:`weigh` was called for the step, the divisor is the sum of the tokens' weights in place of their number.
 
+    Losses that are not finite are counted on the way (:meth:`watch`), in the same exchange, so that all ranks know.
+
     Args:
         all_reduce: sums a tensor over ranks.
         world_size: number of data-parallel ranks.
@@ -37,6 +39,7 @@ class TokenNormalizer:
         self.divisor: float | None = None
         self._count: Tensor | None = None
         self._weight: Tensor | None = None
+        self._non_finite: Tensor | None = None
 
     @property
     def pending(self) -> bool:
@@ -58,23 +61,31 @@ class TokenNormalizer:
         total = weights.detach().double().sum()
         self._weight = total if self._weight is None else self._weight + total
 
+    def watch(self, loss: Tensor) -> None:
+        """Count a micro-batch's loss if it is NaN or infinite; nothing waits for the device."""
+        non_finite = (~loss.detach().isfinite()).long()
+        self._non_finite = non_finite if self._non_finite is None else self._non_finite + non_finite
+
     @torch.no_grad()
-    def rescale(self, parameters: Iterable[Tensor], accumulate_grad_batches: int) -> None:
+    def rescale(self, parameters: Iterable[Tensor], accumulate_grad_batches: int) -> int:
         """Turn the accumulated gradients into those of the token mean, or of the mean by weight.
 
-        Where the whole step had no target on any rank, or none with a weight, gradients are removed, so that the
-        optimizer leaves the parameters as they are, weight decay included. Does nothing where nothing was counted.
+        Where the whole step had no target on any rank, or none with a weight, or where a loss was not finite, gradients
+        are removed, so that the optimizer leaves the parameters as they are, weight decay included. Does nothing where
+        nothing was counted.
+
+        Returns:
+            How many micro-batches of all ranks had a loss that is not finite.
 
         Raises:
             RuntimeError: the weights' sum is negative.
         """
         if self._count is None:
-            return
-        tokens, total = self._totals()
-        if total == 0:
-            for parameter in parameters:
-                parameter.grad = None
-            return
+            return 0
+        tokens, total, non_finite = self._totals()
+        if total == 0 or non_finite:
+            remove_gradients(parameters)
+            return non_finite
         assert self.divisor is not None
         micro_batches = accumulate_grad_batches * self._world_size
         factor = self.divisor * micro_batches / total
@@ -82,22 +93,29 @@ class TokenNormalizer:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, factor)
+        return 0
 
-    def _totals(self) -> tuple[int, float]:
-        """Targets of the step over all ranks, and what to divide by: the same, or the sum of their weights."""
-        count, weight = self._count, self._weight
-        self._count = self._weight = None
+    def _totals(self) -> tuple[int, float, int]:
+        """Of the step over all ranks: targets, what to divide by (these, or their weights' sum), losses not finite."""
+        count, weight, non_finite = self._count, self._weight, self._non_finite
+        self._count = self._weight = self._non_finite = None
         assert count is not None
-        if weight is None:
-            tokens = int(self._all_reduce(count))
-            return tokens, tokens
-        both = self._all_reduce(torch.stack([count.double(), weight])).tolist()  # one exchange, one wait
-        if both[1] < 0:  # what is not finite shows in the loss, and is a gradient scaler's to skip
+        non_finite = torch.zeros_like(count) if non_finite is None else non_finite
+        parts = [count, non_finite] if weight is None else [count.double(), non_finite.double(), weight]
+        totals = self._all_reduce(torch.stack(parts)).tolist()  # one exchange, one wait
+        tokens, bad = int(totals[0]), int(totals[1])
+        if not bad and totals[-1] < 0 and weight is not None:
             raise RuntimeError(
-                f"renormalize divides by the sum of the tokens' weights -dL/dl, which is {both[1]} in this step: "
+                f"renormalize divides by the sum of the tokens' weights -dL/dl, which is {totals[-1]} in this step: "
                 "it needs a loss whose weights are not negative"
             )
-        return int(both[0]), both[1]
+        return tokens, tokens if weight is None else totals[-1], bad
+
+
+def remove_gradients(parameters: Iterable[Tensor]) -> None:
+    """Have the optimizer's next step leave the parameters and its states of them as they are."""
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _power_of_two(count: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,16 @@ class ExactSums(Metric):
     def _add_counts(self, *names: str) -> None:
         for name in names:
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def snapshot(self) -> dict[str, Tensor | int]:
+        """What :meth:`restore` goes back to; copies on the device."""
+        return {"updates": self._update_count, **{name: getattr(self, name).clone() for name in self._defaults}}
+
+    def restore(self, snapshot: dict[str, Tensor | int]) -> None:
+        """Forget every update since :meth:`snapshot`, which is to be taken anew for a second time."""
+        for name in self._defaults:
+            setattr(self, name, snapshot[name])
+        self._update_count, self._computed = cast(int, snapshot["updates"]), None
 
     def reset(self) -> None:
         """Back to zero, with tensors that later work outside inference mode as well."""

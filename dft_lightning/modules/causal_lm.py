@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torchmetrics import Metric
 
 from dft_lightning.component import from_plain, plain_values
 from dft_lightning.distributed import TokenNormalizer
@@ -41,12 +40,14 @@ from dft_lightning.distributed.strategies import (
 from dft_lightning.errors import InputError
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss, require_default_forward_options
 from dft_lightning.metrics import AnswerExtractor, ExactMatch, LastNumber, SourceMetrics, TokenMetrics
+from dft_lightning.metrics.exact_sums import ExactSums
 from dft_lightning.modules.adapter import attach, base_name, lora_config, lora_values
 from dft_lightning.modules.batch_loss import full_batch_loss, fused_batch_loss
 from dft_lightning.modules.documents import check_documents, model_inputs
 from dft_lightning.modules.generation import GenerationOptions, decode_completions, generate
 from dft_lightning.modules.head import WAY_OUT, check_head, find_head
 from dft_lightning.modules.loading import DType, empty_causal_lm, load_causal_lm
+from dft_lightning.modules.non_finite import NonFiniteSteps, OnNonFinite, check_on_non_finite
 from dft_lightning.modules.optimization import (
     Schedule,
     check_adamw_options,
@@ -70,7 +71,7 @@ _STAGES = ("train", "val", "forgetting", "test")
 _RUN_THE_MODEL = ("training_step", "validation_step", "test_step", "predict_step", "token_output", "generate")
 
 
-class CausalLMModule(SavedModule):
+class CausalLMModule(NonFiniteSteps, SavedModule):
     """Fine-tunes a causal language model with a pluggable token loss.
 
     The gradient of an optimizer step is that of the token mean of the loss over the whole step (or, with
@@ -114,6 +115,10 @@ class CausalLMModule(SavedModule):
         renormalize: divide a step's gradient by the sum of its tokens' weights ``-dL/dl`` over all micro-batches and
             ranks, in place of their number. Weights then have mean one, so that clipping acts alike on every loss.
             What is logged stays the mean per target token.
+        on_non_finite: what becomes of an optimizer step in which the loss of a micro-batch on any rank, or the norm of
+            the gradient, is NaN or infinite: ``"raise"`` ends the run before the optimizer steps; ``"skip"`` leaves
+            parameters and optimizer as they are, goes on and logs ``skipped_steps``, until 100 are skipped in a row.
+            fp16's gradient scaler goes on skipping gradients that overflow: there the loss alone counts.
         log_train_entropy: compute the entropy in training as well; it is always there in validation.
         generation: how ``predict`` and ``test`` generate.
         answer_extractor: finds the answer that ``test`` compares, or a dict with ``class_path`` and ``init_args``.
@@ -154,6 +159,7 @@ class CausalLMModule(SavedModule):
         optimizer: OptimizerName = "adamw",
         sharding: ShardingOptions = ShardingOptions(),  # noqa: B008 (frozen)
         renormalize: bool = False,
+        on_non_finite: OnNonFinite = "raise",
         log_train_entropy: bool = False,
         generation: GenerationOptions = GenerationOptions(),  # noqa: B008 (frozen)
         answer_extractor: AnswerExtractor = LastNumber(),  # noqa: B008 (stateless)
@@ -163,6 +169,7 @@ class CausalLMModule(SavedModule):
         peft = lora_values(peft)
         self.save_hyperparameters()
         check_optimizer_name(optimizer)
+        check_on_non_finite(on_non_finite)
         self._check_adapter_options()
         check_schedule_options(warmup_steps, warmup_ratio, min_lr_ratio)
         check_adamw_options(learning_rate, betas, eps, weight_decay)
@@ -385,6 +392,8 @@ class CausalLMModule(SavedModule):
                 f"{type(self).__name__} overrides on_before_optimizer_step without calling super(): the step's "
                 "gradient was never divided by its number of target tokens"
             )
+        if not self._normalizer.pending:
+            self._begin_step([self.train_telemetry.tokens, self._sources_of("train")])
         self._normalized_step = self.global_step
         if is_sharded(self):
             steps = not self.trainer.fit_loop._should_accumulate()
@@ -396,13 +405,18 @@ class CausalLMModule(SavedModule):
             self._normalizer.weigh(output.weight)
         self.train_telemetry.update(output, count_tokens(batch))
         self._count_sources("train", batch, output)
+        self._normalizer.watch(output.loss)
+        self._watch_rows(output.loss, batch)
         return output.loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self._step_learning_rate = float(optimizer.param_groups[0]["lr"])
         # Runs after unscaling and before clipping: the one place where the whole step's gradient is at hand.
-        if self._normalizer is not None:
-            self._normalizer.rescale(self.parameters(), self.trainer.accumulate_grad_batches)
+        self._step_skipped = False
+        if self._normalizer is not None and self._normalizer.rescale(
+            self.parameters(), self.trainer.accumulate_grad_batches
+        ):
+            self._refuse_step("loss")
 
     def configure_gradient_clipping(
         self,
@@ -411,12 +425,19 @@ class CausalLMModule(SavedModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as the trainer says; the norm is taken once and logged."""
+        if self._step_skipped:
+            return
         by_norm = gradient_clip_val if gradient_clip_algorithm in (None, "norm") else None
         if by_norm:
             self._check_clipping(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = clip_by_norm(parameters, by_norm, root=self.trainer.model)
         if norm is None:
+            return
+        # On a GPU this waits a second time in a step, after the normaliser: the optimizer must not step before it is
+        # known. The norm is the same on all ranks.
+        if not self._scales_gradients and not norm.isfinite():
+            self._refuse_step("gradient")
             return
         if not by_norm:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -439,6 +460,7 @@ class CausalLMModule(SavedModule):
         discard_gradients(self)
         self.train_telemetry.reset()
         self._sources_of("train").reset()
+        self.load_skipped_counts([0, 0, -1])
         self._run_state.reset()
         self._run_state.restore()
         self._run_state.note_step()
@@ -463,9 +485,11 @@ class CausalLMModule(SavedModule):
         if not self._stepped:
             return
         if self.window_ends():
-            values = self.train_telemetry.collect()
-            values["lr"] = self._step_learning_rate
-            values |= self._collect_sources("train")
+            values: dict[str, Any] = {"skipped_steps": float(self._skipped_steps)} if self._skipped_steps else {}
+            if self.train_telemetry.tokens.update_called:  # not where all steps since the last were skipped
+                values |= self.train_telemetry.collect()
+                values["lr"] = self._step_learning_rate
+                values |= self._collect_sources("train")
             self._log("train", values, prog_bar=("loss", "nll", "token_accuracy"), on_step=True, on_epoch=False)
         self._run_state.note_step()
 
@@ -479,9 +503,9 @@ class CausalLMModule(SavedModule):
     def window_ends(self) -> bool:
         """Whether what was gathered is logged after this step."""
         # Lightning's own criterion: another would collect at steps that the loggers never see.
-        return self.trainer._logger_connector.should_update_logs and self.train_telemetry.tokens.update_called
+        return bool(self.trainer._logger_connector.should_update_logs)
 
-    def in_flight_metrics(self) -> dict[str, Metric]:
+    def in_flight_metrics(self) -> dict[str, ExactSums]:
         """Metrics that are updated at each step and logged later: checkpoints hold every rank's."""
         telemetry = self.train_telemetry
         return {"tokens": telemetry.tokens, "gradients": telemetry.gradients, "sources": self._sources_of("train")}
@@ -489,12 +513,13 @@ class CausalLMModule(SavedModule):
     def in_flight_values(self) -> dict[str, Any]:
         """Numbers of this rank that go into checkpoints with them."""
         divisor = None if self._normalizer is None else self._normalizer.divisor
-        return {"seconds": self.train_telemetry.seconds, "divisor": divisor}
+        return {"seconds": self.train_telemetry.seconds, "divisor": divisor, "skipped": self.skipped_counts()}
 
     def load_in_flight_values(self, values: dict[str, Any]) -> None:
         """Go on from what :meth:`in_flight_values` returned."""
         assert self._normalizer is not None
         self.train_telemetry.seconds, self._normalizer.divisor = values["seconds"], values["divisor"]
+        self.load_skipped_counts(values["skipped"])
 
     def _log(self, stage: str, values: dict[str, Any], *, prog_bar: Sequence[str], **kwargs: Any) -> None:
         # Already reduced over ranks and batches: Lightning must neither average nor exchange them again.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torchmetrics import Metric
 
 from dft_lightning.distributed.gather import gather_lists
 from dft_lightning.errors import InputError
+from dft_lightning.metrics.exact_sums import ExactSums
 from dft_lightning.modules.optimization import num_training_batches
 from dft_lightning.modules.random_state import random_state, restore_random_state
 from dft_lightning.progress import Progress, batches_done, count_logged_steps, go_on_from, last_step
@@ -53,7 +53,7 @@ class RunState:
         self._validated_at = batches_done(self._module.trainer)
 
     def _now(self) -> dict[str, Any]:
-        metrics = {name: metric_state(metric) for name, metric in self._module.in_flight_metrics().items()}
+        metrics = {name: metric.snapshot() for name, metric in self._module.in_flight_metrics().items()}
         return {"random": random_state(), "metrics": metrics, "values": self._module.in_flight_values()}
 
     def save(self, checkpoint: dict[str, Any]) -> None:
@@ -116,7 +116,7 @@ class RunState:
         elif trainer.global_rank < len(ranks):
             restore_random_state(ranks[trainer.global_rank]["random"])
         for name, metric in self._module.in_flight_metrics().items():
-            load_metric_state(metric, [rank["metrics"].get(name) for rank in ranks], trainer)
+            load_metric(metric, [rank["metrics"].get(name) for rank in ranks], trainer)
         self._module.load_in_flight_values(ranks[min(trainer.global_rank, len(ranks) - 1)]["values"])
         if rows_of_batch(trainer) is not None:
             count_logged_steps(trainer)
@@ -130,12 +130,6 @@ def rows_of_batch(trainer: pl.Trainer) -> int | None:
     return int(datamodule.batch_size) * trainer.world_size
 
 
-def metric_state(metric: Metric) -> dict[str, Any]:
-    """Copies of a metric's states, and how often it was updated."""
-    states = {name: cast(Tensor, value).detach().clone() for name, value in metric.metric_state.items()}
-    return {"states": states, "updates": metric._update_count}
-
-
 def on_host(state: Any) -> Any:
     """Nested dicts with their tensors in host memory."""
     if isinstance(state, dict):
@@ -143,19 +137,17 @@ def on_host(state: Any) -> Any:
     return state.cpu() if isinstance(state, Tensor) else state
 
 
-def load_metric_state(metric: Metric, saved: list[dict[str, Any] | None], trainer: pl.Trainer) -> None:
-    """A metric's states from those of all ranks; of another number of ranks, rank 0 goes on with all their sums."""
+def load_metric(metric: ExactSums, saved: list[dict[str, Any] | None], trainer: pl.Trainer) -> None:
+    """A metric's states from the snapshots of all ranks; of another number of ranks, rank 0 goes on with their sums."""
+    snapshots = [snapshot for snapshot in saved if snapshot is not None]
     metric.reset()
-    states = [state for state in saved if state is not None]
-    if not states:
+    if not snapshots:
         return
-    if len(saved) == trainer.world_size or not metric.sync_on_compute:  # else they are of all ranks already
-        found = states[min(trainer.global_rank, len(states) - 1)]["states"]
-    elif trainer.is_global_zero:
-        found = {name: sum(state["states"][name] for state in states) for name in states[0]["states"]}
-    else:
-        found = {}
-    for name, value in found.items():
-        current: Tensor = getattr(metric, name)
-        current.copy_(value)
-    metric._update_count = states[0]["updates"]  # on every rank: whether there is something to log is asked of it
+    found = dict(snapshots[min(trainer.global_rank, len(snapshots) - 1)])
+    if len(saved) != trainer.world_size and metric.sync_on_compute:  # else each rank's are of all of them
+        shared = trainer.global_rank == 0
+        found = {name: sum(each[name] for each in snapshots) * shared for name in found}
+        found["updates"] = snapshots[0]["updates"]  # whether there is something to log is asked on every rank
+    metric.restore(
+        {name: value.to(metric.device) if isinstance(value, Tensor) else value for name, value in found.items()}
+    )

@@ -8,10 +8,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from torchmetrics import Metric
 
 from dft_lightning.distributed.strategies import check_wrapped, on_first_rank
 from dft_lightning.errors import InputError, one_line
+from dft_lightning.metrics.exact_sums import ExactSums
 from dft_lightning.modules.adapter import (
     adapter_record,
     check_adapter,
@@ -35,7 +35,7 @@ class SavedModule(pl.LightningModule):
 
     if TYPE_CHECKING:
 
-        def in_flight_metrics(self) -> dict[str, Metric]: ...
+        def in_flight_metrics(self) -> dict[str, ExactSums]: ...
 
         def in_flight_values(self) -> dict[str, Any]: ...
 
