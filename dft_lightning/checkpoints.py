@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dft_lightning.errors import InputError, one_line
 
@@ -33,6 +33,9 @@ def resolve_checkpoint(ckpt_path: str | Path | None, trainer: pl.Trainer) -> str
         return _readable(Path(ckpt_path))
     folders = checkpoint_folders(trainer)
     found = [path for folder in folders for path in folder.glob("*.ckpt")]
+    for cut in [path for path in found if path.is_dir() and not _is_whole(path)]:
+        rank_zero_warn(f"{cut} is passed over: its run ended while it was being saved")
+        found.remove(cut)
     if found:
         newest = max(found, key=lambda path: path.stat().st_mtime_ns)
         rank_zero_info(f"ckpt_path {ckpt_path}: {newest}")
@@ -57,6 +60,11 @@ def _readable(path: Path) -> str:
     if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(content):
         raise InputError(f"--ckpt_path: {path} is not a Lightning checkpoint")
     return str(path)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder of shards has what is written last, by torch and by Lightning."""
+    return (folder / ".metadata").exists() and (folder / "meta.pt").exists()
 
 
 def _roots(trainer: pl.Trainer) -> list[Path]:

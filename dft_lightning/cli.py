@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dft_lightning.data import InstructionDataModule
 from dft_lightning.distributed.strategies import check_precision
 from dft_lightning.errors import InputError
 from dft_lightning.modules import CausalLMModule
+from dft_lightning.processes import RunProcesses, is_of_a_lost_process
 from dft_lightning.saved_config import RunConfig
 
 _DESCRIPTION = (
@@ -65,6 +67,10 @@ class DFTLightningCLI(LightningCLI):
     ``weights_only=True``.
     """
 
+    def __init__(self, *args: Any, on_trainer: Callable[[pl.Trainer], None] | None = None, **kwargs: Any) -> None:
+        self._on_trainer = on_trainer  # called before anything runs, which it does in here
+        super().__init__(*args, **kwargs)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # Lightning's own warns of args beside sys.argv, which every in-process caller (a test, a notebook) has.
         self.config = parser.parse_object(args) if isinstance(args, (dict, Namespace)) else parser.parse_args(args)
@@ -97,6 +103,8 @@ class DFTLightningCLI(LightningCLI):
             raise InputError(f"trainer: {error}") from error
         if str(config.get("precision")) in ("16", "16-mixed") and trainer.precision != "16-mixed":
             raise InputError("trainer.precision: 16-mixed needs a GPU (Lightning would run bf16-mixed): ask for that")
+        if self._on_trainer is not None:
+            self._on_trainer(trainer)
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -137,6 +145,10 @@ def quiet() -> None:
     ours = "loss|nll|perplexity|token_accuracy|entropy|mean_weight|target_tokens|exact_match"
     stages = "val|forgetting|test"
     warnings.filterwarnings("ignore", message=rf"It is recommended to use `self\.log\('({stages})/({ours})'")
+    # What becomes of the other processes when one dies is said in words of our own.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").addFilter(
+        lambda record: "Forcefully terminating" not in record.getMessage()
+    )
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()
     )
@@ -162,16 +174,45 @@ def user_message(error: Exception) -> str | None:
     return None
 
 
-def report(error: Exception, aloud: bool = True) -> int:
-    """Write what to tell a person of an error to standard error, if ``aloud``, and return the exit status.
+def report(error: Exception) -> int:
+    """Write what to tell a person of an error to standard error, and return the exit status.
 
     Called where the error is handled: any other than :func:`user_message` knows goes on its way.
     """
     message = user_message(error)
     if message is None:
         raise error
-    if aloud:
-        sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {message}\n")
+    return 2
+
+
+class _Main:
+    """One run of the command, and how it ends in this process."""
+
+    processes: RunProcesses | None = None
+
+    def watch(self, trainer: pl.Trainer) -> None:
+        self.processes = RunProcesses(trainer)
+        self.processes.watch()
+
+    def status(self, error: Exception) -> int:
+        """Report an error, once on each machine: every rank there meets the same mistake, as a rule."""
+        processes = self.processes
+        if processes is None:
+            return report(error) if _first_on_its_node() else _silent(error)
+        processes.ended(failed=True)
+        if is_of_a_lost_process(error) and processes.is_one_of_several:
+            return processes.report_lost(error)
+        if processes.is_first:
+            return report(error)
+        status = _silent(error)
+        processes.say_of_this_alone(str(user_message(error)))
+        return status
+
+
+def _silent(error: Exception) -> int:
+    if user_message(error) is None:
+        raise error
     return 2
 
 
@@ -208,15 +249,21 @@ def main(
         The CLI, with ``trainer``, ``model`` and ``datamodule``, when the run has ended.
 
     Raises:
-        SystemExit: with status 2 after one message on standard error, where the input was wrong.
+        SystemExit: after one message on standard error: with status 2 where the input was wrong, with status 1 where
+            another process of the run died.
     """
     quiet()
+    run = _Main()
     try:
-        return DFTLightningCLI(
+        cli = DFTLightningCLI(
             module_class,
             datamodule_class,
             **cli_options(),
             args=args,
+            on_trainer=run.watch,
         )
     except Exception as error:
-        raise SystemExit(report(error, aloud=_first_on_its_node())) from None  # every rank there meets the same mistake
+        raise SystemExit(run.status(error)) from None
+    if run.processes is not None:
+        run.processes.ended(failed=False)
+    return cli
