@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import Namespace
+from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.callbacks import InterruptionCheckpoint, PredictionWriter
+from dft_lightning.checkpoint_options import SavedOptions, differing, options_to_take, read_options, taken
 from dft_lightning.checkpoints import resolve_checkpoint
 from dft_lightning.cli_errors import shorten
 from dft_lightning.data import InstructionDataModule
@@ -64,7 +66,8 @@ class DFTLightningCLI(LightningCLI):
     Adds TensorBoard and CSV loggers (into one folder), a ``ModelCheckpoint`` of the newest state, an
     ``InterruptionCheckpoint``, a ``LearningRateMonitor`` and a ``PredictionWriter``, where the config has none of the
     kind. No checkpoint is chosen by its ``nll``, which rises under DFT. Checkpoints are loaded with
-    ``weights_only=True``.
+    ``weights_only=True``. With one, ``model`` options that are not given are those of its run, and every difference is
+    printed.
     """
 
     def __init__(self, *args: Any, on_trainer: Callable[[pl.Trainer], None] | None = None, **kwargs: Any) -> None:
@@ -73,16 +76,76 @@ class DFTLightningCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # Lightning's own warns of args beside sys.argv, which every in-process caller (a test, a notebook) has.
-        self.config = parser.parse_object(args) if isinstance(args, (dict, Namespace)) else parser.parse_args(args)
+        self._args = args
+        self.config = self._parse(parser)
+
+    def _parse(self, parser: LightningArgumentParser, **options: Any) -> Namespace:
+        given = isinstance(self._args, (dict, Namespace))
+        parsed: Namespace = (parser.parse_object if given else parser.parse_args)(self._args, **options)
+        return parsed
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's own lets the checkpoint's options override the config and the flags, silently."""
 
     def instantiate_classes(self) -> None:
+        """The trainer first, which knows where checkpoints are: their options count before there is a model."""
+        lines: list[str] = []
         try:
-            super().instantiate_classes()
+            self.config_init = self._instantiate(leave_out=("model", "data"))
+            self.trainer = self.instantiate_trainer()
+            self._checkpoint = resolve_checkpoint(self._get(self.config, "ckpt_path"), self.trainer)
+            saved = read_options(self._checkpoint)
+            lines += self._take_options(saved)
+            made = self._instantiate(leave_out=("trainer",))
         except ValueError as error:  # how constructors refuse an option; while a run goes on it would be a fault
-            raise InputError(str(error)) from error
+            raise InputError("\n  ".join([str(error), *lines])) from error
+        self.model, self.datamodule = self._get(made, "model"), self._get(made, "data")
+        for group in ("model", "data"):
+            self._options(self.config_init)[group] = self._get(made, group)
+        self._add_configure_optimizers_method_to_model(self.subcommand)
+        lines += differing("model", self.model.hparams, saved.model)
+        lines += differing("data", getattr(self.datamodule, "hparams", {}), saved.data)
+        if lines:
+            rank_zero_info("\n  ".join([f"options, beside those of {self._checkpoint}:", *lines]))
+
+    def _options(self, config: Namespace) -> Namespace:
+        options: Namespace = config if self.subcommand is None else config[self.subcommand]
+        return options
+
+    def _instantiate(self, leave_out: tuple[str, ...]) -> Namespace:
+        """Make what the config says, but for some of its groups."""
+        config = self.config.clone()
+        for group in leave_out:
+            self._options(config).pop(group)
+        classes = {"model": self._model_class, "data": self._datamodule_class}
+        skip = [(lambda *_, **__: None, classes[group], True) for group in leave_out if group in classes]
+        made: Namespace = self.parser.instantiate(config, instantiators=skip)
+        return made
+
+    def _take_options(self, saved: SavedOptions) -> list[str]:
+        """Put what the checkpoint's run had in place of ``model`` options that are not given; say what changes."""
+        if not saved.model:
+            return []
+        options = self._options(self.config)
+        before = options.model
+        new = options_to_take(before, self._given_options(), saved.model)
+        parser = self._parser(self.subcommand)
+        parser.exit_on_error, exits = False, parser.exit_on_error
+        try:
+            options["model"] = parser.parse_object({"model": new}, options).model  # which the saved config has as well
+        except ArgumentError as error:
+            message = shorten(str(error), parser)
+            raise InputError(f"{message} (the checkpoint's run had it; give what is to be in its place)") from error
+        finally:
+            parser.exit_on_error = exits
+        return taken(before, options.model)
+
+    def _given_options(self) -> Any:
+        """The ``model`` options that config files, flags and environment give."""
+        for path in self._get(self.config, "config") or []:
+            if not Path(path).is_file():
+                raise InputError(f"--config: {path} can be read but once, and --ckpt_path takes two: give a file")
+        return self._options(self._parse(self.parser, defaults=False)).get("model") or {}
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._get(self.config_init, "trainer")
@@ -109,7 +172,7 @@ class DFTLightningCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        kwargs["ckpt_path"] = resolve_checkpoint(kwargs.get("ckpt_path"), self.trainer)
+        kwargs["ckpt_path"] = self._checkpoint
         if kwargs.get("weights_only") is None:
             kwargs["weights_only"] = True
         return kwargs

@@ -453,7 +453,11 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
         if self._scales_gradients and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise InputError("a fused optimizer cannot be clipped under 16-mixed precision: build it with fused=False")
 
+    def on_fit_start(self) -> None:
+        self._optimizer_options.remember(self.trainer)
+
     def on_train_start(self) -> None:
+        self._optimizer_options.put_back(self.trainer)
         self._tokenizer_files = None  # this run's data may have another
         # This trainer's ranks, and nothing left over from an interrupted step.
         self._normalizer = TokenNormalizer(self._sum_over_ranks, self.trainer.world_size)

@@ -21,6 +21,7 @@ from dft_lightning.modules.adapter import (
     trained_names,
 )
 from dft_lightning.modules.record import RECORD, describe, files_of
+from dft_lightning.modules.restored import OptimizerOptions
 from dft_lightning.modules.run_state import RunState
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class SavedModule(pl.LightningModule):
         self._base_fingerprint: dict[str, str] | None = None
         self._trained: set[str] = set()
         self._run_state = RunState(self)
+        self._optimizer_options = OptimizerOptions()
         self.register_load_state_dict_post_hook(leave_out_the_base)  # type: ignore[no-untyped-call]
 
     def _check_adapter_options(self) -> None:
@@ -97,6 +99,7 @@ class SavedModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what ``export`` needs beside the weights (config, tokenizer, the run's settings and metrics), and what a
         run has in flight."""
+        self._optimizer_options.save(checkpoint)
         try:
             checkpoint[RECORD] = self.record()
         except Exception as error:  # a model's own config may fail to be written: no reason to lose its weights
@@ -125,6 +128,7 @@ class SavedModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._loss_step = int(checkpoint.get("global_step", 0))
+        self._optimizer_options.load(checkpoint)
         saved, values = checkpoint.get(RECORD, {}).get("adapter"), self.hparams["peft"]
         state = checkpoint.get("state_dict", {})
         names = [name.removeprefix("model.") for name in state if name.startswith("model.")]

@@ -1,0 +1,229 @@
+"""The options of the run behind a checkpoint, beside those of this run: which of them count, and what is said of it.
+
+What is given, in a config or by a flag, counts. A ``model`` option that is not given is what the checkpoint's run had,
+and not its default. Every difference is printed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from dft_lightning.component import NotPlainError, class_path, to_plain
+from dft_lightning.errors import InputError, one_line, shortened
+
+_META = "meta.pt"  # beside shards: all of a checkpoint that is no tensor of model or optimizer
+_NONE: Any = object()
+# Never taken from a checkpoint: how this run's processes share the model, and whether a stranger's code runs.
+_OF_THIS_RUN = ("sharding", "trust_remote_code")
+
+
+@dataclass(frozen=True)
+class SavedOptions:
+    """What a checkpoint says of its run.
+
+    Attributes:
+        model: the module's arguments, in plain form.
+        data: the data module's, without what is no setting.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def read_options(path: str | Path | None) -> SavedOptions:
+    """The options that a checkpoint file, or a folder of shards, holds; none without a path. No tensor is read.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if path is None or not (file := Path(path) / _META if Path(path).is_dir() else Path(path)).is_file():
+        return SavedOptions()  # "hpc", which Lightning resolves, or shards of another program
+    try:
+        content = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    except Exception as error:  # a cut file raises whatever the unpickler stumbled on
+        raise InputError(f"--ckpt_path: {path} is cut short or no checkpoint: {one_line(error, 200)}") from error
+    found = (content.get(f"{of}hyper_parameters") or {} for of in ("", "datamodule_"))
+    return SavedOptions(*({name: value for name, value in each.items() if name[:1] != "_"} for each in found))
+
+
+# -- which count ---------------------------------------------------------------------------------------------------
+
+
+def options_to_take(own: Any, given: Any, saved: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's values of ``model`` options that are not given and that it has otherwise.
+
+    Args:
+        own: the run's ``model`` options as parsed, defaults included.
+        given: those of them that a config or flag gives.
+        saved: those of the checkpoint's run.
+
+    Returns:
+        Values nested as in a config; of a class or group of options of which a part is given, the rest.
+
+    Raises:
+        InputError: the checkpoint does not hold the options of a class that is not given.
+    """
+    names = [name for name in saved if name in own and name not in _OF_THIS_RUN]
+    return _each_to_take(own, given, {name: saved[name] for name in names}, "model")
+
+
+def _each_to_take(own: Any, given: Any, saved: dict[str, Any], key: str) -> dict[str, Any]:
+    found = {
+        name: _to_take(own[name], given.get(name, _NONE), value, f"{key}.{name}")
+        for name, value in saved.items()
+        if name in own
+    }
+    return {name: value for name, value in found.items() if value is not _NONE}
+
+
+def _to_take(own: Any, given: Any, saved: Any, key: str) -> Any:
+    """The checkpoint's value, or the part of it that counts; ``_NONE`` where the run's own does."""
+    is_class = isinstance(own, Namespace) and "class_path" in own
+    if isinstance(own, Namespace) and not is_class and isinstance(saved, dict):  # a group of options
+        return _each_to_take(own, {} if given is _NONE else given, saved, key) or _NONE
+    mine, saved = _normal(own), _normal(saved)
+    if given is _NONE:
+        if mine is not _NONE and mine != saved:
+            _check_options_held(saved, key)
+            return saved
+        return _NONE
+    if not is_class or not isinstance(given, Namespace) or not isinstance(saved, dict):
+        return _NONE
+    if mine is _NONE or mine["class_path"] != saved.get("class_path") or not isinstance(saved["init_args"], dict):
+        return _NONE
+    inner = _each_to_take(own.get("init_args") or {}, given.get("init_args") or {}, saved["init_args"], key)
+    return {"class_path": saved["class_path"], "init_args": inner} if inner else _NONE
+
+
+def _check_options_held(saved: Any, key: str) -> None:
+    if isinstance(saved, dict) and isinstance(saved.get("init_args"), str):
+        raise InputError(
+            f"{key}: not given, and the checkpoint holds only that its run had {saved['class_path']}, whose options "
+            f"were {saved['init_args']}: give it"
+        )
+
+
+# -- what is said --------------------------------------------------------------------------------------------------
+
+
+def taken(before: Any, after: Any) -> list[str]:
+    """A line for each option that is now the checkpoint's.
+
+    Args:
+        before: the run's ``model`` options.
+        after: the same with those of the checkpoint in them.
+    """
+    return [
+        f"{key}: {_shown(now)}, as the checkpoint's run had it (not given; it would be {_shown(default)})"
+        for key, default, now in _differences(_normal(before), _normal(after), "model")
+    ]
+
+
+def differing(key: str, own: Any, saved: dict[str, Any]) -> list[str]:
+    """A line for each option that is not what the checkpoint's run had.
+
+    Args:
+        key: ``"model"`` or ``"data"``.
+        own: what the run's module or data module keeps of its arguments.
+        saved: the same, of the checkpoint's run.
+    """
+    mine = {name: _normal(value) for name, value in own.items() if name in saved}
+    old = {f"{key}.{name}" for name in saved if name not in mine}
+    lines = []
+    for name, of_mine, of_saved in _differences(mine, _normal(saved), key):
+        shown = "no such option here" if name in old else _shown(of_mine)
+        lines.append(f"{name}: {shown} (the checkpoint's run had {_shown(of_saved)})")
+    return lines
+
+
+def _differences(one: Any, other: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key and values of each leaf that differs; two classes of their own are one leaf."""
+    if one is not _NONE and other is not _NONE and one == other:
+        return
+    if isinstance(one, dict) and isinstance(other, dict):
+        if "class_path" in one or "class_path" in other:
+            arguments = (one.get("init_args"), other.get("init_args"))
+            if one.get("class_path") == other.get("class_path") and all(isinstance(each, dict) for each in arguments):
+                yield from _differences(*arguments, key)
+                return
+        else:
+            for name in [*one, *(name for name in other if name not in one)]:
+                yield from _differences(one.get(name, _NONE), other.get(name, _NONE), f"{key}.{name}")
+            return
+    yield key, one, other
+
+
+def _shown(value: Any) -> str:
+    """As a config or a flag would say it."""
+    if value is _NONE:
+        return "none"
+    if isinstance(value, dict) and "class_path" in value:
+        package, _, name = value["class_path"].rpartition(".")
+        name = name if package.startswith("dft_lightning.") else value["class_path"]
+        arguments, defaults = value["init_args"], _defaults_of(_class(value["class_path"]))
+        if not isinstance(arguments, dict):
+            return f"{name} ({arguments})"
+        given = [f"{k}={_shown(v)}" for k, v in arguments.items() if k not in defaults or defaults[k] != v]
+        return shortened(f"{name}({', '.join(given)})" if given else name, 200)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return shortened(str(value), 200)
+
+
+# -- one form for equal values -------------------------------------------------------------------------------------
+
+
+def _normal(value: Any) -> Any:
+    """A value as a checkpoint holds it, classes by their full path and with all their options."""
+    if isinstance(value, Namespace):
+        value = value.as_dict()
+    try:
+        return _filled(to_plain(value))
+    except NotPlainError:
+        return _NONE
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_filled(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    values = {name: _filled(each) for name, each in value.items()}
+    if not isinstance(value.get("class_path"), str) or not set(value) <= {"class_path", "init_args"}:
+        return values
+    cls, arguments = _class(value["class_path"]), values.get("init_args") or {}
+    if cls is not None and isinstance(arguments, dict):
+        arguments = {**_defaults_of(cls), **arguments}
+    return {"class_path": value["class_path"] if cls is None else class_path(cls), "init_args": arguments}
+
+
+def _class(path: str) -> type | None:
+    package, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(package), name, None)
+    except (ImportError, ValueError):
+        return None
+    return found if isinstance(found, type) else None
+
+
+def _defaults_of(cls: type | None) -> dict[str, Any]:
+    """A class's options and their defaults, as far as they have a plain form."""
+    found: dict[str, Any] = {}
+    for each in cls.__mro__ if cls is not None else ():
+        if "__init__" not in vars(each) or each is object:
+            continue
+        parameters = inspect.signature(vars(each)["__init__"]).parameters.values()
+        for parameter in parameters:
+            if parameter.default is not parameter.empty and (default := _normal(parameter.default)) is not _NONE:
+                found.setdefault(parameter.name, default)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return found
