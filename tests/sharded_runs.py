@@ -318,6 +318,47 @@ def behaviour(folder: Path) -> None:
     save(out, folder / "out.pt")
 
 
+class RateRecorder(CausalLMModule):
+    """Keeps the learning rate of each step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rates: list[float] = []
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        super().on_before_optimizer_step(optimizer)
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "same": {},
+    "other": {"learning_rate": 0.002, "betas": (0.8, 0.9), "weight_decay": 0.5},
+}
+
+
+def options(folder: Path) -> None:
+    """Learning rates and the optimizer's options of a whole run, and of two that go on from its middle."""
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+    out: dict[str, Any] = {}
+    data = arithmetic_data(16, batch_size=4)
+    for name in ("ddp", "fsdp1", "shards", "file"):
+        path = folder / f"{name}-step=2.ckpt"
+        every = pl.callbacks.ModelCheckpoint(folder, name + "-{step}", every_n_train_steps=2, save_top_k=-1)
+        for run, given in OPTIONS.items():
+            strategy = strategy_of(name) if name == "ddp" else ModelParallelStrategy(2, 1, name == "shards")
+            if name == "fsdp1":
+                strategy = FSDP1OnCPU(auto_wrap_policy={GPT2Block}, state_dict_type="sharded")
+            saved = {"callbacks": [every], "enable_checkpointing": True} if run == "whole" else {}
+            module = RateRecorder(TINY_ARITHMETIC, **{"learning_rate": 0.01, **given})
+            fit = trainer(devices=2, strategy=strategy, max_steps=4, **saved)
+            fit.fit(module, datamodule=data, ckpt_path=None if run == "whole" else path, weights_only=True)
+            groups = [{k: v for k, v in g.items() if k != "params"} for g in fit.optimizers[0].param_groups]
+            out[name, run] = module.rates, groups, fit.lr_scheduler_configs[0].scheduler.base_lrs
+    save(out, folder / "out.pt")
+
+
 @contextlib.contextmanager
 def peak_memory(trace: Path) -> Iterator[list[int]]:
     """Appends the most bytes held at once of those allocated within, by the allocator's own record.

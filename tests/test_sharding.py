@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -51,7 +52,8 @@ def two_processes(tmp_path_factory):
     return folder
 
 
-PARTS = ("lora", "generation", "again", "buffers", "checkpoints", "variants", "behaviour", "loading", "training")
+PARTS = ("lora", "generation", "again", "buffers", "checkpoints", "variants", "behaviour", "options", "loading")
+PARTS += ("training",)
 LOADED = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "num_key_value_heads": 2}
 
 
@@ -140,6 +142,21 @@ def test_checkpoints_hold_the_weights(behaviour):
     for distributed in (True, False):
         before, after = behaviour[f"checkpoint {distributed}"]
         assert before == after
+
+
+def test_a_resumed_run_has_its_own_options(two_processes):
+    """Learning rates to the bit where they are as they were, and otherwise those of a cosine by hand."""
+    found = torch.load(two_processes / "options" / "out.pt")
+    assert len(found) == 12
+    for (name, run), (rates, groups, peaks) in found.items():
+        peak = 0.002 if run == "other" else 0.01
+        first = 0 if run == "whole" else 2
+        assert rates == pytest.approx([peak * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(first, 4)]), name
+        assert rates == found[name, "whole"][0][2:] or run != "same", name
+        betas, decay = ((0.8, 0.9), 0.5) if run == "other" else ((0.9, 0.95), 0.01)
+        assert [tuple(group["betas"]) for group in groups] == [betas, betas], (name, run)
+        assert [group["weight_decay"] for group in groups] == [decay, 0.0], (name, run)
+        assert [group["initial_lr"] for group in groups] == peaks == [peak, peak], (name, run)
 
 
 def test_a_sharded_model_is_exported_whole(behaviour, two_processes, tmp_path):
