@@ -348,7 +348,7 @@ def options(folder: Path) -> None:
         every = pl.callbacks.ModelCheckpoint(folder, name + "-{step}", every_n_train_steps=2, save_top_k=-1)
         for run, given in OPTIONS.items():
             strategy = strategy_of(name) if name == "ddp" else ModelParallelStrategy(2, 1, name == "shards")
-            if name == "fsdp1":
+            if name == "fsdp1":  # whose whole state dict torch cannot gather on the CPU
                 strategy = FSDP1OnCPU(auto_wrap_policy={GPT2Block}, state_dict_type="sharded")
             saved = {"callbacks": [every], "enable_checkpointing": True} if run == "whole" else {}
             module = RateRecorder(TINY_ARITHMETIC, **{"learning_rate": 0.01, **given})

@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, Re
 from conftest import TINY_LLAMA
 from dft_lightning import CausalLMModule
 from dft_lightning.checkpoint_options import SavedOptions, differing, read_options
-from dft_lightning.cli import DFTLightningCLI, main
+from dft_lightning.cli import DFTLightningCLI, cli_options, main
+from dft_lightning.data import InstructionDataModule
 from dft_lightning.errors import InputError
 from dft_lightning.losses import DFTLoss, FocalLoss
 from dft_lightning.modules.restored import KEY
@@ -153,6 +154,18 @@ def test_nothing_is_printed_where_nothing_differs(command, whole, log):
     cli = command("fit", "--ckpt_path", path, *flags(**GIVEN))
     assert printed(log) == []
     assert cli.model.rates == before.model.rates[3:]
+
+
+def test_options_given_as_a_dict(whole, log):
+    cli, path = whole
+    given = {name: cli.config["fit"][name].as_dict() for name in ("model", "data", "trainer")}
+    given["model"] = {"model": given["model"]["model"], "tag": 2}
+    given["trainer"] |= {"callbacks": None, "logger": False, "default_root_dir": str(path.parent / "dict")}
+    args = {"subcommand": "validate", "validate": {**given, "ckpt_path": str(path)}}
+    again = DFTLightningCLI(Tagged, InstructionDataModule, **cli_options(), args=args)
+    assert (again.model.hparams.tag, again.model.loss.gamma) == (2, 3.0)
+    assert "model.tag: 2 (the checkpoint's run had 7)" in printed(log)
+    assert len(printed(log)) == 6
 
 
 @pytest.mark.parametrize("name", ["validate", "test", "predict"])

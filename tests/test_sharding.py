@@ -52,8 +52,18 @@ def two_processes(tmp_path_factory):
     return folder
 
 
-PARTS = ("lora", "generation", "again", "buffers", "checkpoints", "variants", "behaviour", "options", "loading")
-PARTS += ("training",)
+PARTS = (
+    "lora",
+    "generation",
+    "again",
+    "buffers",
+    "checkpoints",
+    "variants",
+    "behaviour",
+    "options",
+    "loading",
+    "training",
+)
 LOADED = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "num_key_value_heads": 2}
 
 
