@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from conftest import ROOT, TINY_LLAMA
+from dft_lightning.callbacks import InterruptionCheckpoint
 from dft_lightning.cli import main
 from dft_lightning.losses import CrossEntropyLoss, DFTLoss, FocalLoss
 
@@ -268,6 +269,7 @@ def test_configs_compose_and_defaults_are_replaceable(config, tmp_path):
     assert [type(logger) for logger in cli.trainer.loggers] == [TensorBoardLogger, CSVLogger]
     assert any(isinstance(callback, LearningRateMonitor) for callback in cli.trainer.callbacks)
     assert [callback.monitor for callback in cli.trainer.checkpoint_callbacks] == [None]
+    assert any(isinstance(callback, InterruptionCheckpoint) for callback in cli.trainer.callbacks)
     assert cli.trainer.validate_loop.inference_mode is False
 
     overlay.write_text(

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -21,7 +21,7 @@ class Interrupted(SystemExit):
     """Raised by ``fit`` when a run has stopped on a signal, whose number and 128 are its code."""
 
 
-class InterruptionCheckpoint(Checkpoint):
+class InterruptionCheckpoint(Callback):
     """On SIGTERM and Ctrl-C writes a checkpoint and leaves; a second Ctrl-C leaves at once.
 
     The batch that is computed is finished; a validation or generation is given up, and done anew by the run that goes
@@ -81,7 +81,7 @@ class InterruptionCheckpoint(Checkpoint):
         _say("left at once: what was saved before is whole, and --ckpt_path last goes on from it")
         os._exit(128 + number)  # from whatever it was doing: a collective would not end by an exception
 
-    # -- where a run can stop ------------------------------------------------------------------------------------
+    # -- where a run can stop: not where other callbacks have something to do, too ---------------------------------
 
     def asked(self, trainer: pl.Trainer) -> bool:
         """Whether any rank was asked to stop. A collective."""
@@ -103,12 +103,6 @@ class InterruptionCheckpoint(Checkpoint):
         # Ranks exchange a flag here: only where they are known to have as many batches.
         if trainer.world_size == 1 or hasattr(trainer.datamodule, "row_position"):  # type: ignore[attr-defined]
             self._stop_if_asked(trainer)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop_if_asked(trainer)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop_if_asked(trainer)
 
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or not self.asked(trainer):

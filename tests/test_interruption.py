@@ -1,0 +1,115 @@
+"""Signals write a checkpoint before the run leaves, from which it ends as one that got none."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from dft_lightning.callbacks import GenerationEvaluation, Interrupted, InterruptionCheckpoint, interruption
+from resumed_runs import fit, goes_on_alike, result
+
+OPTIONS = {"max_steps": 6, "accumulate_grad_batches": 2, "check_val_every_n_epoch": None, "val_check_interval": 3}
+
+
+class SignalAt(Callback):
+    """Sends a signal to this process when a hook has run so often."""
+
+    def __init__(self, hook: str, number: int, sent: int = signal.SIGTERM, times: int = 1) -> None:
+        self.left = number
+        setattr(self, hook, lambda *args: self.send(sent, times))
+
+    def send(self, sent: int, times: int) -> None:
+        self.left -= 1
+        if self.left == 0:
+            for _ in range(times):
+                os.kill(os.getpid(), sent)
+
+
+def interrupted(tmp_path: Path, *callbacks: Callback, **options) -> SystemExit:
+    with pytest.raises(Interrupted) as leaving:
+        fit(
+            {},
+            {**OPTIONS, "enable_checkpointing": True, "default_root_dir": tmp_path, **options},
+            *callbacks,
+            InterruptionCheckpoint(),
+        )
+    return leaving.value
+
+
+def saved(tmp_path: Path) -> Path:
+    (path,) = (path for path in tmp_path.rglob("*.ckpt") if "epoch=" not in path.name)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("hook", "number", "sent", "step"),
+    [
+        ("on_train_batch_end", 5, signal.SIGTERM, 2),  # in the middle of a step
+        ("on_validation_batch_end", 5, signal.SIGINT, 3),  # of a validation, after the two batches before the run
+        ("on_before_optimizer_step", 4, signal.SIGTERM, 4),
+    ],
+)
+def test_a_signal_writes_a_checkpoint_and_leaves(hook, number, sent, step, tmp_path, caplog):
+    whole, logged = fit({}, OPTIONS)
+    expected = result(whole)
+    before = signal.getsignal(sent)
+    with caplog.at_level(logging.INFO):
+        leaving = interrupted(tmp_path, SignalAt(hook, number, sent))
+    assert leaving.code == 128 + sent
+    assert signal.getsignal(sent) is before
+    path = saved(tmp_path)
+    assert path.name == f"interrupted-step={step}.ckpt"
+    assert f"stopped after step {step}. Saved {path}" in caplog.text
+    assert f"--ckpt_path {path} (or --ckpt_path last)" in caplog.text
+    goes_on_alike(path, {}, OPTIONS, expected, logged)
+
+
+def test_a_checkpoint_just_written_is_not_written_again(tmp_path):
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, filename="own-{step}")
+    interrupted(tmp_path, saver, SignalAt("on_train_batch_end", 4))
+    assert saved(tmp_path).name == "own-step=2.ckpt"
+
+
+def test_generation_is_given_up_and_done_when_the_run_goes_on(tmp_path):
+    def evaluation(asked: bool) -> GenerationEvaluation:
+        callback = GenerationEvaluation(at_start=False, every_n_steps=2, at_end=False, num_samples=2)
+        count = callback._count
+
+        def signalled(*args):
+            if asked and args[0].global_step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return count(*args)
+
+        callback._count = signalled
+        return callback
+
+    whole, stopped = evaluation(False), evaluation(True)
+    fit({}, OPTIONS, whole)
+    interrupted(tmp_path, stopped)
+    assert [step for step, _ in stopped.history] == [2]
+    resumed = evaluation(False)
+    fit({}, OPTIONS, resumed, ckpt_path=saved(tmp_path))
+    assert resumed.history == whole.history
+    assert [step for step, _ in whole.history] == [2, 4, 6]
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path, monkeypatch, capfd):
+    class Left(BaseException):
+        pass
+
+    def leave(status: int) -> None:
+        raise Left(status)
+
+    monkeypatch.setattr(interruption.os, "_exit", leave)
+    with pytest.raises(Left) as left:
+        fit({}, OPTIONS, SignalAt("on_train_batch_end", 3, signal.SIGINT, times=2), InterruptionCheckpoint())
+    assert left.value.args == (130,)
+    said = capfd.readouterr().err
+    assert "SIGINT: stopping after this batch, with a checkpoint" in said
+    assert "left at once" in said
+    assert not list(tmp_path.rglob("*.ckpt"))
