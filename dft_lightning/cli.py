@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from dft_lightning.callbacks import PredictionWriter
-from dft_lightning.checkpoints import resolve_checkpoint
+from dft_lightning.checkpoints import keep_whole, refused_write, resolve_checkpoint
 from dft_lightning.cli_errors import shorten
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.distributed.strategies import check_precision
@@ -95,7 +95,17 @@ class DFTLightningCLI(LightningCLI):
             raise InputError(f"trainer: {error}") from error
         if str(config.get("precision")) in ("16", "16-mixed") and trainer.precision != "16-mixed":
             raise InputError("trainer.precision: 16-mixed needs a GPU (Lightning would run bf16-mixed): ask for that")
+        keep_whole(trainer)
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            refused = refused_write(error, self.trainer)
+            if refused is None:
+                raise
+            raise refused from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

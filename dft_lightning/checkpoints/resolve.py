@@ -1,0 +1,85 @@
+"""Which checkpoint ``--ckpt_path`` means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from dft_lightning.checkpoints.strategy import SavesWhole
+from dft_lightning.checkpoints.whole import newest_whole, whole_problem
+from dft_lightning.checkpoints.writing import put_back
+from dft_lightning.errors import InputError
+
+
+def resolve_checkpoint(ckpt_path: str | Path | None, trainer: pl.Trainer) -> str | None:
+    """The checkpoint to load.
+
+    Every process asks the file system the same before the first of them writes; where they share none and find
+    different checkpoints, ``fit`` says so on each (see :class:`~dft_lightning.checkpoints.SavesWhole`).
+
+    Args:
+        ckpt_path: a path; ``"last"``, the newest whole checkpoint of earlier runs with the same root folder;
+            ``"auto"``, the same if there is one; ``"hpc"`` and ``"registry"``, which are left to Lightning.
+        trainer: tells where checkpoints are kept.
+
+    Raises:
+        InputError: the path does not exist or holds no whole checkpoint, there is no ``last``, or it is ``"best"``.
+    """
+    if ckpt_path is None or str(ckpt_path) in ("hpc", "registry"):
+        return None if ckpt_path is None else str(ckpt_path)
+    if str(ckpt_path) == "best":
+        raise InputError("--ckpt_path best: a new process has not seen which was best; give the checkpoint's path")
+    named = str(ckpt_path) not in ("last", "auto")
+    found = _named(Path(ckpt_path)) if named else _newest(str(ckpt_path), trainer)
+    if isinstance(trainer.strategy, SavesWhole):
+        trainer.strategy.resumes_from = found
+    return found
+
+
+def _named(path: Path) -> str:
+    put_back(path.absolute().parent)
+    if not path.exists():
+        raise InputError(f"--ckpt_path: no such checkpoint: {path}")
+    if (problem := whole_problem(path)) is not None:
+        beside, _ = newest_whole(other for other in path.parent.glob("*.ckpt") if other != path)
+        advice = "" if beside is None else f"; the newest whole one beside it is {beside}"
+        raise InputError(f"--ckpt_path: {path} {problem}{advice}")
+    return str(path)
+
+
+def _newest(ckpt_path: str, trainer: pl.Trainer) -> str | None:
+    folders = checkpoint_folders(trainer)
+    for folder in folders:
+        put_back(folder)
+    newest, problems = newest_whole(path for folder in folders for path in folder.glob("*.ckpt"))
+    for path, problem in problems.items():
+        rank_zero_warn(f"--ckpt_path {ckpt_path}: passed over {path}, which {problem}")
+    if newest is not None:
+        rank_zero_info(f"ckpt_path {ckpt_path}: {newest}")
+        return str(newest)
+    roots = ", ".join(str(folder) for folder in _roots(trainer))
+    none = f"no {'whole ' if problems else ''}checkpoint under {roots}"
+    if ckpt_path == "last":
+        raise InputError(f"--ckpt_path last: {none}; leave it out to start from the beginning")
+    rank_zero_info(f"ckpt_path auto: {none}, starting from the beginning")
+    return None
+
+
+def _roots(trainer: pl.Trainer) -> list[Path]:
+    """Where ``ModelCheckpoint`` puts runs: its own folder, or below each logger's, or below the trainer's."""
+    own = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+    if own:
+        return [Path(folder) for folder in own]
+    logged = [Path(logger.save_dir) / str(logger.name) for logger in trainer.loggers if logger.save_dir]
+    return list(dict.fromkeys(logged)) or [Path(trainer.default_root_dir)]
+
+
+def checkpoint_folders(trainer: pl.Trainer) -> list[Path]:
+    """Every folder that may hold a checkpoint of this or an earlier run."""
+    folders: list[Path] = []
+    for root in _roots(trainer):
+        folders += [root, root / "checkpoints", *root.glob("*/checkpoints")]
+    return [folder for folder in folders if folder.is_dir()]
