@@ -70,6 +70,7 @@ def full_disk(name: str, disk: Path) -> dict[str, Any]:
     folder = disk / name.replace(" ", "-")
     run, message = fit(strategies()[name], folder, extra=[FillsTheDisk(disk, 2)])
     rank = run.global_rank
+    run.strategy.barrier()  # rank 0 has taken away what was written
     found = {"message": message, "step": run.global_step, "best": run.checkpoint_callback.best_model_path}
     found["files"] = sorted(path.name for path in folder.iterdir())
     run.strategy.barrier()

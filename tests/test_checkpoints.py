@@ -182,7 +182,7 @@ def test_a_file_that_was_cut_anywhere_is_recognised(tmp_path):
     for length in lengths:
         cut.write_bytes(whole[:length])
         assert "is cut short or no checkpoint" in (whole_problem(cut) or ""), length
-        if not any(whole[length:]):  # the end's own last bytes are zeros
+        if length > len(whole) - 22:  # of which nothing is said that the 76 bytes before do not say
             continue
         cut.write_bytes(whole[:length] + bytes(len(whole) - length))  # as room that was reserved and not filled
         assert "is cut short or no checkpoint" in (whole_problem(cut) or ""), length
