@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,14 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()
     )
+
+    threading.excepthook = _thread_ends
+
+
+def _thread_ends(ended: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer meets a full disk in a thread of its own, and says so again where the run ends by it."""
+    if not isinstance(ended.exc_value, OSError) or type(ended.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(ended)
 
 
 def user_message(error: Exception) -> str | None:

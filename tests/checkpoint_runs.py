@@ -22,6 +22,7 @@ from dft_lightning.checkpoints import keep_whole
 from dft_lightning.errors import InputError
 from small_runs import TINY_ARITHMETIC, FSDP1OnCPU, arithmetic_data, trainer, whole
 
+RESUMED = ("ddp", "fsdp2 shards")
 WIDE = {**TINY_ARITHMETIC, "n_embd": 64}
 
 
@@ -77,42 +78,38 @@ def full_disk(name: str, disk: Path) -> dict[str, Any]:
     if rank == 0:
         (disk / "ballast").unlink(missing_ok=True)
     run.strategy.barrier()
-    again, problem = fit(strategies()[name], folder, ckpt_path=found["best"])
-    found |= {"resumed": again.global_step, "problem": problem}
-    found["sums"] = [total(run), total(again)]
-    found["after"] = sorted(path.name for path in folder.iterdir())
-    again.strategy.barrier()
+    if name in RESUMED:
+        again, problem = fit(strategies()[name], folder, ckpt_path=found["best"])
+        found |= {"resumed": again.global_step, "problem": problem, "sums": [total(run), total(again)]}
+    run.strategy.barrier()
     if rank == 0:
         shutil.rmtree(folder)
-    again.strategy.barrier()
+    run.strategy.barrier()
     return found
 
 
-def alone_in_trouble(disk: Path) -> dict[str, str | None]:
+def alone_in_trouble(run: Any, path: Path) -> dict[str, str | None]:
     """What only one rank meets, both are told of."""
     found = {}
-    for name in ("ddp", "fsdp2 shards"):
-        run, _ = fit(strategies()[name], disk / "none", steps=1)
-        rank = run.global_rank
+    for name, error in (("io", OSError(5, "Input/output error")), ("fault", TypeError("a fault"))):
 
-        def stumble(error: Exception, on: int = 1, rank: int = rank) -> None:
-            if rank == on:
+        def stumble(error: Exception = error) -> None:
+            if run.global_rank == 1:
                 raise error
 
-        for kind, error in (("io", OSError(5, "Input/output error")), ("fault", TypeError("a fault"))):
-            try:
-                run.strategy._together(lambda error=error: stumble(error), disk / "none" / "x.ckpt")
-            except Exception as caught:
-                found[f"{name} {kind}"] = f"{type(caught).__name__}: {caught}"
+        try:
+            run.strategy._together(stumble, path)
+        except Exception as caught:
+            found[name] = f"{type(caught).__name__}: {caught}"
     return found
 
 
 def main(folder: Path, disk: Path) -> None:
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     found: dict[str, Any] = {name: full_disk(name, disk) for name in strategies()}
-    found["alone"] = alone_in_trouble(disk)
     run, message = fit("ddp", folder / "read_only" / "below", steps=1)
     found["read-only"] = message
+    found["alone"] = alone_in_trouble(run, disk / "x.ckpt")
     run.strategy.resumes_from = str(rank)  # as two machines without a common folder
     try:
         run.strategy.setup_environment()

@@ -121,6 +121,12 @@ class SavesWhole(Strategy):
         super().on_train_start()
         self._note_books()
 
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        # A logger or callback writes on rank 0 alone: the others would wait, and end in an error of their connection.
+        if _is_of_disk(exception) and isinstance(self.launcher, _SubprocessScriptLauncher):
+            self.launcher.kill(signal.SIGKILL)
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
         filepath = self.broadcast(filepath)
         try:
@@ -229,17 +235,13 @@ def refused_write(error: BaseException, trainer: pl.Trainer) -> InputError | Non
     """What a run should end in whose disk was full, read-only or broken; ``None`` for one that ended otherwise.
 
     A logger's error names no path, and closing the logger fails once more, over an error that has a message already.
-    Other ranks do not know of it: those that Lightning started are ended.
 
     Args:
         error: what ended the run.
         trainer: whose folders they are.
     """
-    if not isinstance(error, OSError) or error.filename is not None or error.errno not in _DISK:
+    if not isinstance(error, OSError) or not _is_of_disk(error) or error.filename is not None:
         return None
-    launcher = trainer.strategy.launcher
-    if isinstance(launcher, _SubprocessScriptLauncher):
-        launcher.kill(signal.SIGTERM)
     seen = error.__context__
     while seen is not None and not isinstance(seen, InputError):
         seen = seen.__context__
@@ -248,6 +250,10 @@ def refused_write(error: BaseException, trainer: pl.Trainer) -> InputError | Non
     folders = [folder for _, folder in _written_folders(trainer)] or [str(trainer.default_root_dir)]
     where = " or ".join(dict.fromkeys(folders))
     return InputError(f"nothing can be written to {where}: {error.strerror}. Checkpoints that were written are whole")
+
+
+def _is_of_disk(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _DISK
 
 
 def _check_folders(trainer: pl.Trainer) -> None:

@@ -142,6 +142,8 @@ def _file_problem(path: Path) -> str | None:
 
 
 def _data_start(file: BinaryIO, record: zipfile.ZipInfo) -> int:
+    if record.header_offset < 0:
+        raise zipfile.BadZipFile(f"what is before {record.filename} is too short")
     file.seek(record.header_offset)
     signature, name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
     if signature != b"PK\x03\x04":
