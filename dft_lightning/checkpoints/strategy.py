@@ -124,7 +124,7 @@ class SavesWhole(Strategy):
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         # A logger or callback writes on rank 0 alone: the others would wait, and end in an error of their connection.
-        if _is_of_disk(exception) and isinstance(self.launcher, _SubprocessScriptLauncher):
+        if _of_disk(exception) is not None and isinstance(self.launcher, _SubprocessScriptLauncher):
             self.launcher.kill(signal.SIGKILL)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
@@ -134,7 +134,7 @@ class SavesWhole(Strategy):
                 self._together(lambda: super(SavesWhole, self).save_checkpoint(checkpoint, filepath, storage_options))
             else:
                 self._save(checkpoint, local_path(filepath), filepath, storage_options)
-        except Exception:
+        except BaseException:
             for callback, books in self._books or []:
                 callback.__dict__.update({**books, "best_k_models": dict(books["best_k_models"])})
             raise
@@ -240,7 +240,8 @@ def refused_write(error: BaseException, trainer: pl.Trainer) -> InputError | Non
         error: what ended the run.
         trainer: whose folders they are.
     """
-    if not isinstance(error, OSError) or not _is_of_disk(error) or error.filename is not None:
+    refused = _of_disk(error)
+    if refused is None or refused.filename is not None:
         return None
     seen = error.__context__
     while seen is not None and not isinstance(seen, InputError):
@@ -249,11 +250,15 @@ def refused_write(error: BaseException, trainer: pl.Trainer) -> InputError | Non
         return seen
     folders = [folder for _, folder in _written_folders(trainer)] or [str(trainer.default_root_dir)]
     where = " or ".join(dict.fromkeys(folders))
-    return InputError(f"nothing can be written to {where}: {error.strerror}. Checkpoints that were written are whole")
+    return InputError(f"nothing can be written to {where}: {refused.strerror}. Checkpoints that were written are whole")
 
 
-def _is_of_disk(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in _DISK
+def _of_disk(error: BaseException) -> OSError | None:
+    """The disk's error, or the one of a disk that an error was raised from, as Lightning's TensorBoard logger does."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__cause__
+    return seen if seen is not None and seen.errno in _DISK else None
 
 
 def _check_folders(trainer: pl.Trainer) -> None:
