@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +152,14 @@ def quiet() -> None:
         lambda record: "litlogger" not in record.getMessage()
     )
 
-    threading.excepthook = _thread_ends
+    if not isinstance(threading.excepthook, functools.partial):  # once
+        threading.excepthook = functools.partial(_thread_ends, threading.excepthook)
 
 
-def _thread_ends(ended: threading.ExceptHookArgs) -> None:
+def _thread_ends(otherwise: Callable[[threading.ExceptHookArgs], Any], ended: threading.ExceptHookArgs) -> None:
     """TensorBoard's writer meets a full disk in a thread of its own, and says so again where the run ends by it."""
     if not isinstance(ended.exc_value, OSError) or type(ended.thread).__name__ != "_AsyncWriterThread":
-        threading.__excepthook__(ended)
+        otherwise(ended)
 
 
 def user_message(error: Exception) -> str | None:

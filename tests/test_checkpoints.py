@@ -28,7 +28,7 @@ from dft_lightning.checkpoints import WholeCheckpointIO, keep_whole, newest_whol
 from dft_lightning.checkpoints import writing as writing_module
 from dft_lightning.checkpoints.whole import META, WRITTEN, write_marker
 from dft_lightning.checkpoints.writing import clear_leftovers, partial_path, put_back, put_in_place, sync_files
-from dft_lightning.cli import main
+from dft_lightning.cli import main, quiet
 from dft_lightning.errors import InputError
 from small_runs import TINY_ARITHMETIC, arithmetic_data, run_two_processes, trainer
 
@@ -191,6 +191,9 @@ def test_a_file_that_was_cut_anywhere_is_recognised(tmp_path):
         assert "is cut short or no checkpoint" in (whole_problem(cut) or ""), length
     cut.write_bytes(whole[:9000] + whole[9500:])  # a piece of the middle is missing
     assert "is cut short or no checkpoint" in (whole_problem(cut) or "")
+    header = whole.index(b"PK\x03\x04", 9000)
+    cut.write_bytes(whole[:header] + bytes(64) + whole[header + 64 :])
+    assert "nothing is where" in (whole_problem(cut) or "")
 
 
 def test_a_hole_in_a_file_is_recognised_and_one_of_true_zeros_is_none(tmp_path):
@@ -264,7 +267,7 @@ def test_copies_are_in_the_order_in_which_they_were_written(tmp_path):
     for date, path in enumerate(paths):
         os.utime(path, (10**9 + date, 10**9 + date))  # the oldest was copied last
     assert newest_whole(paths) == (tmp_path / "3.ckpt", {})
-    plain = [tmp_path / f"plain{step}.ckpt" for step in (5, 4)]
+    plain = [tmp_path / f"plain{9 - step}.ckpt" for step in (5, 4)]
     for path, step in zip(plain, (5, 4), strict=True):
         torch.save(content(step, 5), path)
         os.utime(path, (2 * 10**9, 2 * 10**9))
@@ -425,3 +428,22 @@ def test_logs_on_a_full_disk_end_in_one_message(tmp_path, capfd, room):
     assert "Traceback" not in err
     assert f"error: nothing can be written to {small / 'runs'}" in err
     assert "No space left on device" in err
+    assert ("the folder of trainer.logger" in err) == (room == 0)
+
+
+def test_a_writers_thread_is_silent_about_what_ends_the_run(monkeypatch):
+    class _AsyncWriterThread(threading.Thread):  # as TensorBoard's
+        pass
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    heard = []
+    monkeypatch.setattr(threading, "excepthook", lambda ended: heard.append(type(ended.thread)))
+    for _ in range(2):
+        quiet()
+    for kind in (_AsyncWriterThread, threading.Thread):
+        thread = kind(target=full)
+        thread.start()
+        thread.join()
+    assert heard == [threading.Thread]
