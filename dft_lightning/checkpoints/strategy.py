@@ -256,9 +256,9 @@ def refused_write(error: BaseException, trainer: pl.Trainer) -> InputError | Non
 def _of_disk(error: BaseException) -> OSError | None:
     """The disk's error, or the one of a disk that an error was raised from, as Lightning's TensorBoard logger does."""
     seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, OSError):
+    while seen is not None and not isinstance(seen, (OSError, InputError)):  # the latter all ranks know of
         seen = seen.__cause__
-    return seen if seen is not None and seen.errno in _DISK else None
+    return seen if isinstance(seen, OSError) and seen.errno in _DISK else None
 
 
 def _check_folders(trainer: pl.Trainer) -> None:
