@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.callbacks import InterruptionCheckpoint, PredictionWriter
 from dft_lightning.checkpoint_options import SavedOptions, differing, options_to_take, read_options, taken
-from dft_lightning.checkpoints import resolve_checkpoint
+from dft_lightning.checkpoints import keep_whole, refused_write, resolve_checkpoint
 from dft_lightning.cli_errors import shorten
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.distributed.strategies import check_precision
@@ -166,9 +168,19 @@ class DFTLightningCLI(LightningCLI):
             raise InputError(f"trainer: {error}") from error
         if str(config.get("precision")) in ("16", "16-mixed") and trainer.precision != "16-mixed":
             raise InputError("trainer.precision: 16-mixed needs a GPU (Lightning would run bf16-mixed): ask for that")
+        keep_whole(trainer)
         if self._on_trainer is not None:
             self._on_trainer(trainer)
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            refused = refused_write(error, self.trainer)
+            if refused is None:
+                raise
+            raise refused from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -215,6 +227,15 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()
     )
+
+    if not isinstance(threading.excepthook, functools.partial):  # once
+        threading.excepthook = functools.partial(_thread_ends, threading.excepthook)
+
+
+def _thread_ends(otherwise: Callable[[threading.ExceptHookArgs], Any], ended: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer meets a full disk in a thread of its own, and says so again where the run ends by it."""
+    if not isinstance(ended.exc_value, OSError) or type(ended.thread).__name__ != "_AsyncWriterThread":
+        otherwise(ended)
 
 
 def user_message(error: Exception) -> str | None:

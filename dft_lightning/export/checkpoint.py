@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dft_lightning.checkpoints.whole import INDEX, META, whole_problem, written
+from dft_lightning.checkpoints.writing import put_back
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.modules.record import RECORD
 
-_META = "meta.pt"  # beside the shards: all of a checkpoint that is no tensor of model or optimizer
-_INDEX = ".metadata"  # of the shards; torch writes it last
 _PREFIX = "model."
 _logger = logging.getLogger(__name__)
 
@@ -51,7 +51,9 @@ def open_checkpoint(path: Path) -> TrainedCheckpoint:
         raise InputError(f"--checkpoint: no such file or folder: {path}")
     if path.is_file() or _is_sharded(path):
         return _read(path)
-    found = sorted((p for p in path.rglob("*.ckpt") if p.exists()), key=_written, reverse=True)  # links may dangle
+    for folder in {path, *(below for below in path.rglob("*") if below.is_dir())}:
+        put_back(folder)
+    found = sorted((p for p in path.rglob("*.ckpt") if p.exists()), key=written, reverse=True)  # links may dangle
     problems = []
     for candidate in found:
         try:
@@ -65,22 +67,17 @@ def open_checkpoint(path: Path) -> TrainedCheckpoint:
 
 
 def _is_sharded(path: Path) -> bool:
-    return (path / _META).is_file() or (path / _INDEX).is_file()
-
-
-def _written(path: Path) -> int:
-    times: list[int] = [file.stat().st_mtime_ns for file in (path, *(path.iterdir() if path.is_dir() else ()))]
-    return max(times)
+    return (path / META).is_file() or (path / INDEX).is_file()
 
 
 def _read(path: Path) -> TrainedCheckpoint:
+    if (problem := whole_problem(path)) is not None:
+        raise InputError(f"{path} {problem}")
     return _checked(path, *(_read_shards(path) if path.is_dir() else _read_file(path)))
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     content = _load(path, path)
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise InputError(f"{path} is not a Lightning checkpoint")
     return content, content["state_dict"]
 
 
@@ -97,9 +94,7 @@ def _read_shards(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    if not (path / _INDEX).is_file() or not (path / _META).is_file():
-        raise InputError(f"{path} is cut short: it lacks {_META if (path / _INDEX).is_file() else _INDEX}")
-    content = _load(path / _META, path)
+    content = _load(path / META, path)
     try:
         reader = FileSystemReader(path)
         entries = reader.read_metadata().state_dict_metadata

@@ -5,19 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dft_lightning.errors import InputError, one_line
+from dft_lightning.checkpoints.strategy import SavesWhole
+from dft_lightning.checkpoints.whole import newest_whole, whole_problem
+from dft_lightning.checkpoints.writing import put_back
+from dft_lightning.errors import InputError
 
 
 def resolve_checkpoint(ckpt_path: str | Path | None, trainer: pl.Trainer) -> str | None:
     """The checkpoint to load.
 
+    Every process asks the file system the same before the first of them writes; where they share none and find
+    different checkpoints, ``fit`` says so on each (see :class:`~dft_lightning.checkpoints.SavesWhole`).
+
     Args:
-        ckpt_path: a path; ``"last"``, the newest checkpoint of earlier runs with the same root folder; ``"auto"``,
-            the same if there is one; ``"hpc"`` and ``"registry"``, which are left to Lightning.
+        ckpt_path: a path; ``"last"``, the newest whole checkpoint of earlier runs with the same root folder;
+            ``"auto"``, the same if there is one; ``"hpc"`` and ``"registry"``, which are left to Lightning.
         trainer: tells where checkpoints are kept.
 
     Raises:
@@ -27,44 +32,40 @@ def resolve_checkpoint(ckpt_path: str | Path | None, trainer: pl.Trainer) -> str
         return None if ckpt_path is None else str(ckpt_path)
     if str(ckpt_path) == "best":
         raise InputError("--ckpt_path best: a new process has not seen which was best; give the checkpoint's path")
-    if str(ckpt_path) not in ("last", "auto"):
-        if not Path(ckpt_path).exists():
-            raise InputError(f"--ckpt_path: no such checkpoint: {ckpt_path}")
-        return _readable(Path(ckpt_path))
-    folders = checkpoint_folders(trainer)
-    found = [path for folder in folders for path in folder.glob("*.ckpt")]
-    for cut in [path for path in found if path.is_dir() and not _is_whole(path)]:
-        rank_zero_warn(f"{cut} is passed over: its run ended while it was being saved")
-        found.remove(cut)
-    if found:
-        newest = max(found, key=lambda path: path.stat().st_mtime_ns)
-        rank_zero_info(f"ckpt_path {ckpt_path}: {newest}")
-        return _readable(newest)
-    roots = ", ".join(str(folder) for folder in _roots(trainer))
-    if str(ckpt_path) == "last":
-        raise InputError(f"--ckpt_path last: no checkpoint under {roots}; leave it out to start from the beginning")
-    rank_zero_info(f"ckpt_path auto: no checkpoint under {roots}, starting from the beginning")
-    return None
+    named = str(ckpt_path) not in ("last", "auto")
+    found = _named(Path(ckpt_path)) if named else _newest(str(ckpt_path), trainer)
+    if isinstance(trainer.strategy, SavesWhole):
+        trainer.strategy.resumes_from = found
+    return found
 
 
-def _readable(path: Path) -> str:
-    """The path, if it holds a Lightning checkpoint; tensors are mapped and not read."""
-    if path.is_dir():
-        if not any(path.iterdir()):
-            raise InputError(f"--ckpt_path: {path} is an empty folder")
-        return str(path)
-    try:
-        content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-    except Exception as error:  # a cut file raises whatever the unpickler stumbled on
-        raise InputError(f"--ckpt_path: {path} is cut short or no checkpoint: {one_line(error, 200)}") from error
-    if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(content):
-        raise InputError(f"--ckpt_path: {path} is not a Lightning checkpoint")
+def _named(path: Path) -> str:
+    put_back(path.absolute().parent)
+    if not path.exists():
+        raise InputError(f"--ckpt_path: no such checkpoint: {path}")
+    if (problem := whole_problem(path)) is not None:
+        beside, _ = newest_whole(other for other in path.parent.glob("*.ckpt") if other != path)
+        advice = "" if beside is None else f"; the newest whole one beside it is {beside}"
+        raise InputError(f"--ckpt_path: {path} {problem}{advice}")
     return str(path)
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a folder of shards has what is written last, by torch and by Lightning."""
-    return (folder / ".metadata").exists() and (folder / "meta.pt").exists()
+def _newest(ckpt_path: str, trainer: pl.Trainer) -> str | None:
+    folders = checkpoint_folders(trainer)
+    for folder in folders:
+        put_back(folder)
+    newest, problems = newest_whole(path for folder in folders for path in folder.glob("*.ckpt"))
+    for path, problem in problems.items():
+        rank_zero_warn(f"--ckpt_path {ckpt_path}: passed over {path}, which {problem}")
+    if newest is not None:
+        rank_zero_info(f"ckpt_path {ckpt_path}: {newest}")
+        return str(newest)
+    roots = ", ".join(str(folder) for folder in _roots(trainer))
+    none = f"no {'whole ' if problems else ''}checkpoint under {roots}"
+    if ckpt_path == "last":
+        raise InputError(f"--ckpt_path last: {none}; leave it out to start from the beginning")
+    rank_zero_info(f"ckpt_path auto: {none}, starting from the beginning")
+    return None
 
 
 def _roots(trainer: pl.Trainer) -> list[Path]:

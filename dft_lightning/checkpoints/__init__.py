@@ -1,0 +1,19 @@
+"""Checkpoints that are whole or not there: how they are written, recognised and found again."""
+
+from dft_lightning.checkpoints.io import WholeAsyncCheckpointIO, WholeCheckpointIO
+from dft_lightning.checkpoints.resolve import checkpoint_folders, newest_saved, resolve_checkpoint
+from dft_lightning.checkpoints.strategy import SavesWhole, keep_whole, refused_write
+from dft_lightning.checkpoints.whole import newest_whole, whole_problem
+
+__all__ = [
+    "SavesWhole",
+    "WholeAsyncCheckpointIO",
+    "WholeCheckpointIO",
+    "checkpoint_folders",
+    "keep_whole",
+    "newest_saved",
+    "newest_whole",
+    "refused_write",
+    "resolve_checkpoint",
+    "whole_problem",
+]

@@ -1,0 +1,97 @@
+"""Checkpoints of one file."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+
+from dft_lightning.checkpoints.whole import WRITTEN, newest_whole
+from dft_lightning.checkpoints.writing import clear_leftovers, put_back, reason_of, remove, replacing_file
+from dft_lightning.errors import InputError
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint's file whole or not at all; reads as Lightning does.
+
+    The file is written beside its place under a hidden name, straight to disk and not through a copy in memory, and
+    renamed when all of it is on disk: whatever ends the process, the name has the older file or the new one. A write
+    that fails takes its part away again. Leftovers of processes that were killed are deleted by the next save into the
+    same folder. Other places than local paths are left to Lightning.
+
+    Raises:
+        InputError: by ``save_checkpoint``, where the disk is full, the folder read-only or the like.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> from dft_lightning.checkpoints import WholeCheckpointIO
+        >>> trainer = pl.Trainer(accelerator="cpu", logger=False, plugins=[WholeCheckpointIO()])
+        >>> type(trainer.strategy.checkpoint_io).__name__
+        'WholeCheckpointIO'
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
+        if storage_options is not None or not _is_local_file_protocol(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = local_path(path)
+        if target.is_dir():
+            raise InputError(f"{target} is a folder, and the checkpoint to be written there a file: move it away")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(target.parent)
+            with replacing_file(target) as file:
+                torch.save({**checkpoint, WRITTEN: time.time_ns()}, file)  # type: ignore[arg-type]
+        except OSError as error:
+            raise InputError(failed(target, reason_of(error, target.parent))) from error
+
+    def remove_checkpoint(self, path: _PATH) -> None:
+        if not _is_local_file_protocol(path):
+            super().remove_checkpoint(path)
+            return
+        target = local_path(path)
+        try:
+            remove(target)
+        except OSError as error:
+            raise InputError(f"{target} cannot be deleted: {error.strerror}") from error
+
+
+class WholeAsyncCheckpointIO(AsyncCheckpointIO):
+    """Lightning's writing in a thread, which here deletes an older checkpoint after the newer one is written.
+
+    Lightning's own deletes it at once, and whether or not the newer one could be written.
+    """
+
+    def remove_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._ensure_setup()
+        assert self._executor is not None
+        self._executor.submit(self._remove_unless_failed, *args, **kwargs)  # its one thread takes them in turn
+
+    def _remove_unless_failed(self, *args: Any, **kwargs: Any) -> None:
+        if self._error is None:
+            try:
+                super().remove_checkpoint(*args, **kwargs)
+            except BaseException as error:  # raised by the next save, as the thread's others are
+                self._error = error
+
+
+def local_path(path: _PATH) -> Path:
+    """The path of a local address, which may be written ``file://``."""
+    return Path(os.path.abspath(str(path).removeprefix("file://")))
+
+
+def failed(target: Path, reason: str | None) -> str:
+    """What to say of a checkpoint that could not be written."""
+    put_back(target.parent)
+    newest, _ = newest_whole(path for path in target.parent.glob("*.ckpt"))
+    kept = "there is none in its folder yet" if newest is None else f"the newest whole one is {newest}"
+    return (
+        f"the checkpoint {target} could not be written: {reason}. Earlier checkpoints are untouched; {kept}. "
+        "Make room or set another trainer.default_root_dir, and go on with --ckpt_path"
+    )

@@ -1,0 +1,283 @@
+"""Saving on several ranks: whole or not at all, and one outcome on all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from dft_lightning.checkpoints.io import WholeAsyncCheckpointIO, WholeCheckpointIO, failed, local_path
+from dft_lightning.checkpoints.whole import WRITTEN, write_marker
+from dft_lightning.checkpoints.writing import (
+    clear_leftovers,
+    partial_path,
+    put_in_place,
+    reason_of,
+    remove,
+    sync_files,
+    sync_folder,
+    unwritable,
+)
+from dft_lightning.distributed.gather import gather_lists
+from dft_lightning.errors import InputError, one_line
+
+# Of disks: full, of a quota, read-only, not permitted, broken.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_BOOKS = ("best_model_path", "best_model_score", "current_score", "kth_best_model_path", "kth_value", "last_model_path")
+
+
+def keep_whole(trainer: pl.Trainer) -> None:
+    """Have a trainer save checkpoints that are whole or not there, on one rank or several.
+
+    The trainer's strategy, whichever it is, becomes a :class:`SavesWhole` as well, and Lightning's plain way of writing
+    files a :class:`~dft_lightning.checkpoints.WholeCheckpointIO`; a ``CheckpointIO`` of one's own is kept. The command
+    calls it. Call it before ``fit``; a second call changes nothing.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> from dft_lightning.checkpoints import SavesWhole, keep_whole
+        >>> trainer = pl.Trainer(accelerator="cpu", logger=False)
+        >>> keep_whole(trainer)
+        >>> isinstance(trainer.strategy, SavesWhole)
+        True
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, SavesWhole):
+        # Users name strategies by strings, too, and Lightning builds those itself: what it built is extended in place.
+        strategy.__class__ = _saving_whole(type(strategy))
+    io = strategy.checkpoint_io  # makes Lightning's own where none was given
+    if type(io) is TorchCheckpointIO:
+        strategy.checkpoint_io = WholeCheckpointIO()
+    while isinstance(io, _WrappingCheckpointIO):
+        if type(io) is AsyncCheckpointIO:
+            io.__class__ = WholeAsyncCheckpointIO
+        if type(io.checkpoint_io) is TorchCheckpointIO:
+            io._checkpoint_io = WholeCheckpointIO()
+        io = io.checkpoint_io  # type: ignore[assignment]
+
+
+@functools.cache
+def _saving_whole(strategy_class: type) -> type:
+    """The strategy's class with :class:`SavesWhole` before it, by the same name: messages and isinstance hold."""
+    body = {"__module__": strategy_class.__module__, "__qualname__": strategy_class.__qualname__, "of": strategy_class}
+    return type(strategy_class.__name__, (SavesWhole, strategy_class), body)
+
+
+def _blank(strategy_class: type) -> Any:
+    return object.__new__(_saving_whole(strategy_class))
+
+
+class SavesWhole(Strategy):
+    """To go before a Lightning ``Strategy``: checkpoints are whole or not there, and all ranks learn which.
+
+    A folder of shards is written beside its place by all ranks, flushed to disk and marked by ``complete.json`` when
+    it is whole, and renamed then. Where writing fails on any rank, all ranks raise the same, what was written is
+    deleted, and ``ModelCheckpoint`` names the checkpoints that it named before. Folders of checkpoints and logs that
+    cannot be written to end the run before it begins.
+
+    Raises:
+        InputError: by ``save_checkpoint`` and ``setup_environment``, on every rank, where the disk is full, the folder
+            read-only or the like.
+    """
+
+    of: type  # the strategy's own class
+    resumes_from: str | None = None  # what this rank took for --ckpt_path, to be the same on all
+    _books: list[tuple[ModelCheckpoint, dict[str, Any]]] | None = None
+
+    def __reduce__(self) -> Any:  # for processes that are spawned: its class has no name to be found by
+        return _blank, (self.of,), self.__dict__
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        chosen = _gather([self.resumes_from])
+        if len(set(chosen)) > 1:
+            raise InputError(
+                f"--ckpt_path: processes found different checkpoints ({', '.join(map(str, dict.fromkeys(chosen)))}): "
+                "keep them in a folder that all machines share, or give a path that all have"
+            )
+        module = self.lightning_module
+        if module is not None and module._trainer is not None:
+            self._together(lambda: _check_folders(module.trainer))
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._note_books()
+
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        # A logger or callback writes on rank 0 alone: the others would wait, and end in an error of their connection.
+        if _of_disk(exception) is not None and isinstance(self.launcher, _SubprocessScriptLauncher):
+            self.launcher.kill(signal.SIGKILL)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+        filepath = self.broadcast(filepath)
+        try:
+            if not _is_local_file_protocol(filepath):
+                self._together(lambda: super(SavesWhole, self).save_checkpoint(checkpoint, filepath, storage_options))
+            else:
+                self._save(checkpoint, local_path(filepath), filepath, storage_options)
+        except BaseException:
+            for callback, books in self._books or []:
+                callback.__dict__.update({**books, "best_k_models": dict(books["best_k_models"])})
+            raise
+        self._note_books()
+
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        self._together(lambda: super(SavesWhole, self).remove_checkpoint(filepath))
+
+    def _save(self, checkpoint: dict[str, Any], target: Path, filepath: _PATH, storage_options: Any) -> None:
+        shards = self._writes_shards()
+        save = super().save_checkpoint
+        if not shards and not self.broadcast(target.is_dir()):
+            self._together(lambda: save(checkpoint, filepath, storage_options), target)
+            return
+        partial: Path = self.broadcast(partial_path(target))
+        marker = {"name": target.name, WRITTEN: time.time_ns(), "global_step": checkpoint.get("global_step")}
+        try:
+            self._together(lambda: self._prepare(target), target)
+            self._together(lambda: save(checkpoint, partial, storage_options), target)
+            self._together(lambda: self._finish(partial, target, marker), target)
+        finally:
+            if self.is_global_zero:
+                _remove_quietly(partial)
+
+    def _writes_shards(self) -> bool:
+        if isinstance(self, ModelParallelStrategy):
+            return bool(self._save_distributed_checkpoint)
+        return isinstance(self, FSDPStrategy) and self._state_dict_type == "sharded"
+
+    def _prepare(self, target: Path) -> None:
+        if self.is_global_zero:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(target.parent)
+
+    def _finish(self, partial: Path, target: Path, marker: dict[str, Any]) -> None:
+        if not self.is_global_zero:
+            return
+        if partial.is_dir():
+            sync_files(partial)
+            write_marker(partial, marker)
+            sync_folder(partial)
+        put_in_place(partial, target)
+
+    def _together(self, action: Callable[[], None], target: Path | None = None) -> None:
+        """Do something on every rank, and raise on every rank where it failed on one. A collective."""
+        own, reason = None, None
+        try:
+            action()
+        except (Exception, CheckpointException) as error:  # torch's is no Exception
+            own = error
+            reason = str(error) if isinstance(error, InputError) else _failed(error, target)
+        problems = _gather([(reason, None if own is None else one_line(Exception(str(own))))])
+        if all(text is None for _, text in problems):
+            return
+        reasons = [reason for reason, _ in problems if reason is not None]
+        if reasons:
+            raise InputError(reasons[0]) from own
+        if own is not None:
+            raise own
+        raise RuntimeError(f"another rank has failed: {next(text for _, text in problems if text is not None)}")
+
+    def _note_books(self) -> None:
+        """Keep what each ``ModelCheckpoint`` takes for written: it notes a path before it is."""
+        module = self.lightning_module
+        callbacks = [] if module is None or module._trainer is None else module.trainer.checkpoint_callbacks
+        self._books = [(callback, _books(callback)) for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def _books(callback: ModelCheckpoint) -> dict[str, Any]:
+    return {**{name: getattr(callback, name) for name in _BOOKS}, "best_k_models": dict(callback.best_k_models)}
+
+
+def _gather(items: list[Any]) -> list[Any]:
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return items
+    return gather_lists(items, torch.distributed.get_world_size())
+
+
+def _failed(error: BaseException, target: Path | None) -> str | None:
+    """The message of a write that failed, and ``None`` where the error is a fault of the program."""
+    if target is None:
+        return None
+    causes = [error]
+    if isinstance(error, CheckpointException):  # by rank, each with its traceback
+        causes = [cause for cause, _ in error.failures.values()]
+    for cause in causes:
+        if (reason := reason_of(cause, target.parent)) is not None:
+            return failed(target, reason)
+    return None
+
+
+def _remove_quietly(partial: Path) -> None:
+    with contextlib.suppress(OSError):  # the next save into the folder tries again
+        remove(partial)
+
+
+def refused_write(error: BaseException, trainer: pl.Trainer) -> InputError | None:
+    """What a run should end in whose disk was full, read-only or broken; ``None`` for one that ended otherwise.
+
+    A logger's error names no path, and closing the logger fails once more, over an error that has a message already.
+
+    Args:
+        error: what ended the run.
+        trainer: whose folders they are.
+    """
+    refused = _of_disk(error)
+    if refused is None or refused.filename is not None:
+        return None
+    seen = error.__context__
+    while seen is not None and not isinstance(seen, InputError):
+        seen = seen.__context__
+    if seen is not None:
+        return seen
+    folders = [folder for _, folder in _written_folders(trainer)] or [str(trainer.default_root_dir)]
+    where = " or ".join(dict.fromkeys(folders))
+    return InputError(f"nothing can be written to {where}: {refused.strerror}. Checkpoints that were written are whole")
+
+
+def _of_disk(error: BaseException) -> OSError | None:
+    """The disk's error, or the one of a disk that an error was raised from, as Lightning's TensorBoard logger does."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, (OSError, InputError)):  # the latter all ranks know of
+        seen = seen.__cause__
+    return seen if isinstance(seen, OSError) and seen.errno in _DISK else None
+
+
+def _check_folders(trainer: pl.Trainer) -> None:
+    """Raise ``InputError`` where a checkpoint or log could not be written at all."""
+    if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+        return
+    for what, folder in _written_folders(trainer):
+        if (reason := unwritable(Path(folder))) is not None:
+            raise InputError(f"nothing can be written to {folder}, the folder of {what}: {reason}; set another")
+
+
+def _written_folders(trainer: pl.Trainer) -> Iterator[tuple[str, str]]:
+    logged = [str(each.save_dir) for each in trainer.loggers if isinstance(each, (CSVLogger, TensorBoardLogger))]
+    yield from (("trainer.logger", folder) for folder in logged if _is_local_file_protocol(folder))
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.save_top_k != 0:
+            own = callback.dirpath or (trainer.loggers[0].save_dir if trainer.loggers else None)
+            folder = str(own or trainer.default_root_dir)
+            if _is_local_file_protocol(folder):
+                yield "trainer.callbacks' ModelCheckpoint", folder
