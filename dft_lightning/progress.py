@@ -33,25 +33,20 @@ class Progress:
         """In plain values."""
         return asdict(self)
 
-    def in_batches_of(self, rows: int, before: int, batches_of_epoch: int | None) -> Progress | None:
-        """The same progress where batches have another number of rows.
+    def in_batches_of(self, rows: int, before: int, batches_of_epoch: int | None) -> Progress:
+        """The same progress where batches have another number of rows, in whole batches.
 
         Args:
             rows: of a micro-batch over all ranks.
             before: the same when this was written.
             batches_of_epoch: how many such batches an epoch has.
-
-        Returns:
-            ``None`` where it is no whole number of such batches.
         """
         if rows == before:
             return self
-        total = self.total_batches * before // rows
+        batches = self.batches * before // rows
         if self.epoch_full and batches_of_epoch is not None:
-            return replace(self, batches=batches_of_epoch, total_batches=total)
-        if self.batches * before % rows:
-            return None
-        return replace(self, batches=self.batches * before // rows, total_batches=total)
+            batches = batches_of_epoch
+        return replace(self, batches=batches, total_batches=self.total_batches * before // rows)
 
 
 def last_step(trainer: pl.Trainer, validated_at: int | None = None) -> Progress:

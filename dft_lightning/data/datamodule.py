@@ -538,7 +538,7 @@ class InstructionDataModule(pl.LightningDataModule):
             group_size=self._group_size(),
         )
         if goes_on:
-            self.row_position.apply(sampler, self._row_order())
+            self.row_position.apply(sampler, self.batch_size * ranks, self._row_order())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's call of torch
             loader: DataLoader[Any] = StatefulDataLoader(

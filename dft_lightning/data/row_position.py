@@ -20,7 +20,7 @@ class RowPosition:
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] | None = None
-        self._warned = False  # loaders are made more than once
+        self._warned = False
 
     def reset(self) -> None:
         """Before a fit: from the first row."""
@@ -35,23 +35,42 @@ class RowPosition:
             order: what the order of the rows hangs on.
         """
         step = last_step(trainer)
-        return {"epoch": step.epoch, "rows": step.batches * batch_size * trainer.world_size, "order": order}
+        rows = step.batches * batch_size * trainer.world_size
+        return {"epoch": step.epoch, "rows": rows, "full": step.epoch_full, "order": order}
 
     def load_state_dict(self, state_dict: dict[str, Any] | None) -> None:
         """Go on from what :meth:`state_dict` returned."""
         self._loaded = state_dict
 
-    def apply(self, sampler: RowSampler, order: dict[str, Any]) -> None:
-        """Have a loader's sampler begin there; warns where the rows are in another order now."""
+    def apply(self, sampler: RowSampler, rows_of_batch: int, order: dict[str, Any]) -> None:
+        """Have a loader's sampler begin there, at a whole batch.
+
+        Warns where rows come twice: where batches are of other sizes now, or the rows in another order.
+
+        Args:
+            sampler: of the loader.
+            rows_of_batch: of a micro-batch over all ranks.
+            order: as in :meth:`state_dict`.
+        """
         loaded = self._loaded
         if loaded is None:
             return
-        sampler.load_state_dict(loaded)
-        changed = [name for name, value in loaded["order"].items() if order.get(name) != value]
-        if changed and loaded["rows"] and not self._warned:
-            self._warned = True
-            named = ", ".join(f"{name} {order.get(name)} (it was {loaded['order'][name]})" for name in changed)
-            rank_zero_warn(
-                f"--ckpt_path: the checkpoint is {loaded['rows']} rows into its epoch, and the rows are in another "
-                f"order now: {named}. Some rows of this epoch come twice, and some not at all"
-            )
+        again = 0 if loaded["full"] else loaded["rows"] % rows_of_batch
+        rows = sampler.total_size if loaded["full"] else loaded["rows"] - again
+        sampler.load_state_dict({"epoch": loaded["epoch"], "rows": rows})
+        if loaded["rows"] and not self._warned:
+            self._warned = True  # loaders are made more than once
+            _warn(loaded, again, rows_of_batch, order)
+
+
+def _warn(loaded: dict[str, Any], again: int, rows_of_batch: int, order: dict[str, Any]) -> None:
+    where = f"--ckpt_path: the checkpoint is {loaded['rows']} rows into its epoch, and"
+    if again:
+        rank_zero_warn(f"{where} batches are of {rows_of_batch} rows now (over all ranks): {again} rows come twice")
+    changed = [name for name, value in loaded["order"].items() if order.get(name) != value]
+    if changed:
+        named = ", ".join(f"{name} {order.get(name)} (it was {loaded['order'][name]})" for name in changed)
+        rank_zero_warn(
+            f"{where} the rows are in another order now: {named}. Some rows of this epoch come twice, and some not at "
+            "all"
+        )

@@ -9,7 +9,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from dft_lightning.distributed.gather import gather_lists
-from dft_lightning.errors import InputError
 from dft_lightning.metrics.exact_sums import ExactSums
 from dft_lightning.modules.optimization import num_training_batches
 from dft_lightning.modules.random_state import random_state, restore_random_state
@@ -76,11 +75,7 @@ class RunState:
             checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Have the loops of a fit, and :meth:`restore`, go on from a checkpoint.
-
-        Raises:
-            InputError: it is within an epoch, and not at a whole number of this run's batches.
-        """
+        """Have the loops of a fit, and :meth:`restore`, go on from a checkpoint."""
         saved = checkpoint.get(RUN_STATE)
         self._loaded = saved
         if saved is None or "loops" not in checkpoint:
@@ -92,15 +87,8 @@ class RunState:
         if rows != saved["rows_of_batch"] and progress.epoch_full:
             of_epoch = num_training_batches(self._module.trainer)
         found = progress.in_batches_of(rows, saved["rows_of_batch"], of_epoch)
-        if found is None:
-            raise InputError(
-                f"--ckpt_path: the checkpoint is {progress.batches * saved['rows_of_batch']} rows into its epoch, "
-                f"which is no whole number of batches of {rows} rows (data.batch_size x ranks): set data.batch_size so "
-                "that it is"
-            )
         checkpoint["loops"] = go_on_from(found, checkpoint["loops"])
-        if found.validated:
-            self._validated_at = found.total_batches
+        self._loaded = {**saved, "validated_at": found.total_batches if found.validated else None}
 
     def restore(self) -> None:
         """Before the first batch after :meth:`load`: random states and metrics of this rank."""
@@ -108,12 +96,13 @@ class RunState:
         if saved is None:
             return
         ranks, trainer = saved["ranks"], self._module.trainer
+        self._validated_at = saved.get("validated_at")
         if len(ranks) != trainer.world_size:
             rank_zero_info(
                 f"the checkpoint is of {len(ranks)} processes and there are {trainer.world_size}: dropout goes on with "
                 "other random numbers"
             )
-        elif trainer.global_rank < len(ranks):
+        else:
             restore_random_state(ranks[trainer.global_rank]["random"])
         for name, metric in self._module.in_flight_metrics().items():
             load_metric(metric, [rank["metrics"].get(name) for rank in ranks], trainer)
