@@ -8,8 +8,9 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from resumed_runs import FIXED_BATCH, HOOKS, WITHOUT_DROPOUT, SaveAt, fit, goes_on_alike, result
-from small_runs import run_two_processes
+from dft_lightning.data.batches import RowSampler
+from resumed_runs import FIXED_BATCH, HOOKS, WITHOUT_DROPOUT, SaveAt, assert_same, fit, goes_on_alike, result
+from small_runs import arithmetic_data, run_two_processes
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "epochs, whole steps": ({}, {"max_steps": -1, "max_epochs": 2}),
@@ -65,3 +66,59 @@ def test_two_processes_go_on_alike_and_on_one_and_from_one(tmp_path):
             options["strategy"] = ModelParallelStrategy(1, 1)
         _, resumed = fit(FIXED_BATCH, options, ckpt_path=path, model=WITHOUT_DROPOUT)
         assert_close(one, resumed, 3)
+
+
+def test_the_loader_goes_on_in_a_loop_of_ones_own():
+    """Its state is good with and without workers, at any batch, and its later epochs are whole."""
+    for options in ({}, {"num_workers": 2}, {"group_by_length": True}):
+        data = arithmetic_data(14, batch_size=2, **options)
+        data.load("fit")
+        loader = data.train_dataloader()
+        batches = iter(loader)
+        for _ in range(3):
+            next(batches)
+        state = loader.state_dict()
+        expected = [batch["input_ids"] for batch in batches]
+        resumed = data.train_dataloader()
+        resumed.load_state_dict(state)
+        assert_same(expected, [batch["input_ids"] for batch in resumed])
+        assert len(list(resumed)) == 7
+
+
+def test_a_sampler_goes_on_on_other_ranks():
+    """What two ranks have drawn of an epoch is left out by one rank, by three, and in no other epoch."""
+    rows = range(17)
+    pair = [RowSampler(rows, 2, rank, shuffle=True, seed=5) for rank in range(2)]
+    for sampler in pair:
+        sampler.set_epoch(3)
+    drawn = [iter(sampler) for sampler in pair]
+    seen = [next(rank) for _ in range(3) for rank in drawn]
+    state = pair[1].state_dict()
+    assert state == {"epoch": 3, "rows": 6}
+    whole = RowSampler(rows, shuffle=True, seed=5)
+    whole.set_epoch(3)
+    order = list(whole)
+    assert order[:6] == seen
+    for ranks in (1, 3):
+        parts = []
+        for rank in range(ranks):
+            sampler = RowSampler(rows, ranks, rank, shuffle=True, seed=5)
+            sampler.load_state_dict(state)
+            sampler.set_epoch(3)
+            parts.append(list(sampler))
+            assert len(list(sampler)) == sampler.num_samples  # the next time all of it
+            sampler.load_state_dict(state)
+            sampler.set_epoch(4)
+            assert len(list(sampler)) == sampler.num_samples
+        assert [part[i] for i in range(len(parts[0])) for part in parts if i < len(part) and part[i] >= 0] == order[6:]
+
+
+def test_batches_of_another_size_and_rows_in_another_order_are_said(tmp_path):
+    fit({"num_rows": 20}, {"max_steps": 3}, SaveAt(tmp_path, "on_train_batch_end"))
+    path = tmp_path / "on_train_batch_end-3.ckpt"  # 6 rows of 20 behind it
+    with pytest.warns(UserWarning, match="6 rows into its epoch, and batches are of 4 rows now .*: 2 rows come twice"):
+        run, _ = fit({"num_rows": 20, "batch_size": 4}, {"max_steps": -1, "max_epochs": 1}, ckpt_path=path)
+    assert run.global_step == 3 + 4  # of five batches of four rows the first is done
+    with pytest.warns(UserWarning, match=r"another order now: data.seed 7 \(it was 0\). Some rows"):
+        run, _ = fit({"num_rows": 20, "seed": 7}, {"max_steps": -1, "max_epochs": 1}, ckpt_path=path)
+    assert run.global_step == 10
