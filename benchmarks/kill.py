@@ -29,7 +29,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import datasets  # noqa: F401 (what a run imports late, once for all of them)
 import torch
+import torch.distributed.checkpoint.state_dict  # noqa: F401
+import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 from linear_head import RESULTS, machine
 
 from dft_lightning.cli import main as command
@@ -143,18 +146,16 @@ def wait(processes: list[int], limit: float) -> list[int | None]:
     return [found.get(number) for number in processes]
 
 
-def wait_for(moment: str, folder: Path, chance: random.Random, processes: list[int]) -> None:
+def wait_for(plan: dict, folder: Path, processes: list[int]) -> None:
     """Until it is time to kill; a run that has ended by itself is too late for it."""
     saved, until = folder / "saved", time.monotonic() + HARD_LIMIT
     while not (saved.is_dir() and any(saved.glob("*.ckpt"))):
         time.sleep(0.002)
         if have_ended(processes) or time.monotonic() > until:
             return
-    time.sleep(chance.uniform(0, 2.5))
-    while moment == "a write" and not is_writing(saved) and not have_ended(processes):
+    time.sleep(plan["after"])
+    while plan["moment"] == "a write" and not is_writing(saved) and not have_ended(processes):
         time.sleep(0.0002)
-    if moment == "a write":
-        time.sleep(chance.uniform(0, 0.002))
 
 
 def is_writing(folder: Path) -> bool:
@@ -169,7 +170,7 @@ def have_ended(processes: list[int]) -> bool:
 
 def kill(folder: Path, processes: list[int], plan: dict, chance: random.Random) -> dict:
     """End a run as planned. Returns what was seen."""
-    wait_for(plan["moment"], folder, chance, processes)
+    wait_for(plan, folder, processes)
     writing = is_writing(folder / "saved") if (folder / "saved").is_dir() else False
     # A machine that fails takes all ranks; else one dies, and the others have to notice.
     hit = processes if plan["all ranks"] else [chance.choice(processes)]
@@ -226,27 +227,31 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def plans(kills: int, chance: random.Random) -> Iterator[dict]:
-    """What is done to each run: every kind, every signal; half of what is killed is writing."""
-    signals = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGKILL", "SIGINT")
-    for i in range(kills):
-        kind = tuple(KINDS)[i % len(KINDS)]
-        name = signals[i % len(signals)]
-        moment = "a write" if name == "SIGKILL" and i % 2 == 0 else "anywhere"
+def plans(options: argparse.Namespace, chance: random.Random) -> Iterator[dict]:
+    """What is done to each run: every kind, every signal; most of what is killed is writing."""
+    signals = ("SIGKILL", "SIGTERM", "SIGKILL", "SIGINT", "SIGKILL")
+    for i in range(options.kills):
+        kind, name = tuple(KINDS)[i % len(KINDS)], signals[i % len(signals)]
         yield {
             "kind": kind,
             "signal": name,
-            "moment": moment,
+            "moment": "a write" if (name == "SIGKILL" and chance.random() < 0.7) or i == 0 else "anywhere",
+            "after": round(chance.uniform(0, options.within), 3),  # seconds since there is a checkpoint
             "all ranks": kind == "one process" or chance.random() < 0.5,
         }
 
 
 def kill_one(folder: Path, plan: dict, steps: int, chance: random.Random, expected: dict[str, torch.Tensor]) -> dict:
-    folder.mkdir()
-    seen = kill(folder, start(folder, plan["kind"], steps), plan, chance)
-    whole = [path for path in (folder / "saved").glob("*.ckpt") if is_whole(path)]
-    again = wait(start(folder, plan["kind"], steps), HARD_LIMIT)
-    equal = all(status == 0 for status in again) and same(expected, content(folder))
+    for attempt in range(5):  # a run may be over before it is killed
+        own = folder / str(attempt)
+        own.mkdir(parents=True)
+        seen = kill(own, start(own, plan["kind"], steps), plan, chance)
+        if any(seen["statuses"]):
+            break
+        plan = {**plan, "after": plan["after"] / 2}
+    whole = [path for path in (own / "saved").glob("*.ckpt") if is_whole(path)]
+    again = wait(start(own, plan["kind"], steps), HARD_LIMIT)
+    equal = all(status == 0 for status in again) and same(expected, content(own))
     return {**plan, **seen, "whole checkpoints left": len(whole), "went on": again, "same": equal}
 
 
@@ -263,12 +268,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--within", type=float, default=2.5, help="seconds after the first checkpoint")
     parser.add_argument("--output", type=Path, default=RESULTS / "kill.json")
     options = parser.parse_args()
     chance, results, expected = random.Random(options.seed), [], {}
     folder = Path(tempfile.mkdtemp(prefix="kill-"))
     os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-    for i, plan in enumerate(plans(options.kills, chance)):
+    for i, plan in enumerate(plans(options, chance)):
         kind = plan["kind"]
         if kind not in expected:
             (folder / kind).mkdir()

@@ -251,6 +251,10 @@ def test_last_passes_over_cut_ones_and_a_named_one_is_refused(tmp_path):
     assert run.strategy.resumes_from == str(folder / "step=2.ckpt")
     with pytest.raises(InputError, match=r"cut short.*the newest whole one beside it is .*step=2\.ckpt"):
         resolve_checkpoint(folder / "step=3.ckpt", run)
+    shards(folder / "step=5.ckpt", 5)
+    with pytest.raises(InputError, match="is a checkpoint in shards, which SingleDeviceStrategy does not read"):
+        resolve_checkpoint("last", run)
+    shutil.rmtree(folder / "step=5.ckpt")
     for step in (1, 2):
         (folder / f"step={step}.ckpt").unlink()
     with (

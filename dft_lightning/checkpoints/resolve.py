@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dft_lightning.checkpoints.strategy import SavesWhole
@@ -26,7 +27,8 @@ def resolve_checkpoint(ckpt_path: str | Path | None, trainer: pl.Trainer) -> str
         trainer: tells where checkpoints are kept.
 
     Raises:
-        InputError: the path does not exist or holds no whole checkpoint, there is no ``last``, or it is ``"best"``.
+        InputError: the path does not exist or holds no whole checkpoint, there is no ``last``, or it is ``"best"``; it
+            is in shards and the strategy has none.
     """
     if ckpt_path is None or str(ckpt_path) in ("hpc", "registry"):
         return None if ckpt_path is None else str(ckpt_path)
@@ -34,6 +36,12 @@ def resolve_checkpoint(ckpt_path: str | Path | None, trainer: pl.Trainer) -> str
         raise InputError("--ckpt_path best: a new process has not seen which was best; give the checkpoint's path")
     named = str(ckpt_path) not in ("last", "auto")
     found = _named(Path(ckpt_path)) if named else _newest(str(ckpt_path), trainer)
+    if found is not None and Path(found).is_dir() and isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise InputError(
+            f"--ckpt_path: {found} is a checkpoint in shards, which {type(trainer.strategy).__name__} does not read: "
+            "set trainer.strategy to the run's own, ModelParallelStrategy or FSDPStrategy; the former may have another "
+            "number of devices, one included"
+        )
     if isinstance(trainer.strategy, SavesWhole):
         trainer.strategy.resumes_from = found
     return found
