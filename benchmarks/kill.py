@@ -31,7 +31,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import datasets  # noqa: F401 (what a run imports late, once for all of them)
 import torch
-import torch.distributed.checkpoint.state_dict  # noqa: F401
+import torch.distributed.checkpoint.state_dict
 import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 from linear_head import RESULTS, machine
 
