@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -133,12 +139,71 @@ def step_gradient(
 
 
 def run_two_processes(script: str, *args: str, timeout: float = 150) -> str:
-    """Run a script of ``tests/`` that starts two DDP processes; a hard limit ends them all.
+    """Run a script of ``tests/`` on two gloo processes; a hard limit ends them all.
+
+    On Linux they are forked from this one, which has imported everything. They are given what torchrun gives.
 
     Returns:
-        Its standard output.
+        Standard output of rank 0.
     """
-    return run_limited([os.path.join(os.path.dirname(__file__), script), *args], timeout)
+    path = os.path.join(os.path.dirname(__file__), script)
+    if sys.platform != "linux":
+        return run_limited([path, *args], timeout)
+    assert not torch.distributed.is_initialized(), "a test left a process group behind, which forks would take along"
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        ranks = [_forked(rank, port, folder, path, args) for rank in range(2)]
+        statuses = _limited(ranks, timeout)
+        said = [Path(folder, f"{rank}.{kind}").read_text() for rank in range(2) for kind in ("out", "err")]
+    assert statuses == [0, 0], f"{statuses}\n" + "\n".join(text[-4000:] for text in said)
+    return said[0]
+
+
+def _forked(rank: int, port: int, folder: str, path: str, args: tuple[str, ...]) -> int:
+    number = os.fork()
+    if number:
+        return number
+    status = 1
+    try:
+        os.setsid()
+        for descriptor, kind in ((1, "out"), (2, "err")):
+            os.dup2(os.open(os.path.join(folder, f"{rank}.{kind}"), os.O_WRONLY | os.O_CREAT), descriptor)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+        where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
+        os.environ.update({name: str(value) for name, value in where.items()})
+        torch.set_num_threads(1)  # threads of OpenMP are not forked
+        sys.argv = [path, *args]
+        runpy.run_path(path, run_name="__main__")
+        status = 0
+    except SystemExit as ending:
+        status = ending.code if isinstance(ending.code, int) else int(bool(ending.code))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # none of what the tests do at their end
+
+
+def _limited(processes: list[int], timeout: float) -> list[int | None]:
+    """Exit statuses; when one fails the others are given a moment, and at the limit all are killed."""
+    until, found = time.monotonic() + timeout, dict[int, int | None]()
+    while len(found) < len(processes) and time.monotonic() < until:
+        for number in processes:
+            ended, status = os.waitpid(number, os.WNOHANG) if number not in found else (0, 0)
+            if ended:
+                found[number] = os.waitstatus_to_exitcode(status)
+                until = min(until, time.monotonic() + 20) if found[number] else until
+        time.sleep(0.02)
+    for number in processes:
+        with contextlib.suppress(ProcessLookupError):  # it and what it has started have ended
+            os.killpg(number, signal.SIGKILL)
+        if number not in found:
+            os.waitpid(number, 0)
+    return [found.get(number) for number in processes]
 
 
 def run_limited(args: list[str], timeout: float) -> str:

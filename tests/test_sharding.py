@@ -22,7 +22,7 @@ from dft_lightning.errors import InputError
 from dft_lightning.export.command import main as export
 from dft_lightning.modules.loading import empty_causal_lm, load_causal_lm
 from sharded_runs import LLAMA, LORA, MEMORY_CASES, VARIANTS, one_step, seeded_run, three_steps, training_memory
-from small_runs import run_two_processes
+from small_runs import run_limited, run_two_processes
 from test_normalization import relative
 
 
@@ -359,7 +359,7 @@ def test_what_is_refused(tmp_path):
         tensors = load_file(file)
         taken = tensors.pop("model.layers.0.mlp.up_proj.weight")
         save_file({**tensors, change: taken[:-1].contiguous() if name == "shape" else taken}, file)
-    run_two_processes("sharded_runs.py", str(tmp_path), "refusals")
+    run_limited([str(ROOT / "tests" / "sharded_runs.py"), str(tmp_path), "refusals"], timeout=150)  # on one process
     found = json.loads((folder / "out.json").read_text())
     for name, words in REFUSALS.items():
         assert words in found[name], name
