@@ -252,6 +252,11 @@ def user_message(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and text.startswith("RunConfig expected "):
         path = text.removeprefix("RunConfig expected ").partition(" to NOT exist")[0]
         return f"{path} is of an earlier run, and is kept: set another trainer.default_root_dir, or a trainer.logger"
+    if isinstance(error, KeyError) and "checkpoint contains only the model" in text:
+        return (
+            "--ckpt_path: the checkpoint has weights alone (save_weights_only), from which fit cannot go on: give "
+            "another, or export it and begin anew with model.model"
+        )
     if isinstance(error, RuntimeError) and "loading state_dict" in text:
         lines = [line.strip() for line in text.splitlines()]
         return f"--ckpt_path: the checkpoint is of another model: {lines[1] if len(lines) > 1 else text}"[:500]

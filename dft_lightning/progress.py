@@ -58,14 +58,17 @@ def last_step(trainer: pl.Trainer, validated_at: int | None = None) -> Progress:
     """
     loop, total = trainer.fit_loop, batches_done(trainer)
     epoch, done = cast(Any, loop.epoch_progress.current), cast(Any, loop.epoch_loop.batch_progress)
-    if epoch.started == epoch.processed:  # between two epochs: the counts of batches are still the last one's
-        return Progress(epoch.processed, 0, total, validated=True)
     batches = done.current.processed
     full = batches == trainer.num_training_batches or (done.is_last_batch and done.current.ready == batches)
+    number = epoch.processed
+    if epoch.started == number:  # between two epochs, or after the last: the counts of batches are still its
+        if full or not batches:
+            return Progress(number, 0, total, validated=True)
+        number -= 1  # it was ended by max_steps or the like, and has batches left
     of_next = 0 if full else batches % trainer.accumulate_grad_batches
     total -= of_next
     begun = done.current.ready - batches  # the batch that is computed now
-    return Progress(epoch.processed, batches - of_next, total, full, validated_at == total, of_next + begun)
+    return Progress(number, batches - of_next, total, full, validated_at == total, of_next + begun)
 
 
 def batches_done(trainer: pl.Trainer) -> int:

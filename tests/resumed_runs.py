@@ -69,6 +69,7 @@ def fit(
     *callbacks: Callback,
     ckpt_path: Path | None = None,
     model: dict[str, Any] = DROPOUT,
+    **module_options: Any,
 ) -> tuple[pl.Trainer, dict[tuple[int, str], float]]:
     pl.seed_everything(1, verbose=False)
     if ckpt_path is not None:
@@ -83,10 +84,12 @@ def fit(
     return run, records.values
 
 
-def goes_on_alike(path: Path, data: Any, options: Any, expected: Any, logged: Any) -> None:
+def goes_on_alike(
+    path: Path, data: Any, options: Any, expected: Any, logged: Any, *callbacks: Callback, **module_options: Any
+) -> None:
     """Resume a checkpoint of a run, and compare it with what that one ended with and logged."""
     step = torch.load(path / "meta.pt" if path.is_dir() else path, weights_only=True)["global_step"]
-    resumed, again = fit(data, options, ckpt_path=path)
+    resumed, again = fit(data, options, *callbacks, ckpt_path=path, **module_options)
     found = result(resumed)
     if step == expected["step"]:  # nothing was left to do
         found |= {name: expected[name] for name in ("random", "epoch")}

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -114,17 +113,6 @@ DEAD = (
 )
 def test_the_words_of_backends_are_known(error, expected):
     assert is_of_a_lost_process(error) == expected
-
-
-def test_a_folder_of_shards_cut_short_is_passed_over(tmp_path):
-    whole, cut = tmp_path / "checkpoints" / "step=2.ckpt", tmp_path / "checkpoints" / "step=4.ckpt"
-    for folder in (whole, cut):
-        folder.mkdir(parents=True)
-        (folder / ".metadata").touch()
-    (whole / "meta.pt").touch()
-    os.utime(whole, (time.time() - 60,) * 2)
-    with pytest.warns(UserWarning, match=r"step=4.ckpt is passed over: its run ended while it was being saved"):
-        assert resolve_checkpoint("last", trainer(default_root_dir=tmp_path)) == str(whole)
 
 
 class Launched:

@@ -8,10 +8,14 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torchdata.stateful_dataloader import StatefulDataLoader
 
+from dft_lightning import CausalLMModule
 from dft_lightning.callbacks import GenerationEvaluation, Interrupted, InterruptionCheckpoint, interruption
 from resumed_runs import fit, goes_on_alike, result
+from small_runs import TINY_ARITHMETIC, trainer
 
 OPTIONS = {"max_steps": 6, "accumulate_grad_batches": 2, "check_val_every_n_epoch": None, "val_check_interval": 3}
 
@@ -80,10 +84,10 @@ def test_generation_is_given_up_and_done_when_the_run_goes_on(tmp_path):
         callback = GenerationEvaluation(at_start=False, every_n_steps=2, at_end=False, num_samples=2)
         count = callback._count
 
-        def signalled(*args):
+        def signalled(*args, **options):
             if asked and args[0].global_step == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return count(*args)
+            return count(*args, **options)
 
         callback._count = signalled
         return callback
@@ -113,3 +117,38 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path, monkeypatch, capfd):
     assert "SIGINT: stopping after this batch, with a checkpoint" in said
     assert "left at once" in said
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_after_the_last_step_all_is_finished(tmp_path):
+    """A run that goes on there would have nothing to do: its validation and evaluation are not given up."""
+    evaluation = GenerationEvaluation(at_start=False, at_end=True, num_samples=0)
+    sent = SignalAt("on_validation_batch_end", 3)  # the first batch after the two before the run
+    options = {**OPTIONS, "val_check_interval": 11, "enable_checkpointing": True, "default_root_dir": tmp_path}
+    run, logged = fit({}, options, sent, evaluation, InterruptionCheckpoint())
+    assert sent.left <= 0
+    assert run.global_step == 6
+    assert (5, "val/nll") in logged
+    assert [step for step, _ in evaluation.history] == [6]
+
+
+def test_a_loader_of_ones_own_loses_no_batch(tmp_path):
+    """What was drawn for the next step when the run stopped is drawn again."""
+
+    class Seen(CausalLMModule):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch["input_ids"][:, 1].tolist())
+            return super().training_step(batch, batch_idx)
+
+    def run(*callbacks, ckpt_path=None):
+        rows = [{"input_ids": torch.full((5,), i), "labels": torch.full((5,), i)} for i in range(12)]
+        options = {"max_steps": -1, "max_epochs": 1, "enable_checkpointing": True, "default_root_dir": tmp_path}
+        loader = StatefulDataLoader(rows, batch_size=2)
+        module = Seen(TINY_ARITHMETIC, lr_schedule="constant")
+        trainer(**options, callbacks=[*callbacks]).fit(module, loader, ckpt_path=ckpt_path, weights_only=True)
+
+    seen: list[list[int]] = []
+    with pytest.raises(Interrupted):
+        run(SignalAt("on_train_batch_end", 3), InterruptionCheckpoint())
+    assert seen == [[0, 1], [2, 3], [4, 5]]
+    run(ckpt_path=saved(tmp_path))
+    assert seen == [[i, i + 1] for i in range(0, 12, 2)]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from dft_lightning.data.batches import RowSampler
@@ -124,3 +125,35 @@ def test_batches_of_another_size_and_rows_in_another_order_are_said(tmp_path):
     with pytest.warns(UserWarning, match=r"another order now: data.seed 7 \(it was 0\). Some rows"):
         run, _ = fit({"num_rows": 20, "seed": 7}, {"max_steps": -1, "max_epochs": 1}, ckpt_path=path)
     assert run.global_step == 10
+
+
+def test_a_run_that_its_number_of_steps_ended_goes_on_within_the_epoch(tmp_path):
+    """With more steps, on the rows that were left: by the checkpoint that ModelCheckpoint writes at the very end."""
+    options = {"lr_schedule": "constant"}
+    whole, logged = fit({}, {"max_steps": 9}, **options)
+    expected = result(whole)
+    fit({}, {"max_steps": 3}, SaveAt(tmp_path, "on_train_epoch_end"), **options)
+    goes_on_alike(tmp_path / "on_train_epoch_end-1.ckpt", {}, {"max_steps": 9}, expected, logged, **options)
+
+
+def test_windows_of_a_scheduler_and_early_stopping_go_on(tmp_path):
+    """The window of the epoch that was begun, and the metric that is looked for at the epoch's end."""
+
+    def callbacks():
+        stopping = EarlyStopping("val/nll", patience=3, check_on_train_epoch_end=True)
+        return GradientAccumulationScheduler({0: 1, 1: 2}), stopping
+
+    options = {"max_steps": -1, "max_epochs": 3}
+    whole, logged = fit({}, options, *callbacks(), SaveAt(tmp_path, "on_train_batch_end", "on_validation_end"))
+    expected = result(whole)
+    for name in ("on_train_batch_end-9", "on_train_batch_end-10", "on_validation_end-2"):
+        goes_on_alike(tmp_path / f"{name}.ckpt", {}, options, expected, logged, *callbacks())
+
+
+def test_a_checkpoint_without_a_place_in_the_rows_says_so(tmp_path):
+    fit({}, {"max_steps": 3}, SaveAt(tmp_path, "on_train_batch_end"))
+    old = torch.load(tmp_path / "on_train_batch_end-2.ckpt", weights_only=True)
+    del old["dft_lightning_run"], old["InstructionDataModule"]
+    torch.save(old, tmp_path / "old.ckpt")
+    with pytest.warns(UserWarning, match="does not say where its run was in its rows"):
+        fit({}, {"max_steps": 3}, ckpt_path=tmp_path / "old.ckpt")

@@ -127,7 +127,7 @@ class GenerationEvaluation(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.at_end and not self._evaluated(trainer.global_step):
-            self._evaluate(trainer, pl_module)
+            self._evaluate(trainer, pl_module, gives_up=False)  # no run would go on to do it
         if len(self.history) > 1:
             rank_zero_info(self.table())
 
@@ -147,13 +147,15 @@ class GenerationEvaluation(Callback):
         lines += [f"step {step:<6}" + "".join(f"{v[name]:>10.3f}" for name in names) for step, v in self.history]
         return "\n".join(lines)
 
-    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, gives_up: bool = True) -> dict[str, float]:
         assert isinstance(pl_module, CausalLMModule)
         telemetry = pl_module.train_telemetry
         telemetry.stop_clock()
         try:
-            greedy = self._count(trainer, pl_module, 0.0, 1)
-            sampled = self._count(trainer, pl_module, self.temperature, self.num_samples) if self.num_samples else None
+            greedy = self._count(trainer, pl_module, 0.0, 1, gives_up=gives_up)
+            sampled = None
+            if self.num_samples:
+                sampled = self._count(trainer, pl_module, self.temperature, self.num_samples, gives_up=gives_up)
         except _GaveUpError:
             telemetry.start_clock()
             return {}  # it is evaluated when the run goes on
@@ -173,6 +175,7 @@ class GenerationEvaluation(Callback):
         temperature: float,
         num_samples: int,
         split: str = "validation",
+        gives_up: bool = False,
     ) -> list[int]:
         options = at_temperature(module.generation, temperature)
         return count_correct(
@@ -183,7 +186,7 @@ class GenerationEvaluation(Callback):
             limit=self.limit,
             num_samples=num_samples,
             seed=self.seed,
-            after_batch=partial(_give_up_if_asked, trainer),
+            after_batch=partial(_give_up_if_asked, trainer) if gives_up else _goes_on,
         )
 
 
@@ -194,3 +197,7 @@ class _GaveUpError(Exception):
 def _give_up_if_asked(trainer: pl.Trainer) -> None:
     if asked_to_stop(trainer):
         raise _GaveUpError
+
+
+def _goes_on() -> None:
+    pass

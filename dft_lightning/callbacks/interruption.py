@@ -25,8 +25,8 @@ class InterruptionCheckpoint(Callback):
     """On SIGTERM and Ctrl-C writes a checkpoint and leaves; a second Ctrl-C leaves at once.
 
     The batch that is computed is finished; a validation or generation is given up, and done anew by the run that goes
-    on. What is written is of the last optimizer step: a run that goes on from it ends as one that was never stopped. A
-    signal on one rank stops all of them at the same batch.
+    on, but for those after the last step, which are finished. What is written is of the last optimizer step: a run that
+    goes on from it ends as one that was never stopped. A signal on one rank stops all of them at the same batch.
 
     The checkpoint goes beside those of the first ``ModelCheckpoint``, and is that one's own where it has just written
     one; the log says which and how to go on. Before the first batch of a run, signals do what they always do.
@@ -41,6 +41,8 @@ class InterruptionCheckpoint(Callback):
 
     def __init__(self) -> None:
         self._signal: int | None = None
+        self._stopping = False
+        self._loader_states: list[dict[str, Any]] | None = None
         self._previous: dict[int, Any] = {}
         self._trainer: pl.Trainer | None = None
 
@@ -49,6 +51,7 @@ class InterruptionCheckpoint(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # In place of Lightning's own for SIGTERM, which exchanges tensors with other ranks in the middle of anything.
         self._signal, self._trainer = None, trainer
+        self._stopping, self._loader_states = False, None
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread set them
             self._previous = {number: signal.signal(number, self._asked) for number in _SIGNALS}
 
@@ -91,22 +94,36 @@ class InterruptionCheckpoint(Callback):
             self._signal = signal.SIGTERM  # the other's may have been another, which only it knows
         return bool(found)
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._stop_if_asked(trainer)
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._stopping = not is_over(trainer) and self.asked(trainer)
+        if self._stopping:  # before the next batch is drawn; what this one leaves to be logged is done first
+            loader = trainer.fit_loop._combined_loader
+            self._loader_states = None if loader is None else loader._state_dicts()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if self._stopping:
+            self._stop(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop_if_asked(trainer)
+        if self._stopping:
+            self._stop(trainer)
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         # Ranks exchange a flag here: only where they are known to have as many batches.
-        if trainer.world_size == 1 or hasattr(trainer.datamodule, "row_position"):  # type: ignore[attr-defined]
-            self._stop_if_asked(trainer)
-
-    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or not self.asked(trainer):
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or is_over(trainer):
             return
+        even = trainer.world_size == 1 or hasattr(trainer.datamodule, "row_position")  # type: ignore[attr-defined]
+        if even and self.asked(trainer):
+            self._stop(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state = checkpoint["loops"]["fit_loop"]["state_dict"]
+        if self._loader_states is not None and "combined_loader" in state:
+            state["combined_loader"] = self._loader_states  # without the batch that was drawn since
+
+    def _stop(self, trainer: pl.Trainer) -> None:
         assert self._signal is not None
         path = self._save(trainer)
         rank_zero_info(
@@ -117,10 +134,9 @@ class InterruptionCheckpoint(Callback):
 
     def _save(self, trainer: pl.Trainer) -> Path:
         own = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-        for callback in own:
-            last, step = Path(callback._last_checkpoint_saved), callback._last_global_step_saved
-            if step == trainer.global_step and last.exists() and not callback.save_weights_only:
-                return last
+        just_written = trainer.strategy.broadcast(_written_at(trainer.global_step, own))  # others may not see the file
+        if just_written is not None:
+            return Path(just_written)
         folder = own[0].dirpath if own and own[0].dirpath else Path(trainer.log_dir or trainer.default_root_dir)
         path = Path(folder) / f"interrupted-step={trainer.global_step}.ckpt"
         trainer.save_checkpoint(path, weights_only=False)
@@ -130,7 +146,20 @@ class InterruptionCheckpoint(Callback):
 def asked_to_stop(trainer: pl.Trainer) -> bool:
     """Whether a run is to stop, for what takes long between two batches. A collective."""
     found = [callback for callback in trainer.callbacks if isinstance(callback, InterruptionCheckpoint)]  # type: ignore[attr-defined]
-    return bool(found) and found[0].asked(trainer)
+    return bool(found) and not is_over(trainer) and found[0].asked(trainer)
+
+
+def is_over(trainer: pl.Trainer) -> bool:
+    """Whether a run has done its last step, so that one that goes on from here would have nothing to do."""
+    return trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+
+
+def _written_at(step: int, callbacks: list[ModelCheckpoint]) -> str | None:
+    for callback in callbacks:
+        last = callback._last_checkpoint_saved
+        if callback._last_global_step_saved == step and Path(last).exists() and not callback.save_weights_only:
+            return str(last)
+    return None
 
 
 def _was_started_by_another(trainer: pl.Trainer) -> bool:

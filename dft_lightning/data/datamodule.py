@@ -613,6 +613,12 @@ class InstructionDataModule(pl.LightningDataModule):
             return batch
         return module.on_before_batch_transfer(batch, dataloader_idx)
 
+    @staticmethod
+    def goes_on(loader: Any) -> bool:
+        """Whether a training loader is one of this class's, which begins where a checkpoint says."""
+        sampled = isinstance(getattr(loader, "sampler", None), RowSampler)
+        return sampled or isinstance(getattr(loader, "dataset", None), StreamedBatches)
+
     def _within_step(self) -> bool:
         """Whether the last batch was one of several of an optimizer step that is not done."""
         return self.trainer is not None and last_step(self.trainer).micro_batches > 0

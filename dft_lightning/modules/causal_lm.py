@@ -482,13 +482,14 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
 
     def on_validation_end(self) -> None:
         self.train_telemetry.start_clock()
-        if self._stepped and not self.trainer.sanity_checking and self.trainer.state.fn == TrainerFn.FITTING:
+        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        if fitting and not self.trainer.fit_loop._should_accumulate():
             self._run_state.note_step()  # with the random numbers that validation took
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if not self._stepped:
+        if self.trainer.fit_loop._should_accumulate():
             return
-        if self.window_ends():
+        if self._stepped and self.window_ends():
             values: dict[str, Any] = {"skipped_steps": float(self._skipped_steps)} if self._skipped_steps else {}
             if self.train_telemetry.tokens.update_called:  # not where all steps since the last were skipped
                 values |= self.train_telemetry.collect()

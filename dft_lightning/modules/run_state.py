@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from dft_lightning.distributed.gather import gather_lists
@@ -62,12 +64,18 @@ class RunState:
         own = self._now()
         done_again = progress.micro_batches > 0 or (trainer.validating and not progress.validated)
         if done_again and self._step is not None:
+            if self._step_number != self._module.global_step:
+                rank_zero_warn(
+                    f"{type(self._module).__name__} overrides on_train_batch_end without calling super(): checkpoints "
+                    "within a step have random numbers and metrics of an earlier one"
+                )
             own = self._step
         elif self._step_number != self._module.global_step and self._module.window_ends():
             own["metrics"] = {}  # logged as soon as this is written
-        rows = rows_of_batch(trainer)
+        rows = rows_of_batch(trainer) if positions(trainer) else None
         checkpoint[RUN_STATE] = {
             "progress": progress.to_dict(),
+            "callback_metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "rows_of_batch": rows,
             "ranks": gather_lists([on_host(own)], trainer.world_size),
         }
@@ -78,6 +86,11 @@ class RunState:
         """Have the loops of a fit, and :meth:`restore`, go on from a checkpoint."""
         saved = checkpoint.get(RUN_STATE)
         self._loaded = saved
+        if saved is None:
+            rank_zero_warn(
+                "--ckpt_path: the checkpoint does not say where its run was in its rows, as those of earlier versions: "
+                "an epoch that was not over begins them again, and dropout draws other numbers"
+            )
         if saved is None or "loops" not in checkpoint:
             return
         progress, rows = Progress(**saved["progress"]), rows_of_batch(self._module.trainer)
@@ -107,14 +120,26 @@ class RunState:
         for name, metric in self._module.in_flight_metrics().items():
             load_metric(metric, [rank["metrics"].get(name) for rank in ranks], trainer)
         self._module.load_in_flight_values(ranks[min(trainer.global_rank, len(ranks) - 1)]["values"])
-        if rows_of_batch(trainer) is not None:
+        for name, value in saved["callback_metrics"].items():  # what callbacks look for at the end of the epoch
+            trainer._logger_connector._callback_metrics[name] = torch.tensor(value)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):  # which is asked where an epoch begins alone
+                trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
+        if positions(trainer):
             count_logged_steps(trainer)
 
 
-def rows_of_batch(trainer: pl.Trainer) -> int | None:
-    """Rows of a training micro-batch over all ranks, where the data module can go on within an epoch."""
+def positions(trainer: pl.Trainer) -> bool:
+    """Whether the loader in use is the data module's own, which goes on within an epoch; an override may make one."""
+    loader = trainer.fit_loop._combined_loader
     datamodule: Any = getattr(trainer, "datamodule", None)
-    if not hasattr(datamodule, "row_position"):
+    return hasattr(datamodule, "goes_on") and loader is not None and all(map(datamodule.goes_on, loader.flattened))
+
+
+def rows_of_batch(trainer: pl.Trainer) -> int | None:
+    """Rows of a training micro-batch over all ranks, where the data module says so."""
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    if not hasattr(datamodule, "goes_on"):
         return None
     return int(datamodule.batch_size) * trainer.world_size
 
