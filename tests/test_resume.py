@@ -157,3 +157,13 @@ def test_a_checkpoint_without_a_place_in_the_rows_says_so(tmp_path):
     torch.save(old, tmp_path / "old.ckpt")
     with pytest.warns(UserWarning, match="does not say where its run was in its rows"):
         fit({}, {"max_steps": 3}, ckpt_path=tmp_path / "old.ckpt")
+
+
+def test_a_validation_that_was_due_is_run_once(tmp_path):
+    """Before it and within it a checkpoint has it to do, after it not."""
+    options = {"max_steps": 6, "check_val_every_n_epoch": None, "val_check_interval": 2}
+    hooks = ("on_train_batch_end", "on_validation_batch_end", "on_validation_end")
+    fit({}, options, SaveAt(tmp_path, *hooks))
+    for name, validated in zip(("on_train_batch_end-4", f"{hooks[1]}-3", f"{hooks[2]}-2"), (1, 1, 0), strict=True):
+        _, again = fit({}, options, ckpt_path=tmp_path / f"{name}.ckpt")
+        assert [step for step, key in again if key == "val/nll"] == [3, 5][1 - validated :], name
