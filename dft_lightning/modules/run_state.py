@@ -121,7 +121,7 @@ class RunState:
             load_metric(metric, [rank["metrics"].get(name) for rank in ranks], trainer)
         self._module.load_in_flight_values(ranks[min(trainer.global_rank, len(ranks) - 1)]["values"])
         for name, value in saved["callback_metrics"].items():  # what callbacks look for at the end of the epoch
-            trainer._logger_connector._callback_metrics[name] = torch.tensor(value)
+            trainer._logger_connector._callback_metrics[name] = torch.tensor(value, dtype=torch.float64)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GradientAccumulationScheduler):  # which is asked where an epoch begins alone
                 trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
