@@ -13,7 +13,7 @@ from dft_lightning.cli import main
 from dft_lightning.data.accumulation import micro_batches_of
 from dft_lightning.fit_config import read_fit_config
 from dft_lightning.modules.loading import load_causal_lm
-from small_runs import run_limited
+from small_runs import run_two_processes
 
 # Comparisons are no fit configs; test_compare_settings has them.
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -135,11 +135,11 @@ def test_trainer_overlay_runs(tmp_path):
     small.write_text(yaml.safe_dump(content))
     configs = [ROOT / "configs" / "alpaca_qwen3.yaml", overlay, small]
     args = [argument for path in configs for argument in ("--config", str(path))]
-    run_limited(["-m", "dft_lightning", "fit", *args], timeout=120)
+    run_two_processes("two_command.py", "fit", *args)
     (run,) = (tmp_path / "lightning_logs").iterdir()
     assert (run / "config.yaml").is_file()
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["epoch=0-step=2.ckpt"]
-    tested = run_limited(["-m", "dft_lightning", "test", *args, "--ckpt_path", "last"], timeout=120)
+    tested = run_two_processes("two_command.py", "test", *args, "--ckpt_path", "last")
     assert "test/exact_match" in tested
 
 
