@@ -54,6 +54,7 @@ def saved(tmp_path: Path) -> Path:
     ("hook", "number", "sent", "step"),
     [
         ("on_train_batch_end", 5, signal.SIGTERM, 2),  # in the middle of a step
+        ("on_train_batch_end", 1, signal.SIGTERM, 0),  # and of the first
         ("on_validation_batch_end", 5, signal.SIGINT, 3),  # of a validation, after the two batches before the run
         ("on_before_optimizer_step", 4, signal.SIGTERM, 4),
     ],

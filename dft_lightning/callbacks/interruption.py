@@ -157,7 +157,8 @@ def is_over(trainer: pl.Trainer) -> bool:
 def _written_at(step: int, callbacks: list[ModelCheckpoint]) -> str | None:
     for callback in callbacks:
         last = callback._last_checkpoint_saved
-        if callback._last_global_step_saved == step and Path(last).exists() and not callback.save_weights_only:
+        written = last and callback._last_global_step_saved == step  # before the first it says 0, and no path
+        if written and Path(last).exists() and not callback.save_weights_only:
             return str(last)
     return None
 
