@@ -13,13 +13,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import Namespace
 
+from dft_lightning.checkpoints.whole import META, content_of
 from dft_lightning.component import NotPlainError, class_path, to_plain
 from dft_lightning.errors import InputError, one_line, shortened
 
-_META = "meta.pt"  # beside shards: all of a checkpoint that is no tensor of model or optimizer
 _NONE: Any = object()
 # Never taken from a checkpoint: how this run's processes share the model, and whether a stranger's code runs.
 _OF_THIS_RUN = ("sharding", "trust_remote_code")
@@ -44,10 +43,10 @@ def read_options(path: str | Path | None) -> SavedOptions:
     Raises:
         InputError: it cannot be read.
     """
-    if path is None or not (file := Path(path) / _META if Path(path).is_dir() else Path(path)).is_file():
+    if path is None or not (file := Path(path) / META if Path(path).is_dir() else Path(path)).is_file():
         return SavedOptions()  # "hpc", which Lightning resolves, or shards of another program
     try:
-        content = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+        content = content_of(file)
     except Exception as error:  # a cut file raises whatever the unpickler stumbled on
         raise InputError(f"--ckpt_path: {path} is cut short or no checkpoint: {one_line(error, 200)}") from error
     found = (content.get(f"{of}hyper_parameters") or {} for of in ("", "datamodule_"))

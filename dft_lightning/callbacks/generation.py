@@ -186,7 +186,7 @@ class GenerationEvaluation(Callback):
             limit=self.limit,
             num_samples=num_samples,
             seed=self.seed,
-            after_batch=partial(_give_up_if_asked, trainer) if gives_up else _goes_on,
+            after_batch=partial(_give_up_if_asked, trainer, gives_up),
         )
 
 
@@ -194,10 +194,6 @@ class _GaveUpError(Exception):
     """The run is to stop."""
 
 
-def _give_up_if_asked(trainer: pl.Trainer) -> None:
-    if asked_to_stop(trainer):
+def _give_up_if_asked(trainer: pl.Trainer, may: bool) -> None:
+    if may and asked_to_stop(trainer):
         raise _GaveUpError
-
-
-def _goes_on() -> None:
-    pass

@@ -76,7 +76,7 @@ def written(path: Path) -> tuple[int, int, int]:
     """To order checkpoints by: when one was written, the steps behind it, and its date."""
     date = _date(path)
     try:
-        content = read_marker(path) if path.is_dir() else _content(path)
+        content = read_marker(path) if path.is_dir() else content_of(path)
     except Exception:  # of one that is not whole, which is passed over by its date
         return date, -1, date
     return int(content.get(WRITTEN, date)), int(content.get("global_step", -1)), date
@@ -174,7 +174,7 @@ def _read_through(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
             pass
 
 
-def _content(path: Path) -> dict[str, Any]:
+def content_of(path: Path) -> dict[str, Any]:
     """A checkpoint without the values of its tensors, which are mapped and not read."""
     content: dict[str, Any] = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     return content
@@ -182,7 +182,7 @@ def _content(path: Path) -> dict[str, Any]:
 
 def _content_problem(path: Path) -> str | None:
     try:
-        content = _content(path)
+        content = content_of(path)
     except Exception as error:  # whatever the unpickler stumbled on
         return f"is cut short or no checkpoint: {one_line(error, 200)}"
     if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(content):
