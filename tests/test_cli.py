@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from conftest import ROOT, TINY_LLAMA
 from dft_lightning.callbacks import InterruptionCheckpoint
 from dft_lightning.cli import main
-from dft_lightning.losses import CrossEntropyLoss, DFTLoss, FocalLoss
+from dft_lightning.losses import LOSSES, CrossEntropyLoss, DFTLoss, FocalLoss
 
 TINY = {**TINY_LLAMA, "vocab_size": 20}
 
@@ -74,7 +74,11 @@ def fails(capfd, *args, lines=3):
         (["--trainer.max_stepz", "1"], "unknown key trainer.max_stepz; did you mean trainer.max_steps?"),
         (["--model.loss", "DFTLos"], "model.loss: unknown class 'DFTLos'; did you mean DFTLoss?\n"),
         (["--model.loss", "DFTLos"],
-         "known: CrossEntropyLoss, DFTLoss, FocalLoss, MixtureLoss, ScheduledLoss, or the dotted path of your own"),
+         f"known: {', '.join(sorted(LOSSES))}, or the dotted path of your own"),
+        (["--model.loss", "EAFT"], "model.loss: unknown class 'EAFT'; did you mean EAFTLoss?\n"),
+        (["--model.loss", "ThresholdLoss", "--model.loss.threshold", "1.5"],
+         "threshold is a probability and must lie in [0, 1], got 1.5"),
+        (["--model.loss", "PowerLoss", "--model.loss.q", "-1"], "q must be finite and not negative"),
         (["--model.loss", "torch.nn.Linear"], "model.loss: torch.nn.Linear is not a subclass of TokenLoss"),
         (["--model.loss", "DFTLoss", "--model.loss.gamma", "1"],
          "model.loss.gamma: DFTLoss has no option 'gamma'; it has ignore_index, reduction"),

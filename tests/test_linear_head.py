@@ -18,11 +18,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dft_lightning import CrossEntropyLoss, DFTLoss, FocalLoss, TokenLoss
 from dft_lightning.losses import Statistic, statistics_from_logits
-from dft_lightning.ops import linear_head, linear_token_loss, linear_token_statistics, release_scratch
-from dft_lightning.ops.row_math import ENTRIES, Coefficients
+from dft_lightning.losses.statistics import normalise_needs
+from dft_lightning.ops import (
+    ReferenceHead,
+    linear_head,
+    linear_token_loss,
+    linear_token_statistics,
+    release_scratch,
+)
+from dft_lightning.ops.row_math import Coefficients
 from dft_lightning.ops.transform import LogitTransform
 
-EVERYTHING = tuple(ENTRIES)
+EVERYTHING = ("entropy", "mean_log_prob", "sum_squared_prob", Statistic("top_k_entropy", k=3))
+NAMES = tuple(statistic.name for statistic in normalise_needs(EVERYTHING))
 
 
 class EntropyWeighted(TokenLoss):
@@ -35,10 +43,17 @@ class EntropyWeighted(TokenLoss):
 
 
 class AllStatistics(TokenLoss):
-    needs = EVERYTHING
+    needs = ("entropy", "mean_log_prob", "sum_squared_prob")
 
     def token_loss(self, stats):
         return stats.sum_squared_prob * stats.log_prob + stats.entropy.square() - 0.1 * stats.mean_log_prob
+
+
+class Anchored(TokenLoss):
+    needs = ("reference_kl", "entropy")
+
+    def token_loss(self, stats):
+        return stats.reference_kl.square() - stats.log_prob * stats.reference_kl.detach() + 0.1 * stats.entropy
 
 
 class OwnDFT(TokenLoss):
@@ -80,6 +95,15 @@ def problem(n=37, hidden_size=8, vocabulary=50, *, bias=True, dtype=torch.float6
     if ignored:
         targets[::5] = -100
     return hidden, weight, offset, targets
+
+
+def reference_head(n, vocabulary, *, dtype=torch.float64, device="cpu", softcap=None, seed=9):
+    """Another model's, of another width."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=generator).to(device, dtype) for shape in ((n, 5), (vocabulary, 5), (vocabulary,))
+    )
+    return ReferenceHead(hidden, weight, bias, logit_scale=0.8, logit_softcap=softcap)
 
 
 def full_logits(hidden, weight, bias, scale=1.0, softcap=None):
@@ -195,7 +219,7 @@ def test_statistics_are_those_of_logits(dtype):
     logits = full_logits(hidden, weight, offset)[kept].detach()
     expected = statistics_from_logits(logits, targets[kept], EVERYTHING)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-5
-    for name in ("log_prob", *EVERYTHING):
+    for name in ("log_prob", *NAMES):
         value = getattr(output, name)
         assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert not value.requires_grad
@@ -404,7 +428,7 @@ def test_more_logits_than_an_int32_counts(name, request):
     expected = statistics_from_logits(rows, targets.cpu()).log_prob
     torch.testing.assert_close(moments.log_prob.cpu(), expected, rtol=1e-5, atol=1e-6)
     slope = Coefficients(-torch.ones(2, device=device))
-    kernels.row_gradient_(far, targets, LogitTransform(), moments.log_prob, moments.log_normalizer, slope, None)
+    kernels.row_gradient_(far, targets, LogitTransform(), moments.log_prob, moments.log_normalizer, slope, None, None)
     gradient = rows.float().softmax(-1)
     gradient[[0, 1], [3, 99]] -= 1
     torch.testing.assert_close(far.cpu().float(), gradient, rtol=0.01, atol=1e-3)
@@ -584,14 +608,14 @@ def test_bad_input_is_named():
     class Parameterised(TokenLoss):
         needs = (Statistic("entropy", k=3),)
 
-    refused(ValueError, r"entropy', k=3.*cannot compute", loss=Parameterised())
+    refused(ValueError, r"entropy', k=3.*takes no parameters", loss=Parameterised())
     refused(ValueError, "'surprise', which is none of", token_inputs={"surprise": torch.zeros(37)})
     refused(ValueError, r"reference_log_prob must be \[n\]", token_inputs={"reference_log_prob": torch.zeros(3)})
     refused(ValueError, "no gradient flows into token_weight", token_weight=torch.ones(37, requires_grad=True))
 
 
 class TopK(TokenLoss):
-    needs = ("top_k_entropy",)
+    needs = (Statistic("top_k_entropy", k=3),)
 
     def token_loss(self, stats):
         return -stats.top_k_entropy * stats.log_prob
@@ -629,7 +653,9 @@ def triton_kernels():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("loss", [DFTLoss(), CrossEntropyLoss(0.1), AllStatistics(), SequenceLoss()], ids=repr)
+@pytest.mark.parametrize(
+    "loss", [DFTLoss(), CrossEntropyLoss(0.1), AllStatistics(), SequenceLoss(), Anchored()], ids=repr
+)
 def test_triton_kernels_are_the_torch_kernels(loss, softcap, dtype, triton_kernels, monkeypatch):
     """The whole head, once with each; over one block of the vocabulary and over several."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -642,9 +668,10 @@ def test_triton_kernels_are_the_torch_kernels(loss, softcap, dtype, triton_kerne
     targets = targets.repeat_interleave(2)[::2]  # strided
     targets[targets == -100] = 1
     index = torch.arange(17, device=device) // 5
+    beside = reference_head(17, 150, device=device, dtype=dtype, softcap=2.0)
     results = []
     for kernels in ("torch", "triton"):
-        for module in ("one_pass", "recompute", "backward"):
+        for module in ("rows", "backward"):
             target = f"dft_lightning.ops.{module}.kernels_for"
             if kernels == "triton":
                 monkeypatch.setattr(target, lambda *args: triton_kernels)
@@ -661,12 +688,13 @@ def test_triton_kernels_are_the_torch_kernels(loss, softcap, dtype, triton_kerne
             logit_softcap=softcap,
             logit_scale=0.7,
             token_inputs={"sequence_index": index},
-            statistics=EVERYTHING,
+            reference=beside,
+            statistics=(*EVERYTHING, "reference_kl"),
             chunk_bytes=150 * dtype.itemsize * 5,
         )
         results.append((output, gradients(output.loss, (hidden, weight, bias))))
     (plain, plain_gradients), (fused, fused_gradients) = results
-    for name in ("loss", "log_prob", "weight", *EVERYTHING):
+    for name in ("loss", "log_prob", "weight", "reference_kl", *NAMES):
         torch.testing.assert_close(getattr(fused, name), getattr(plain, name), rtol=2e-5, atol=2e-6)
     assert torch.equal(fused.correct, plain.correct)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # the interpreter rounds half precision down
@@ -708,4 +736,4 @@ def test_triton_kernels_compile_for_a_gpu(tmp_path):
     script = Path(__file__).with_name("triton_compile.py")
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("cubin") == 12
+    assert done.stdout.count("cubin") == 18

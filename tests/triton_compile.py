@@ -11,8 +11,16 @@ from dft_lightning.ops import triton_kernels
 
 def compiled(kernel, logits: str, flags: bool) -> str:
     """Name, and the kinds of code that came out."""
-    known = {"logits": logits, "row_stride": "i64", "targets": "*i64", "correct": "*i1"}
+    known = {
+        "logits": logits,
+        "reference_logits": logits,
+        "reference_stride": "i64",
+        "row_stride": "i64",
+        "targets": "*i64",
+        "correct": "*i1",
+    }
     known |= {"vocabulary": "i32", "scale": "fp32", "softcap": "fp32"}
+    known |= {"reference_scale": "fp32", "reference_softcap": "fp32"}
     constants = {name: 4096 if name == "BLOCK" else flags for name in kernel.arg_names if name.isupper()}
     signature = {name: "constexpr" if name in constants else known.get(name, "*fp32") for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
@@ -25,3 +33,4 @@ if __name__ == "__main__":
         for flags in (True, False):
             print(compiled(triton_kernels._moments_kernel, logits, flags))
             print(compiled(triton_kernels._gradient_kernel, logits, flags))
+            print(compiled(triton_kernels._divergence_kernel, logits, flags))

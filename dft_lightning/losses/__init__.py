@@ -12,21 +12,56 @@ Example:
 """
 
 from dft_lightning.losses.base import TokenLoss, token_loss_and_weight
-from dft_lightning.losses.combined import MixtureLoss, ScheduledLoss
+from dft_lightning.losses.combined import MixtureLoss, ScheduledLoss, ThresholdLoss
 from dft_lightning.losses.cross_entropy import CrossEntropyLoss
 from dft_lightning.losses.dft import DFTLoss
 from dft_lightning.losses.focal import FocalLoss
 from dft_lightning.losses.functional import dft_cross_entropy, focal_cross_entropy
+from dft_lightning.losses.power import DEFTLoss, PowerLoss
+from dft_lightning.losses.reference import AnchoredLoss, ImportanceWeightedLoss, ProximalLoss
+from dft_lightning.losses.sequence import SequenceDFTLoss
 from dft_lightning.losses.statistics import Statistic, TokenStats, statistics_from_logits
 from dft_lightning.losses.trainer import compute_loss_func, require_default_forward_options
+from dft_lightning.losses.weighted import ChordPhiLoss, EAFTLoss
+
+#: Every loss of the package, by the name that a config gives as ``class_path``.
+LOSSES: dict[str, type[TokenLoss]] = {
+    cls.__name__: cls
+    for cls in (
+        CrossEntropyLoss,
+        DFTLoss,
+        FocalLoss,
+        PowerLoss,
+        ThresholdLoss,
+        ChordPhiLoss,
+        DEFTLoss,
+        EAFTLoss,
+        ImportanceWeightedLoss,
+        ProximalLoss,
+        SequenceDFTLoss,
+        AnchoredLoss,
+        MixtureLoss,
+        ScheduledLoss,
+    )
+}
 
 __all__ = [
+    "LOSSES",
+    "AnchoredLoss",
+    "ChordPhiLoss",
     "CrossEntropyLoss",
+    "DEFTLoss",
     "DFTLoss",
+    "EAFTLoss",
     "FocalLoss",
+    "ImportanceWeightedLoss",
     "MixtureLoss",
+    "PowerLoss",
+    "ProximalLoss",
     "ScheduledLoss",
+    "SequenceDFTLoss",
     "Statistic",
+    "ThresholdLoss",
     "TokenLoss",
     "TokenStats",
     "compute_loss_func",

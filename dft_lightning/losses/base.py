@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dft_lightning.component import Component
-from dft_lightning.losses.checks import check_logits_and_targets, check_reduction
+from dft_lightning.losses.checks import check_logits_and_targets, check_reduction, flattened
 from dft_lightning.losses.statistics import Statistic, TokenStats, normalise_needs, statistics_from_logits
 
 
@@ -67,7 +67,15 @@ class TokenLoss(Component, nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define token_loss(self, stats)")
 
-    def forward(self, logits: Tensor, targets: Tensor, *, step: int | None = None) -> Tensor:
+    def forward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        *,
+        step: int | None = None,
+        reference_log_prob: Tensor | None = None,
+        reference_logits: Tensor | None = None,
+    ) -> Tensor:
         """The loss as a criterion on logits.
 
         Targets are checked on the host, which waits for the device once per call (not under ``torch.compile``).
@@ -77,6 +85,9 @@ class TokenLoss(Component, nn.Module):
             targets: ``[...]`` class indices, where ``ignore_index`` marks targets to leave out (their logits
                 get a gradient of exactly zero), or ``[..., V]`` one-hot or soft targets, none ignored.
             step: the optimizer step, which losses with a schedule (``uses_step``) need.
+            reference_log_prob: ``[...]`` log-probabilities of the targets under another model, a constant, for the
+                losses that need them. What stands at ignored targets does not matter.
+            reference_logits: ``[..., V]`` of another model, a constant, for the losses that need ``reference_kl``.
 
         Returns:
             A scalar, or ``[...]`` for ``reduction="none"`` (0 at ignored targets); float32, or float64 for
@@ -84,14 +95,18 @@ class TokenLoss(Component, nn.Module):
 
         Raises:
             ValueError: shapes that do not match, a class index out of range, negative soft targets, no step for a loss
-                with a schedule.
+                with a schedule, no reference for a loss that needs one.
             TypeError: logits or class indices of the wrong dtype.
         """
         step = required_step(self, step)
         soft = check_logits_and_targets(logits, targets, self.ignore_index)
         shape = logits.shape[:-1]
         rows = logits.reshape(-1, logits.shape[-1])
-        sequence_index = sequence_index_of(shape, logits.device)
+        given = {
+            "sequence_index": sequence_index_of(shape, logits.device),
+            "reference_log_prob": flattened("reference_log_prob", reference_log_prob, shape),
+            "reference_logits": flattened("reference_logits", reference_logits, logits.shape),
+        }
         if soft:
             kept = None
             targets = targets.reshape(rows.shape)
@@ -99,10 +114,9 @@ class TokenLoss(Component, nn.Module):
             targets = targets.reshape(-1).long()  # before comparing: 156 is -100 in uint8
             # Ignored rows are dropped, not multiplied by zero: an inf or nan there stays out of the gradient.
             kept = targets != self.ignore_index
-            rows, targets, sequence_index = rows[kept], targets[kept], sequence_index[kept]
-        stats = statistics_from_logits(
-            rows, targets, normalise_needs(self.needs), sequence_index=sequence_index, step=step
-        )
+            rows, targets = rows[kept], targets[kept]
+            given = {name: None if value is None else value[kept] for name, value in given.items()}
+        stats = statistics_from_logits(rows, targets, normalise_needs(self.needs), step=step, **given)
         losses = unreduced(self, stats)
         if self.reduction == "none":
             full = losses if kept is None else losses.new_zeros(kept.shape).masked_scatter(kept, losses)
@@ -170,7 +184,7 @@ def loss_and_slopes(
 
 
 # What depends on the model's logits; the other statistics are constants.
-_DIFFERENTIABLE = ("log_prob", "mean_log_prob", "entropy", "top_k_entropy", "sum_squared_prob", "reference_kl")
+_DIFFERENTIABLE = ("log_prob", "mean_log_prob", "entropy", "sum_squared_prob", "reference_kl")
 
 
 def token_loss_and_weight(

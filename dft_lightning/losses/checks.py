@@ -78,3 +78,16 @@ def _check_soft_targets(targets: Tensor) -> None:
             f"soft targets of shape {_shape(targets)} must not be negative or nan: "
             f"{targets[tuple(position)].item()} at position {position}"
         )
+
+
+def flattened(name: str, values: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """What goes with logits or targets, its leading axes made one, where it is given.
+
+    Raises:
+        ValueError: it has another shape than ``shape``.
+    """
+    if values is None:
+        return None
+    if values.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, like what it goes with; got {_shape(values)}")
+    return values.reshape(-1) if name == "reference_log_prob" else values.reshape(-1, shape[-1])

@@ -1,4 +1,4 @@
-"""Losses made of losses: a weighted sum, and a schedule from one to another."""
+"""Losses made of losses: a weighted sum, a schedule from one to another, one side of a threshold."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dft_lightning.losses.base import TokenLoss
+from dft_lightning.losses.cross_entropy import CrossEntropyLoss
 from dft_lightning.losses.statistics import Statistic, TokenStats, normalise_needs
 
 
@@ -158,3 +159,51 @@ class ScheduledLoss(_CombinedLoss):
         if share in (0.0, 1.0):  # and not 0 times the other: its loss may be infinite
             return (end if share else start).token_loss(stats)
         return (1 - share) * start.token_loss(stats) + share * end.token_loss(stats)
+
+
+class ThresholdLoss(_CombinedLoss):
+    """Another loss where ``p >= threshold`` (or, with ``above=False``, where ``p < threshold``), and 0 elsewhere.
+
+    The divisor is still the number of all target tokens; ``model.renormalize`` divides by the weights of those kept.
+
+    Source: ProFit, arXiv 2601.09195 (cross-entropy at and above the threshold, divided by all targets, as here), and
+    the thresholded objectives of "Beyond Log Likelihood", arXiv 2510.00526 (``1 - p`` on either side:
+    ``base=PowerLoss(1.0)``). The authors' code of the latter divides by the tokens kept in a micro-batch, so that its
+    result depends on how a step is split.
+
+    Args:
+        threshold: a probability, in ``[0, 1]``; ProFit's scripts have 0.1.
+        above: keep the tokens at and above the threshold; otherwise those below.
+        base: the loss of the tokens kept; ``None`` for cross-entropy.
+        ignore_index: see :class:`TokenLoss`.
+        reduction: see :class:`TokenLoss`.
+
+    Raises:
+        ValueError: the threshold is no probability; a base with an ``ignore_index`` or ``reduction`` of its own.
+        TypeError: the base is no token loss.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0], [0.0, 2.0]])
+        >>> ThresholdLoss(threshold=0.3, reduction="none")(logits, torch.tensor([0, 0]))  # p = 0.5 and 0.12
+        tensor([0.6931, 0.0000])
+    """
+
+    def __init__(
+        self,
+        threshold: float = 0.1,
+        above: bool = True,
+        base: TokenLoss | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        base = CrossEntropyLoss() if base is None else base
+        super().__init__([base], ignore_index=ignore_index, reduction=reduction)
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold is a probability and must lie in [0, 1], got {threshold}")
+        self.threshold = threshold
+        self.above = above
+
+    def token_loss(self, stats: TokenStats) -> Tensor:
+        kept = (stats.log_prob.detach().exp() >= self.threshold) == self.above
+        return torch.where(kept, self._losses[0].token_loss(stats), 0.0)

@@ -57,12 +57,14 @@ class TokenStats:
         log_expected_prob: ``log sum q p`` for soft targets, otherwise the same tensor as ``log_prob``.
         mean_log_prob: mean over the vocabulary of ``log p`` (what label smoothing needs).
         entropy: ``-sum p log p`` in nats.
-        top_k_entropy: entropy over the ``k`` likeliest tokens, in nats.
+        top_k_entropy: entropy of the ``k`` likeliest tokens among themselves (their probabilities over their sum), in
+            nats; a constant.
         sum_squared_prob: ``sum p**2``.
-        reference_log_prob: log-probability of the target under a reference model.
-        reference_kl: divergence from a reference model, in nats.
+        reference_log_prob: log-probability of the target under a reference model; a constant.
+        reference_kl: ``KL(reference || model)`` over the vocabulary, ``sum r (log r - log p)``, in nats.
         sequence_index: which sequence of the batch the token belongs to (int64).
         step: the optimizer step, for schedules; 0 outside training.
+        vocab_size: number of classes that the model chooses from; 0 where nobody said.
     """
 
     log_prob: Tensor
@@ -75,13 +77,14 @@ class TokenStats:
     reference_kl: Tensor | None = None
     sequence_index: Tensor | None = None
     step: int = 0
+    vocab_size: int = 0
 
     def __post_init__(self) -> None:
         if self.log_expected_prob is None:
             object.__setattr__(self, "log_expected_prob", self.log_prob)
 
 
-_STATISTIC_NAMES = tuple(f.name for f in fields(TokenStats) if f.name != "step")
+_STATISTIC_NAMES = tuple(f.name for f in fields(TokenStats) if f.name not in ("step", "vocab_size"))
 
 
 def normalise_needs(needs: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
@@ -122,6 +125,8 @@ def statistics_from_logits(
     needs: Iterable[Statistic | str] = (),
     *,
     sequence_index: Tensor | None = None,
+    reference_log_prob: Tensor | None = None,
+    reference_logits: Tensor | None = None,
     step: int = 0,
 ) -> TokenStats:
     """Compute the statistics that a loss needs, differentiably, from logits.
@@ -131,6 +136,8 @@ def statistics_from_logits(
         targets: ``[n]`` valid class indices, or ``[n, V]`` soft targets. Ignored tokens must be gone already.
         needs: the statistics wanted beyond ``log_prob``.
         sequence_index: ``[n]``, passed through to losses that need it.
+        reference_log_prob: ``[n]``, likewise.
+        reference_logits: ``[n, V]`` of the reference model, for ``reference_kl``; a constant.
         step: the optimizer step, passed through.
 
     Raises:
@@ -138,6 +145,8 @@ def statistics_from_logits(
     """
     logits = logits.to(raised_dtype(logits.dtype))
     given: dict[str, Tensor | None] = {"sequence_index": sequence_index}
+    if reference_log_prob is not None:
+        given["reference_log_prob"] = reference_log_prob.detach().to(logits.dtype)
     values: dict[str, Tensor] = {}
     if targets.ndim == logits.ndim:
         values["log_prob"], values["log_expected_prob"] = _soft_target_log_probs(logits, targets)
@@ -150,14 +159,34 @@ def statistics_from_logits(
         if (value := given.get(need.name)) is not None:
             values[need.name] = value
             continue
-        if need.name not in _FROM_LOGITS:
-            raise ValueError(
-                f"the loss needs {need!r}, which cannot be computed from logits; available here: "
-                f"{', '.join(['log_prob', 'log_expected_prob', *_FROM_LOGITS])}"
-            )
+        check_params(need)
         log_probs = logits.log_softmax(-1) if log_probs is None else log_probs
-        values[need.name] = _FROM_LOGITS[need.name](log_probs, **need.params)
-    return TokenStats(step=step, **values)
+        if need.name == "reference_kl" and reference_logits is not None:
+            reference = reference_logits.detach().to(logits.dtype).log_softmax(-1)
+            values[need.name] = _reference_kl(log_probs, reference)
+        elif need.name in _FROM_LOGITS:
+            values[need.name] = _FROM_LOGITS[need.name](log_probs, **need.params)
+        else:
+            raise ValueError(
+                f"the loss needs {need!r}, which cannot be computed from logits alone: pass {_GIVEN_AS[need.name]}"
+            )
+    return TokenStats(step=step, vocab_size=logits.shape[-1], **values)
+
+
+_GIVEN_AS = {
+    "sequence_index": "sequence_index",
+    "reference_log_prob": "reference_log_prob",
+    "reference_kl": "reference_logits",
+}
+_PARAMS = {"top_k_entropy": ("k",)}
+
+
+def check_params(need: Statistic) -> None:
+    """Raise ``ValueError`` where a statistic's parameters are not those that it has."""
+    known = _PARAMS.get(need.name, ())
+    if tuple(sorted(need.params)) != known:
+        takes = f"takes {', '.join(known)}" if known else "takes no parameters"
+        raise ValueError(f"{need!r}: {need.name} {takes}")
 
 
 def _soft_target_log_probs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,6 +210,29 @@ def _entropy(log_probs: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs.masked_fill(log_probs == float("-inf"), 0.0)).sum(-1)
 
 
+def _top_k_entropy(log_probs: Tensor, k: int) -> Tensor:
+    return entropy_of_largest(log_probs, k)
+
+
+def entropy_of_largest(logits: Tensor, k: int) -> Tensor:
+    """Entropy of the ``k`` likeliest classes among themselves, in nats; a constant.
+
+    Args:
+        logits: ``[n, V]``, up to a constant for each row.
+        k: how many; from 1 to V.
+    """
+    if not 1 <= k <= logits.shape[-1]:
+        raise ValueError(f"top_k_entropy takes k from 1 to the size of the vocabulary, {logits.shape[-1]}; got {k}")
+    return _entropy(logits.detach().topk(k, dim=-1, sorted=False).values.log_softmax(-1))
+
+
+def _reference_kl(log_probs: Tensor, reference: Tensor) -> Tensor:
+    # What the reference bans (logit -inf) adds nothing, whatever the model says.
+    banned = reference == float("-inf")
+    difference = reference.masked_fill(banned, 0.0) - log_probs.masked_fill(banned, 0.0)
+    return (reference.exp() * difference).sum(-1)
+
+
 def _sum_squared_prob(log_probs: Tensor) -> Tensor:
     return (2 * log_probs).exp().sum(-1)
 
@@ -188,5 +240,6 @@ def _sum_squared_prob(log_probs: Tensor) -> Tensor:
 _FROM_LOGITS: dict[str, Callable[..., Tensor]] = {
     "mean_log_prob": _mean_log_prob,
     "entropy": _entropy,
+    "top_k_entropy": _top_k_entropy,
     "sum_squared_prob": _sum_squared_prob,
 }

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dft_lightning.losses.base import TokenLoss
+from dft_lightning.losses.statistics import normalise_needs
 
 
 def require_default_forward_options(loss: TokenLoss, where: str) -> None:
@@ -31,7 +32,8 @@ def compute_loss_func(loss: TokenLoss) -> Callable[..., Tensor]:
         loss: any token loss with the default ``ignore_index`` and ``reduction``.
 
     Raises:
-        ValueError: ``loss`` has other values of ``ignore_index`` or ``reduction``, or follows a schedule.
+        ValueError: ``loss`` has other values of ``ignore_index`` or ``reduction``, follows a schedule, or needs a
+            reference model's numbers.
 
     Example:
         >>> import torch
@@ -46,6 +48,13 @@ def compute_loss_func(loss: TokenLoss) -> Callable[..., Tensor]:
             f"{type(loss).__name__} follows a schedule, and transformers.Trainer tells compute_loss_func no step: "
             "call loss(logits, targets, step=trainer.state.global_step) in a compute_loss of your own"
         )
+    for need in normalise_needs(loss.needs):
+        if need.name in ("reference_log_prob", "reference_kl"):
+            given = "reference_log_prob" if need.name == "reference_log_prob" else "reference_logits"
+            raise ValueError(
+                f"{type(loss).__name__} needs {need.name}, which transformers.Trainer does not give compute_loss_func: "
+                f"call loss(logits, targets, {given}=...) in a compute_loss of your own"
+            )
     summed = copy.deepcopy(loss)
     summed.reduction = "sum"
 

@@ -3,9 +3,11 @@
 from dft_lightning.ops.linear_head import linear_token_loss, linear_token_statistics
 from dft_lightning.ops.logits_loss import logits_token_loss
 from dft_lightning.ops.output import TokenOutput
+from dft_lightning.ops.reference import ReferenceHead
 from dft_lightning.ops.scratch import release_scratch
 
 __all__ = [
+    "ReferenceHead",
     "TokenOutput",
     "linear_token_loss",
     "linear_token_statistics",

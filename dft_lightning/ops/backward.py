@@ -10,6 +10,7 @@ from torch import Tensor
 from dft_lightning.ops.kernels import kernels_for
 from dft_lightning.ops.memory import empty
 from dft_lightning.ops.products import HeadProducts
+from dft_lightning.ops.reference import ReferenceRows
 from dft_lightning.ops.row_math import Coefficients
 from dft_lightning.ops.scratch import scratch
 from dft_lightning.ops.settings import HeadSettings
@@ -35,6 +36,7 @@ def add_chunk_gradients(
     log_prob: Tensor,
     log_normalizer: Tensor,
     coefficients: Coefficients,
+    reference: ReferenceRows | None,
 ) -> None:
     """Turn a chunk's logits into their gradient, and add what it contributes to the others.
 
@@ -47,6 +49,7 @@ def add_chunk_gradients(
         log_prob: ``[c]`` of the targets.
         log_normalizer: ``[c]``.
         coefficients: of the chunk's rows.
+        reference: the reference model's rows, where the coefficients have a part for them.
     """
     kernels_for(products.device, settings.dtype).row_gradient_(
         logits,
@@ -56,6 +59,7 @@ def add_chunk_gradients(
         log_normalizer,
         coefficients.scaled(settings.float16_factor),
         products.bias_gradient,
+        reference,
     )
     products.add_gradients(rows, logits)
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dft_lightning.losses.base import TokenLoss, required_step, token_loss_and_weight
-from dft_lightning.losses.statistics import Statistic, TokenStats, normalise_needs
+from dft_lightning.losses.statistics import Statistic, TokenStats, check_params, normalise_needs
 from dft_lightning.ops.normalizer import inverse_normalizer
 from dft_lightning.ops.one_pass import one_pass
 from dft_lightning.ops.output import TokenOutput, connected, detached
 from dft_lightning.ops.recompute import head_statistics
+from dft_lightning.ops.reference import ReferenceHead
 from dft_lightning.ops.row_math import ENTRIES
 from dft_lightning.ops.settings import DEFAULT_CHUNK_BYTES, HeadSettings
-from dft_lightning.ops.target_tokens import ALWAYS, target_tokens
+from dft_lightning.ops.target_tokens import ALWAYS, TargetTokens, target_tokens
 from dft_lightning.ops.transform import LogitTransform
 
 
@@ -34,6 +36,7 @@ def linear_token_loss(
     normalizer: Tensor | float | None = None,
     token_inputs: Mapping[str, Tensor] | None = None,
     token_weight: Tensor | None = None,
+    reference: ReferenceHead | None = None,
     statistics: Iterable[Statistic | str] = (),
     step: int | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
@@ -65,6 +68,8 @@ def linear_token_loss(
             :class:`TokenStats`: ``sequence_index``, ``reference_log_prob``. Constants: no gradient flows into them.
         token_weight: ``[n]`` factors of the tokens' losses. They count in the statistic ``weight``, not in the
             normaliser.
+        reference: last hidden states and head of a reference model, for ``reference_kl``. Its logits stand beside the
+            model's own chunk by chunk, and take as much again as ``chunk_bytes``.
         statistics: what to compute beyond ``loss.needs``, such as ``"entropy"``.
         step: the optimizer step, which losses with a schedule need.
         chunk_bytes: at most what the buffer of a chunk's logits takes (and never less than one token's logits). On
@@ -89,14 +94,13 @@ def linear_token_loss(
     """
     step = required_step(loss, step)
     needs = (*normalise_needs(loss.needs), *normalise_needs(statistics))
-    batch = target_tokens(hidden, weight, targets, bias, ignore_index, token_inputs, token_weight)
-    settings = _settings(
-        batch.hidden, weight, needs, batch.inputs, logit_scale, logit_softcap, chunk_bytes, type(loss).__name__
-    )
+    batch = target_tokens(hidden, weight, targets, bias, ignore_index, token_inputs, token_weight, reference)
+    settings = _settings(batch, weight, needs, logit_scale, logit_softcap, chunk_bytes, type(loss).__name__)
     if loss.pointwise:
         return one_pass(batch, weight, bias, loss, settings, normalizer, step)
-    stats, correct = head_statistics(batch.hidden, weight, bias, batch.targets, settings)
-    stats = replace(stats, step=step, **batch.inputs)
+    stats, correct = head_statistics(batch.hidden, weight, bias, batch.targets, settings, batch.reference)
+    given: dict[str, Any] = {"step": step, **batch.inputs}
+    stats = replace(stats, **given)
     losses, slope = token_loss_and_weight(loss, stats, batch.weight)
     loss_sum = connected(losses.sum(), stats.log_prob)
     inverse = inverse_normalizer(normalizer, len(losses), losses.dtype)
@@ -120,6 +124,7 @@ def linear_token_statistics(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     ignore_index: int = -100,
+    reference: ReferenceHead | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> TokenStats:
     """Differentiable per-token statistics of a linear head, without holding its logits.
@@ -136,6 +141,7 @@ def linear_token_statistics(
         logit_scale: see :func:`linear_token_loss`.
         logit_softcap: see :func:`linear_token_loss`.
         ignore_index: see :func:`linear_token_loss`.
+        reference: see :func:`linear_token_loss`.
         chunk_bytes: see :func:`linear_token_loss`.
 
     Returns:
@@ -150,38 +156,41 @@ def linear_token_statistics(
         >>> stats.log_prob.exp().detach(), stats.entropy.exp().detach()
         (tensor([0.2500]), tensor([4.]))
     """
-    batch = target_tokens(hidden, weight, targets, bias, ignore_index, None, None)
+    batch = target_tokens(hidden, weight, targets, bias, ignore_index, None, None, reference)
     needs = normalise_needs(statistics)
-    settings = _settings(batch.hidden, weight, needs, {}, logit_scale, logit_softcap, chunk_bytes, "the caller")
-    return head_statistics(batch.hidden, weight, bias, batch.targets, settings)[0]
+    settings = _settings(batch, weight, needs, logit_scale, logit_softcap, chunk_bytes, "the caller")
+    return head_statistics(batch.hidden, weight, bias, batch.targets, settings, reference)[0]
 
 
 def _settings(
-    hidden: Tensor,
+    batch: TargetTokens,
     weight: Tensor,
     needs: Iterable[Statistic],
-    inputs: Mapping[str, Tensor],
     logit_scale: float,
     logit_softcap: float | None,
     chunk_bytes: int,
     who: str,
 ) -> HeadSettings:
-    wanted = set()
+    wanted: dict[str, Statistic] = {}
     for need in needs:
-        if need.name in inputs or need.name in ALWAYS:
+        if need.name in batch.inputs or need.name in ALWAYS:
             continue
-        if need.name not in ENTRIES or need.params:
+        if need.name not in ENTRIES:
             raise ValueError(
                 f"{who} needs {need!r}, which a linear head cannot compute: it has {', '.join([*ALWAYS, *ENTRIES])}; "
                 "pass others in token_inputs"
             )
-        wanted.add(need.name)
+        check_params(need)
+        if need.name == "reference_kl" and batch.reference is None:
+            raise ValueError(f"{who} needs {need!r}: pass reference, the reference model's hidden states and head")
+        if wanted.setdefault(need.name, need) != need:
+            raise ValueError(f"one call computes {wanted[need.name]!r} or {need!r}, not both")
     if chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
     return HeadSettings(
         transform=LogitTransform(logit_scale, logit_softcap),
-        statistics=frozenset(wanted),
-        dtype=_product_dtype(hidden, weight),
+        statistics=dict(sorted(wanted.items())),
+        dtype=_product_dtype(batch.hidden, weight),
         chunk_bytes=chunk_bytes,
     )
 

@@ -21,6 +21,8 @@ def logits_token_loss(
     ignore_index: int = -100,
     normalizer: Tensor | float | None = None,
     sequence_index: Tensor | None = None,
+    reference_log_prob: Tensor | None = None,
+    reference_logits: Tensor | None = None,
     token_weight: Tensor | None = None,
     statistics: Iterable[Statistic | str] = (),
     step: int | None = None,
@@ -35,6 +37,8 @@ def logits_token_loss(
         ignore_index: the target that is left out.
         normalizer: what the sum is divided by.
         sequence_index: ``[B, T]``, the sequence of each token; ``None`` makes one of each row.
+        reference_log_prob: ``[B, T]`` of the targets under a reference model, for losses that need it; a constant.
+        reference_logits: ``[B, T, V]`` of a reference model, for losses that need ``reference_kl``; a constant.
         token_weight: ``[B, T]`` factors of the tokens' losses. They count in the statistic ``weight``, not in the
             normaliser.
         statistics: what to compute beyond ``loss.needs``, such as ``"entropy"``.
@@ -45,10 +49,15 @@ def logits_token_loss(
     kept_logits, kept_targets = logits[kept], targets[kept]
     needs = normalise_needs(loss.needs)
     extra = [statistic for statistic in normalise_needs(statistics) if statistic not in needs]
-    sequences = None
-    if any(need.name == "sequence_index" for need in needs):
-        sequences = kept.nonzero()[:, 0] if sequence_index is None else sequence_index[kept]
-    stats = statistics_from_logits(kept_logits, kept_targets, needs, sequence_index=sequences, step=step)
+    stats = statistics_from_logits(
+        kept_logits,
+        kept_targets,
+        needs,
+        sequence_index=kept.nonzero()[:, 0] if sequence_index is None else sequence_index[kept],
+        reference_log_prob=None if reference_log_prob is None else reference_log_prob[kept],
+        reference_logits=None if reference_logits is None else reference_logits[kept],
+        step=step,
+    )
     losses, weight = token_loss_and_weight(loss, stats, None if token_weight is None else token_weight[kept])
     values = detached(stats)
     with torch.no_grad():

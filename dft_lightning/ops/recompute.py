@@ -10,51 +10,67 @@ from torch import Tensor
 from dft_lightning.losses.statistics import TokenStats
 from dft_lightning.ops.backward import add_chunk_gradients, refuse_double_backward, returned_gradients
 from dft_lightning.ops.concatenation import concatenated
-from dft_lightning.ops.kernels import kernels_for
 from dft_lightning.ops.products import HeadProducts, Wanted
-from dft_lightning.ops.row_math import Moments, coefficients_of, moments_of, statistics_of
+from dft_lightning.ops.reference import ReferenceHead, reference_products
+from dft_lightning.ops.row_math import ENTRIES, Moments, coefficients_of, moments_of, statistics_of
+from dft_lightning.ops.rows import chunk_moments, reference_logits, reference_rows
 from dft_lightning.ops.settings import HeadSettings
 
 
 def head_statistics(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: HeadSettings
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    settings: HeadSettings,
+    reference: ReferenceHead | None = None,
 ) -> tuple[TokenStats, Tensor]:
     """Statistics of ``n`` target tokens, differentiable, and whether each target is the argmax."""
-    correct, log_prob, *rest = _Statistics.apply(hidden, weight, bias, targets, settings)  # type: ignore[no-untyped-call, unused-ignore]
-    return TokenStats(log_prob=log_prob, **dict(zip(sorted(settings.statistics), rest, strict=True))), correct
+    correct, log_prob, *rest = _Statistics.apply(hidden, weight, bias, targets, settings, reference)  # type: ignore[no-untyped-call, unused-ignore]
+    values = dict(zip(settings.statistics, rest, strict=True))
+    return TokenStats(log_prob=log_prob, vocab_size=weight.shape[0], **values), correct
 
 
 class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: HeadSettings
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        settings: HeadSettings,
+        reference: ReferenceHead | None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         nothing = Wanted(False, False, False)
         with (
             torch.autocast(hidden.device.type, enabled=False),
             HeadProducts(hidden, weight, bias, settings.dtype, settings.chunk_bytes, nothing) as products,
+            reference_products(reference, settings) as beside,
         ):
-            kernels = kernels_for(products.device, settings.dtype)
-            wanted = moments_of(settings.statistics)
             chunks = [
-                kernels.row_moments(products.logits(rows), targets[rows], settings.transform, wanted)
+                chunk_moments(products.logits(rows), targets[rows], settings, reference_logits(beside, reference, rows))
                 for rows in products.chunks()
             ]
-        names = ("log_prob", "log_normalizer", "correct", *sorted(wanted))
+        names = ["log_prob", "log_normalizer", "correct", *moments_of(settings.statistics)]
+        names += ["reference_log_normalizer"] if settings.wants_reference else []
         moments = Moments(**concatenated([vars(chunk) for chunk in chunks], names, settings.dtype, hidden.device))
         values = statistics_of(moments, settings.statistics, weight.shape[0])
-        ctx.save_for_backward(hidden, weight, bias, targets, moments.log_prob, moments.log_normalizer, *values.values())
-        ctx.settings, ctx.names = settings, list(values)
-        ctx.mark_non_differentiable(moments.correct)
+        normalizers = (moments.log_normalizer, moments.reference_log_normalizer)
+        ctx.save_for_backward(hidden, weight, bias, targets, moments.log_prob, *normalizers, *values.values())
+        ctx.settings, ctx.names, ctx.reference = settings, list(values), reference
         # log_prob is saved as well: an output that autograd sees must be another tensor
-        return moments.correct, *(value.clone() for value in values.values())
+        outputs = {name: value.clone() for name, value in values.items()}
+        constants = [value for name, value in outputs.items() if name in ENTRIES and not ENTRIES[name].add_gradient]
+        ctx.mark_non_differentiable(moments.correct, *constants)
+        return moments.correct, *outputs.values()
 
     @staticmethod
     def backward(ctx: Any, _: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        hidden, weight, bias, targets, log_prob, log_normalizer, *saved = ctx.saved_tensors
-        settings = ctx.settings
+        hidden, weight, bias, targets, log_prob, log_normalizer, reference_normalizer, *saved = ctx.saved_tensors
+        settings, reference = ctx.settings, ctx.reference
         values = dict(zip(ctx.names, saved, strict=True))
         slopes = {name: u for name, u in zip(ctx.names, upstream, strict=True) if u is not None}
         slopes.setdefault("log_prob", torch.zeros_like(log_prob))
@@ -62,6 +78,7 @@ class _Statistics(torch.autograd.Function):
         with (
             torch.autocast(hidden.device.type, enabled=False),
             HeadProducts(hidden, weight, bias, settings.dtype, settings.chunk_bytes, wanted) as products,
+            reference_products(reference, settings) as beside,
         ):
             for rows in products.chunks():
                 coefficients = coefficients_of(
@@ -78,6 +95,10 @@ class _Statistics(torch.autograd.Function):
                     log_prob[rows],
                     log_normalizer[rows],
                     coefficients,
+                    reference_rows(
+                        reference_logits(beside, reference, rows),
+                        None if reference_normalizer is None else reference_normalizer[rows],
+                    ),
                 )
         dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return *returned_gradients(products.gradients, dtypes, 1.0, settings), None, None
+        return *returned_gradients(products.gradients, dtypes, 1.0, settings), None, None, None

@@ -5,13 +5,14 @@ are its *moments*; statistics are made of moments. With ``u`` the derivative of 
 statistic adds to the coefficients of
 
     dL/dz_v = at_target * (1[v = y] - p_v) + constant + p_v * (linear + log_linear * log p_v + quadratic * p_v)
+              - reference * r_v
 
-One statistic is one entry of :data:`ENTRIES`.
+with ``r`` the probabilities of a reference model. One statistic is one entry of :data:`ENTRIES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,9 @@ class Moments:
         sum_logits: ``sum z``.
         sum_p_log_p: ``sum p log p`` over all classes but the target.
         sum_p_squared: ``sum p**2`` over all classes but the target.
+        top_k_entropy: entropy of the k likeliest classes among themselves.
+        reference_kl: ``sum r (log r - log p)``.
+        reference_log_normalizer: ``logsumexp`` of the reference's logits, with ``reference_kl``.
     """
 
     log_prob: Tensor
@@ -37,6 +41,9 @@ class Moments:
     sum_logits: Tensor | None = None
     sum_p_log_p: Tensor | None = None
     sum_p_squared: Tensor | None = None
+    top_k_entropy: Tensor | None = None
+    reference_kl: Tensor | None = None
+    reference_log_normalizer: Tensor | None = None
 
 
 @dataclass
@@ -48,6 +55,7 @@ class Coefficients:
     linear: Tensor | None = None
     log_linear: Tensor | None = None
     quadratic: Tensor | None = None
+    reference: Tensor | None = None
 
     def add(self, name: str, value: Tensor) -> None:
         """Add to one coefficient."""
@@ -64,7 +72,7 @@ class Coefficients:
         return -self.at_target if self.linear is None else self.linear - self.at_target
 
     def target_gradient(self, log_prob: Tensor) -> Tensor:
-        """``dL/dz_y``, with all its digits where ``p_y`` is near 1."""
+        """``dL/dz_y`` but for the reference's part, with all its digits where ``p_y`` is near 1."""
         p = log_prob.exp()
         gradient = self.at_target * -torch.expm1(log_prob)
         if self.constant is not None:
@@ -91,12 +99,14 @@ class Entry:
         moment: the moment it is made of, beyond those that are always there.
         value: its value from the moments and the size of the vocabulary.
         add_gradient: adds ``u`` times its derivative to the coefficients; gets the statistic's value and the size of
-            the vocabulary.
+            the vocabulary. ``None`` for a statistic that is a constant.
+        in_kernel: whether the row kernels gather the moment in their one pass.
     """
 
     moment: str
     value: Callable[[Moments, int], Tensor]
-    add_gradient: Callable[[Coefficients, Tensor, Tensor, int], None]
+    add_gradient: Callable[[Coefficients, Tensor, Tensor, int], None] | None
+    in_kernel: bool = True
 
 
 def _mean_log_prob(moments: Moments, vocabulary: int) -> Tensor:
@@ -129,19 +139,41 @@ def _add_sum_squared_prob(total: Coefficients, u: Tensor, value: Tensor, vocabul
     total.add("quadratic", 2 * u)
 
 
+def _top_k_entropy(moments: Moments, vocabulary: int) -> Tensor:
+    assert moments.top_k_entropy is not None
+    return moments.top_k_entropy
+
+
+def _reference_kl(moments: Moments, vocabulary: int) -> Tensor:
+    assert moments.reference_kl is not None
+    return moments.reference_kl
+
+
+def _add_reference_kl(total: Coefficients, u: Tensor, value: Tensor, vocabulary: int) -> None:
+    total.add("linear", u)
+    total.add("reference", u)
+
+
 ENTRIES: dict[str, Entry] = {
     "mean_log_prob": Entry("sum_logits", _mean_log_prob, _add_mean_log_prob),
     "entropy": Entry("sum_p_log_p", _entropy, _add_entropy),
     "sum_squared_prob": Entry("sum_p_squared", _sum_squared_prob, _add_sum_squared_prob),
+    "top_k_entropy": Entry("top_k_entropy", _top_k_entropy, None, in_kernel=False),
+    "reference_kl": Entry("reference_kl", _reference_kl, _add_reference_kl, in_kernel=False),
 }
 
 
-def moments_of(names: frozenset[str]) -> frozenset[str]:
-    """The moments that the named statistics are made of."""
-    return frozenset(ENTRIES[name].moment for name in names)
+def moments_of(names: Iterable[str]) -> list[str]:
+    """The moments that the named statistics are made of, sorted."""
+    return sorted({ENTRIES[name].moment for name in names})
 
 
-def statistics_of(moments: Moments, names: frozenset[str], vocabulary: int) -> dict[str, Tensor]:
+def kernel_moments_of(names: Iterable[str]) -> frozenset[str]:
+    """Those of them that the row kernels gather."""
+    return frozenset(ENTRIES[name].moment for name in names if ENTRIES[name].in_kernel)
+
+
+def statistics_of(moments: Moments, names: Iterable[str], vocabulary: int) -> dict[str, Tensor]:
     """``log_prob`` and the named statistics, each ``[n]``."""
     return {
         "log_prob": moments.log_prob,
@@ -159,6 +191,9 @@ def coefficients_of(slopes: Mapping[str, Tensor], values: Mapping[str, Tensor], 
     """
     total = Coefficients(slopes["log_prob"])
     for name, slope in slopes.items():
-        if name != "log_prob":
-            ENTRIES[name].add_gradient(total, slope, values[name], vocabulary)
+        if name == "log_prob":
+            continue
+        add_gradient = ENTRIES[name].add_gradient
+        assert add_gradient is not None, f"{name} is a constant"
+        add_gradient(total, slope, values[name], vocabulary)
     return total

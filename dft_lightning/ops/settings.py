@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from dft_lightning.losses.statistics import Statistic
 from dft_lightning.ops.transform import LogitTransform
 
 # 2048 tokens of a vocabulary of 150,000 in half precision. Within one chunk nothing is accumulated; every further one
@@ -23,15 +25,20 @@ class HeadSettings:
 
     Attributes:
         transform: what the model does to the product.
-        statistics: names in ``ENTRIES`` to compute.
+        statistics: what to compute, by name in ``ENTRIES``, in the order of the names.
         dtype: of the matrix products.
         chunk_bytes: size of the buffer of logits.
     """
 
     transform: LogitTransform
-    statistics: frozenset[str]
+    statistics: Mapping[str, Statistic]
     dtype: torch.dtype
     chunk_bytes: int
+
+    @property
+    def wants_reference(self) -> bool:
+        """Whether a statistic needs the reference model's logits."""
+        return "reference_kl" in self.statistics
 
     @property
     def float16_factor(self) -> float:

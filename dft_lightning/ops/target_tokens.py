@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dft_lightning.losses.checks import check_class_indices
 from dft_lightning.losses.statistics import TokenStats
+from dft_lightning.ops.reference import ReferenceHead
 
 # What a head always computes.
 ALWAYS = ("log_prob", "log_expected_prob")
@@ -24,16 +25,19 @@ class TargetTokens:
         targets: ``[n]``, contiguous, each in ``[0, V)``.
         inputs: ``[n]`` statistics that the loss was given from outside, by name.
         weight: ``[n]`` factors of the losses, or ``None``.
+        reference: a reference model's head for the same tokens, or ``None``.
     """
 
     hidden: Tensor
     targets: Tensor
     inputs: dict[str, Tensor]
     weight: Tensor | None
+    reference: ReferenceHead | None = None
 
-    def stats(self, values: Mapping[str, Tensor], step: int, rows: slice = slice(None)) -> TokenStats:
+    def stats(self, values: Mapping[str, Tensor], step: int, vocab_size: int, rows: slice) -> TokenStats:
         """What a loss reads about some of the tokens: computed values, and what was given."""
-        return TokenStats(step=step, **values, **{name: value[rows] for name, value in self.inputs.items()})
+        given = {name: value[rows] for name, value in self.inputs.items()}
+        return TokenStats(step=step, vocab_size=vocab_size, **values, **given)
 
 
 def target_tokens(
@@ -44,6 +48,7 @@ def target_tokens(
     ignore_index: int,
     token_inputs: Mapping[str, Tensor] | None,
     token_weight: Tensor | None,
+    reference: ReferenceHead | None = None,
 ) -> TargetTokens:
     """Check what a head is given, and drop the tokens without a target.
 
@@ -52,6 +57,8 @@ def target_tokens(
     """
     inputs = {name: value for name, value in (token_inputs or {}).items() if value is not None}
     _check_shapes(hidden, weight, targets, bias, {**inputs, "token_weight": token_weight})
+    if reference is not None:
+        reference.check(len(hidden), weight)
     targets = targets.long()
     check_class_indices(targets, weight.shape[0], ignore_index)
     kept = (targets != ignore_index).nonzero().squeeze(-1)
@@ -59,7 +66,8 @@ def target_tokens(
         hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
         inputs = {name: value.index_select(0, kept) for name, value in inputs.items()}
         token_weight = None if token_weight is None else token_weight.index_select(0, kept)
-    return TargetTokens(hidden, targets.contiguous(), inputs, token_weight)
+        reference = None if reference is None else reference.of(kept)
+    return TargetTokens(hidden, targets.contiguous(), inputs, token_weight, reference)
 
 
 def _check_shapes(
@@ -74,7 +82,7 @@ def _check_shapes(
         raise TypeError(f"targets must be integers, got {targets.dtype}; soft targets need the logits: loss(logits, q)")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [V], got {list(bias.shape)}, {shapes}")
-    known = {field.name for field in fields(TokenStats)} - {"step", *ALWAYS}
+    known = {field.name for field in fields(TokenStats)} - {"step", "vocab_size", *ALWAYS}
     for name, value in per_token.items():
         if value is None:
             continue

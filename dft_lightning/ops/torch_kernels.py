@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dft_lightning.losses.statistics import raised_dtype
+from dft_lightning.ops.reference import ReferenceRows
 from dft_lightning.ops.row_math import Coefficients, Moments
 from dft_lightning.ops.scratch import scratch
 from dft_lightning.ops.transform import LogitTransform
@@ -92,6 +93,7 @@ def row_gradient_(
     log_normalizer: Tensor,
     coefficients: Coefficients,
     bias_gradient: Tensor | None,
+    reference: ReferenceRows | None,
 ) -> None:
     """Turn logits into the gradient with respect to them, in place.
 
@@ -103,13 +105,15 @@ def row_gradient_(
         log_normalizer: ``logsumexp`` of the model's logits.
         coefficients: of the gradient with respect to the model's logits.
         bias_gradient: ``[V]``, float32 or float64: the sum over the rows is added to it.
+        reference: the reference model's rows, where the coefficients have a part for them; its logits stay.
     """
     dtype = raised_dtype(logits.dtype)
     coefficients = coefficients.scaled(transform.scale)
     at_target = coefficients.target_gradient(log_prob).unsqueeze(-1)
     linear = coefficients.off_target_linear()
     only_linear = coefficients.log_linear is None and coefficients.quadratic is None
-    copies = 1 + (not only_linear) + (transform.softcap is not None)
+    beside = None if coefficients.reference is None else reference
+    copies = 1 + (not only_linear or beside is not None) + (transform.softcap is not None)
     with _block(logits, dtype, copies) as blocks:
         for rows in _row_slices(logits.shape[0], blocks.shape[1]):
             block = blocks[:, : rows.stop - rows.start]
@@ -124,11 +128,52 @@ def row_gradient_(
             if coefficients.constant is not None:
                 z.add_(coefficients.constant[rows].unsqueeze(-1))
             z.scatter_(-1, targets[rows].unsqueeze(-1), at_target[rows])
+            if beside is not None:
+                assert coefficients.reference is not None
+                r = _probabilities_(block[1].copy_(beside.logits[rows]), beside, rows)
+                z.addcmul_(r, coefficients.reference[rows].unsqueeze(-1), value=-1)
             if transform.softcap is not None:
                 z.mul_(block[-1])
             if bias_gradient is not None:
                 bias_gradient.add_(z.sum(0))
             logits[rows].copy_(z)
+
+
+def _probabilities_(z: Tensor, reference: ReferenceRows, rows: slice) -> Tensor:
+    """The reference's logits become its probabilities."""
+    return reference.transform.apply_(z).sub_(reference.log_normalizer[rows].unsqueeze(-1)).exp_()
+
+
+def row_divergence(
+    logits: Tensor,
+    transform: LogitTransform,
+    log_normalizer: Tensor,
+    reference_logits: Tensor,
+    reference_transform: LogitTransform,
+) -> tuple[Tensor, Tensor]:
+    """``KL(reference || model)`` of each row, and the ``logsumexp`` of the reference's logits.
+
+    Args:
+        logits: ``[n, V]`` before the transform; not changed.
+        transform: what makes the model's logits of these.
+        log_normalizer: ``[n]``, their ``logsumexp``.
+        reference_logits: ``[n, V]`` likewise; not changed.
+        reference_transform: what makes the reference's logits of these.
+    """
+    dtype = raised_dtype(logits.dtype)
+    divergence, normalizer = (logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(2))
+    with _block(logits, dtype, 3) as blocks:
+        for rows in _row_slices(logits.shape[0], blocks.shape[1]):
+            own, other, weight = blocks[:, : rows.stop - rows.start]
+            transform.apply_(own.copy_(logits[rows])).sub_(log_normalizer[rows].unsqueeze(-1))
+            reference_transform.apply_(other.copy_(reference_logits[rows]))
+            normalizer[rows] = other.logsumexp(-1)
+            other.sub_(normalizer[rows].unsqueeze(-1))
+            torch.exp(other, out=weight)
+            # What the reference bans (r = 0) adds nothing, whatever the model says.
+            difference = torch.sub(other, own, out=own).masked_fill_(weight == 0, 0.0)
+            torch.sum(difference.mul_(weight), -1, out=divergence[rows])
+    return divergence, normalizer
 
 
 def _times_polynomial_(z: Tensor, p: Tensor, coefficients: Coefficients, linear: Tensor, rows: slice) -> None:

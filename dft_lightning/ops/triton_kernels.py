@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dft_lightning.ops.reference import ReferenceRows
 from dft_lightning.ops.row_math import Coefficients, Moments
 from dft_lightning.ops.transform import LogitTransform
 
@@ -136,6 +137,87 @@ def row_moments(logits: Tensor, targets: Tensor, transform: LogitTransform, want
 
 
 @triton.jit
+def _divergence_kernel(  # type: ignore[no-untyped-def]
+    logits,
+    row_stride,
+    log_normalizer,
+    reference_logits,
+    reference_stride,
+    divergence,
+    reference_log_normalizer,
+    vocabulary,
+    scale,
+    softcap,
+    reference_scale,
+    reference_softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_REFERENCE_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    start_of_row = logits + row * row_stride
+    start_of_reference = reference_logits + row * reference_stride
+    normalizer = tl.load(log_normalizer + row)
+    # Online over the reference's distribution: with m its largest logit so far, sums of e**(z_r - m) and of
+    # e**(z_r - m) (z_r - m - log p).
+    highest = -float("inf")
+    exp_sum = 0.0
+    weighted_sum = 0.0
+    for start in range(0, vocabulary, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        inside = offsets < vocabulary
+        own = tl.load(start_of_row + offsets, mask=inside, other=0.0)
+        own = _transformed(own, scale, softcap, HAS_SOFTCAP) - normalizer
+        other = tl.load(start_of_reference + offsets, mask=inside, other=0.0)
+        other = _transformed(other, reference_scale, reference_softcap, HAS_REFERENCE_SOFTCAP)
+        other = tl.where(inside, other, -float("inf"))
+        new = tl.maximum(highest, tl.max(other, axis=0))
+        base = tl.where(new == -float("inf"), 0.0, new)
+        shift = tl.where(highest == -float("inf"), 0.0, highest - base)
+        rescale = tl.where(highest == -float("inf"), 0.0, tl.exp(shift))
+        e = tl.exp(other - base)
+        weighted_sum = rescale * (weighted_sum + shift * exp_sum)
+        weighted_sum += tl.sum(tl.where(e > 0, e * (other - base - own), 0.0), axis=0)
+        exp_sum = exp_sum * rescale + tl.sum(e, axis=0)
+        highest = new
+    log_sum = tl.log(exp_sum)
+    tl.store(reference_log_normalizer + row, highest + log_sum)
+    tl.store(divergence + row, weighted_sum / exp_sum - log_sum)
+
+
+def row_divergence(
+    logits: Tensor,
+    transform: LogitTransform,
+    log_normalizer: Tensor,
+    reference_logits: Tensor,
+    reference_transform: LogitTransform,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`dft_lightning.ops.torch_kernels.row_divergence`."""
+    n, vocabulary = logits.shape
+    divergence, normalizer = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(2))
+    with torch.cuda.device_of(logits):
+        _divergence_kernel[(n,)](
+            logits,
+            logits.stride(0),
+            log_normalizer,
+            reference_logits,
+            reference_logits.stride(0),
+            divergence,
+            normalizer,
+            vocabulary,
+            transform.scale,
+            transform.softcap or 1.0,
+            reference_transform.scale,
+            reference_transform.softcap or 1.0,
+            HAS_SOFTCAP=transform.softcap is not None,
+            HAS_REFERENCE_SOFTCAP=reference_transform.softcap is not None,
+            BLOCK=_BLOCK,
+            num_warps=_NUM_WARPS,
+        )
+    return divergence, normalizer
+
+
+@triton.jit
 def _gradient_kernel(  # type: ignore[no-untyped-def]
     logits,
     row_stride,
@@ -146,9 +228,17 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     constant,
     log_linear,
     quadratic,
+    reference,
+    reference_logits,
+    reference_stride,
+    reference_log_normalizer,
     vocabulary,
     scale,
     softcap,
+    reference_scale,
+    reference_softcap,
+    HAS_REFERENCE: tl.constexpr,
+    HAS_REFERENCE_SOFTCAP: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_CONSTANT: tl.constexpr,
     HAS_LOG_LINEAR: tl.constexpr,
@@ -164,6 +254,8 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     row_constant = tl.load(constant + row)
     row_log_linear = tl.load(log_linear + row)
     row_quadratic = tl.load(quadratic + row)
+    row_reference = tl.load(reference + row)
+    reference_normalizer = tl.load(reference_log_normalizer + row)
     for start in range(0, vocabulary, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < vocabulary
@@ -179,6 +271,10 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
         if HAS_CONSTANT:
             gradient += row_constant
         gradient = tl.where(offsets == target, target_value, gradient)
+        if HAS_REFERENCE:
+            other = tl.load(reference_logits + row * reference_stride + offsets, mask=inside, other=0.0)
+            other = _transformed(other, reference_scale, reference_softcap, HAS_REFERENCE_SOFTCAP)
+            gradient -= row_reference * tl.exp(other - reference_normalizer)
         if HAS_SOFTCAP:
             tanh = z / (scale * softcap)
             gradient *= 1 - tanh * tanh
@@ -193,11 +289,14 @@ def row_gradient_(
     log_normalizer: Tensor,
     coefficients: Coefficients,
     bias_gradient: Tensor | None,
+    reference: ReferenceRows | None,
 ) -> None:
     """As :func:`dft_lightning.ops.torch_kernels.row_gradient_`."""
     n, vocabulary = logits.shape
     coefficients = coefficients.scaled(transform.scale)
     unused = log_normalizer
+    beside = reference if coefficients.reference is not None else None
+    theirs = LogitTransform() if beside is None else beside.transform
     with torch.cuda.device_of(logits):
         _gradient_kernel[(n,)](
             logits,
@@ -209,9 +308,17 @@ def row_gradient_(
             _or(coefficients.constant, unused),
             _or(coefficients.log_linear, unused),
             _or(coefficients.quadratic, unused),
+            _or(coefficients.reference, unused),
+            logits if beside is None else beside.logits,
+            logits.stride(0) if beside is None else beside.logits.stride(0),
+            unused if beside is None else beside.log_normalizer,
             vocabulary,
             transform.scale,
             transform.softcap or 1.0,
+            theirs.scale,
+            theirs.softcap or 1.0,
+            HAS_REFERENCE=beside is not None,
+            HAS_REFERENCE_SOFTCAP=theirs.softcap is not None,
             HAS_SOFTCAP=transform.softcap is not None,
             HAS_CONSTANT=coefficients.constant is not None,
             HAS_LOG_LINEAR=coefficients.log_linear is not None,

@@ -1,0 +1,165 @@
+"""Losses against a reference model: importance weights, a proximal ratio, an anchor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from dft_lightning.losses.base import TokenLoss
+from dft_lightning.losses.dft import DFTLoss
+from dft_lightning.losses.sequence import sequence_mean
+from dft_lightning.losses.statistics import Statistic, TokenStats
+from dft_lightning.losses.weighted import weighted_log_prob
+
+Level = Literal["token", "sequence"]
+
+
+class ImportanceWeightedLoss(TokenLoss):
+    """``-sg(clip(exp(temperature (l - l_ref)))) l``: tokens count by how much likelier they are than under a reference.
+
+    ``level="token"`` takes each token's own difference ``l - l_ref``; ``level="sequence"`` gives every token the mean
+    of its sequence's, and so needs whole sequences.
+
+    Source: "Supervised Fine Tuning on Curated Data is Reinforcement Learning (and can be improved)", arXiv 2507.12856.
+    The authors' trainer takes the mean over the sequence (``level="sequence"``) with temperature 1 and the ratio
+    clipped to [0, 16]; its branch for tokens clips to [0.2, 1.8].
+
+    Args:
+        level: ``"token"`` or ``"sequence"``.
+        clip: lower and upper bound of the weight; ``None`` for none.
+        temperature: factor of the difference, finite.
+        ignore_index: see :class:`TokenLoss`.
+        reduction: see :class:`TokenLoss`.
+
+    Raises:
+        ValueError: unknown level, bounds unless ``0 <= lower <= upper``, a temperature that is not finite, unknown
+            reduction.
+
+    Example:
+        >>> loss = ImportanceWeightedLoss(level="token", clip=(0.2, 1.8))
+        >>> logits = torch.tensor([[0.0, 0.0]])
+        >>> loss(logits, torch.tensor([1]), reference_log_prob=torch.tensor([-0.8]))  # (1/2) / exp(-0.8) * log 2
+        tensor(0.7713)
+    """
+
+    def __init__(
+        self,
+        level: Level = "sequence",
+        clip: tuple[float, float] | None = (0.0, 16.0),
+        temperature: float = 1.0,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(ignore_index=ignore_index, reduction=reduction)
+        if level not in get_args(Level):
+            raise ValueError(f"level must be one of {', '.join(map(repr, get_args(Level)))}, got {level!r}")
+        if clip is not None and not (len(clip) == 2 and 0 <= clip[0] <= clip[1]):
+            raise ValueError(f"clip must be two numbers, 0 <= lower <= upper, or None, got {clip}")
+        if not math.isfinite(temperature):
+            raise ValueError(f"temperature must be finite, got {temperature}")
+        self.level = level
+        self.clip = None if clip is None else (float(clip[0]), float(clip[1]))
+        self.temperature = temperature
+        self.pointwise = level == "token"
+
+    @property
+    def needs(self) -> Iterable[Statistic | str]:
+        return ("reference_log_prob",) if self.pointwise else ("reference_log_prob", "sequence_index")
+
+    def token_loss(self, stats: TokenStats) -> Tensor:
+        difference = stats.log_prob.detach() - _reference_log_prob(stats)
+        if not self.pointwise:
+            assert stats.sequence_index is not None
+            difference = sequence_mean(difference, stats.sequence_index)
+        weight = (self.temperature * difference).exp()
+        if self.clip is not None:
+            weight = weight.clamp(*self.clip)
+        return weighted_log_prob(weight, stats.log_prob)
+
+
+class ProximalLoss(TokenLoss):
+    """``-min(r, clip(r, 1 - epsilon, 1 + epsilon))`` with ``r = exp(l - l_old)``: no token is pushed up for ever.
+
+    A token whose probability has grown by the factor ``1 + epsilon`` since the reference has no gradient any more. With
+    an advantage of 1 the lower bound never acts, so that this is ``-min(r, 1 + epsilon)``. At ``r = 1`` the gradient is
+    cross-entropy's, and the weight ``r`` below.
+
+    Source: PSFT, "Proximal Supervised Fine-Tuning", arXiv 2508.17784; the authors' script clips at 1.28 (epsilon 0.28
+    above, 0.2 below) and computes the old log-probabilities anew every 8 optimizer steps. Here they are those of the
+    data, fixed for a run: score again between runs for a moving reference.
+
+    Args:
+        epsilon: how much a token's probability may grow, as a share; more than 0.
+        ignore_index: see :class:`TokenLoss`.
+        reduction: see :class:`TokenLoss`.
+
+    Raises:
+        ValueError: ``epsilon`` not positive or not finite, unknown reduction.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0]])
+        >>> ProximalLoss(epsilon=0.2)(logits, torch.tensor([1]), reference_log_prob=torch.tensor([0.4]).log())
+        tensor(-1.2000)
+    """
+
+    def __init__(self, epsilon: float = 0.28, *, ignore_index: int = -100, reduction: str = "mean") -> None:
+        super().__init__(ignore_index=ignore_index, reduction=reduction)
+        if not (math.isfinite(epsilon) and epsilon > 0):
+            raise ValueError(f"epsilon must be finite and positive, got {epsilon}")
+        self.epsilon = epsilon
+
+    @property
+    def needs(self) -> Iterable[Statistic | str]:
+        return ("reference_log_prob",)
+
+    def token_loss(self, stats: TokenStats) -> Tensor:
+        # Clipped before the exponential, which would overflow where the reference finds a token next to impossible.
+        return -(stats.log_prob - _reference_log_prob(stats)).clamp(max=math.log1p(self.epsilon)).exp()
+
+
+class AnchoredLoss(TokenLoss):
+    """DFT plus ``weight * KL(reference || model)`` over the vocabulary: sharpening that stays near where it began.
+
+    Source: ASFT, "Anchored Supervised Fine-Tuning", arXiv 2509.23753. The authors' code takes this direction of the
+    divergence, over the whole vocabulary at the target tokens, with the weight 0.1.
+
+    Args:
+        weight: of the divergence, 0 or more; 0 is DFT.
+        ignore_index: see :class:`TokenLoss`.
+        reduction: see :class:`TokenLoss`.
+
+    Raises:
+        ValueError: ``weight`` negative or not finite, unknown reduction.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0]])
+        >>> AnchoredLoss(weight=0.1)(logits, torch.tensor([1]), reference_logits=torch.tensor([[2.0, 0.0]]))
+        tensor(0.3794)
+    """
+
+    def __init__(self, weight: float = 0.1, *, ignore_index: int = -100, reduction: str = "mean") -> None:
+        super().__init__(ignore_index=ignore_index, reduction=reduction)
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"weight must be finite and not negative (0 is DFT), got {weight}")
+        self.weight = weight
+        self._dft = DFTLoss()
+
+    @property
+    def needs(self) -> Iterable[Statistic | str]:
+        return ("reference_kl",) if self.weight else ()
+
+    def token_loss(self, stats: TokenStats) -> Tensor:
+        loss = self._dft.token_loss(stats)
+        if not self.weight:
+            return loss
+        assert stats.reference_kl is not None
+        return loss + self.weight * stats.reference_kl
+
+
+def _reference_log_prob(stats: TokenStats) -> Tensor:
+    assert stats.reference_log_prob is not None
+    return stats.reference_log_prob.to(stats.log_prob.dtype)
