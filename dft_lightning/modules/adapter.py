@@ -8,7 +8,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -211,6 +212,23 @@ def _check_matches(model: nn.Module, config: LoraConfig) -> None:
         for name, layer in adapted:
             if getattr(layer.get_base_layer(), "bias", None) is None:
                 raise InputError(f"model.peft.lora_bias: {name} has no bias, so that one could not be merged into it")
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Run a model as its base meanwhile. What is trained stays marked as trained."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    # Not enable_adapters(), which also freezes and unfreezes parameters under a strategy that has wrapped them.
+    layers = [each for each in model.modules() if isinstance(each, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def raise_to_float32(model: nn.Module) -> list[str]:

@@ -9,18 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dft_lightning.errors import InputError
 from dft_lightning.losses import TokenLoss
 from dft_lightning.losses.base import sequence_index_of
 from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.modules.documents import document_index, model_inputs
 from dft_lightning.modules.head import LanguageModelHead, auxiliary_loss, run_without_head
+from dft_lightning.modules.reference import ReferenceModel
 from dft_lightning.ops import TokenOutput, linear_token_loss, logits_token_loss
 
 _IGNORE_INDEX = -100
 
 
 def fused_batch_loss(
-    model: nn.Module, head: LanguageModelHead, batch: dict[str, Any], loss: TokenLoss, options: dict[str, Any]
+    model: nn.Module,
+    head: LanguageModelHead,
+    batch: dict[str, Any],
+    loss: TokenLoss,
+    options: dict[str, Any],
+    reference: ReferenceModel | None,
 ) -> TokenOutput:
     """From the model's last hidden states, without logits.
 
@@ -29,25 +36,29 @@ def fused_batch_loss(
         head: its head.
         batch: ``input_ids``, ``labels`` and perhaps ``attention_mask``, all ``[B, T]``; or rows of whole documents
             with ``position_ids`` in place of the mask. ``token_weight`` ``[B, T]``, aligned with the labels, multiplies
-            the tokens' losses.
+            the tokens' losses; ``reference_log_prob`` ``[B, T]``, likewise, is what losses read by that name.
         loss: any token loss.
         options: ``normalizer``, ``statistics`` and ``step`` of :func:`~dft_lightning.ops.linear_token_loss`, and
             ``auxiliary_by_weight``: whether the step will be divided by its weights rather than its targets.
+        reference: the model that ``reference_kl`` is taken from, where the loss needs it.
+
+    Raises:
+        InputError: the loss needs ``reference_log_prob`` and the batch has none.
     """
     options = dict(options)
     by_weight = options.pop("auxiliary_by_weight")
     labels = batch["labels"]
+    inputs = _token_inputs(batch, loss)
+    beside = None if reference is None else reference.head(model, batch)
     hidden, model_output = run_without_head(model, head, **model_inputs(model, batch))
     # With nothing to predict at the end: so that hidden states need not be copied.
     targets = _shifted(labels, _IGNORE_INDEX).flatten()
-    inputs = None
-    if any(need.name == "sequence_index" for need in normalise_needs(loss.needs)):
-        inputs = {"sequence_index": _sequence_index(batch)}
     output = linear_token_loss(
         hidden.reshape(-1, hidden.shape[-1]),
         targets=targets,
         loss=loss,
         token_inputs=inputs,
+        reference=beside,
         token_weight=_shifted(batch["token_weight"], 0).flatten() if "token_weight" in batch else None,
         **head.options,
         **options,
@@ -61,6 +72,7 @@ def full_batch_loss(
     batch: dict[str, Any],
     loss: TokenLoss,
     options: dict[str, Any],
+    reference: ReferenceModel | None,
 ) -> TokenOutput:
     """From logits ``[B, T, V]``.
 
@@ -70,9 +82,17 @@ def full_batch_loss(
         batch: see :func:`fused_batch_loss`.
         loss: see :func:`fused_batch_loss`.
         options: see :func:`fused_batch_loss`.
+        reference: see :func:`fused_batch_loss`.
+
+    Raises:
+        InputError: as :func:`fused_batch_loss`.
     """
     options = dict(options)
     by_weight = options.pop("auxiliary_by_weight")
+    inputs: dict[str, Any] = {
+        name: value.view_as(batch["labels"])[:, :-1] for name, value in _token_inputs(batch, loss).items()
+    }
+    beside = None if reference is None else reference.logits(model, batch)[:, :-1]
     outputs: list[Any] = []
     handle = model.register_forward_hook(lambda model, args, output: outputs.append(output))
     try:
@@ -84,12 +104,29 @@ def full_batch_loss(
         logits[:, :-1],
         batch["labels"][:, 1:],
         loss,
-        sequence_index=_sequence_index(batch).view_as(batch["labels"])[:, 1:],
+        **inputs,
+        reference_logits=beside,
         token_weight=batch["token_weight"][:, 1:] if "token_weight" in batch else None,
         **options,
     )
     auxiliary = auxiliary_loss(model, outputs[-1]) if outputs else None
     return _with_auxiliary_loss(output, auxiliary, options["normalizer"], by_weight)
+
+
+def _token_inputs(batch: dict[str, Any], loss: TokenLoss) -> dict[str, Tensor]:
+    """What the loss reads of each token beside the model's own statistics, ``[B * T]``, at the place of its logits."""
+    needs = {need.name for need in normalise_needs(loss.needs)}
+    inputs = {}
+    if "sequence_index" in needs:
+        inputs["sequence_index"] = _sequence_index(batch)
+    if "reference_log_prob" in needs:
+        if "reference_log_prob" not in batch:
+            raise InputError(
+                f"{type(loss).__name__} needs reference_log_prob of every target, which these rows lack: `python -m "
+                "dft_lightning score` writes rows that have it"
+            )
+        inputs["reference_log_prob"] = _shifted(batch["reference_log_prob"], 0).flatten()
+    return inputs
 
 
 def _shifted(values: Tensor, last: int) -> Tensor:

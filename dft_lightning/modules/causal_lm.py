@@ -58,6 +58,7 @@ from dft_lightning.modules.optimization import (
     total_optimizer_steps,
 )
 from dft_lightning.modules.quantization import OptimizerName, adamw_8bit, check_optimizer_name, is_quantized
+from dft_lightning.modules.reference import ReferenceModel, needs_reference_model, reference_of
 from dft_lightning.modules.saved import SavedModule
 from dft_lightning.modules.size import training_size
 from dft_lightning.modules.telemetry import TrainTelemetry
@@ -81,7 +82,8 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
     rows of whole documents: ``input_ids``, ``labels`` and ``position_ids``, all ``[B, T]``, whose positions start anew
     and whose first label is -100 at each document; where such rows end in padding, ``num_tokens`` is what is none.
     ``token_weight`` ``[B, T]``, aligned with the labels, multiplies the tokens' losses and leaves the divisor their
-    number; ``source`` ``[B, T]`` is the index of each token's source in the data module's ``source_names``.
+    number; ``reference_log_prob`` ``[B, T]``, likewise, is for the losses that need it; ``source`` ``[B, T]`` is the
+    index of each token's source in the data module's ``source_names``.
 
     Override one at a time: :meth:`build_model`, :meth:`build_parameter_groups`, :meth:`build_optimizer`,
     :meth:`build_scheduler`, :meth:`generate`.
@@ -110,6 +112,9 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
             hold the adapter alone. ``None`` trains the whole model.
         quantization_config: options of transformers' ``BitsAndBytesConfig``: keeps the base below an adapter in 4 or
             8 bits.
+        reference_model: hub name, local folder or ``asset://NAME`` of the model that losses with ``reference_kl``
+            compare with, over the same vocabulary. ``None`` takes the model that the run starts from: the base below
+            an adapter, or else a frozen copy, as large again, which strategies that shard the model refuse.
         optimizer: ``"adamw"``, or ``"adamw_8bit"``, bitsandbytes' with states of a byte each.
         sharding: how ``ModelParallelStrategy`` (FSDP2) shards the model; other strategies take no such options.
         renormalize: divide a step's gradient by the sum of its tokens' weights ``-dL/dl`` over all micro-batches and
@@ -156,6 +161,7 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
         trust_remote_code: bool = False,
         peft: dict[str, Any] | None = None,
         quantization_config: dict[str, Any] | None = None,
+        reference_model: str | None = None,
         optimizer: OptimizerName = "adamw",
         sharding: ShardingOptions = ShardingOptions(),  # noqa: B008 (frozen)
         renormalize: bool = False,
@@ -181,6 +187,9 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
         self.sharding = ShardingOptions(**sharding) if isinstance(sharding, dict) else sharding
         self.answer_extractor = from_plain(answer_extractor, AnswerExtractor)
         self.model = None
+        self._reference: ReferenceModel | None = None
+        if reference_model is not None and not needs_reference_model(self.loss):
+            raise ValueError(f"{type(self.loss).__name__} compares with no model: leave reference_model out")
         self._check_head_option(head)
         self._head_checked = self._documents_checked = False
         self.train_telemetry = TrainTelemetry()
@@ -265,6 +274,8 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
         else:
             self.model = self.build_model()
         self._check_vocabulary()
+        if needs_reference_model(self.loss):
+            self._reference = self._make_reference()
         if self.hparams["peft"] is not None:
             attach(self.model, lora_config(self.hparams["peft"]))
             if self.hparams["head"] == "fused":
@@ -276,6 +287,26 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
         return files
+
+    def _make_reference(self) -> ReferenceModel:
+        """What the loss compares with, of the model as it is built: before an adapter and a checkpoint's weights."""
+        model = self.model
+        assert model is not None
+        own = self.hparams["peft"] is not None and self.hparams["reference_model"] is None
+        if shards_parameters(self._trainer) and not own:
+            raise InputError(
+                f"{type(self.loss).__name__} needs a second model, and {type(self.trainer.strategy).__name__} shards "
+                "one alone: train an adapter (model.peft), whose base it compares with, or use DDP"
+            )
+        loading = {**self._loading_options(), "revision": None}
+        return reference_of(
+            model,
+            dict(self.hparams),
+            self.loss,
+            self._loads_checkpoint(),
+            lambda name: load_causal_lm(name, **loading),
+            lambda: copy.deepcopy(model),
+        )
 
     def _loads_checkpoint(self) -> bool:
         """Whether :meth:`build_model` is the class's own and would load a checkpoint."""
@@ -363,12 +394,12 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
             check_documents(self.model, len(batch["position_ids"]))
             self._documents_checked = True
         if self.hparams["head"] == "full":
-            return full_batch_loss(self.model, self, batch, self.loss, options)
+            return full_batch_loss(self.model, self, batch, self.loss, options, self._reference)
         head = find_head(self.model)
         if not self._head_checked:  # here and not at start-up, where a sharded model cannot be run
             check_head(self.model, head)
             self._head_checked = True
-        return fused_batch_loss(self.model, head, batch, self.loss, options)
+        return fused_batch_loss(self.model, head, batch, self.loss, options, self._reference)
 
     def _step_of_loss(self) -> int:
         """Optimizer steps behind the weights: those of this ``fit``, of the last one, or of the checkpoint.
