@@ -18,11 +18,17 @@ Item = dict[str, Any]
 
 
 class TokenizedRows(Dataset[Item]):
-    """Rows by index, and at index -1 a row without targets that evens out the ranks."""
+    """Rows by index, and at index -1 a row without targets that evens out the ranks.
 
-    def __init__(self, rows: Sequence[Item], pad_token_id: int) -> None:
+    Args:
+        rows: tokenised rows.
+        pad_token_id: for the row without targets.
+        referenced: whether rows have reference log-probs, which that one has to have then.
+    """
+
+    def __init__(self, rows: Sequence[Item], pad_token_id: int, referenced: bool = False) -> None:
         self.rows = rows
-        self.pad_token_id = pad_token_id
+        self.padding_row = padding_row(pad_token_id, referenced)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -30,7 +36,7 @@ class TokenizedRows(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         if index != PADDING_ROW:
             return {**self.rows[index], "index": index}
-        return padding_row(self.pad_token_id)
+        return self.padding_row
 
 
 class PackedRows(Dataset[Item]):
@@ -40,44 +46,47 @@ class PackedRows(Dataset[Item]):
         rows: tokenised rows, a dataset that takes lists of indices.
         packs: which of them come together.
         pad_token_id: for the row without targets.
+        referenced: whether rows have reference log-probs, which that one has to have then.
     """
 
-    def __init__(self, rows: Any, packs: Packs, pad_token_id: int) -> None:
+    def __init__(self, rows: Any, packs: Packs, pad_token_id: int, referenced: bool = False) -> None:
         self.rows = rows.select_columns(list(_COLUMNS))
         self.packs = packs
-        self.pad_token_id = pad_token_id
+        self.padding_row = padding_row(pad_token_id, referenced)
 
     def __len__(self) -> int:
         return len(self.packs)
 
     def __getitem__(self, index: int) -> Item:
         if index == PADDING_ROW:
-            return {"documents": [padding_row(self.pad_token_id)]}
+            return {"documents": [self.padding_row]}
         pieces = list(self.packs[index])
         found = self.rows[[row for row, _, _ in pieces]]
         rows = ({name: values[i] for name, values in found.items()} for i in range(len(pieces)))
         return {"documents": [piece_of(row, *piece[1:]) for row, piece in zip(rows, pieces, strict=True)]}
 
 
-_COLUMNS = ("input_ids", "labels", "weights", "part")
+_COLUMNS = ("input_ids", "labels", "weights", "reference_log_prob", "part")
 
 
 def piece_of(row: Item, start: int, stop: int) -> Item:
     """What a batch takes of a tokenised row, of its tokens ``start`` to ``stop``."""
-    weights = row["weights"]
+    weights, reference = row["weights"], row.get("reference_log_prob")
     return {
         "input_ids": row["input_ids"][start:stop],
         "labels": row["labels"][start:stop],
         "weights": None if weights is None else weights[start:stop],
+        "reference_log_prob": None if reference is None else reference[start:stop],
         "part": row["part"],
     }
 
 
-def padding_row(token: int) -> Item:
+def padding_row(token: int, referenced: bool = False) -> Item:
     """A row without targets."""
     return {
         "input_ids": [token] * 2,
         "labels": [IGNORE_INDEX] * 2,
+        "reference_log_prob": [0.0] * 2 if referenced else None,
         "index": PADDING_ROW,
         "prompt": "",
         "prompt_ids": [token],
@@ -180,8 +189,9 @@ def _by_length(order: Tensor, lengths: Tensor, group_size: int, generator: torch
 class Collator:
     """Pads rows on the right to the longest of the batch, or joins them, and pads prompts on the left.
 
-    Items are rows, or packs of ``documents``. Where a row has weights, the batch has ``token_weight``; where the rows
-    are of a mixture, ``source``, the index of each token's source.
+    Items are rows, or packs of ``documents``. Where a row has weights, the batch has ``token_weight``; where rows have
+    reference log-probs, ``reference_log_prob`` ``[B, T]``, float32, aligned with the labels and 0 where there is no
+    target; where the rows are of a mixture, ``source``, the index of each token's source.
 
     Args:
         pad_token_id: fills ``input_ids``; labels are filled with -100.
@@ -226,7 +236,7 @@ class Collator:
         for column in columns:
             del column["position_ids"]
             column["attention_mask"] = np.ones(len(column["input_ids"]), np.int64)
-        return self._stack(columns, weighted=any(row.get("weights") is not None for row in rows))
+        return self._stack(columns, rows)
 
     def _joined(self, items: list[Item]) -> dict[str, Any]:
         """A row of whole documents for each item; what fills it up are documents of one token, at position 0."""
@@ -234,8 +244,7 @@ class Collator:
         for item in items:
             documents = [self._columns(row) for row in item["documents"]]
             rows.append({name: np.concatenate([column[name] for column in documents]) for name in documents[0]})
-        weighted = any(row.get("weights") is not None for item in items for row in item["documents"])
-        batch = self._stack(rows, weighted)
+        batch = self._stack(rows, [row for item in items for row in item["documents"]])
         lengths = [len(row["input_ids"]) for row in rows]
         if batch["input_ids"].shape[1] * len(rows) > sum(lengths):
             batch["num_tokens"] = torch.tensor(sum(lengths))
@@ -245,20 +254,26 @@ class Collator:
         size = len(row["input_ids"])
         labels = np.array(row["labels"], np.int64)
         labels[:1] = IGNORE_INDEX  # the first token of a row is no target: it would be predicted from the row before
-        weights = row.get("weights")
+        weights, log_prob = row.get("weights"), row.get("reference_log_prob")
+        reference = np.zeros(size, np.float32) if log_prob is None else np.array(log_prob, np.float32)
+        reference[:1] = 0  # of a piece's first token, which is a target of the piece before it
         columns = {
             "input_ids": np.asarray(row["input_ids"], np.int64),
             "labels": labels,
             "position_ids": np.arange(size),
             "token_weight": np.ones(size, np.float32) if weights is None else np.asarray(weights, np.float32),
+            "reference_log_prob": reference,
         }
         if self.sources is not None:
             columns["source"] = np.full(size, self.sources[row.get("part", 0)], np.int64)
         return columns
 
-    def _stack(self, rows: list[dict[str, Any]], weighted: bool) -> dict[str, Any]:
+    def _stack(self, rows: list[dict[str, Any]], given: list[Item]) -> dict[str, Any]:
+        """Columns as tensors, without those of values that no row is given."""
         fill = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}
-        names = [name for name in rows[0] if weighted or name != "token_weight"]
+        optional = {"token_weight": "weights", "reference_log_prob": "reference_log_prob"}
+        left_out = {name for name, key in optional.items() if all(row.get(key) is None for row in given)}
+        names = [name for name in rows[0] if name not in left_out]
         return {name: self._pad([row[name] for row in rows], fill.get(name, 0)) for name in names}
 
     def _pad(self, sequences: Sequence[Any], value: int, left: bool = False) -> Tensor:

@@ -50,6 +50,8 @@ class RowCounts:
 class TokenizedSplit:
     """Rows of ``input_ids``, ``labels``, ``weights`` (null where all are 1), ``number`` and ``part``.
 
+    Also ``truncated``, and ``reference_log_prob`` (null where a row has none).
+
     Attributes:
         rows: those, and with prompts ``prompt``, ``prompt_ids`` and ``reference``.
         counts: of them.
@@ -123,7 +125,7 @@ def fingerprint(conversations: Conversations, encoder: ConversationEncoder, with
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-_FORMAT = 4  # of the columns below, and of what makes their tokens
+_FORMAT = 5  # of the columns below, and of what makes their tokens
 
 
 @dataclass
@@ -181,6 +183,7 @@ def schema(with_prompts: bool) -> pyarrow.Schema:
     import pyarrow as pa
 
     fields = {"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "weights": pa.list_(pa.float32())}
+    fields |= {"reference_log_prob": pa.list_(pa.float32())}
     fields |= {"number": pa.string(), "part": pa.int32(), "truncated": pa.bool_()}
     if with_prompts:
         fields |= {"prompt_ids": pa.list_(pa.int32()), "prompt": pa.string(), "reference": pa.string()}

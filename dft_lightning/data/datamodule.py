@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
@@ -19,7 +20,7 @@ from dft_lightning.component import brief_values
 from dft_lightning.data.accumulation import accumulate_to
 from dft_lightning.data.batches import Collator, PackedRows, RowSampler, TokenizedRows
 from dft_lightning.data.cache import RowCounts, tokenize
-from dft_lightning.data.forms import LastTurn, RowColumns, RowForm
+from dft_lightning.data.forms import Conversation, LastTurn, RowColumns, RowForm
 from dft_lightning.data.messages import Conversations, OnBadRows, RowReader, read_messages
 from dft_lightning.data.mixtures import MixedRows
 from dft_lightning.data.packing import Packing, Packs, pack_documents
@@ -32,6 +33,7 @@ from dft_lightning.data.tokenizer import end_of_turn, load_tokenizer
 from dft_lightning.data.tokens import ConversationEncoder
 from dft_lightning.data.workers import start_worker
 from dft_lightning.errors import InputError
+from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.metrics.sources import MAX_SOURCES
 from dft_lightning.progress import last_step
 
@@ -45,6 +47,7 @@ SPLITS_OF_STAGE = {
     "test": ("test",),
     "predict": ("predict",),
 }
+_LAST_TURN: dict[str, LastTurn] = {"test": "assistant", "predict": "optional"}
 
 
 class InstructionDataModule(pl.LightningDataModule):
@@ -55,7 +58,8 @@ class InstructionDataModule(pl.LightningDataModule):
     ``conversations``, preferences (``chosen``), or plain ``text``. They pass through the tokenizer's chat template, or
     a plain one where it has none. The loss is on assistant turns, their end-of-turn token included; of plain text it is
     on everything. A ``weight`` of a row or message multiplies the loss of its tokens; the divisor stays the number of
-    target tokens. A weight of 0 makes no targets. See ``docs/data.md``.
+    target tokens. A weight of 0 makes no targets. Rows that ``score`` has written bring a reference model's
+    log-probs to the batches, as ``reference_log_prob``. See ``docs/data.md``.
 
     Args:
         train: training rows: a local ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, a folder of such files or
@@ -105,8 +109,8 @@ class InstructionDataModule(pl.LightningDataModule):
         num_proc: processes that tokenise; ``None`` for this one.
 
     Raises:
-        InputError: at ``prepare_data`` or ``setup``: bad rows, files or tokenizers, or a ``global_batch_size`` that
-            is no whole number of micro-batches.
+        InputError: at ``prepare_data`` or ``setup``: bad rows, files or tokenizers, reference log-probs that the loss
+            reads and the rows lack, or a ``global_batch_size`` that is no whole number of micro-batches.
 
     Example:
         >>> from dft_lightning.data import ArithmeticRows, InstructionDataModule
@@ -236,6 +240,7 @@ class InstructionDataModule(pl.LightningDataModule):
         self.source_names: list[str] = []  # of mixtures, whose losses are logged apart
         self.packs: Packs | None = None
         self._rows: dict[str, Dataset] = {}
+        self._referenced: set[str] = set()  # the splits whose rows have reference log-probs
         self._source_index: dict[str, list[int]] = {}
         self._divided: dict[str, Conversations] = {}
         self._encoders: dict[int | None, ConversationEncoder] = {}
@@ -300,6 +305,16 @@ class InstructionDataModule(pl.LightningDataModule):
             options = {key: hparams[key] for key in ("revision", "trust_remote_code") if key in hparams}
         return load_tokenizer(name, chat_template=self.chat_template, key=key, **options)
 
+    def load_tokenizer(self) -> None:
+        """Load the tokenizer, where it is not yet, and find how its template ends a turn."""
+        if self.tokenizer is not None:
+            return
+        self.tokenizer = self.build_tokenizer()
+        turn_end = end_of_turn(self.tokenizer, self.chat_template_kwargs)
+        self.end_of_turn_ids = [turn_end[1]] if turn_end else []
+        if turn_end is None:
+            rank_zero_warn("the chat template ends turns with no special token: the model will not learn to stop")
+
     def load(self, stage: str, only: str | None = None) -> None:
         """Read and tokenise what ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"`` needs, where it is not yet.
 
@@ -307,12 +322,7 @@ class InstructionDataModule(pl.LightningDataModule):
             stage: which of them.
             only: the one split of it that is needed.
         """
-        if self.tokenizer is None:
-            self.tokenizer = self.build_tokenizer()
-            turn_end = end_of_turn(self.tokenizer, self.chat_template_kwargs)
-            self.end_of_turn_ids = [turn_end[1]] if turn_end else []
-            if turn_end is None:
-                rank_zero_warn("the chat template ends turns with no special token: the model will not learn to stop")
+        self.load_tokenizer()
         for split in SPLITS_OF_STAGE[stage]:
             if split in self._rows or only not in (None, split):
                 continue
@@ -324,9 +334,12 @@ class InstructionDataModule(pl.LightningDataModule):
                         "others: set its stopping_strategy: all_exhausted"
                     )
                 self._name_sources("train", source.parts)
+                self._check_stream_references()
                 continue
             conversations = self._conversations(split, required=split in (only, SPLITS_OF_STAGE[stage][0]))
             if conversations is not None:
+                if split != "predict":
+                    self._check_references(split, next(iter(conversations)))
                 self._rows[split] = self._tokenize(split, conversations)
         self._divided.clear()
         if stage == "fit" and self.packing is not None and not self.streaming and self.packs is None:
@@ -355,10 +368,17 @@ class InstructionDataModule(pl.LightningDataModule):
         return found
 
     def _read(self, split: str) -> Conversations:
-        last_turn: dict[str, LastTurn] = {"test": "assistant", "predict": "optional"}
         return read_messages(
-            self._source(split), self.columns, last_turn=last_turn.get(split, "any"), on_bad_rows=self.on_bad_rows
+            self._source(split), self.columns, last_turn=_LAST_TURN.get(split, "any"), on_bad_rows=self.on_bad_rows
         )
+
+    def reader(self, split: str) -> RowReader:
+        """What reads a split's own source, row by row.
+
+        Raises:
+            InputError: it has none.
+        """
+        return RowReader(self._source(split), self.columns, _LAST_TURN.get(split, "any"))
 
     def _divide_train(self) -> dict[str, Conversations]:
         """``train`` and ``validation`` of the training rows, read once for both."""
@@ -371,8 +391,11 @@ class InstructionDataModule(pl.LightningDataModule):
         self._divided.update(train=train, validation=validation)
         return self._divided
 
-    def _encoder(self, split: str) -> ConversationEncoder:
-        """Made once for the splits that are cut off at the same length: it takes tables and trial renderings."""
+    def encoder(self, split: str) -> ConversationEncoder:
+        """What makes tokens of a split's rows, once the tokenizer is loaded.
+
+        Made once for the splits that are cut at the same length: it takes tables and trial renderings.
+        """
         assert self.tokenizer is not None
         in_pieces = split == "train" and self.packing == "bfd_split"  # cut into them, not off
         max_length = None if in_pieces else self.max_length
@@ -384,13 +407,14 @@ class InstructionDataModule(pl.LightningDataModule):
                 self.train_turns,
                 self.chat_template_kwargs,
                 self.allow_special_tokens,
+                piece_length=self.max_length if in_pieces else None,
             )
         return self._encoders[max_length]
 
     def _tokenize(self, split: str, conversations: Conversations) -> Dataset:
         found = tokenize(
             conversations,
-            self._encoder(split),
+            self.encoder(split),
             with_prompts=split != "train",
             # Generation needs no target: a row too long to learn from is still a problem to solve.
             keep_all=split in ("test", "predict"),
@@ -411,6 +435,7 @@ class InstructionDataModule(pl.LightningDataModule):
         if len(found.rows) == 0:
             within = "" if self.max_length is None else f" left within max_length {self.max_length}"
             raise InputError(f"data.{split}: no row has a target{within}")
+        self._check_all_referenced(split, found.rows)
         self._name_sources(split, found.parts)
         return found.rows
 
@@ -423,6 +448,46 @@ class InstructionDataModule(pl.LightningDataModule):
                 f"and losses are logged of {MAX_SOURCES} at most"
             )
         self._source_index[split] = [self.source_names.index(name) for name in parts]
+
+    # -- reference log-probs -----------------------------------------------------------------------------------
+
+    def _loss_with_reference(self) -> str | None:
+        """The name of the trainer's loss, where it reads ``reference_log_prob``."""
+        loss = getattr(getattr(self.trainer, "lightning_module", None), "loss", None)
+        needs = {need.name for need in normalise_needs(getattr(loss, "needs", ()))}
+        return type(loss).__name__ if "reference_log_prob" in needs else None
+
+    def _check_references(self, split: str, first: Conversation) -> None:
+        """Whether the loss will have what it reads, by the first row: that all are alike is seen to later."""
+        loss = self._loss_with_reference()
+        if loss is None or first.reference_log_prob is not None:
+            return
+        part = split == "validation" and self.validation_fraction
+        raise InputError(
+            f"data.{'train' if part else split}: {loss} reads reference_log_prob, which the rows lack: run "
+            "`python -m dft_lightning score` with this config, and give the options that it prints"
+        )
+
+    def _check_stream_references(self) -> None:
+        if self._loss_with_reference() is None:
+            return
+        for _, _, found in self.reader("train").read():
+            if isinstance(found, Conversation):
+                self._check_references("train", found)
+                return
+
+    def _check_all_referenced(self, split: str, rows: Dataset) -> None:
+        """All rows have reference log-probs, or none has."""
+        column = rows.data["reference_log_prob"]
+        if column.null_count == 0:
+            self._referenced.add(split)
+        elif column.null_count < len(rows):
+            place = json.loads(rows["number"][column.is_null().index(True).as_py()])
+            raise InputError(
+                f"data.{split}: row {place} has no reference_log_prob, and others have: score every source, or none"
+            )
+
+    # ----------------------------------------------------------------------------------------------------------
 
     def _pack(self) -> Packs:
         assert self.packing is not None
@@ -488,7 +553,7 @@ class InstructionDataModule(pl.LightningDataModule):
         return self._loader(split, limit=limit)
 
     def tokenized(self, split: str) -> Dataset:
-        """A loaded split's rows: ``input_ids``, ``labels``, ``weights``, ``number``, ``part`` and ``truncated``."""
+        """A loaded split's rows, with the columns of :class:`~dft_lightning.data.cache.TokenizedSplit`."""
         return self._rows[split]
 
     def sources_of(self, split: str) -> list[str]:
@@ -525,7 +590,11 @@ class InstructionDataModule(pl.LightningDataModule):
         if with_prompts and "" in rows["prompt"]:
             raise InputError(f"data.{split}: plain text has no prompt to generate from: give rows of another form")
         pad = self._pad_token_id()
-        dataset = TokenizedRows(rows, pad) if packs is None else PackedRows(rows, packs, pad)
+        with_reference = split in self._referenced
+        if packs is None:
+            dataset: Any = TokenizedRows(rows, pad, with_reference)
+        else:
+            dataset = PackedRows(rows, packs, pad, with_reference)
         rank, ranks = self._ranks()
         grouped = split == "train" and shuffle and self.group_by_length
         sampler = RowSampler(
@@ -557,8 +626,8 @@ class InstructionDataModule(pl.LightningDataModule):
         rank, ranks = self._ranks()
         overfits = getattr(self.trainer, "overfit_batches", 0) > 0  # on the same batches again
         stream = StreamedBatches(
-            RowReader(self._source("train"), self.columns, "any"),
-            self._encoder("train"),
+            self.reader("train"),
+            self.encoder("train"),
             self._collator("train", with_prompts=False),
             StreamOptions(
                 batch_size=self.batch_size,
@@ -567,6 +636,7 @@ class InstructionDataModule(pl.LightningDataModule):
                 packing=self.packing,
                 max_length=self.max_length,
                 on_bad_rows=self.on_bad_rows,
+                referenced=True if self._loss_with_reference() else None,
             ),
             rank,
             ranks,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from dft_lightning.data.references import read_reference
 from dft_lightning.data.turns import BadRow, Message, as_text, as_weight, read_tools, read_turns
 
 RowForm = Literal["auto", "prompt_completion", "alpaca", "messages", "sharegpt", "preference", "text"]
@@ -49,12 +50,17 @@ class Conversation:
         tools: function schemas.
         text: plain text in place of messages.
         weight: of plain text.
+        reference_log_prob: of the row's targets under a reference model, as
+            :func:`~dft_lightning.data.references.read_reference` returns them; ``None`` where the row has none.
+        reference_fingerprint: of the row as it was scored.
     """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     text: str | None = None
     weight: float = 1.0
+    reference_log_prob: str | None = None
+    reference_fingerprint: str | None = None
 
 
 class UnknownForm(BadRow):
@@ -95,6 +101,13 @@ def convert_row(row: dict[str, Any], form: RowForm, columns: RowColumns, last_tu
     Raises:
         BadRow: what is wrong with it.
     """
+    conversation, reference = _converted(row, form, columns, last_turn), read_reference(row)
+    if reference is None:
+        return conversation
+    return replace(conversation, reference_log_prob=reference[0], reference_fingerprint=reference[1])
+
+
+def _converted(row: dict[str, Any], form: RowForm, columns: RowColumns, last_turn: LastTurn) -> Conversation:
     weight = 1.0 if row.get(columns.weight) is None else as_weight(row[columns.weight], columns.weight)
     _check_weight(weight, columns, columns.weight)
     if form == "text":

@@ -39,6 +39,7 @@ class StreamOptions:
         max_length: tokens of a pack.
         pack_buffer_size: rows that are packed together.
         on_bad_rows: what becomes of bad rows.
+        referenced: whether rows must have reference log-probs; ``None`` to go by a worker's first.
     """
 
     batch_size: int
@@ -48,6 +49,7 @@ class StreamOptions:
     max_length: int | None = None
     pack_buffer_size: int = 1000
     on_bad_rows: OnBadRows = "raise"
+    referenced: bool | None = None
 
 
 @dataclass
@@ -127,6 +129,7 @@ class _Shard:
         self.total = total
         self.bad: list[str] = []
         self.dropped = 0
+        self.referenced = stream.options.referenced
 
     def batches(self, start: State | None) -> Iterator[dict[str, Any]]:
         items: list[dict[str, Any]] = []
@@ -202,12 +205,27 @@ class _Shard:
         for (part, number), encoded in zip(places, self.encoder.encode(conversations), strict=True):
             if isinstance(encoded, EncodedRow):
                 if encoded.has_target:
+                    found += self._unlike_the_others(number, encoded)
                     found.append({**vars(encoded), "part": part})
                 else:
                     self.dropped += 1
             else:
                 found += self._problem(number, encoded)
         return found
+
+    def _unlike_the_others(self, number: int | str, row: EncodedRow) -> list[BadRow]:
+        """What ends the run: a batch would take a row without reference log-probs for one of certain targets."""
+        referenced = row.reference_log_prob is not None
+        if self.referenced is None:
+            self.referenced = referenced
+        if referenced == self.referenced:
+            return []
+        has = (
+            "has a reference_log_prob, and others have none"
+            if referenced
+            else "has no reference_log_prob, and others have"
+        )
+        return [BadRow(f"{self.reader.source.name}: row {number} {has}: score every source, or none")]
 
     def _problem(self, number: int | str, problem: Exception) -> list[BadRow]:
         text = shortened(f"row {number}: {problem}")

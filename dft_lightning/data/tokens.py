@@ -1,16 +1,17 @@
-"""Conversations to tokens with labels and weights."""
+"""Conversations to tokens with labels, weights and reference log-probs."""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dft_lightning.data.byte_level import Border, ByteLevel
+from dft_lightning.data.references import aligned_reference
 from dft_lightning.data.template import ChatTemplate, Rendered, TrainTurns
 from dft_lightning.errors import InputError
 
@@ -32,17 +33,28 @@ class EncodedRow:
         labels: ``[T]``, int32: the token itself where it is learnt, -100 elsewhere.
         weights: ``[T]``, float32, of the learnt tokens (0 elsewhere); ``None`` where all are 1.
         truncated: whether tokens were cut off.
+        reference_log_prob: ``[T]``, float32, of the targets under a reference model (0 elsewhere); ``None`` where the
+            row has none.
     """
 
     input_ids: np.ndarray[Any, np.dtype[np.int32]]
     labels: np.ndarray[Any, np.dtype[np.int32]]
     weights: np.ndarray[Any, np.dtype[np.float32]] | None
     truncated: bool
+    reference_log_prob: np.ndarray[Any, np.dtype[np.float32]] | None = None
 
     @property
     def has_target(self) -> bool:
         """Whether any token is learnt."""
         return bool((self.labels != IGNORE_INDEX).any())
+
+    def cut(self, max_length: int | None) -> EncodedRow:
+        """The first ``max_length`` tokens of a whole row; ``None`` for all."""
+        if max_length is None or len(self.input_ids) <= max_length:
+            return self
+        kept = slice(0, max_length)
+        weights = None if self.weights is None else self.weights[kept]
+        return EncodedRow(self.input_ids[kept], self.labels[kept], weights, truncated=True)
 
 
 class ConversationEncoder:
@@ -59,6 +71,7 @@ class ConversationEncoder:
         train_turns: learn ``"all"`` assistant turns or the ``"last"`` alone.
         template_kwargs: further variables of the chat template.
         allow_special_tokens: let rows spell special tokens as control, not as text.
+        piece_length: what longer rows will be cut into pieces of; their reference log-probs must be of such pieces.
     """
 
     def __init__(
@@ -69,9 +82,11 @@ class ConversationEncoder:
         train_turns: TrainTurns = "all",
         template_kwargs: dict[str, Any] | None = None,
         allow_special_tokens: bool = False,
+        piece_length: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.piece_length = piece_length
         self.train_on_prompts = train_on_prompts
         self.template = ChatTemplate(tokenizer, train_turns, template_kwargs, allow_special_tokens)
         self._backend = _with_whole_offsets(tokenizer.backend_tokenizer)
@@ -83,6 +98,7 @@ class ConversationEncoder:
         template = self.template
         return [
             self.max_length,
+            self.piece_length,
             self.train_on_prompts,
             template.train_turns,
             template.template_kwargs,
@@ -91,6 +107,25 @@ class ConversationEncoder:
 
     def encode(self, conversations: Sequence[Conversation]) -> list[EncodedRow | InputError]:
         """The tokens of each conversation, or what is wrong with it."""
+        pairs = zip(self.encode_whole(conversations), conversations, strict=True)
+        return [row if isinstance(row, InputError) else self._kept(row, conversation) for row, conversation in pairs]
+
+    def _kept(self, row: EncodedRow, conversation: Conversation) -> EncodedRow | InputError:
+        """What is left of a whole row, with its reference log-probs."""
+        log_prob, fingerprint = conversation.reference_log_prob, conversation.reference_fingerprint
+        kept = row.cut(self.max_length)
+        if log_prob is None or fingerprint is None:
+            return kept
+        try:
+            found = aligned_reference(
+                log_prob, fingerprint, row.input_ids, row.labels, self.max_length, self.piece_length
+            )
+        except InputError as error:
+            return error
+        return replace(kept, reference_log_prob=found)
+
+    def encode_whole(self, conversations: Sequence[Conversation]) -> list[EncodedRow | InputError]:
+        """All tokens of each conversation, without its reference log-probs, or what is wrong with it."""
         rendered = [attempt(self.template.render, conversation) for conversation in conversations]
         plain = [found for found in rendered if isinstance(found, Rendered) and found.mark is None]
         encoded = iter(self._encode_plain(plain))
@@ -172,10 +207,7 @@ class ConversationEncoder:
             weights = (labels != IGNORE_INDEX).astype(np.float32)
             for start, end, weight in borders:
                 weights[max(start, 1) : end] = weight
-        if self.max_length is None or len(input_ids) <= self.max_length:
-            return EncodedRow(input_ids, labels, weights, truncated=False)
-        kept = slice(0, self.max_length)
-        return EncodedRow(input_ids[kept], labels[kept], None if weights is None else weights[kept], truncated=True)
+        return EncodedRow(input_ids, labels, weights, truncated=False)
 
 
 def attempt(function: Any, argument: Any) -> Any:
