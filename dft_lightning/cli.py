@@ -32,10 +32,11 @@ from dft_lightning.processes import RunProcesses, is_of_a_lost_process
 from dft_lightning.saved_config import RunConfig
 
 _DESCRIPTION = (
-    "Fine-tune causal language models with a pluggable token loss. Four more commands have options of their own, "
+    "Fine-tune causal language models with a pluggable token loss. Five more commands have options of their own, "
     "shown by `compare --help` and so on: compare runs a grid of losses, learning rates and seeds and reports on it; "
-    "inspect shows a fit config's rows as the model will see them; export writes a checkpoint as a Hugging Face "
-    "folder; configs lists and copies the configs that come with the package."
+    "inspect shows a fit config's rows as the model will see them; score writes a model's log-probs of a data set's "
+    "targets as a column of it; export writes a checkpoint as a Hugging Face folder; configs lists and copies the "
+    "configs that come with the package."
 )
 
 TRAINER_DEFAULTS: dict[str, Any] = {

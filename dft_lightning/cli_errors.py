@@ -183,6 +183,7 @@ OTHER_COMMANDS = {
     "compare": "dft_lightning.compare.command",
     "inspect": "dft_lightning.inspection.command",
     "export": "dft_lightning.export.command",
+    "score": "dft_lightning.scoring.command",
     "configs": "dft_lightning.shipped_configs",
 }
 

@@ -657,6 +657,10 @@ class InstructionDataModule(pl.LightningDataModule):
             "worker_init_fn": partial(start_worker, rank=rank),
         }
 
+    def collator(self) -> Collator:
+        """Pads rows of any split, once the tokenizer is loaded."""
+        return Collator(self._pad_token_id(), self.pad_to_multiple_of)
+
     def _collator(self, split: str, with_prompts: bool) -> Collator:
         sources = self._source_index.get(split) or None
         return Collator(self._pad_token_id(), self.pad_to_multiple_of, with_prompts, self.padding_free, sources)

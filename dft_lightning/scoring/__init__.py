@@ -1,0 +1,1 @@
+"""The command ``score``: log-probs of a data set's targets under a model, as a column of its rows."""

@@ -1,0 +1,153 @@
+"""From a ``fit`` config to scored folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+
+from dft_lightning import __version__
+from dft_lightning.callbacks import PredictionWriter
+from dft_lightning.cli import DFTLightningCLI, cli_options
+from dft_lightning.data import InstructionDataModule
+from dft_lightning.errors import InputError
+from dft_lightning.files import replacing_folder
+from dft_lightning.losses import CrossEntropyLoss
+from dft_lightning.scoring.batches import ScoredWriter, ScoringBatches, ScoringData, ScoringModule
+from dft_lightning.scoring.rows import SplitRows
+
+SPLITS = ("train", "validation", "forgetting", "test")
+RECORD = "score.json"
+_KEPT = ("accelerator", "precision", "enable_progress_bar", "default_root_dir", "deterministic", "plugins")
+
+
+class ScoringCLI(DFTLightningCLI):
+    """Takes a ``fit`` config as ``predict`` does, and scores on one device.
+
+    Args:
+        args: of ``predict``, its name first.
+        splits: which to score; ``None`` for all that the config has.
+        output: the folder to write.
+    """
+
+    def __init__(self, args: list[str], splits: list[str] | None, output: Path) -> None:
+        self.splits = splits
+        self.output = output
+        self.scored: list[str] = []
+        options = {**cli_options(), "save_config_callback": None}
+        super().__init__(ScoringModule, InstructionDataModule, **options, args=args)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {"predict": DFTLightningCLI.subcommands()["predict"]}
+
+    def before_instantiate_classes(self) -> None:
+        """What a run has beside its device and precision, callbacks and several processes among it, stays away."""
+        options = self._options(self.config)
+        if options.ckpt_path is not None and Path(options.ckpt_path).is_dir():
+            raise InputError(
+                f"--ckpt_path: {options.ckpt_path} is a folder of shards, and score runs on one device: export it, and "
+                "give model.model what is written"
+            )
+        trainer = options.trainer
+        devices = trainer.devices
+        defaults = self._parser(self.subcommand).get_defaults().trainer
+        for name in vars(trainer):
+            if name not in _KEPT:
+                trainer[name] = defaults[name]
+        trainer.devices = devices[:1] if isinstance(devices, list) else 1
+        trainer.logger = trainer.enable_checkpointing = trainer.enable_model_summary = False
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, PredictionWriter)]
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.model.loss = CrossEntropyLoss()  # of a reference nothing is asked but log-probs
+        data = self.datamodule
+        data.model_hparams = self.model.hparams
+        self.scored = _chosen(data, self.splits)
+        data.load_tokenizer()
+        splits = [SplitRows(data, split) for split in self.scored]
+        for split in splits:
+            split.check()
+            _say(split)
+        self._score(splits)
+
+    def _score(self, splits: list[SplitRows]) -> None:
+        data = self.datamodule
+        batches = ScoringBatches(splits, data.collator(), data.eval_batch_size)
+        with replacing_folder(self.output) as folder:
+            writer = ScoredWriter(batches, folder)
+            self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
+            self.trainer.predict(
+                self.model,
+                datamodule=ScoringData(data, batches),
+                ckpt_path=self._checkpoint,
+                return_predictions=False,
+                weights_only=True,
+            )
+            record = self._record(splits, writer)
+            (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def _record(self, splits: list[SplitRows], writer: ScoredWriter) -> dict[str, Any]:
+        """What the log-probs come from."""
+        import torch
+        import transformers
+
+        model, data = self.model.hparams, self.datamodule
+        versions = {"dft_lightning": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        return {
+            "model": model["model"],
+            "revision": model["revision"],
+            "peft": model["peft"] is not None,
+            "checkpoint": self._checkpoint,
+            "dtype": model["dtype"],
+            "precision": self.trainer.precision,
+            "tokenizer": data.tokenizer_name or model["model"],
+            "max_length": data.max_length,
+            "packing": data.packing,
+            "versions": versions,
+            "splits": {
+                split.split: {
+                    "source": split.source.name,
+                    "rows": writer.rows[place],
+                    "targets": writer.targets[place],
+                    "bad_rows": split.problems.count,
+                    "columns_left_out": sorted(split.left_out),
+                }
+                for place, split in enumerate(splits)
+            },
+        }
+
+
+def _chosen(data: InstructionDataModule, splits: list[str] | None) -> list[str]:
+    """The splits to score.
+
+    Raises:
+        InputError: the config has none, or not one of those that are asked for.
+    """
+    there = [split for split in SPLITS if data.sources[split] is not None]
+    for split in splits or []:
+        if split == "validation" and data.validation_fraction:
+            raise InputError("--splits validation: it is a part of data.train (data.validation_fraction): score train")
+        if split not in there:
+            raise InputError(f"--splits {split}: data.{split} is not set")
+    if not there:
+        raise InputError("data.train is not set, nor any other rows")
+    return [split for split in there if splits is None or split in splits]
+
+
+def _say(split: SplitRows) -> None:
+    if split.problems.count:
+        rank_zero_warn(
+            f"data.on_bad_rows: skip\n{split.problems.report(split.total)}\nThey are left out of what is written"
+        )
+    if split.left_out:
+        names = ", ".join(sorted(split.left_out))
+        rank_zero_warn(f"data.{split.split}: columns that JSON has no form for are left out: {names}")
