@@ -1,4 +1,4 @@
-"""``score``: each target's log-prob is the model's own, lies at its token in every kind of batch, and of no other row."""
+"""``score``: each target's log-prob is the model's own, lies at its token in every batch, and is of no other row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import TINY_LLAMA
 from dft_lightning import CausalLMModule, InstructionDataModule
-from dft_lightning.assets import asset_path
+from dft_lightning.assets import resolve
 from dft_lightning.data import ArithmeticRows
 from dft_lightning.data.tokenizer import load_tokenizer
 from dft_lightning.errors import InputError
@@ -45,10 +45,10 @@ class FromReference(TokenLoss):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A random Llama of the tokenizer's vocabulary, in a folder."""
+    """A random Llama in a folder; its weights are large, so that all that stands before a token counts."""
     torch.manual_seed(7)
     folder = tmp_path_factory.mktemp("llama")
-    config = AutoConfig.for_model(**{**TINY_LLAMA, "vocab_size": len(IDS), "max_position_embeddings": 512})
+    config = AutoConfig.for_model(**{**TINY_LLAMA, "vocab_size": len(IDS), "initializer_range": 0.5})
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return str(folder)
 
@@ -122,7 +122,7 @@ def loaded(rows, stage="fit", **options):
 def test_log_probs_are_the_models_own(name, llama, tmp_path):
     weighed = [{**row, "weight": i % 3, "source": {"page": i, "note": None}} for i, row in enumerate(ROWS)]
     folder = scored(tmp_path, llama if name == "llama" else name, rows=weighed)
-    model = in_float64(llama if name == "llama" else asset_path("arithmetic-base"))
+    model = in_float64(llama if name == "llama" else resolve(TOKENIZER))
     found = read(folder)
     assert [{k: v for k, v in row.items() if not k.startswith("reference_")} for row in found] == weighed
     for row in found:
@@ -253,7 +253,13 @@ def test_the_row_that_evens_out_ranks_has_them(of_llama, tmp_path):
     assert "reference_log_prob" not in data.train_dataloader().collate_fn([data.train_dataloader().dataset[-1]])
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def first_batch(data):
+    """Of a stream, what is wrong comes with it."""
+    data.setup("fit")
+    return data.on_before_batch_transfer(next(iter(data.train_dataloader())), 0)
 
 
 def changed(key, value):
@@ -308,18 +314,16 @@ OTHERS = (
         (changed("reference_log_prob", lambda old: [-1e39]), {}, r"reference_log_prob\[0\]: -1e\+39, which is no log"),
     ],
 )
-@pytest.mark.parametrize("streaming", [False, True])
-def test_log_probs_of_another_row_are_refused(change, options, message, streaming, of_llama, tmp_path):
+def test_log_probs_of_another_row_are_refused(change, options, message, of_llama, tmp_path):
     rows = read(of_llama)
     if change is not None:
         rows[1] = change(rows[1])
     write(tmp_path / "changed" / "rows.jsonl", rows)
-    data = data_of(tmp_path / "changed", streaming=streaming, shuffle=False, **options)
     if change is None:
         message = message.replace("row rows.jsonl:2", "row rows.jsonl:1")
-    with pytest.raises(InputError, match=message):
-        data.setup("fit")
-        data.on_before_batch_transfer(next(iter(data.train_dataloader())), 0)
+    for streaming in (False, True):
+        with pytest.raises(InputError, match=message):
+            first_batch(data_of(tmp_path / "changed", streaming=streaming, shuffle=False, **options))
 
 
 def test_rows_in_another_order_keep_theirs(llama, of_llama, tmp_path):
@@ -375,8 +379,7 @@ def test_all_rows_have_them_or_none(streaming, lacking, place, of_llama, tmp_pat
     with pytest.raises(
         InputError, match=r"row \d has (a|no) reference_log_prob, and others have.*: score every source"
     ):
-        data.setup("fit")
-        data.on_before_batch_transfer(next(iter(data.train_dataloader())), 0)
+        first_batch(data)
 
 
 @pytest.mark.parametrize(
@@ -395,12 +398,12 @@ def test_what_a_loss_reads_must_be_there(options, stage, where, llama, of_llama,
     sources = {"plain": write(tmp_path / "rows.jsonl"), "scored": str(of_llama)}
     options = {name: sources.get(value, value) if name != "streaming" else value for name, value in options.items()}
     data = InstructionDataModule(tokenizer=TOKENIZER, **options)
-    message = f"data.{where}: FromReference reads reference_log_prob, which the rows lack: run `python -m dft_lightning score`"
+    message = f"data.{where}: FromReference reads reference_log_prob, which the rows lack: run `python -m dft"
     with pytest.raises(InputError, match=message):
         getattr(trainer(), stage)(CausalLMModule(llama, loss=FromReference()), datamodule=data)
 
 
-# -- the command -----------------------------------------------------------------------------------------------------
+# -- the command -------------------------------------------------------------------------------------------------------
 
 
 def fails(capfd, args):
@@ -489,6 +492,10 @@ def test_columns_that_json_cannot_hold_are_left_out_unless_they_are_read(llama, 
         "raw",
     ]
     loaded(tmp_path / "scored" / "train")
+    turns = [{"from": "human", "value": "1+1="}, {"from": "gpt", "value": "1+1+0=2c0|2"}]
+    rows = [{"conversations": [{**turn, "at": datetime(2026, 1, 1)} for turn in turns]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert "rows.parquet: row 1: has values that a .jsonl file does not hold" in fails(capfd, [*args, "--overwrite"])
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,8 @@ class ScoringCLI(DFTLightningCLI):
         with replacing_folder(self.output) as folder:
             writer = ScoredWriter(batches, folder)
             self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
+            # The data loader reads in this process, where the length is exact.
+            warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
             self.trainer.predict(
                 self.model,
                 datamodule=ScoringData(data, batches),
