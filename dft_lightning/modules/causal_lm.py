@@ -303,7 +303,7 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
             model,
             dict(self.hparams),
             self.loss,
-            self._loads_checkpoint(),
+            isinstance(self.hparams["model"], str),
             lambda name: load_causal_lm(name, **loading),
             lambda: copy.deepcopy(model),
         )

@@ -108,7 +108,8 @@ def reference_of(
         model: the model as it starts.
         options: ``reference_model`` and ``peft`` of the module.
         loss: what needs it.
-        starts_from_checkpoint: whether the start can be made again at any time, when a run is resumed.
+        starts_from_checkpoint: whether the start can be made again at any time, when a run is resumed. What a
+            ``build_model`` of one's own makes of a checkpoint has to be the same each time.
         load: makes a model of ``reference_model``.
         copy_of_start: makes a copy of ``model``.
 
