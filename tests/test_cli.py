@@ -152,7 +152,7 @@ def test_unknown_command(capfd):
     assert fails(capfd, "inspec") == "unknown command 'inspec'; did you mean inspect?"
     assert fails(capfd, "exprt") == "unknown command 'exprt'; did you mean export?"
     assert fails(capfd, "config") == "unknown command 'config'; did you mean configs?"
-    known = "give one of fit, validate, test, predict, compare, inspect, export, configs; see --help"
+    known = "give one of fit, validate, test, predict, compare, inspect, export, score, configs; see --help"
     assert fails(capfd, "xyz") == f"unknown command 'xyz': {known}"
     assert fails(capfd) == f"no command: {known}"
 
@@ -161,7 +161,7 @@ def test_help_names_every_command(capfd):
     with pytest.raises(SystemExit) as error:
         main(["--help"])
     assert error.value.code == 0
-    known = {"fit", "validate", "test", "predict", "compare", "inspect", "export", "configs"}
+    known = {"fit", "validate", "test", "predict", "compare", "inspect", "export", "score", "configs"}
     assert known <= set(capfd.readouterr().out.split())
 
 

@@ -85,7 +85,7 @@ def test_configs_are_accepted(code, parse, tmp_path, monkeypatch):
 
 
 COMMANDS = {name: f"{name}.command" for name in ("compare", "export")}
-COMMANDS |= {"inspect": "inspection.command", "configs": "shipped_configs"}
+COMMANDS |= {"inspect": "inspection.command", "score": "scoring.command", "configs": "shipped_configs"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -93,7 +93,9 @@ def test_options_of_commands_are_named(name, capsys):
     main = importlib.import_module(f"dft_lightning.{COMMANDS[name]}").main
     with pytest.raises(SystemExit):
         main(["--help"])
-    options = set(re.findall(r"--[a-z][\w-]+", capsys.readouterr().out.partition("Learnt tokens")[0])) - {"--help"}
+    options = set(re.findall(r"--[a-z][\w-]+", re.split("Learnt tokens|Every other", capsys.readouterr().out)[0])) - {
+        "--help"
+    }
     page = (DOCS / "reference" / "commands.md").read_text(encoding="utf-8").split(f"## {name}\n")[1].split("\n## ")[0]
     assert options == set(re.findall(r"`(--[a-z][\w-]+)", page))
 

@@ -311,6 +311,7 @@ OTHERS = (
             {},
             r"reference_log_prob\[0\]: nan, which is no log",
         ),
+        (changed("reference_log_prob", lambda old: [-(10**400)]), {}, "has a whole number beyond what floats hold"),
         (changed("reference_log_prob", lambda old: [-1e39]), {}, r"reference_log_prob\[0\]: -1e\+39, which is no log"),
     ],
 )

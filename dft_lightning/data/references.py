@@ -39,8 +39,11 @@ def read_reference(row: dict[str, Any]) -> tuple[str, str] | None:
     if not isinstance(values, list) or not set(map(type, values)) <= {int, float}:
         kind = "a list with others in it" if isinstance(values, list) else type(values).__name__
         raise BadRow(f"{LOG_PROB}: expected a list of numbers, got {kind}")
-    with np.errstate(over="ignore"):
-        log_prob = np.array(values, np.float64).astype("<f4")
+    try:
+        with np.errstate(over="ignore"):
+            log_prob = np.array(values, np.float64).astype("<f4")
+    except OverflowError:
+        raise BadRow(f"{LOG_PROB}: has a whole number beyond what floats hold") from None
     wrong = np.flatnonzero(~(np.isfinite(log_prob) & (log_prob <= 0)))
     if wrong.size:
         raise BadRow(f"{LOG_PROB}[{wrong[0]}]: {values[wrong[0]]}, which is no log-prob")
