@@ -10,12 +10,14 @@ import torch
 from datasets import Dataset
 
 from conftest import shared
+from dft_lightning import CausalLMModule
 from dft_lightning.data import ArithmeticRows, InstructionDataModule, LocalRows, MixedRows
 from dft_lightning.data.forms import Conversation, RowColumns
 from dft_lightning.data.messages import read_messages
 from dft_lightning.data.tokenizer import load_tokenizer
 from dft_lightning.data.tokens import ConversationEncoder
 from dft_lightning.errors import InputError
+from small_runs import TINY_ARITHMETIC, GradientRecorder, trainer
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
@@ -225,6 +227,142 @@ def test_weights_reach_the_batches(tmp_path):
         data.setup("fit")
         batch = next(iter(data.train_dataloader()))
         assert sorted(batch["token_weight"][batch["labels"] != -100].tolist()) == [0.5, 0.5, 1, 1], options
+
+
+PAIR = {"prompt": "1+1=", "completion": "2"}
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        ({"reward": 0.5}, {}, 0.5),
+        ({"reward": 1.0}, {}, None),
+        ({"advantage": "-1.5"}, {}, -1.5),
+        ({"weight": None, "reward": None, "advantage": 2}, {}, 2.0),
+        ({"reward": 3, "weight": 0.25}, {"weight": "weight"}, 0.25),
+        ({"reward": "good"}, {"weight": "weight"}, None),
+        ({"weight": 3, "advantage": -2}, {"weight": "advantage"}, -2.0),
+    ],
+)
+def test_a_row_is_weighted_by_its_reward_or_advantage(tmp_path, row, columns, expected):
+    assert one(tmp_path, {**PAIR, **row}, **columns).messages[1].get("weight") == expected
+
+
+def test_an_advantage_multiplies_the_messages_weights(tmp_path):
+    turns = [USER, {**ANSWER, "weight": 0.5}, USER, ANSWER, USER, {**ANSWER, "weight": 0}]
+    found = one(tmp_path, {"messages": turns, "advantage": -4}).messages
+    assert [message.get("weight") for message in found] == [None, -2, None, -4, None, 0]
+    assert one(tmp_path, {"text": "1+1=2", "advantage": -1}).weight == -1
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        (
+            {"weight": 1, "reward": 1},
+            {},
+            "row 1: weight and reward: two weights of one row: name the column to take by",
+        ),
+        ({"reward": 0, "advantage": 0}, {}, "reward and advantage: two weights of one row"),
+        ({"reward": -1}, {}, "reward: expected a number from 0 to 3.4e38, got -1; only an advantage may be negative"),
+        ({"reward": "good"}, {}, "got 'good'; .*is left alone with data.weight_column: weight"),
+        ({"advantage": 4e38}, {}, "advantage: expected a number from -3.4e38 to 3.4e38, got 4e"),
+        ({"advantage": float("nan")}, {}, "advantage: expected a number from -3.4e38"),
+        ({"weight": -1}, {}, "weight: expected a number from 0 to 3.4e38, got -1$"),
+        ({"mine": -1}, {"weight": "mine"}, "mine: expected a number from 0 to 3.4e38, got -1$"),
+        (
+            {"advantage": -1},
+            {"signed": False},
+            "advantage: -1, and model.renormalize divides by the sum of the weights",
+        ),
+        ({"advantage": 2}, {"weighted": False}, "advantage: 2, and data.train_on_prompts"),
+    ],
+)
+def test_weights_that_are_refused(tmp_path, row, columns, expected):
+    with pytest.raises(InputError, match=expected):
+        read(tmp_path, {**PAIR, **row}, **columns)
+
+
+@pytest.mark.parametrize("prompt", ["1+1=", [USER]])
+def test_an_answer_of_no_weight_may_be_empty(tmp_path, prompt):
+    """As a model's may be; it is not learnt, and to score or to be scored against it is still a bad row."""
+    assert [m["role"] for m in one(tmp_path, {"prompt": prompt, "completion": "", "reward": 0}).messages] == ["user"]
+    for reward, last_turn in ((1, "any"), (0, "assistant")):
+        with pytest.raises(InputError, match="completion: empty"):
+            read(tmp_path, {"prompt": prompt, "completion": "", "reward": reward}, last_turn=last_turn)
+
+
+def test_what_weights_the_rows_is_said_once(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    rows = [{**PAIR, "reward": reward} for reward in (1.0, 0.0, 0.5)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    said = []
+    for place in ("messages", "stream_position"):
+        monkeypatch.setattr(f"dft_lightning.data.{place}.rank_zero_info", said.append)
+    data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base", batch_size=1)
+    data.setup("fit")
+    assert said == [f"{path}: the column reward weights the rows' losses (another by data.weight_column)"]
+    assert (data.counts["train"].rows, data.counts["train"].dropped) == (3, 1)
+    said.clear()
+    data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base", batch_size=1, streaming=True)
+    data.setup("fit")
+    for batch, _ in zip(data.train_dataloader(), range(3), strict=False):
+        data.on_before_batch_transfer(batch, 0)
+    assert said == ["data.train: the column reward weights the rows' losses (another by data.weight_column)"]
+    said.clear()
+    read(tmp_path, {**PAIR, "weight": 2})
+    read(tmp_path, {**PAIR, "reward": 2}, weight="reward")
+    assert said == []
+
+
+@pytest.mark.parametrize("loss", ["CrossEntropyLoss", "DFTLoss"])
+@pytest.mark.parametrize("head", ["fused", "full"])
+def test_gradients_of_rewards_and_advantages_by_hand(tmp_path, loss, head):
+    """In float64, from the model's own logits: a row of reward 0 is not there, one of advantage -1 is subtracted."""
+    rows = [
+        {"prompt": "1+1=", "completion": "2", "reward": 0.5},
+        {"prompt": "12+3=", "completion": "15", "reward": 0},
+        {"prompt": "2+2+2=", "completion": "6=6", "advantage": -1},
+        {"prompt": "4+4=", "completion": "88"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    module = GradientRecorder(TINY_ARITHMETIC, loss={"class_path": f"dft_lightning.{loss}"}, dtype="float64", head=head)
+    module.rounded = torch.float64
+    module.configure_model()
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    data = InstructionDataModule(
+        str(tmp_path / "rows.jsonl"), tokenizer="asset://arithmetic-base", batch_size=2, shuffle=False
+    )
+    trainer(accumulate_grad_batches=2).fit(module, datamodule=data)
+    with torch.no_grad():
+        for parameter, value in zip(module.parameters(), before, strict=True):
+            parameter.copy_(value)
+            parameter.grad = None
+    total, targets = 0.0, 0
+    for row, weight in ((rows[0], 0.5), (rows[2], -1.0), (rows[3], 1.0)):
+        text = f"^{row['prompt']}{row['completion']}$"
+        ids = torch.tensor([data.tokenizer.convert_tokens_to_ids(list(text))])
+        log_prob = module.model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        learnt = log_prob[len(row["prompt"]) :]
+        per_token = -learnt * (learnt.detach().exp() if loss == "DFTLoss" else 1)
+        total, targets = total + weight * per_token.sum(), targets + len(learnt)
+    (total / targets).backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in module.parameters()])
+    assert targets == 2 + 4 + 3
+    torch.testing.assert_close(module.gradients[0], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_renormalize_takes_no_negative_weights(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**PAIR, "advantage": -1}))
+    for streaming in (False, True):
+        data = InstructionDataModule(
+            str(tmp_path / "rows.jsonl"), tokenizer="asset://arithmetic-base", batch_size=1, streaming=streaming
+        )
+        module = CausalLMModule(TINY_ARITHMETIC, renormalize=True)
+        with pytest.raises(InputError, match="row 1: advantage: -1, and model.renormalize divides by the sum of the"):
+            trainer().fit(module, datamodule=data)
+    data = InstructionDataModule(str(tmp_path / "rows.jsonl"), tokenizer="asset://arithmetic-base", batch_size=1)
+    trainer().fit(CausalLMModule(TINY_ARITHMETIC), datamodule=data)
 
 
 # -- prompts common to all -------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -57,9 +58,10 @@ class InstructionDataModule(pl.LightningDataModule):
     ``instruction``/``input``/``output``, ``messages`` (with ``tools`` and tool calls, too), ShareGPT's
     ``conversations``, preferences (``chosen``), or plain ``text``. They pass through the tokenizer's chat template, or
     a plain one where it has none. The loss is on assistant turns, their end-of-turn token included; of plain text it is
-    on everything. A ``weight`` of a row or message multiplies the loss of its tokens; the divisor stays the number of
-    target tokens. A weight of 0 makes no targets. Rows that ``score`` has written bring a reference model's
-    log-probs to the batches, as ``reference_log_prob``. See ``docs/data.md``.
+    on everything. A ``weight`` of a row or message multiplies the loss of its tokens, as a row's ``reward`` or
+    ``advantage`` does; the divisor stays the number of target tokens. A weight of 0 makes no targets. Rows that
+    ``score`` has written bring a reference model's log-probs to the batches, as ``reference_log_prob``. See
+    ``docs/data.md``.
 
     Args:
         train: training rows: a local ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, a folder of such files or
@@ -76,7 +78,8 @@ class InstructionDataModule(pl.LightningDataModule):
         completion_column: column of the completion, likewise.
         messages_column: column of the messages.
         text_column: column of plain text.
-        weight_column: column of the rows' weights, where they have it.
+        weight_column: column of the rows' weights, where they have it; ``None`` recognises ``weight``, ``reward`` and
+            ``advantage``, which alone may be negative.
         system_prompt: system message of the rows that have none, in training and generation.
         prompt_suffix: what every user message ends with, in training and generation.
         on_bad_rows: ``"raise"``, or ``"skip"`` to leave out rows that cannot be read, rendered or masked; they are
@@ -134,7 +137,7 @@ class InstructionDataModule(pl.LightningDataModule):
         completion_column: str = "completion",
         messages_column: str = "messages",
         text_column: str = "text",
-        weight_column: str = "weight",
+        weight_column: str | None = None,
         system_prompt: str | None = None,
         prompt_suffix: str | None = None,
         on_bad_rows: OnBadRows = "raise",
@@ -298,7 +301,7 @@ class InstructionDataModule(pl.LightningDataModule):
         """The tokenizer by name, or the model's. Override for one made otherwise."""
         name, options, key = self.tokenizer_name, dict[str, Any](), "data.tokenizer"
         if name is None:
-            hparams = getattr(getattr(self.trainer, "lightning_module", None), "hparams", self.model_hparams)
+            hparams = self._model_hparams()
             if not isinstance(hparams.get("model"), str):
                 raise InputError("data.tokenizer is not set, and the model has no name to take it from")
             name, key = hparams["model"], "model.model"
@@ -314,6 +317,9 @@ class InstructionDataModule(pl.LightningDataModule):
         self.end_of_turn_ids = [turn_end[1]] if turn_end else []
         if turn_end is None:
             rank_zero_warn("the chat template ends turns with no special token: the model will not learn to stop")
+
+    def _model_hparams(self) -> Any:
+        return getattr(getattr(self.trainer, "lightning_module", None), "hparams", self.model_hparams)
 
     def load(self, stage: str, only: str | None = None) -> None:
         """Read and tokenise what ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"`` needs, where it is not yet.
@@ -368,9 +374,12 @@ class InstructionDataModule(pl.LightningDataModule):
         return found
 
     def _read(self, split: str) -> Conversations:
-        return read_messages(
-            self._source(split), self.columns, last_turn=_LAST_TURN.get(split, "any"), on_bad_rows=self.on_bad_rows
-        )
+        columns, needed = self._columns(split), _LAST_TURN.get(split, "any")
+        return read_messages(self._source(split), columns, last_turn=needed, on_bad_rows=self.on_bad_rows)
+
+    def _columns(self, split: str) -> RowColumns:
+        """How a split is read: a gradient that is divided by the sum of its weights takes no negative ones."""
+        return replace(self.columns, signed=split != "train" or not self._model_hparams().get("renormalize"))
 
     def reader(self, split: str) -> RowReader:
         """What reads a split's own source, row by row.
@@ -378,7 +387,7 @@ class InstructionDataModule(pl.LightningDataModule):
         Raises:
             InputError: it has none.
         """
-        return RowReader(self._source(split), self.columns, _LAST_TURN.get(split, "any"))
+        return RowReader(self._source(split), self._columns(split), _LAST_TURN.get(split, "any"))
 
     def _divide_train(self) -> dict[str, Conversations]:
         """``train`` and ``validation`` of the training rows, read once for both."""

@@ -23,10 +23,12 @@ class RowColumns:
         completion: column of the completion, likewise.
         messages: column of the messages.
         text: column of plain text.
-        weight: column of the row's weight, where a row has it.
+        weight: column of the row's weight, where a row has it; ``None`` recognises ``weight``, ``reward`` and
+            ``advantage``.
         system_prompt: the system message of conversations that have none.
         prompt_suffix: what every user message ends with.
         weighted: whether rows and messages may have weights other than 1.
+        signed: whether an ``advantage`` may be negative.
     """
 
     form: RowForm = "auto"
@@ -34,10 +36,11 @@ class RowColumns:
     completion: str = "completion"
     messages: str = "messages"
     text: str = "text"
-    weight: str = "weight"
+    weight: str | None = None
     system_prompt: str | None = None
     prompt_suffix: str | None = None
     weighted: bool = True
+    signed: bool = True
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,9 @@ def convert_row(row: dict[str, Any], form: RowForm, columns: RowColumns, last_tu
 
 
 def _converted(row: dict[str, Any], form: RowForm, columns: RowColumns, last_turn: LastTurn) -> Conversation:
-    weight = 1.0 if row.get(columns.weight) is None else as_weight(row[columns.weight], columns.weight)
-    _check_weight(weight, columns, columns.weight)
+    weight = _row_weight(row, columns)
+    if weight == 0 and last_turn == "any":
+        last_turn = "optional"  # nothing of it is learnt: a sampled answer may be empty, and is wrong
     if form == "text":
         if last_turn != "any":
             raise BadRow(f"{columns.text}: plain text has no prompt to complete: give rows of another form")
@@ -124,6 +128,40 @@ def _converted(row: dict[str, Any], form: RowForm, columns: RowColumns, last_tur
     return Conversation([_weighed(message, weight) for message in messages], read_tools(row.get("tools"), "tools"))
 
 
+_WEIGHTS = ("weight", "reward", "advantage")
+_SIGNED = "advantage"
+
+
+def weight_column(row: dict[str, Any], columns: RowColumns) -> str | None:
+    """The column that a row is weighted by; ``None`` where it has no weight.
+
+    Raises:
+        BadRow: it has several, and none is named.
+    """
+    names = _WEIGHTS if columns.weight is None else (columns.weight,)
+    found = [name for name in names if row.get(name) is not None]
+    if len(found) > 1:
+        raise BadRow(f"{' and '.join(found)}: two weights of one row: name the column to take by data.weight_column")
+    return found[0] if found else None
+
+
+def _row_weight(row: dict[str, Any], columns: RowColumns) -> float:
+    column = weight_column(row, columns)
+    if column is None:
+        return 1.0
+    try:
+        weight = as_weight(row[column], column, signed=column == _SIGNED)
+    except BadRow as problem:
+        if column == "weight" or columns.weight is not None:
+            raise
+        advice = "what is no weight of the row is left alone with data.weight_column: weight"
+        raise BadRow(f"{problem}; only an advantage may be negative, and {advice}") from None
+    if weight < 0 and not columns.signed:
+        raise BadRow(f"{column}: {weight:g}, and model.renormalize divides by the sum of the weights: leave that out")
+    _check_weight(weight, columns, column)
+    return weight
+
+
 def _check_weight(weight: float, columns: RowColumns, where: str) -> None:
     if weight != 1 and not columns.weighted:
         raise BadRow(f"{where}: {weight:g}, and data.train_on_prompts learns every token with weight 1")
@@ -135,7 +173,7 @@ def _unlearnt(message: Message) -> Message:
 
 def _weighed(message: Message, weight: float) -> Message:
     """With the row's weight, which is left out where it makes one, or where nothing is learnt anyhow."""
-    total = as_weight(message.get("weight", 1.0) * weight, "weight, of message and row together")
+    total = as_weight(message.get("weight", 1.0) * weight, "weight, of message and row together", signed=True)
     message = {key: value for key, value in message.items() if key != "weight"}
     return message if total == 1 or message["role"] != "assistant" else {**message, "weight": total}
 
@@ -185,7 +223,8 @@ def _completed(row: dict[str, Any], prompt: str, completion: str, last_turn: Las
     if row.get(completion) is None and not needed:
         return asked, len(asked)
     if isinstance(row.get(completion), str):
-        return [*asked, {"role": "assistant", "content": _text(row, completion, filled=True)}], len(asked)
+        answer = _text(row, completion, filled=needed)
+        return [*asked, *([{"role": "assistant", "content": answer}] if answer else [])], len(asked)
     return [*asked, *read_turns(row.get(completion), completion)], len(asked)
 
 

@@ -11,9 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.data.files import BrokenRow
-from dft_lightning.data.forms import Conversation, LastTurn, RowColumns, UnknownForm, convert_row, recognise_form
+from dft_lightning.data.forms import (
+    Conversation,
+    LastTurn,
+    RowColumns,
+    UnknownForm,
+    convert_row,
+    recognise_form,
+    weight_column,
+)
 from dft_lightning.data.sources import Row, RowSource
 from dft_lightning.data.turns import BadRow, Message
 from dft_lightning.errors import InputError, shortened
@@ -138,7 +147,8 @@ def read_messages(
     """
     problems = Problems(source.name)
     writer = _Spool(len(source.parts))
-    for part, number, found in RowReader(source, columns, last_turn).read():
+    reader = RowReader(source, columns, last_turn)
+    for part, number, found in reader.read():
         if isinstance(found, UnknownForm) and on_bad_rows == "raise":
             raise InputError(shortened(f"{source.name}: row {number}: {found}"))  # as all the others will be
         if isinstance(found, BadRow):
@@ -150,16 +160,28 @@ def read_messages(
         raise InputError(problems.report(total))
     if not total:
         raise InputError(f"{source.name}: no rows")
+    if reader.weighted_by is not None:
+        rank_zero_info(weighting(source.name, reader.weighted_by))
     return Conversations(source.name, source.parts, writer.table(), writer.digest(), problems, writer.folder)
 
 
+def weighting(name: str, column: str) -> str:
+    """What is said, once, of rows whose weight was recognised and not asked for."""
+    return f"{name}: the column {column} weights the rows' losses (another by data.weight_column)"
+
+
 class RowReader:
-    """Rows of a source as conversations, one at a time; each part of a mixture has its own form."""
+    """Rows of a source as conversations, one at a time; each part of a mixture has its own form.
+
+    Attributes:
+        weighted_by: ``reward`` or ``advantage``, where a row was found to have it and no ``weight_column`` is named.
+    """
 
     def __init__(self, source: RowSource, columns: RowColumns, last_turn: LastTurn) -> None:
         self.source = source
         self.columns = columns
         self.last_turn = last_turn
+        self.weighted_by: str | None = None
         self._forms: dict[int, Any] = {}
 
     def read(self) -> Iterator[tuple[int, int | str, Conversation | BadRow]]:
@@ -173,6 +195,9 @@ class RowReader:
         try:
             if part not in self._forms:
                 self._forms[part] = recognise_form(row, self.columns, self.last_turn != "optional")
+            if self.weighted_by is None and self.columns.weight is None:
+                column = weight_column(row, self.columns)
+                self.weighted_by = column if column != "weight" else None
             return convert_row(row, self._forms[part], self.columns, self.last_turn)
         except BadRow as problem:
             return problem

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from dft_lightning.data.messages import weighting
 from dft_lightning.data.streaming import START, StreamPosition
 from dft_lightning.distributed.gather import gather_lists
 from dft_lightning.errors import InputError
@@ -29,6 +30,7 @@ class StreamRecord:
     def reset(self) -> None:
         """Before the first batch of a run."""
         self.bad = self.dropped = 0
+        self._weighting_said = False
         self.place.next_worker, self.place.workers = 0, []
 
     def take(self, batch: Any, begins_step: bool = True) -> Any:
@@ -50,6 +52,9 @@ class StreamRecord:
             raise InputError(report["error"])
         if report["bad"] and not self.bad:
             rank_zero_warn(f"data.on_bad_rows: skip: {report['bad'][0]} (the first of this run)")
+        if report["weighted_by"] and not self._weighting_said:
+            self._weighting_said = True
+            rank_zero_info(weighting("data.train", report["weighted_by"]))
         self.bad += len(report["bad"])
         self.dropped += report["dropped"]
         self.place.workers = self.place.workers or [START] * report["workers"]

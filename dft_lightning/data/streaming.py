@@ -140,6 +140,7 @@ class _Shard:
             items.append(item)
             if len(items) == self.options.batch_size:
                 report = {"state": state, "bad": self.bad, "dropped": self.dropped}
+                report["weighted_by"] = self.reader.weighted_by
                 yield {**self.collator(items), "stream": report}
                 items, self.bad, self.dropped = [], [], 0
 

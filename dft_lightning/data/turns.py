@@ -44,8 +44,8 @@ def as_text(value: Any, where: str) -> str:
     return value
 
 
-def as_weight(value: Any, where: str) -> float:
-    """A weight of tokens' losses: a number that is not negative, and that float32 holds."""
+def as_weight(value: Any, where: str, signed: bool = False) -> float:
+    """A weight of tokens' losses: a number that float32 holds, and not negative unless ``signed``."""
     if isinstance(value, str):  # of a CSV file
         try:
             value = float(value)
@@ -53,8 +53,8 @@ def as_weight(value: Any, where: str) -> float:
             raise BadRow(f"{where}: expected a number, got {value!r}") from None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadRow(f"{where}: expected a number, got {type(value).__name__}")
-    if not 0 <= value <= _LARGEST_WEIGHT:  # nor NaN
-        raise BadRow(f"{where}: expected a number from 0 to 3.4e38, got {value}")
+    if not (-_LARGEST_WEIGHT if signed else 0) <= value <= _LARGEST_WEIGHT:  # nor NaN
+        raise BadRow(f"{where}: expected a number from {'-3.4e38' if signed else 0} to 3.4e38, got {value}")
     return float(value)
 
 
