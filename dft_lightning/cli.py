@@ -32,11 +32,11 @@ from dft_lightning.processes import RunProcesses, is_of_a_lost_process
 from dft_lightning.saved_config import RunConfig
 
 _DESCRIPTION = (
-    "Fine-tune causal language models with a pluggable token loss. Five more commands have options of their own, "
+    "Fine-tune causal language models with a pluggable token loss. Six more commands have options of their own, "
     "shown by `compare --help` and so on: compare runs a grid of losses, learning rates and seeds and reports on it; "
     "inspect shows a fit config's rows as the model will see them; score writes a model's log-probs of a data set's "
-    "targets as a column of it; export writes a checkpoint as a Hugging Face folder; configs lists and copies the "
-    "configs that come with the package."
+    "targets as a column of it; sample writes a model's own answers as rows to train on; export writes a checkpoint as "
+    "a Hugging Face folder; configs lists and copies the configs that come with the package."
 )
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -167,8 +167,7 @@ class DFTLightningCLI(LightningCLI):
             trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
         except TypeError as error:  # Lightning's way of refusing a value of trainer.devices
             raise InputError(f"trainer: {error}") from error
-        if str(config.get("precision")) in ("16", "16-mixed") and trainer.precision != "16-mixed":
-            raise InputError("trainer.precision: 16-mixed needs a GPU (Lightning would run bf16-mixed): ask for that")
+        check_half_precision(trainer, config.get("precision"))
         keep_whole(trainer)
         if self._on_trainer is not None:
             self._on_trainer(trainer)
@@ -189,6 +188,12 @@ class DFTLightningCLI(LightningCLI):
         if kwargs.get("weights_only") is None:
             kwargs["weights_only"] = True
         return kwargs
+
+
+def check_half_precision(trainer: pl.Trainer, asked: Any) -> None:
+    """Raise ``InputError`` where a trainer was asked for fp16 and took bfloat16."""
+    if str(asked) in ("16", "16-mixed") and trainer.precision != "16-mixed":
+        raise InputError("trainer.precision: 16-mixed needs a GPU (Lightning would run bf16-mixed): ask for that")
 
 
 def default_callbacks(given: list[Callback], trainer_config: Any) -> list[Callback]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from dft_lightning.cli import DFTLightningCLI, cli_options
+from dft_lightning.cli import DFTLightningCLI, Parser, cli_options
 from dft_lightning.data import InstructionDataModule
+from dft_lightning.errors import InputError
 from dft_lightning.modules import CausalLMModule
 
 
@@ -60,3 +61,30 @@ def read_fit_config(paths: list[Path], overrides: dict[str, Any]) -> dict[str, A
 def read_arguments(args: list[str]) -> dict[str, Any]:
     """Every key of a ``fit`` config from the command's arguments, ``"fit"`` first; see :func:`read_fit_config`."""
     return _ConfigReader(CausalLMModule, InstructionDataModule, **cli_options(), args=args).whole_config()
+
+
+def data_of(config: dict[str, Any]) -> InstructionDataModule:
+    """The data module of a whole config, for what needs no trainer.
+
+    Raises:
+        InputError: options that contradict each other or are out of range.
+    """
+    data: InstructionDataModule = _made(InstructionDataModule, "data", config)
+    data.model_hparams = config["model"]
+    return data
+
+
+def module_of(config: dict[str, Any]) -> CausalLMModule:
+    """The module of a whole config, its model not yet loaded. Raises as :func:`data_of`."""
+    module: CausalLMModule = _made(CausalLMModule, "model", config)
+    return module
+
+
+def _made(cls: type, group: str, config: dict[str, Any]) -> Any:
+    parser = Parser(exit_on_error=True)
+    parser.add_class_arguments(cls, group)
+    given = parser.parse_object({group: config[group]})
+    try:
+        return parser.instantiate_classes(given)[group]
+    except ValueError as error:  # how constructors refuse an option
+        raise InputError(str(error)) from error

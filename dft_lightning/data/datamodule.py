@@ -351,6 +351,17 @@ class InstructionDataModule(pl.LightningDataModule):
         if stage == "fit" and self.packing is not None and not self.streaming and self.packs is None:
             self.packs = self._pack()
 
+    def read_split(self, split: str) -> tuple[Conversations, ConversationEncoder]:
+        """A split's rows as messages, not yet tokens, and what makes tokens of them.
+
+        Raises:
+            InputError: there is no such split, or it has bad rows.
+        """
+        self.load_tokenizer()
+        conversations = self._conversations(split, required=True)
+        assert conversations is not None
+        return conversations, self.encoder(split)
+
     def _conversations(self, split: str, required: bool) -> Conversations | None:
         """Messages of a split, or ``None`` where there is none and none is required."""
         source = self.sources[split]

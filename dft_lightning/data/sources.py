@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,28 @@ class RowSource(Component):
     def rows_of_parts(self) -> Iterator[tuple[int, int | str, Row]]:
         """As :meth:`rows`, each with the index in :attr:`parts` before it; 0 where there are none."""
         return ((0, number, row) for number, row in self.rows())
+
+
+class FirstRows(RowSource):
+    """The first ``limit`` rows of a source."""
+
+    def __init__(self, source: RowSource, limit: int) -> None:
+        self.source = source
+        self.limit = limit
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def parts(self) -> list[str]:
+        return self.source.parts
+
+    def rows(self) -> Iterator[tuple[int | str, Row]]:
+        return islice(self.source.rows(), self.limit)
+
+    def rows_of_parts(self) -> Iterator[tuple[int, int | str, Row]]:
+        return islice(self.source.rows_of_parts(), self.limit)
 
 
 class LocalRows(RowSource):

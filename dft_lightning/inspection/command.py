@@ -6,18 +6,16 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dft_lightning.cli import Parser, quiet, report
+from dft_lightning.cli import quiet, report
 from dft_lightning.cli_errors import CommandParser
-from dft_lightning.data import InstructionDataModule, RowSource
-from dft_lightning.data.sources import Row, as_source
+from dft_lightning.data import InstructionDataModule
+from dft_lightning.data.sources import FirstRows, as_source
 from dft_lightning.errors import InputError
 from dft_lightning.files import write_text
-from dft_lightning.fit_config import read_arguments
+from dft_lightning.fit_config import data_of, read_arguments
 from dft_lightning.inspection.summary import summarise
 
 if TYPE_CHECKING:
@@ -26,28 +24,6 @@ if TYPE_CHECKING:
 STAGES = {"train": "fit", "validation": "validate", "forgetting": "validate", "test": "test", "predict": "predict"}
 _OF_A_STREAM = 1000
 _PAGE_WIDTH = 120
-
-
-class FirstRows(RowSource):
-    """The first rows of a source."""
-
-    def __init__(self, source: RowSource, limit: int) -> None:
-        self.source = source
-        self.limit = limit
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def parts(self) -> list[str]:
-        return self.source.parts
-
-    def rows(self) -> Iterator[tuple[int | str, Row]]:
-        return islice(self.source.rows(), self.limit)
-
-    def rows_of_parts(self) -> Iterator[tuple[int, int | str, Row]]:
-        return islice(self.source.rows_of_parts(), self.limit)
 
 
 def main(args: list[str]) -> int:
@@ -129,14 +105,7 @@ def load(config: dict[str, Any], split: str, limit: int | None) -> InstructionDa
     Raises:
         InputError: as the data module's.
     """
-    parser = Parser(exit_on_error=True)
-    parser.add_class_arguments(InstructionDataModule, "data")
-    given = parser.parse_object({"data": config["data"]})
-    try:
-        data: InstructionDataModule = parser.instantiate_classes(given).data
-    except ValueError as error:  # how constructors refuse an option
-        raise InputError(str(error)) from error
-    data.model_hparams = config["model"]
+    data = data_of(config)
     streaming = data.streaming and split == "train"
     if streaming:
         limit, data.streaming = limit or _OF_A_STREAM, False

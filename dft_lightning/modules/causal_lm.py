@@ -44,7 +44,7 @@ from dft_lightning.metrics.exact_sums import ExactSums
 from dft_lightning.modules.adapter import attach, base_name, lora_config, lora_values
 from dft_lightning.modules.batch_loss import full_batch_loss, fused_batch_loss
 from dft_lightning.modules.documents import check_documents, model_inputs
-from dft_lightning.modules.generation import GenerationOptions, decode_completions, generate
+from dft_lightning.modules.generation import GenerationOptions, decode_completions, generate, stop_token_ids
 from dft_lightning.modules.head import WAY_OUT, check_head, find_head
 from dft_lightning.modules.loading import DType, empty_causal_lm, load_causal_lm
 from dft_lightning.modules.non_finite import NonFiniteSteps, OnNonFinite, check_on_non_finite
@@ -653,12 +653,17 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, options: GenerationOptions) -> list[str]:
         """Complete prompts ``[B, T]`` (padded on the left); the texts end before the end-of-turn token."""
+        tokens = self.generate_tokens(input_ids, attention_mask, options)
+        return decode_completions(self.tokenizer, tokens, self._stop_token_ids())
+
+    def generate_tokens(self, input_ids: Tensor, attention_mask: Tensor, options: GenerationOptions) -> Tensor:
+        """As :meth:`generate`, as tokens ``[B, S]``, the end-of-turn token included and padding after it."""
         assert self.model is not None, "call configure_model() first"
         tokenizer = self.tokenizer
         stops = self._stop_token_ids()
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops[0] if stops else 0)
         with gathered_root(self._trainer):
-            tokens = generate(
+            return generate(
                 self.model,
                 input_ids,
                 attention_mask,
@@ -667,15 +672,9 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
                 pad_token_id=int(cast(int, pad)),
                 ranks_together=shards_parameters(self._trainer),
             )
-        return decode_completions(tokenizer, tokens, stops)
 
     def _stop_token_ids(self) -> list[int]:
-        """End of text by the tokenizer and the model's generation config, and end of turn by the template."""
-        of_model = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        candidates: list[Any] = [self.tokenizer.eos_token_id]
-        candidates += of_model if isinstance(of_model, list) else [of_model]
-        candidates += getattr(self._datamodule, "end_of_turn_ids", [])
-        return sorted({int(token) for token in candidates if token is not None})
+        return stop_token_ids(self.model, self.tokenizer, getattr(self._datamodule, "end_of_turn_ids", []))
 
     # -- the optimizer -----------------------------------------------------------------------------------------
 

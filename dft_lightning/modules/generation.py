@@ -117,6 +117,22 @@ def generate(
     return tokens[:, input_ids.shape[1] :]
 
 
+def stop_token_ids(model: Any, tokenizer: Any, end_of_turn_ids: Sequence[int]) -> list[int]:
+    """End of text by the tokenizer and the model's generation config, and end of turn by the template."""
+    of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    candidates: list[Any] = [tokenizer.eos_token_id]
+    candidates += of_model if isinstance(of_model, list) else [of_model]
+    candidates += end_of_turn_ids
+    return sorted({int(token) for token in candidates if token is not None})
+
+
+def completion_lengths(tokens: Tensor, stop_token_ids: Sequence[int]) -> list[int]:
+    """Tokens of each completion ``[B, S]`` up to and with its stop token; ``S`` where it has none."""
+    stops = set(stop_token_ids)
+    ends = (next((i for i, token in enumerate(row) if token in stops), len(row) - 1) for row in tokens.tolist())
+    return [end + 1 for end in ends]
+
+
 def decode_completions(tokenizer: Any, tokens: Tensor, stop_token_ids: Sequence[int]) -> list[str]:
     """Text of each completion up to, and without, its stop token. ``tokens``: ``[B, S]``."""
     texts = []

@@ -1,0 +1,1 @@
+"""The command ``sample``: a model's own answers to a split's prompts, checked, as rows that ``fit`` reads."""

@@ -1,0 +1,248 @@
+"""The command ``sample``: a model's answers to a split's prompts, as rows that ``fit`` learns the right ones of."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from tqdm import tqdm
+
+from dft_lightning.callbacks.evaluation import sampled_shares
+from dft_lightning.cli import check_half_precision, quiet, report
+from dft_lightning.cli_errors import CommandParser
+from dft_lightning.compare.fingerprints import hash_weights
+from dft_lightning.data import InstructionDataModule
+from dft_lightning.distributed.strategies import check_precision
+from dft_lightning.errors import InputError
+from dft_lightning.fit_config import module_of, read_arguments
+from dft_lightning.metrics import ExactMatch
+from dft_lightning.modules import CausalLMModule
+from dft_lightning.modules.generation import GenerationOptions
+from dft_lightning.sampling.completions import Completion, Sampler
+from dft_lightning.sampling.partial_file import Job, PartialFile
+from dft_lightning.sampling.prompts import Prompts, jobs_by_length, read_prompts
+
+SPLITS = ("train", "validation", "forgetting", "test", "predict")
+# What of the model decides its answers and which of them are right.
+_OF_THE_MODEL = (
+    "model",
+    "revision",
+    "dtype",
+    "attn_implementation",
+    "head",
+    "peft",
+    "quantization_config",
+    "answer_extractor",
+)
+
+
+def main(args: list[str]) -> int:
+    """Run the command; returns the exit status: 2 after one message on standard error where the input was wrong, 130
+    where the run was interrupted."""
+    options, of_fit = _arguments(args)
+    quiet()
+    try:
+        check_output(options.output, options.overwrite)
+        sample(options, read_arguments(["fit", *of_fit]))
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped before anything was sampled\n")
+        return 130
+    except _Stopped as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        return 130
+    except Exception as error:
+        return report(error)
+    return 0
+
+
+class _Stopped(Exception):
+    """Interrupted, with a partial file to go on from."""
+
+
+def _arguments(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = CommandParser(
+        prog="python -m dft_lightning sample",
+        description="Sample answers to a split's prompts from a fit config's model, check them, and write them as rows "
+        "that fit reads: reward 1 where the answer is right, 0 where it is not. A second call goes on where the first "
+        "was stopped.",
+        epilog="Every other option is one of fit.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="what to write")
+    parser.add_argument("--k", type=int, default=4, metavar="N", help="samples of each prompt (default: 4)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of sampling (default: 1)")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, metavar="P", help="of the likeliest tokens that have it (default: 1)"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=int, metavar="N", help="longest answer (default: model.generation.max_new_tokens)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, metavar="N", help="answers at once (default: data.eval_batch_size, or batch_size)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples (default: 0)")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="whose prompts (default: train)")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N rows alone")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file, or a partial one of other options")
+    options, of_fit = parser.parse_known_args(args)
+    for name in ("k", "max_new_tokens", "batch_size", "limit"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    if not 0 < options.temperature < math.inf:
+        parser.error(f"--temperature must be finite and more than 0, got {options.temperature:g}")
+    if not 0 < options.top_p <= 1:
+        parser.error(f"--top_p must lie in (0, 1], got {options.top_p:g}")
+    if options.output.suffix != ".jsonl":
+        parser.error(f"--output must end in .jsonl, got {options.output}")
+    return options, of_fit
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Whether the file may be written, before anything is loaded.
+
+    Raises:
+        InputError: it is there, or is a folder.
+    """
+    if path.is_dir():
+        raise InputError(f"--output: {path} is a folder")
+    if path.exists() and not overwrite:
+        raise InputError(f"--output: {path} is there: give another file, or --overwrite")
+
+
+def sample(options: argparse.Namespace, config: dict[str, Any]) -> None:
+    """Sample, check and write.
+
+    Args:
+        options: the command's own.
+        config: the whole one of a fit.
+
+    Raises:
+        InputError: anything wrong with the input.
+    """
+    if config.get("ckpt_path") is not None:
+        raise InputError(
+            "--ckpt_path: sample takes no checkpoint: `export` it, and give the folder as --model.model, with "
+            "--data.tokenizer where the config names one"
+        )
+    data, prompts = read_prompts(config, options.split, options.limit)
+    # Sampling needs no loss, and one may read what rows do not have.
+    module = module_of({**config, "model": {**config["model"], "loss": _NO_LOSS}})
+    scorer = ExactMatch(module.answer_extractor)
+    scorer.check(prompts.references(), options.split)
+    generation = GenerationOptions(
+        options.max_new_tokens or module.generation.max_new_tokens, True, options.temperature, options.top_p
+    )
+    batch_size = options.batch_size or data.eval_batch_size
+    batches = jobs_by_length([len(ids) for ids in prompts.ids], options.k, batch_size)
+    trainer = place(module, data, config["trainer"])
+    begun = {f"--{name}": getattr(options, name) for name in ("split", "limit", "k", "seed")}
+    begun |= {f"--{name}": asdict(generation)[name] for name in ("temperature", "top_p", "max_new_tokens")}
+    begun |= {"--batch_size": batch_size, "trainer.precision": config["trainer"]["precision"]}
+    begun |= {f"model.{name}": config["model"][name] for name in _OF_THE_MODEL}
+    begun |= {"the prompts (rows, tokenizer or template)": prompts.digest, "the weights": hash_weights(module)}
+    sampler = Sampler(module, trainer, generation, module._stop_token_ids(), data._pad_token_id(), options.seed)
+    file = PartialFile(options.output, begun, batches, options.overwrite)
+    try:
+        speed = _fill(file, sampler, prompts, scorer)
+        summary = summarise(file, options.k, speed, generation.max_new_tokens)
+        file.finish()
+    finally:
+        file.close()
+    print(f"{options.output}: {summary}")
+
+
+_NO_LOSS = {"class_path": "dft_lightning.losses.CrossEntropyLoss"}
+
+
+def place(module: CausalLMModule, data: InstructionDataModule, config: dict[str, Any]) -> pl.Trainer:
+    """Load a module's model onto one device, as a trainer of these options would.
+
+    Raises:
+        InputError: no such model or precision.
+    """
+    check_precision("auto", config["precision"])
+    trainer = pl.Trainer(
+        accelerator=config["accelerator"],
+        devices=1,
+        precision=config["precision"],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        inference_mode=False,
+    )
+    check_half_precision(trainer, config["precision"])
+    trainer.datamodule = data  # type: ignore[attr-defined]
+    data.trainer = module.trainer = trainer
+    torch.manual_seed(0)  # of a model from a config, or a new adapter: the same when a run goes on
+    with trainer.precision_plugin.module_init_context():
+        module.configure_model()
+    trainer.precision_plugin.convert_module(module)
+    module.to(trainer.strategy.root_device)
+    return trainer
+
+
+def _fill(file: PartialFile, sampler: Sampler, prompts: Prompts, scorer: ExactMatch) -> float:
+    """Sample the batches that are not there yet; returns tokens per second, 0 where none were left."""
+    tokens, seconds = 0, 0.0
+    total = sum(map(len, file.batches))
+    done = sum(map(len, file.batches[: file.batches_done]))
+    try:
+        with tqdm(total=total, initial=done, desc="Sampling", unit=" answers", disable=None) as bar:
+            for number in range(file.batches_done, len(file.batches)):
+                jobs, begun = file.batches[number], time.perf_counter()
+                found = sampler.batch(number, [prompts.ids[index] for index, _ in jobs])
+                seconds += time.perf_counter() - begun
+                tokens += sum(completion.num_tokens for completion in found)
+                file.append([line_of(*pair, prompts, scorer) for pair in zip(jobs, found, strict=True)])
+                bar.update(len(jobs))
+    except KeyboardInterrupt:
+        done = sum(map(len, file.batches[: file.batches_done]))
+        kept = f"{done} of {total} answers are in {file.path}"
+        raise _Stopped(f"stopped: {kept}; the same command goes on with the others") from None
+    return tokens / seconds if seconds else 0.0
+
+
+def line_of(job: Job, completion: Completion, prompts: Prompts, scorer: ExactMatch) -> dict[str, Any]:
+    """What is written of a completion. One that was cut off is not right, whatever it says."""
+    index, number = job
+    reference = prompts.reference(index)
+    assert reference is not None, "checked before"
+    correct = completion.finished and scorer.score(completion.text, reference)
+    return {
+        **prompts.question(index),
+        prompts.columns.completion: completion.text,
+        "reference": reference,
+        "correct": correct,
+        "reward": float(correct),
+        "log_prob": completion.log_prob,
+        "num_tokens": completion.num_tokens,
+        "finished": completion.finished,
+        "index": index,
+        "sample": number,
+    }
+
+
+def summarise(file: PartialFile, k: int, speed: float, max_new_tokens: int) -> str:
+    """What became of all the answers."""
+    right: dict[int, int] = {}
+    cut = 0
+    for line in file.lines():
+        right[line["index"]] = right.get(line["index"], 0) + line["correct"]
+        cut += not line["finished"]
+    counts = list(right.values())
+    values = sampled_shares(counts, k)
+    names = {"sampled": f"avg@{k}", **{name: name.replace("_at_", "@") for name in values if name != "sampled"}}
+    shares = ", ".join(f"{shown} {values[name]:.3f}" for name, shown in names.items())
+    text = f"{k * len(counts)} answers to {len(counts)} prompts, {sum(counts)} right: {shares}; "
+    text += f"{sum(count > 0 for count in counts)} prompts have a right one"
+    text += f"; {cut} cut off at {max_new_tokens} tokens" if cut else ""
+    return text + (f"; {speed:.0f} tokens/s" if speed else "")

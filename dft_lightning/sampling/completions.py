@@ -1,0 +1,129 @@
+"""A batch of sampled completions, each with the log-probability that the model gives it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dft_lightning.callbacks.evaluation import measuring
+from dft_lightning.data.tokens import IGNORE_INDEX
+from dft_lightning.errors import InputError
+from dft_lightning.modules import CausalLMModule
+from dft_lightning.modules.generation import GenerationOptions, completion_lengths, decode_completions
+from dft_lightning.sampling.prompts import IntArray
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model said.
+
+    Attributes:
+        text: without the token that ends the turn.
+        log_prob: sum over its tokens, the one that ends the turn included, in nats.
+        num_tokens: how many these are.
+        finished: whether it has one that ends the turn.
+    """
+
+    text: str
+    log_prob: float
+    num_tokens: int
+    finished: bool
+
+
+class Sampler:
+    """Samples completions from a module's model.
+
+    Args:
+        module: with its model, on its device.
+        trainer: tells device and precision.
+        options: how to generate.
+        stop_token_ids: a completion ends with the first of these.
+        pad_token_id: fills up batches, masked everywhere.
+        seed: with a batch's number it decides all that is random in the batch.
+
+    Raises:
+        InputError: nothing would ever end a completion.
+    """
+
+    def __init__(
+        self,
+        module: CausalLMModule,
+        trainer: pl.Trainer,
+        options: GenerationOptions,
+        stop_token_ids: Sequence[int],
+        pad_token_id: int,
+        seed: int,
+    ) -> None:
+        if not stop_token_ids:
+            raise InputError("no token ends a turn or a text, so that no answer would ever be finished")
+        self.module = module
+        self.trainer = trainer
+        self.options = options
+        self.stop_token_ids = stop_token_ids
+        self.pad_token_id = pad_token_id
+        self.seed = seed
+
+    def batch(self, number: int, prompts: Sequence[IntArray]) -> list[Completion]:
+        """A completion of each prompt, the same whenever a batch of this number is sampled.
+
+        Raises:
+            InputError: probabilities that are NaN or infinite.
+        """
+        with measuring(self.trainer, self.module, seed_of(self.seed, number)):
+            tokens = self._generate(prompts)
+            lengths = completion_lengths(tokens, self.stop_token_ids)
+            sampled = [row[:length] for row, length in zip(tokens.cpu(), lengths, strict=True)]
+            log_probs = self._log_probs(prompts, sampled)
+        if not torch.tensor(log_probs).isfinite().all():
+            raise InputError(_BROKEN)
+        texts = decode_completions(self.module.tokenizer, tokens, self.stop_token_ids)
+        return [
+            # A NUL is no text that a row may have.
+            Completion(text.replace("\0", "\ufffd"), log_prob, len(row), int(row[-1]) in self.stop_token_ids)
+            for text, log_prob, row in zip(texts, log_probs, sampled, strict=True)
+        ]
+
+    def _generate(self, prompts: Sequence[IntArray]) -> Tensor:
+        rows = [torch.from_numpy(prompt).long() for prompt in prompts]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        device = self.module.device
+        try:
+            return self.module.generate_tokens(ids.to(device), mask.to(device), self.options)
+        except RuntimeError as error:  # torch's, of a draw from NaN
+            if "probability tensor" not in str(error):
+                raise
+            raise InputError(_BROKEN) from error
+
+    def _log_probs(self, prompts: Sequence[IntArray], completions: Sequence[Tensor]) -> list[float]:
+        """By a forward over prompt and completion, as training makes it: at temperature 1, of all tokens."""
+        asked = [torch.from_numpy(prompt).long() for prompt in prompts]
+        pairs = list(zip(asked, completions, strict=True))
+        rows = [torch.cat(pair) for pair in pairs]
+        learnt = [torch.cat([torch.full_like(prompt, IGNORE_INDEX), said]) for prompt, said in pairs]
+        batch = {
+            "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id),
+            "labels": pad_sequence(learnt, batch_first=True, padding_value=IGNORE_INDEX),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        }
+        device = self.module.device
+        found = self.module.token_output({name: tensor.to(device) for name, tensor in batch.items()}).log_prob
+        found, ends = found.double().cpu(), accumulate(len(said) for said in completions)
+        return [float(found[end - len(said) : end].sum()) for end, said in zip(ends, completions, strict=True)]
+
+
+_BROKEN = (
+    "the model's probabilities are NaN or infinite: its weights are broken, or trainer.precision is too little for them"
+)
+
+
+def seed_of(seed: int, number: int) -> int:
+    """A seed for a batch: neighbours of either have nothing in common."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:7], "little")
