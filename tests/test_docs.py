@@ -85,7 +85,8 @@ def test_configs_are_accepted(code, parse, tmp_path, monkeypatch):
 
 
 COMMANDS = {name: f"{name}.command" for name in ("compare", "export")}
-COMMANDS |= {"inspect": "inspection.command", "score": "scoring.command", "configs": "shipped_configs"}
+COMMANDS |= {"inspect": "inspection.command", "score": "scoring.command", "sample": "sampling.command"}
+COMMANDS |= {"configs": "shipped_configs"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import re
 import shutil
+import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +19,8 @@ from conftest import ROOT
 from dft_lightning import InstructionDataModule
 from dft_lightning.assets import resolve
 from dft_lightning.cli import main as fit
-from dft_lightning.data.forms import RowColumns
+from dft_lightning.compare.settings import read_settings
+from dft_lightning.data.forms import Conversation, RowColumns
 from dft_lightning.fit_config import read_fit_config
 from dft_lightning.metrics import LastNumber
 from dft_lightning.modules.generation import GenerationOptions
@@ -257,6 +262,50 @@ def test_a_part_of_the_training_rows_is_sampled_from_as_fit_divides_them(argumen
     assert first.rows.numbers == expected[:1]
 
 
+def test_the_recipe_samples_and_fits(tmp_path, monkeypatch, capsys):
+    """Its commands with fewer rows and steps; the comparison is parsed."""
+    folder = ROOT / "configs" / "offline_rl"
+    assert {path.stem for path in folder.iterdir()} == {"problems", "ce", "dft", "compare"}
+    monkeypatch.chdir(tmp_path)
+    problems = ["--config", str(folder / "problems.yaml")]
+    lines = sampled(tmp_path / "runs" / "offline_rl" / "samples.jsonl", *problems, "--limit", 40, "--batch_size", 160)
+    right = sum(line["correct"] for line in lines)
+    assert right > 40
+    for name, loss in (("ce", "CrossEntropyLoss"), ("dft", "DFTLoss")):
+        small = ["--trainer.max_steps", "1", "--trainer.callbacks", "null", "--trainer.limit_val_batches", "1"]
+        cli = fit(["fit", *problems, "--config", str(folder / f"{name}.yaml"), *small])
+        assert type(cli.model.loss).__name__ == loss
+        assert cli.trainer.default_root_dir == f"runs/offline_rl/{name}"
+        assert len(cli.datamodule.tokenized("train")) == right
+    settings = read_settings([folder / "compare.yaml"])
+    assert list(settings.losses) == ["CE", "DFT"]
+    read_fit_config(settings.base, settings.overrides)
+
+
+def test_what_the_page_has_for_vllm_writes_what_fit_reads(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "offline_rl.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    answers = [("1+2=3", "stop"), ("3", "length"), ("", "stop"), ("4", "stop")]
+
+    class LLM:
+        def __init__(self, folder):
+            assert folder == "exported"
+
+        def chat(self, asked, options):
+            assert options["n"] == 4
+            found = [SimpleNamespace(text=text, finish_reason=reason) for text, reason in answers]
+            return [SimpleNamespace(outputs=found) for _ in asked]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=dict))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "problems.jsonl").write_text(json.dumps({"prompt": "1+2=", "completion": "3"}) + "\n")
+    exec(compile(code, "offline_rl.md", "exec"), {})
+    data = InstructionDataModule("samples.jsonl", tokenizer="asset://arithmetic-base")
+    data.setup("fit")
+    (row,) = data.tokenized("train")
+    assert "".join(data.tokenizer.convert_ids_to_tokens(row["input_ids"])) == "^1+2=1+2=3$"
+
+
 # -- runs that stop ----------------------------------------------------------------------------------------------------
 
 
@@ -371,8 +420,6 @@ def test_a_partial_file_that_is_none_or_in_use(arguments, tmp_path, capsys):
     expected = f"--output: {partial} is there and is none of sample: give another file, or --overwrite to begin anew"
     assert fails(capsys, "--output", path, *arguments) == expected
     assert partial.read_text() == "mine\n"
-    import fcntl
-
     with partial.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert fails(capsys, "--output", path, *arguments, "--overwrite") == (
@@ -449,8 +496,6 @@ def test_broken_weights_end_in_a_message(arguments, tmp_path, capsys, monkeypatc
 
 
 def test_questions_by_hand():
-    from dft_lightning.data.forms import Conversation
-
     user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.0}
     columns = RowColumns()
     assert question_of(Conversation([user, answer]), columns) == {"prompt": "a"}
