@@ -160,6 +160,27 @@ def test_top_k_entropy(k, scale, softcap, dtype):
     assert not output.top_k_entropy.requires_grad
 
 
+@pytest.mark.parametrize("vocabulary", [127, 900, 5000, 5120])
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0])
+def test_top_k_entropy_of_a_large_vocabulary(vocabulary, spread):
+    """Ties, and the largest all in one block, in the last one or in what is left over."""
+    rows = spread * torch.randn(4, vocabulary, dtype=torch.float64)
+    rows[0, 10:17] += 5
+    rows[1, -7:] += 5
+    rows[2, -140:-133] += 5
+    for sign in (1.0, -1.0):
+        output = linear_token_loss(
+            torch.eye(4, dtype=torch.float64),
+            sign * rows.t(),
+            torch.zeros(4, dtype=torch.long),
+            DFTLoss(),
+            logit_scale=sign,
+            statistics=[Statistic("top_k_entropy", k=6)],
+        )
+        expected = torch.distributions.Categorical(logits=rows.sort(-1).values[:, -6:]).entropy()
+        torch.testing.assert_close(output.top_k_entropy, expected)
+
+
 def test_top_k_entropy_of_everything_is_the_entropy():
     hidden, weight, _, targets = problem()
     stats = linear_token_statistics(hidden, weight, targets, ["entropy", Statistic("top_k_entropy", k=50)])
