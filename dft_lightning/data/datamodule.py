@@ -482,6 +482,8 @@ class InstructionDataModule(pl.LightningDataModule):
         loss = self._loss_with_reference()
         if loss is None or first.reference_log_prob is not None:
             return
+        if split in ("validation", "forgetting") and getattr(self.trainer, "limit_val_batches", 1) == 0:
+            return
         part = split == "validation" and self.validation_fraction
         raise InputError(
             f"data.{'train' if part else split}: {loss} reads reference_log_prob, which the rows lack: run "
