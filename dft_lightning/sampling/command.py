@@ -143,20 +143,28 @@ def sample(options: argparse.Namespace, config: dict[str, Any]) -> None:
     batch_size = options.batch_size or data.eval_batch_size
     batches = jobs_by_length([len(ids) for ids in prompts.ids], options.k, batch_size)
     trainer = place(module, data, config["trainer"])
-    begun = {f"--{name}": getattr(options, name) for name in ("split", "limit", "k", "seed")}
-    begun |= {f"--{name}": asdict(generation)[name] for name in ("temperature", "top_p", "max_new_tokens")}
-    begun |= {"--batch_size": batch_size, "trainer.precision": config["trainer"]["precision"]}
-    begun |= {f"model.{name}": config["model"][name] for name in _OF_THE_MODEL}
-    begun |= {"the prompts (rows, tokenizer or template)": prompts.digest, "the weights": hash_weights(module)}
+    asked = {f"--{name}": getattr(options, name) for name in ("split", "limit", "k", "seed")}
+    asked |= {f"--{name}": asdict(generation)[name] for name in ("temperature", "top_p", "max_new_tokens")}
+    asked |= {"--batch_size": batch_size, "trainer.precision": config["trainer"]["precision"]}
+    asked |= {f"model.{name}": config["model"][name] for name in _OF_THE_MODEL}
+    asked |= {"the prompts (rows, tokenizer or template)": prompts.digest, "the weights": hash_weights(module)}
     sampler = Sampler(module, trainer, generation, module._stop_token_ids(), data._pad_token_id(), options.seed)
-    file = PartialFile(options.output, begun, batches, options.overwrite)
+    file = PartialFile(options.output, asked, batches, options.overwrite)
+    print(f"{options.output}: {_written(file, sampler, prompts, scorer, options.k)}")
+
+
+def _written(file: PartialFile, sampler: Sampler, prompts: Prompts, scorer: ExactMatch, k: int) -> str:
+    """Sample what is not there yet, and write the whole; returns what became of it."""
     try:
         speed = _fill(file, sampler, prompts, scorer)
-        summary = summarise(file, options.k, speed, generation.max_new_tokens)
+        summary = summarise(file, k, speed, sampler.options.max_new_tokens)
         file.finish()
+    except KeyboardInterrupt:
+        kept = f"{file.lines_done} of {sum(map(len, file.batches))} answers are in {file.path}"
+        raise _Stopped(f"stopped: {kept}; the same command goes on with the others") from None
     finally:
         file.close()
-    print(f"{options.output}: {summary}")
+    return summary
 
 
 _NO_LOSS = {"class_path": "dft_lightning.losses.CrossEntropyLoss"}
@@ -194,20 +202,14 @@ def _fill(file: PartialFile, sampler: Sampler, prompts: Prompts, scorer: ExactMa
     """Sample the batches that are not there yet; returns tokens per second, 0 where none were left."""
     tokens, seconds = 0, 0.0
     total = sum(map(len, file.batches))
-    done = sum(map(len, file.batches[: file.batches_done]))
-    try:
-        with tqdm(total=total, initial=done, desc="Sampling", unit=" answers", disable=None) as bar:
-            for number in range(file.batches_done, len(file.batches)):
-                jobs, begun = file.batches[number], time.perf_counter()
-                found = sampler.batch(number, [prompts.ids[index] for index, _ in jobs])
-                seconds += time.perf_counter() - begun
-                tokens += sum(completion.num_tokens for completion in found)
-                file.append([line_of(*pair, prompts, scorer) for pair in zip(jobs, found, strict=True)])
-                bar.update(len(jobs))
-    except KeyboardInterrupt:
-        done = sum(map(len, file.batches[: file.batches_done]))
-        kept = f"{done} of {total} answers are in {file.path}"
-        raise _Stopped(f"stopped: {kept}; the same command goes on with the others") from None
+    with tqdm(total=total, initial=file.lines_done, desc="Sampling", unit=" answers", disable=None) as bar:
+        for number in range(file.batches_done, len(file.batches)):
+            jobs, begun = file.batches[number], time.perf_counter()
+            found = sampler.batch(number, [prompts.ids[index] for index, _ in jobs])
+            seconds += time.perf_counter() - begun
+            tokens += sum(completion.num_tokens for completion in found)
+            file.append([line_of(*pair, prompts, scorer) for pair in zip(jobs, found, strict=True)])
+            bar.update(len(jobs))
     return tokens / seconds if seconds else 0.0
 
 

@@ -93,6 +93,11 @@ class PartialFile:
             self.batches_done += 1
         self._file.truncate(self._file.tell())
 
+    @property
+    def lines_done(self) -> int:
+        """Lines of the whole batches."""
+        return sum(map(len, self.batches[: self.batches_done]))
+
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
         """Add the next batch's lines.
 
