@@ -338,7 +338,8 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(arguments, tmp_path, mo
         done = 1
     elif cut == "within a batch":
         partial.write_bytes(b"".join(lines[:-2]))
-        done = 1
+        monkeypatch.setattr(Sampler, "batch", stops)  # a second time
+        assert main(["--output", str(path), *options]) == 130
     numbers = []
     monkeypatch.setattr(Sampler, "batch", lambda *args: numbers.append(args[1]) or real(*args))
     sampled(path, *options)
