@@ -152,7 +152,7 @@ def test_unknown_command(capfd):
     assert fails(capfd, "inspec") == "unknown command 'inspec'; did you mean inspect?"
     assert fails(capfd, "exprt") == "unknown command 'exprt'; did you mean export?"
     assert fails(capfd, "config") == "unknown command 'config'; did you mean configs?"
-    known = "give one of fit, validate, test, predict, compare, inspect, export, score, configs; see --help"
+    known = "give one of fit, validate, test, predict, compare, inspect, score, sample, export, configs; see --help"
     assert fails(capfd, "xyz") == f"unknown command 'xyz': {known}"
     assert fails(capfd) == f"no command: {known}"
 
