@@ -182,9 +182,9 @@ def _broken_config(match: re.Match[str], message: str, parser: ArgumentParser) -
 OTHER_COMMANDS = {
     "compare": "dft_lightning.compare.command",
     "inspect": "dft_lightning.inspection.command",
+    "score": "dft_lightning.scoring.command",
     "sample": "dft_lightning.sampling.command",
     "export": "dft_lightning.export.command",
-    "score": "dft_lightning.scoring.command",
     "configs": "dft_lightning.shipped_configs",
 }
 

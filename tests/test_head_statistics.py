@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
-from dft_lightning import AnchoredLoss, DFTLoss, TokenLoss
+from dft_lightning import AnchoredLoss, DFTLoss, ImportanceWeightedLoss, SequenceDFTLoss, TokenLoss
 from dft_lightning.losses import Statistic, statistics_from_logits
 from dft_lightning.ops import (
     ReferenceHead,
+    linear_head,
     linear_token_loss,
     linear_token_statistics,
     release_scratch,
@@ -64,13 +65,14 @@ def test_divergence_and_its_gradient_are_those_of_whole_logits(loss, scale, soft
 
 
 def test_divergence_is_torchs_and_by_hand():
-    hidden, weight, bias, targets = problem(ignored=False)
+    hidden, weight, bias, targets = problem()
+    kept = targets != -100
     reference = reference_head(37, 50)
     stats = linear_token_statistics(
         hidden, weight, targets, ["reference_kl"], bias=bias, reference=reference, chunk_bytes=4000
     )
-    own = full_logits(hidden, weight, bias).log_softmax(-1)
-    other = reference_logits(reference, slice(None)).log_softmax(-1)
+    own = full_logits(hidden, weight, bias)[kept].log_softmax(-1)
+    other = reference_logits(reference, kept).log_softmax(-1)
     expected = torch.nn.functional.kl_div(own, other, reduction="none", log_target=True).sum(-1)
     torch.testing.assert_close(stats.reference_kl, expected)
     assert relative(gradients(stats.reference_kl.sum(), [hidden])[0], gradients(expected.sum(), [hidden])[0]) < 1e-12
@@ -94,6 +96,46 @@ def test_divergence_in_lower_precision(dtype):
     assert relative(output.loss.detach(), expected.detach()) < tolerance
     for own, theirs in zip(gradients(output.loss, (hidden, weight, bias)), gradients(expected, exact), strict=True):
         assert relative(own, theirs) < tolerance
+
+
+def test_what_the_model_bans_and_the_reference_all_but():
+    """The reference's probability is 0 in float32, and not its logit: nothing is added, by either head."""
+    inf = float("inf")
+    own, other = torch.tensor([[0.0, 1.0, -inf]]), torch.tensor([[0.5, 1.0, -200.0]])
+    full = statistics_from_logits(own, torch.tensor([0]), ["reference_kl"], reference_logits=other).reference_kl
+    hidden = torch.zeros(1, 1)
+    fused = linear_token_statistics(
+        hidden,
+        torch.zeros(3, 1),
+        torch.tensor([0]),
+        ["reference_kl"],
+        bias=own[0],
+        reference=ReferenceHead(hidden, torch.zeros(3, 1), other[0]),
+    ).reference_kl
+    p, r = own.double().softmax(-1)[0, :2], other.double().softmax(-1)[0, :2]
+    expected = float((r * (r / p).log()).sum())
+    assert full.item() == pytest.approx(expected, rel=1e-5)
+    assert fused.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_float16_under_a_gradient_scaler(monkeypatch):
+    """Losses of whole sequences get the scaler's factor before their gradient is rounded to float16."""
+    monkeypatch.setattr(linear_head, "_product_dtype", lambda hidden, weight: torch.float16)  # CUDA's
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(shape, generator=generator).mul(0.3).half().double() for shape in ((64, 16), (80, 16))]
+    targets = torch.randint(0, 80, (64,), generator=generator)
+    index = {"sequence_index": torch.arange(64) // 16, "reference_log_prob": torch.full((64,), -20.0)}
+    for loss in (SequenceDFTLoss(mean="geometric"), ImportanceWeightedLoss()):
+        leaves = [leaf.half().requires_grad_() for leaf in exact]
+        doubled = [leaf.clone().requires_grad_() for leaf in exact]
+        for scale in (1.0, 2.0**16):
+            output = linear_token_loss(*leaves, targets, loss, token_inputs=index, normalizer=64.0)
+            own = gradients(output.loss.float() * scale, leaves)
+            stats = statistics_from_logits(doubled[0] @ doubled[1].t(), targets, loss.needs, **index)
+            expected = gradients(loss.token_loss(stats).sum() * scale / 64, doubled)
+            for ours, theirs in zip(own, expected, strict=True):
+                assert ours.isfinite().all()
+                assert relative(ours, theirs) < 1e-2
 
 
 def test_a_reference_that_is_the_model_adds_nothing():

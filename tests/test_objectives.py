@@ -18,6 +18,7 @@ from dft_lightning import (
     EAFTLoss,
     FocalLoss,
     ImportanceWeightedLoss,
+    MixtureLoss,
     PowerLoss,
     ProximalLoss,
     SequenceDFTLoss,
@@ -28,7 +29,7 @@ from dft_lightning import (
     compute_loss_func,
 )
 from dft_lightning.losses import statistics_from_logits, token_loss_and_weight
-from dft_lightning.ops import ReferenceHead, linear_token_loss
+from dft_lightning.ops import ReferenceHead, linear_token_loss, logits_token_loss
 
 B, T, V = 3, 5, 30
 
@@ -253,7 +254,6 @@ def test_threshold_zero_is_the_base(base, batch):
     assert loss(logits, targets) == alone(logits, targets)
     assert torch.equal(gradient(loss, batch), gradient(alone, batch))
     assert loss.pointwise == alone.pointwise
-    assert ThresholdLoss(0.0, above=False, base=base)(logits, targets) == 0
 
 
 def test_both_sides_of_a_threshold_are_the_whole(batch):
@@ -396,6 +396,7 @@ def test_losses_are_listed_by_name():
         (lambda: PowerLoss(q=math.inf), "q must be finite"),
         (lambda: ThresholdLoss(threshold=1.5), r"threshold is a probability and must lie in \[0, 1\], got 1.5"),
         (lambda: ThresholdLoss(threshold=math.nan), "threshold is a probability"),
+        (lambda: ThresholdLoss(threshold=0.0, above=False), "no token is below a threshold of 0"),
         (lambda: ThresholdLoss(base=DFTLoss(reduction="sum")), "set ignore_index and reduction of ThresholdLoss"),
         (lambda: EAFTLoss(alpha=-1), "alpha must be finite and not negative"),
         (lambda: EAFTLoss(top_k=1), "top_k must be 2 or more, or None for the whole vocabulary, got 1"),
@@ -426,6 +427,39 @@ def test_a_missing_or_wrong_reference_is_named(batch):
         statistics_from_logits(logits[0], targets[0].clamp(min=0), ["top_k_entropy"])
     with pytest.raises(ValueError, match=r"entropy takes no parameters"):
         statistics_from_logits(logits[0], targets[0].clamp(min=0), [Statistic("entropy", k=3)])
+
+
+def test_weights_that_overflow_stay_finite():
+    log_prob, reference = torch.tensor([0.0, -1e-3]), torch.tensor([-500.0, -500.0])
+    stats = TokenStats(log_prob=log_prob, reference_log_prob=reference)
+    losses, weight = token_loss_and_weight(ImportanceWeightedLoss(level="token", clip=None), stats)
+    assert losses.isfinite().all()
+    assert weight.isfinite().all()
+    assert (weight > 1e37).all()
+
+
+def test_entropy_of_everything_needs_its_size():
+    stats = TokenStats(log_prob=torch.zeros(1), entropy=torch.zeros(1))
+    with pytest.raises(ValueError, match=r"divides by the logarithm of stats.vocab_size, which is not given"):
+        EAFTLoss(top_k=None).token_loss(stats)
+
+
+def test_full_logits_give_what_telemetry_asks_for(batch):
+    logits, reference, targets = batch
+    options = {"statistics": ("reference_kl", "entropy"), "reference_logits": reference}
+    output = logits_token_loss(logits, targets, CrossEntropyLoss(), **options)
+    kept = targets != -100
+    own, other = logits.log_softmax(-1)[kept], reference.log_softmax(-1)[kept]
+    torch.testing.assert_close(output.reference_kl, (other.exp() * (other - own)).sum(-1).detach())
+    with pytest.raises(ValueError, match="not both"):
+        logits_token_loss(logits, targets, EAFTLoss(top_k=5), statistics=[Statistic("top_k_entropy", k=6)])
+
+
+def test_losses_that_negative_weights_mean_nothing_to():
+    takes = {name: cls.takes_negative_weights for name, cls in LOSSES.items()}
+    assert {name for name, does in takes.items() if not does} == {"ProximalLoss", "AnchoredLoss"}
+    assert not MixtureLoss([DFTLoss(), ProximalLoss()]).takes_negative_weights
+    assert MixtureLoss([DFTLoss(), PowerLoss()]).takes_negative_weights
 
 
 def test_transformers_trainer_is_told_what_it_cannot_give():

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from dft_lightning import AnchoredLoss, CausalLMModule, DFTLoss, ScheduledLoss
+from dft_lightning import AnchoredLoss, CausalLMModule, DFTLoss, EAFTLoss, InstructionDataModule, ScheduledLoss
 from dft_lightning.errors import InputError
 from small_runs import TINY_ARITHMETIC, arithmetic_data, trainer
 
@@ -134,6 +134,57 @@ def test_a_reference_is_neither_trained_nor_saved(tmp_path):
     resumed = run(4, ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
     for own, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(own, theirs)
+
+
+def test_a_run_goes_on_with_the_reference_that_it_began_with(tmp_path):
+    other = moved(built(loss=DFTLoss(), dtype="float32")).model
+    other.save_pretrained(tmp_path / "other")
+    options = {"loss": AnchoredLoss(0.7), "learning_rate": 1e-3}
+    checkpoints = pl.callbacks.ModelCheckpoint(tmp_path, "last")
+    data = arithmetic_data(8, batch_size=4)
+    first = trainer(callbacks=[checkpoints], enable_checkpointing=True)
+    first.fit(CausalLMModule(BASE, **options), datamodule=data)
+    again = CausalLMModule(BASE, reference_model=str(tmp_path / "other"), **options)
+    with pytest.raises(InputError, match="--ckpt_path: the checkpoint's run compares with another reference"):
+        trainer(max_steps=2).fit(again, datamodule=data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+
+
+def test_a_base_that_is_trained_beside_its_adapter_is_no_reference():
+    pytest.importorskip("peft")
+
+    class Unfrozen(CausalLMModule):
+        def build_parameter_groups(self):
+            self.model.model.norm.weight.requires_grad_()
+            return super().build_parameter_groups()
+
+    module = Unfrozen(BASE, loss=AnchoredLoss(), peft=LORA)
+    with pytest.raises(InputError, match="model.norm.weight is trained beside the adapter, and the loss compares with"):
+        trainer().fit(module, datamodule=arithmetic_data(8, batch_size=4))
+
+
+def test_predictions_need_no_reference(tmp_path):
+    module = CausalLMModule(BASE, loss=AnchoredLoss(), reference_model=str(tmp_path / "gone"))
+    rows = arithmetic_data(2, batch_size=2)
+    rows.sources["predict"] = rows.sources["train"]
+    trainer().predict(module, datamodule=rows)
+    assert module._reference is None
+
+
+def test_negative_weights_are_refused_where_they_mean_nothing(tmp_path):
+    import json
+
+    rows = [{"prompt": "1+1=", "completion": "2", "advantage": value} for value in (1.0, -1.0)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = InstructionDataModule(str(tmp_path / "rows.jsonl"), tokenizer=BASE, batch_size=2)
+    with pytest.raises(
+        InputError, match=r"advantage: -1, and AnchoredLoss means nothing with a negative weight"
+    ):
+        trainer().fit(CausalLMModule(BASE, loss=AnchoredLoss()), datamodule=data)
+
+
+def test_more_of_the_likeliest_tokens_than_there_are():
+    with pytest.raises(InputError, match=r"EAFTLoss takes the 5000 likeliest tokens, and the model knows \d+ in all"):
+        built(loss=EAFTLoss(top_k=5000))
 
 
 def test_dropout_is_off_in_the_reference_alone():

@@ -60,7 +60,7 @@ class RowHasher:
 
     def add(self, batch: Mapping[str, Tensor]) -> None:
         """Count a micro-batch."""
-        for name in ("input_ids", "attention_mask", "position_ids", "token_weight"):
+        for name in ("input_ids", "attention_mask", "position_ids", "token_weight", "reference_log_prob"):
             if name in batch:
                 add_tensor(self._rows, name, batch[name])
         targets = batch["labels"][..., 1:]
@@ -69,7 +69,7 @@ class RowHasher:
 
     @property
     def rows(self) -> str:
-        """SHA-256 of all tokens and their weights so far, in order."""
+        """SHA-256 of all tokens, their weights and their log-probs under a reference so far, in order."""
         return self._rows.hexdigest()
 
     @property

@@ -389,8 +389,18 @@ class InstructionDataModule(pl.LightningDataModule):
         return read_messages(self._source(split), columns, last_turn=needed, on_bad_rows=self.on_bad_rows)
 
     def _columns(self, split: str) -> RowColumns:
-        """How a split is read: a gradient that is divided by the sum of its weights takes no negative ones."""
-        return replace(self.columns, signed=split != "train" or not self._model_hparams().get("renormalize"))
+        """How a split is read: not every run can take negative weights."""
+        return replace(self.columns, unsigned=self._why_unsigned() if split == "train" else "")
+
+    def _why_unsigned(self) -> str:
+        if self._model_hparams().get("renormalize"):
+            return "model.renormalize divides by the sum of the weights: leave that out"
+        loss = getattr(getattr(self.trainer, "lightning_module", None), "loss", None)
+        if not getattr(loss, "takes_negative_weights", True):
+            return (
+                f"{type(loss).__name__} means nothing with a negative weight: leave such rows out, or take another loss"
+            )
+        return ""
 
     def reader(self, split: str) -> RowReader:
         """What reads a split's own source, row by row.

@@ -28,7 +28,7 @@ class RowColumns:
         system_prompt: the system message of conversations that have none.
         prompt_suffix: what every user message ends with.
         weighted: whether rows and messages may have weights other than 1.
-        signed: whether an ``advantage`` may be negative.
+        unsigned: why an ``advantage`` may not be negative; empty where it may.
     """
 
     form: RowForm = "auto"
@@ -40,7 +40,7 @@ class RowColumns:
     system_prompt: str | None = None
     prompt_suffix: str | None = None
     weighted: bool = True
-    signed: bool = True
+    unsigned: str = ""
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ def _row_weight(row: dict[str, Any], columns: RowColumns) -> float:
             raise
         advice = "what is no weight of the row is left alone with data.weight_column: weight"
         raise BadRow(f"{problem}; only an advantage may be negative, and {advice}") from None
-    if weight < 0 and not columns.signed:
-        raise BadRow(f"{column}: {weight:g}, and model.renormalize divides by the sum of the weights: leave that out")
+    if weight < 0 and columns.unsigned:
+        raise BadRow(f"{column}: {weight:g}, and {columns.unsigned}")
     _check_weight(weight, columns, column)
     return weight
 

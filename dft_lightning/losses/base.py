@@ -29,6 +29,7 @@ class TokenLoss(Component, nn.Module):
         pointwise: whether token ``i``'s loss depends on token ``i``'s statistics alone. A loss that sets it to
             ``False`` may also depend on the other tokens of the same sequence, never on the rest of the batch.
         uses_step: whether :meth:`token_loss` reads ``stats.step``. Whoever calls such a loss has to give the step.
+        takes_negative_weights: whether the loss of a token times a negative number unlearns the token.
 
     Raises:
         ValueError: the reduction is unknown.
@@ -44,6 +45,7 @@ class TokenLoss(Component, nn.Module):
 
     pointwise: bool = True
     uses_step: bool = False
+    takes_negative_weights: bool = True
 
     def __init__(self, *, ignore_index: int = -100, reduction: str = "mean") -> None:
         super().__init__()
@@ -156,10 +158,10 @@ def unreduced(loss: TokenLoss, stats: TokenStats) -> Tensor:
 def loss_and_slopes(
     loss: TokenLoss, stats: TokenStats, token_weight: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Unreduced losses and the derivative of their sum by each statistic, all ``[n]`` and detached.
+    """Unreduced losses and the derivative of their sum by ``log_prob`` and each other statistic that it depends on.
 
-    The derivatives come from autograd on the statistics, so a stop-gradient inside the loss is honoured. They exist
-    also where gradients are off (validation, ``torch.no_grad`` and ``torch.inference_mode``).
+    All are ``[n]`` and detached. The derivatives come from autograd on the statistics, so a stop-gradient inside the
+    loss is honoured. They exist also where gradients are off (validation, ``torch.no_grad``, ``torch.inference_mode``).
 
     Args:
         loss: any token loss.
@@ -176,11 +178,13 @@ def loss_and_slopes(
         losses = unreduced(loss, TokenStats(**values))
         if token_weight is not None:
             losses = losses * token_weight.clone()
+        slopes: tuple[Tensor | None, ...]
         if losses.requires_grad:
-            slopes = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+            slopes = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
         else:
-            slopes = tuple(torch.zeros_like(leaf) for leaf in leaves.values())
-    return losses.detach(), dict(zip(leaves, slopes, strict=True))
+            slopes = (None,) * len(leaves)
+    found = {name: slope for name, slope in zip(leaves, slopes, strict=True) if slope is not None}
+    return losses.detach(), {"log_prob": torch.zeros_like(leaves["log_prob"]), **found}
 
 
 # What depends on the model's logits; the other statistics are constants.

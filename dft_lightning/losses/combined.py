@@ -29,6 +29,7 @@ class _CombinedLoss(TokenLoss):
         self.parts = nn.ModuleList(parts)
         self.pointwise = all(part.pointwise for part in parts)
         self.uses_step = any(part.uses_step for part in parts)
+        self.takes_negative_weights = all(part.takes_negative_weights for part in parts)
         self._needs = _union(parts, type(self).__name__)
 
     @property
@@ -179,7 +180,8 @@ class ThresholdLoss(_CombinedLoss):
         reduction: see :class:`TokenLoss`.
 
     Raises:
-        ValueError: the threshold is no probability; a base with an ``ignore_index`` or ``reduction`` of its own.
+        ValueError: the threshold is no probability, or 0 with ``above=False``; a base with an ``ignore_index`` or
+            ``reduction`` of its own.
         TypeError: the base is no token loss.
 
     Example:
@@ -201,6 +203,8 @@ class ThresholdLoss(_CombinedLoss):
         super().__init__([base], ignore_index=ignore_index, reduction=reduction)
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold is a probability and must lie in [0, 1], got {threshold}")
+        if threshold == 0 and not above:
+            raise ValueError("no token is below a threshold of 0: nothing would be learnt")
         self.threshold = threshold
         self.above = above
 

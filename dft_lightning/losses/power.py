@@ -16,7 +16,8 @@ class PowerLoss(TokenLoss):
     """``(1 - p**q) / q`` of each target token; its gradient is that of ``-sg(p**q) log p``.
 
     ``q`` goes from cross-entropy (0, its limit) to the gradient of DFT (1), and beyond: the larger, the less is learnt
-    of what the model finds unlikely. The loss lies in ``[0, 1 / q]``.
+    of what the model finds unlikely. The loss lies in ``[0, 1 / q]``. For soft targets ``p`` is ``exp(sum q log p)``,
+    where DFT's weight is ``sum q p``.
 
     Source: "Beyond Log Likelihood: Probability-Based Objectives for Supervised Fine-Tuning", arXiv 2510.00526, the
     family ``(1 - p**alpha) / alpha``; their code has no stop-gradient in it, and neither has this.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from dft_lightning.losses.base import TokenLoss
@@ -75,7 +76,9 @@ class ImportanceWeightedLoss(TokenLoss):
         if not self.pointwise:
             assert stats.sequence_index is not None
             difference = sequence_mean(difference, stats.sequence_index)
-        weight = (self.temperature * difference).exp()
+        # Within the dtype's range: a weight of inf would be nan at p = 1.
+        exponent = (self.temperature * difference).clamp(max=math.log(torch.finfo(difference.dtype).max) - 1)
+        weight = exponent.exp()
         if self.clip is not None:
             weight = weight.clamp(*self.clip)
         return weighted_log_prob(weight, stats.log_prob)
@@ -105,6 +108,8 @@ class ProximalLoss(TokenLoss):
         >>> ProximalLoss(epsilon=0.2)(logits, torch.tensor([1]), reference_log_prob=torch.tensor([0.4]).log())
         tensor(-1.2000)
     """
+
+    takes_negative_weights = False  # the bound would hold back where a token is to be pushed down
 
     def __init__(self, epsilon: float = 0.28, *, ignore_index: int = -100, reduction: str = "mean") -> None:
         super().__init__(ignore_index=ignore_index, reduction=reduction)
@@ -140,6 +145,8 @@ class AnchoredLoss(TokenLoss):
         >>> AnchoredLoss(weight=0.1)(logits, torch.tensor([1]), reference_logits=torch.tensor([[2.0, 0.0]]))
         tensor(0.3794)
     """
+
+    takes_negative_weights = False  # the divergence would be driven up without end
 
     def __init__(self, weight: float = 0.1, *, ignore_index: int = -100, reduction: str = "mean") -> None:
         super().__init__(ignore_index=ignore_index, reduction=reduction)

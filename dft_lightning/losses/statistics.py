@@ -227,10 +227,11 @@ def entropy_of_largest(logits: Tensor, k: int) -> Tensor:
 
 
 def _reference_kl(log_probs: Tensor, reference: Tensor) -> Tensor:
-    # What the reference bans (logit -inf) adds nothing, whatever the model says.
-    banned = reference == float("-inf")
+    # What the reference bans adds nothing, whatever the model says.
+    weight = reference.exp()
+    banned = weight == 0
     difference = reference.masked_fill(banned, 0.0) - log_probs.masked_fill(banned, 0.0)
-    return (reference.exp() * difference).sum(-1)
+    return (weight * difference).sum(-1)
 
 
 def _sum_squared_prob(log_probs: Tensor) -> Tensor:

@@ -84,8 +84,10 @@ class EAFTLoss(TokenLoss):
         if classes is None:
             entropy, classes = stats.entropy, stats.vocab_size
         assert entropy is not None
-        if classes < 2:
-            return 0 * stats.log_prob  # a vocabulary of one token: always certain
+        if classes < 1:
+            raise ValueError("EAFTLoss(top_k=None) divides by the logarithm of stats.vocab_size, which is not given")
+        if classes == 1:
+            return 0 * stats.log_prob  # always certain
         # Rounding can put the entropy of certainty below 0.
         share = (entropy.detach() / math.log(classes)).clamp(min=0)
         return weighted_log_prob(share.pow(self.alpha), stats.log_prob)

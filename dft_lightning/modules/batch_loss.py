@@ -113,6 +113,16 @@ def full_batch_loss(
     return _with_auxiliary_loss(output, auxiliary, options["normalizer"], by_weight)
 
 
+def check_top_k(loss: TokenLoss, vocabulary: int) -> None:
+    """Raise ``InputError`` where a loss takes more of the likeliest tokens than there are."""
+    for need in normalise_needs(loss.needs):
+        if need.name == "top_k_entropy" and need.params.get("k", 0) > vocabulary:
+            raise InputError(
+                f"model.loss: {type(loss).__name__} takes the {need.params['k']} likeliest tokens, and the model knows "
+                f"{vocabulary} in all: set a smaller top_k"
+            )
+
+
 def _token_inputs(batch: dict[str, Any], loss: TokenLoss) -> dict[str, Tensor]:
     """What the loss reads of each token beside the model's own statistics, ``[B * T]``, at the place of its logits."""
     needs = {need.name for need in normalise_needs(loss.needs)}

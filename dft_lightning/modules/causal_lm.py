@@ -42,7 +42,7 @@ from dft_lightning.losses import CrossEntropyLoss, TokenLoss, require_default_fo
 from dft_lightning.metrics import AnswerExtractor, ExactMatch, LastNumber, SourceMetrics, TokenMetrics
 from dft_lightning.metrics.exact_sums import ExactSums
 from dft_lightning.modules.adapter import attach, base_name, lora_config, lora_values
-from dft_lightning.modules.batch_loss import full_batch_loss, fused_batch_loss
+from dft_lightning.modules.batch_loss import check_top_k, full_batch_loss, fused_batch_loss
 from dft_lightning.modules.documents import check_documents, model_inputs
 from dft_lightning.modules.generation import GenerationOptions, decode_completions, generate, stop_token_ids
 from dft_lightning.modules.head import WAY_OUT, check_head, find_head
@@ -187,7 +187,6 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
         self.sharding = ShardingOptions(**sharding) if isinstance(sharding, dict) else sharding
         self.answer_extractor = from_plain(answer_extractor, AnswerExtractor)
         self.model = None
-        self._reference: ReferenceModel | None = None
         if reference_model is not None and not needs_reference_model(self.loss):
             raise ValueError(f"{type(self.loss).__name__} compares with no model: leave reference_model out")
         self._check_head_option(head)
@@ -245,6 +244,7 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
         mesh = data_parallel_mesh(self._trainer, self.sharding)
         if is_sharded(self):
             return
+        self._check_reference_strategy()
         files: list[Path] | None = None
         if self.model is None:  # otherwise built before there was a trainer, or for one that did not shard
             files = self._build(empty=mesh is not None and self.sharding.load == "shards" and self._loads_checkpoint())
@@ -274,7 +274,8 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
         else:
             self.model = self.build_model()
         self._check_vocabulary()
-        if needs_reference_model(self.loss):
+        self._check_top_k()
+        if needs_reference_model(self.loss) and not self._only_predicts:
             self._reference = self._make_reference()
         if self.hparams["peft"] is not None:
             attach(self.model, lora_config(self.hparams["peft"]))
@@ -288,16 +289,23 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
             )
         return files
 
-    def _make_reference(self) -> ReferenceModel:
-        """What the loss compares with, of the model as it is built: before an adapter and a checkpoint's weights."""
-        model = self.model
-        assert model is not None
+    @property
+    def _only_predicts(self) -> bool:
+        return self._trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
+
+    def _check_reference_strategy(self) -> None:
+        """A second model is not sharded."""
         own = self.hparams["peft"] is not None and self.hparams["reference_model"] is None
-        if shards_parameters(self._trainer) and not own:
+        if needs_reference_model(self.loss) and shards_parameters(self._trainer) and not (own or self._only_predicts):
             raise InputError(
                 f"{type(self.loss).__name__} needs a second model, and {type(self.trainer.strategy).__name__} shards "
                 "one alone: train an adapter (model.peft), whose base it compares with, or use DDP"
             )
+
+    def _make_reference(self) -> ReferenceModel:
+        """What the loss compares with, of the model as it is built: before an adapter and a checkpoint's weights."""
+        model = self.model
+        assert model is not None
         loading = {**self._loading_options(), "revision": None}
         return reference_of(
             model,
@@ -338,6 +346,12 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
                 f"data.tokenizer has token ids up to {highest}, but the model's embedding has {rows} rows: "
                 "use the model's own tokenizer"
             )
+
+    def _check_top_k(self) -> None:
+        """What a loss takes of the likeliest tokens, before anything is computed."""
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if head is not None:
+            check_top_k(self.loss, head.weight.shape[0])
 
     @property
     def _datamodule(self) -> pl.LightningDataModule | None:
@@ -500,6 +514,8 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
         self._run_state.restore()
         self._run_state.note_step()
         self._check_trained()
+        if self._reference is not None and self.model is not None:
+            self._reference.check_trained(self.model)
         # FSDP1 has cut the parameters themselves.
         counted = "parameters" if not isinstance(self.trainer.model, FullyShardedDataParallel) else "values on rank 0"
         rank_zero_info(training_size(self, self.trainer.optimizers, counted))

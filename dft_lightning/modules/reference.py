@@ -6,16 +6,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from dft_lightning.errors import InputError
 from dft_lightning.losses import TokenLoss
 from dft_lightning.losses.statistics import normalise_needs
-from dft_lightning.modules.adapter import adapter_off
+from dft_lightning.modules.adapter import adapter_off, base_name, fingerprint, trained_names
 from dft_lightning.modules.documents import check_documents, model_inputs
-from dft_lightning.modules.head import check_head, find_head, run_without_head
+from dft_lightning.modules.generation import evaluating
+from dft_lightning.modules.head import check_head, ends_of, find_head, run_without_head
 from dft_lightning.ops import ReferenceHead
+
+_REFERENCE = "dft_lightning_reference"
+"""Key in a checkpoint."""
 
 
 def needs_reference_model(loss: TokenLoss) -> bool:
@@ -35,6 +39,47 @@ class ReferenceModel:
     def __init__(self, model: nn.Module | None) -> None:
         self._model = None if model is None else model.eval().requires_grad_(False)
         self._head_checked = self._documents_checked = False
+
+    def remember(self, checkpoint: dict[str, Any]) -> None:
+        """Write into a checkpoint what tells the reference from others. Of an adapter's base that is there already."""
+        if self._model is not None:
+            checkpoint[_REFERENCE] = fingerprint(self._model)
+
+    def check_remembered(self, checkpoint: dict[str, Any]) -> None:
+        """Whether the run that goes on compares with the model that it began with.
+
+        Raises:
+            InputError: it is another one.
+        """
+        if self._model is None or _REFERENCE not in checkpoint:
+            return
+        for name, own in fingerprint(self._model).items():
+            other = checkpoint[_REFERENCE].get(name, "")
+            if other != own and other.partition(":")[0] in ("", own.partition(":")[0]):
+                raise InputError(
+                    f"--ckpt_path: the checkpoint's run compares with another reference: {name} differs in "
+                    "model.reference_model (or in model.model, where that is not set): give the one that it began with"
+                )
+
+    def check_trained(self, trained: nn.Module) -> None:
+        """Whether training leaves the reference as it is.
+
+        Raises:
+            InputError: it is the base below an adapter, and something of the base is trained beside it.
+        """
+        if self._model is not None:
+            return
+        copies = ("modules_to_save",)
+        moved = [
+            name
+            for name in sorted(trained_names(trained))
+            if base_name(name) is not None and not any(part in name.split(".") for part in copies)
+        ]
+        if moved:
+            raise InputError(
+                f"model: {moved[0]} is trained beside the adapter, and the loss compares with the base that it is part "
+                "of: freeze it, or name another model as model.reference_model"
+            )
 
     def head(self, trained: nn.Module, batch: dict[str, Any]) -> ReferenceHead:
         """Last hidden states ``[B * T, H]`` and head of the reference for a batch.
@@ -62,7 +107,7 @@ class ReferenceModel:
     def _running(self, trained: nn.Module, batch: dict[str, Any]) -> Iterator[nn.Module]:
         model = trained if self._model is None else self._placed(trained)
         off = adapter_off(trained) if self._model is None else nullcontext()
-        with torch.no_grad(), off, _evaluating(model):
+        with off, evaluating(model):
             if "position_ids" in batch and not self._documents_checked:
                 check_documents(model, len(batch["position_ids"]))
                 self._documents_checked = True
@@ -79,19 +124,6 @@ class ReferenceModel:
                 cast = tensor.is_floating_point() and isinstance(tensor, nn.Parameter)
                 tensor.data = tensor.data.to(like.device, like.dtype if cast else tensor.dtype)
         return self._model
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout meanwhile, and every module's mode as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def reference_of(
@@ -120,7 +152,7 @@ def reference_of(
     if options["reference_model"] is not None:
         reference = load(options["reference_model"])
         _check_vocabulary(model, reference)
-        return ReferenceModel(reference)
+        return _second(reference)
     if options["peft"] is not None:
         if options["peft"].get("bias", "none") != "none":
             raise InputError(
@@ -133,11 +165,20 @@ def reference_of(
             f"{name} compares with the model that the run starts from, which has to be the same when the run is "
             "resumed: start from a checkpoint (model.model), or name one as model.reference_model"
         )
-    return ReferenceModel(copy_of_start())
+    return _second(copy_of_start())
+
+
+def _second(model: nn.Module) -> ReferenceModel:
+    size = sum(parameter.numel() for parameter in model.parameters())
+    rank_zero_info(f"reference model: {size:,} parameters, frozen, on each rank")
+    return ReferenceModel(model)
 
 
 def _check_vocabulary(model: nn.Module, reference: nn.Module) -> None:
-    own, other = (find_head(each).layer.weight.shape[0] for each in (model, reference))
+    own, other = (ends_of(each)[0] for each in (model, reference))
+    if own is None or other is None:
+        return  # logits of two sizes are refused when they meet
+    own, other = own.weight.shape[0], other.weight.shape[0]
     if own != other:
         raise InputError(
             f"model.reference_model: its vocabulary has {other} tokens and the model's {own}: a divergence needs the "

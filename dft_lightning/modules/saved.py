@@ -21,6 +21,7 @@ from dft_lightning.modules.adapter import (
     trained_names,
 )
 from dft_lightning.modules.record import RECORD, describe, files_of
+from dft_lightning.modules.reference import ReferenceModel
 from dft_lightning.modules.restored import OptimizerOptions
 from dft_lightning.modules.run_state import RunState
 
@@ -57,6 +58,7 @@ class SavedModule(pl.LightningModule):
         self._tokenizer_files: dict[str, bytes] | None = None
         self._base_fingerprint: dict[str, str] | None = None
         self._trained: set[str] = set()
+        self._reference: ReferenceModel | None = None
         self._run_state = RunState(self)
         self._optimizer_options = OptimizerOptions()
         self.register_load_state_dict_post_hook(leave_out_the_base)  # type: ignore[no-untyped-call]
@@ -104,6 +106,8 @@ class SavedModule(pl.LightningModule):
             checkpoint[RECORD] = self.record()
         except Exception as error:  # a model's own config may fail to be written: no reason to lose its weights
             rank_zero_warn(f"this checkpoint cannot be exported: {one_line(error)}")
+        if self._reference is not None:
+            self._reference.remember(checkpoint)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._run_state.save(checkpoint)
 
@@ -140,6 +144,8 @@ class SavedModule(pl.LightningModule):
         if values is not None and names and self.model is not None:
             check_tensors(names, self.model)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            if self._reference is not None:
+                self._reference.check_remembered(checkpoint)
             self._check_optimizer(checkpoint)
             self._run_state.load(checkpoint)
 

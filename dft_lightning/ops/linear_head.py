@@ -159,7 +159,7 @@ def linear_token_statistics(
     batch = target_tokens(hidden, weight, targets, bias, ignore_index, None, None, reference)
     needs = normalise_needs(statistics)
     settings = _settings(batch, weight, needs, logit_scale, logit_softcap, chunk_bytes, "the caller")
-    return head_statistics(batch.hidden, weight, bias, batch.targets, settings, reference)[0]
+    return head_statistics(batch.hidden, weight, bias, batch.targets, settings, batch.reference)[0]
 
 
 def _settings(

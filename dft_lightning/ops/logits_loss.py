@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,21 +50,21 @@ def logits_token_loss(
     kept_logits, kept_targets = logits[kept], targets[kept]
     needs = normalise_needs(loss.needs)
     extra = [statistic for statistic in normalise_needs(statistics) if statistic not in needs]
-    stats = statistics_from_logits(
-        kept_logits,
-        kept_targets,
-        needs,
-        sequence_index=kept.nonzero()[:, 0] if sequence_index is None else sequence_index[kept],
-        reference_log_prob=None if reference_log_prob is None else reference_log_prob[kept],
-        reference_logits=None if reference_logits is None else reference_logits[kept],
-        step=step,
-    )
+    for statistic in extra:
+        if other := [need for need in needs if need.name == statistic.name]:
+            raise ValueError(f"one call computes {other[0]!r} or {statistic!r}, not both")
+    given: dict[str, Any] = {
+        "sequence_index": kept.nonzero()[:, 0] if sequence_index is None else sequence_index[kept],
+        "reference_log_prob": None if reference_log_prob is None else reference_log_prob[kept],
+        "reference_logits": None if reference_logits is None else reference_logits[kept],
+    }
+    stats = statistics_from_logits(kept_logits, kept_targets, needs, step=step, **given)
     losses, weight = token_loss_and_weight(loss, stats, None if token_weight is None else token_weight[kept])
     values = detached(stats)
     with torch.no_grad():
         correct = kept_logits.argmax(-1) == kept_targets
         if extra:
-            found = statistics_from_logits(kept_logits, kept_targets, extra)
+            found = statistics_from_logits(kept_logits, kept_targets, extra, **given)
             values |= {statistic.name: getattr(found, statistic.name) for statistic in extra}
     loss_sum = connected(losses.sum(), stats.log_prob)
     return TokenOutput(

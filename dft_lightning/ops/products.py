@@ -49,6 +49,7 @@ class HeadProducts:
         dtype: of the products, that of autocast where it is on.
         chunk_bytes: size of the buffer of logits.
         wanted: the gradients to accumulate.
+        role: of the buffers: two that are held at once have buffers of their own.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class HeadProducts:
         dtype: torch.dtype,
         chunk_bytes: int,
         wanted: Wanted,
+        role: str = "",
     ) -> None:
+        self._role = role
         self._hidden, self._weight, self._bias = hidden, weight, bias
         self._dtype = dtype
         self.device = hidden.device
@@ -83,7 +86,7 @@ class HeadProducts:
         self._stack.close()
 
     def _scratch(self, role: str, shape: tuple[int, ...]) -> Tensor:
-        return self._stack.enter_context(scratch(role, shape, self._dtype, self.device))
+        return self._stack.enter_context(scratch(self._role + role, shape, self._dtype, self.device))
 
     def _cast(self, role: str, tensor: Tensor) -> Tensor:
         if tensor.dtype == self._dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -74,6 +75,8 @@ class _Statistics(torch.autograd.Function):
         values = dict(zip(ctx.names, saved, strict=True))
         slopes = {name: u for name, u in zip(ctx.names, upstream, strict=True) if u is not None}
         slopes.setdefault("log_prob", torch.zeros_like(log_prob))
+        size = _size_of(slopes, settings)
+        slopes = {name: slope / size for name, slope in slopes.items()}
         wanted = Wanted(*ctx.needs_input_grad[:3])
         with (
             torch.autocast(hidden.device.type, enabled=False),
@@ -101,4 +104,18 @@ class _Statistics(torch.autograd.Function):
                     ),
                 )
         dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return *returned_gradients(products.gradients, dtypes, 1.0, settings), None, None, None
+        return *returned_gradients(products.gradients, dtypes, size, settings), None, None, None
+
+
+def _size_of(slopes: Mapping[str, Tensor], settings: HeadSettings) -> Tensor | float:
+    """A power of two near the largest slope, which float16 would overflow on; 1 in other dtypes.
+
+    What comes from outside has the gradient scaler's factor in it, on top of which goes the head's own. In one pass the
+    slopes are the loss's own, and the scaler's factor comes after the products.
+    """
+    if settings.dtype != torch.float16:
+        return 1.0
+    largest = torch.stack([slope.abs().amax() for slope in slopes.values() if slope.numel()] or [torch.ones(())]).amax()
+    smallest = torch.finfo(largest.dtype).tiny
+    size = torch.exp2(largest.clamp(min=smallest).log2().ceil())
+    return torch.where(size.isfinite(), size, 1.0)  # inf and nan are the scaler's to see

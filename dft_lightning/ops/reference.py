@@ -81,5 +81,5 @@ def reference_products(reference: ReferenceHead | None, settings: HeadSettings) 
     nothing = Wanted(False, False, False)
     with torch.no_grad():
         head = (reference.hidden, reference.weight.detach(), bias)
-        with HeadProducts(*head, settings.dtype, settings.chunk_bytes, nothing) as products:
+        with HeadProducts(*head, settings.dtype, settings.chunk_bytes, nothing, "reference ") as products:
             yield products

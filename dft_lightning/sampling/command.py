@@ -134,7 +134,7 @@ def sample(options: argparse.Namespace, config: dict[str, Any]) -> None:
         )
     data, prompts = read_prompts(config, options.split, options.limit)
     # Sampling needs no loss, and one may read what rows do not have.
-    module = module_of({**config, "model": {**config["model"], "loss": _NO_LOSS}})
+    module = module_of({**config, "model": {**config["model"], "loss": _NO_LOSS, "reference_model": None}})
     scorer = ExactMatch(module.answer_extractor)
     scorer.check(prompts.references(), options.split)
     generation = GenerationOptions(

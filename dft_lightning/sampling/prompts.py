@@ -115,6 +115,11 @@ def check_columns(columns: RowColumns) -> None:
     for option, name in (("prompt_column", columns.prompt), ("completion_column", columns.completion)):
         if names.count(name) > 1:
             raise InputError(f"data.{option}: {name} is another column of the samples: rename it by rename_columns")
+    if columns.weight not in (None, "reward"):
+        raise InputError(
+            f"data.weight_column: {columns.weight} leaves the samples' reward out, so that wrong answers were learnt "
+            "as right ones: leave it out, or set reward"
+        )
     if recognise_form(dict.fromkeys(names), replace(columns, form="auto")) != "prompt_completion":
         raise InputError(
             f"data.prompt_column: rows with the columns {columns.prompt} and {columns.completion} are not read as "
