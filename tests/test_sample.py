@@ -479,6 +479,15 @@ def test_columns_that_lines_cannot_have():
     for columns in (RowColumns(messages="prompt"), RowColumns(prompt="conversations"), RowColumns(prompt="sample")):
         with pytest.raises(ValueError, match="data.prompt_column: .* rename"):
             check_columns(columns)
+    check_columns(RowColumns(weight="reward"))
+    with pytest.raises(ValueError, match="data.weight_column: weight leaves the samples' reward out"):
+        check_columns(RowColumns(weight="weight"))
+
+
+def test_a_loss_with_a_reference_model_is_not_asked_for_it(arguments, tmp_path):
+    reference = ["--model.loss", "AnchoredLoss", "--model.reference_model", "asset://arithmetic-base"]
+    lines = sampled(tmp_path / "s.jsonl", *arguments, *reference, "--k", 1, "--limit", 2, "--max_new_tokens", 4)
+    assert len(lines) == 2
 
 
 def test_broken_weights_end_in_a_message(arguments, tmp_path, capsys, monkeypatch):
