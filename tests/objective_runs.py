@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from dft_lightning import (
     AnchoredLoss,
@@ -98,7 +99,12 @@ if __name__ == "__main__":
                 folder, loss, "accumulation", ranks=2, strategy=strategy_of("fsdp2")
             )
     found["anchored", "fsdp2", "adapter"] = steps(
-        folder, OBJECTIVES["anchored"], "accumulation", ranks=2, peft=LORA, strategy=strategy_of("fsdp2")
+        folder,
+        OBJECTIVES["anchored"],
+        "accumulation",
+        ranks=2,
+        peft=LORA,
+        strategy=ModelParallelStrategy(2, 1, save_distributed_checkpoint=False),
     )
     if torch.distributed.get_rank() == 0:
         torch.save(found, sys.argv[2])
