@@ -61,10 +61,11 @@ class Styles:
         return _COLOURS[self._place[loss] % len(_COLOURS)]
 
     def line(self, loss: str) -> dict[str, Any]:
-        """Colour, marker and dashes for a line."""
+        """Colour, marker and dashes for a line; where colours come again, markers are hollow."""
         place = self._place[loss]
         dashes = ("-", "--", ":")[place // len(_COLOURS) % 3]
-        return {"color": self.colour(loss), "marker": _MARKERS[place % len(_MARKERS)], "linestyle": dashes}
+        style = {"color": self.colour(loss), "marker": _MARKERS[place % len(_MARKERS)], "linestyle": dashes}
+        return style if place < len(_COLOURS) else {**style, "markerfacecolor": "white"}
 
 
 @dataclass(frozen=True)
