@@ -79,7 +79,7 @@ def test_the_other_process_ends_with_one_message(tmp_path):
         for run in runs:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(run.pid, signal.SIGKILL)
-    assert [run.returncode for run in runs] == [-signal.SIGKILL, 1]
+    assert [run.returncode for run in runs] == [-signal.SIGKILL, 1], errors
     for error, words in zip(errors, DEAD, strict=True):
         assert "Traceback" not in error
         messages = [line for line in error.splitlines() if line.startswith("error: ")]

@@ -272,7 +272,7 @@ def test_an_advantage_multiplies_the_messages_weights(tmp_path):
         ({"mine": -1}, {"weight": "mine"}, "mine: expected a number from 0 to 3.4e38, got -1$"),
         (
             {"advantage": -1},
-            {"signed": False},
+            {"unsigned": "model.renormalize divides by the sum of the weights"},
             "advantage: -1, and model.renormalize divides by the sum of the weights",
         ),
         ({"advantage": 2}, {"weighted": False}, "advantage: 2, and data.train_on_prompts"),
