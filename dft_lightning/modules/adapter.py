@@ -329,6 +329,15 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 _FIRST = 16
 
 
+def first_difference(saved: dict[str, str], own: dict[str, str]) -> str | None:
+    """The first parameter of which two :func:`fingerprint` tell that it differs; ``None`` where there is none."""
+    for name, own_hash in own.items():
+        other = saved.get(name, "")
+        if other != own_hash and other.partition(":")[0] == own_hash.partition(":")[0]:
+            return name
+    return None
+
+
 def adapter_record(values: dict[str, Any], of_base: dict[str, str]) -> dict[str, Any]:
     """What a checkpoint says of its adapter, in plain values."""
     return {"config": json.dumps(values), "base_fingerprint": of_base}
@@ -368,10 +377,8 @@ def check_adapter(
                 f"{key}: the checkpoint's adapter has {name} {getattr(of_checkpoint, name)}, and model.peft.{name} is "
                 f"{getattr(own, name)}"
             )
-    for name, own_hash in (of_base or {}).items():
-        other = saved["base_fingerprint"].get(name, "")
-        if other != own_hash and other.partition(":")[0] == own_hash.partition(":")[0]:
-            raise InputError(f"{key}: the checkpoint's adapter was trained on another base: {name} differs")
+    if differing := first_difference(saved["base_fingerprint"], of_base or {}):
+        raise InputError(f"{key}: the checkpoint's adapter was trained on another base: {differing} differs")
 
 
 def check_tensors(there: Iterable[str], model: nn.Module, key: str = "--ckpt_path") -> None:

@@ -45,7 +45,7 @@ from dft_lightning.modules.adapter import attach, base_name, lora_config, lora_v
 from dft_lightning.modules.batch_loss import check_top_k, full_batch_loss, fused_batch_loss
 from dft_lightning.modules.documents import check_documents, model_inputs
 from dft_lightning.modules.generation import GenerationOptions, decode_completions, generate, stop_token_ids
-from dft_lightning.modules.head import WAY_OUT, check_head, find_head
+from dft_lightning.modules.head import WAY_OUT, check_head, ends_of, find_head
 from dft_lightning.modules.loading import DType, empty_causal_lm, load_causal_lm
 from dft_lightning.modules.non_finite import NonFiniteSteps, OnNonFinite, check_on_non_finite
 from dft_lightning.modules.optimization import (
@@ -304,16 +304,14 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
 
     def _make_reference(self) -> ReferenceModel:
         """What the loss compares with, of the model as it is built: before an adapter and a checkpoint's weights."""
-        model = self.model
-        assert model is not None
+        assert self.model is not None
         loading = {**self._loading_options(), "revision": None}
         return reference_of(
-            model,
+            self.model,
             dict(self.hparams),
             self.loss,
             isinstance(self.hparams["model"], str),
             lambda name: load_causal_lm(name, **loading),
-            lambda: copy.deepcopy(model),
         )
 
     def _loads_checkpoint(self) -> bool:
@@ -349,7 +347,8 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
 
     def _check_top_k(self) -> None:
         """What a loss takes of the likeliest tokens, before anything is computed."""
-        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        assert self.model is not None
+        head = ends_of(self.model)[1]
         if head is not None:
             check_top_k(self.loss, head.weight.shape[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from dft_lightning.errors import InputError
 from dft_lightning.losses import TokenLoss
 from dft_lightning.losses.statistics import normalise_needs
-from dft_lightning.modules.adapter import adapter_off, base_name, fingerprint, trained_names
+from dft_lightning.modules.adapter import adapter_off, base_name, fingerprint, first_difference, trained_names
 from dft_lightning.modules.documents import check_documents, model_inputs
 from dft_lightning.modules.generation import evaluating
 from dft_lightning.modules.head import check_head, ends_of, find_head, run_without_head
@@ -53,13 +54,12 @@ class ReferenceModel:
         """
         if self._model is None or _REFERENCE not in checkpoint:
             return
-        for name, own in fingerprint(self._model).items():
-            other = checkpoint[_REFERENCE].get(name, "")
-            if other != own and other.partition(":")[0] in ("", own.partition(":")[0]):
-                raise InputError(
-                    f"--ckpt_path: the checkpoint's run compares with another reference: {name} differs in "
-                    "model.reference_model (or in model.model, where that is not set): give the one that it began with"
-                )
+        saved, own = checkpoint[_REFERENCE], fingerprint(self._model)
+        if name := first_difference(saved, own) or min(own.keys() - saved.keys(), default=None):
+            raise InputError(
+                f"--ckpt_path: the checkpoint's run compares with another reference: {name} differs in "
+                "model.reference_model (or in model.model, where that is not set): give the one that it began with"
+            )
 
     def check_trained(self, trained: nn.Module) -> None:
         """Whether training leaves the reference as it is.
@@ -69,11 +69,11 @@ class ReferenceModel:
         """
         if self._model is not None:
             return
-        copies = ("modules_to_save",)
+        # A copy that modules_to_save trains leaves its original behind.
         moved = [
             name
             for name in sorted(trained_names(trained))
-            if base_name(name) is not None and not any(part in name.split(".") for part in copies)
+            if base_name(name) is not None and "modules_to_save" not in name.split(".")
         ]
         if moved:
             raise InputError(
@@ -132,7 +132,6 @@ def reference_of(
     loss: TokenLoss,
     starts_from_checkpoint: bool,
     load: Callable[[str], nn.Module],
-    copy_of_start: Callable[[], nn.Module],
 ) -> ReferenceModel:
     """The reference that a run's loss needs.
 
@@ -143,7 +142,6 @@ def reference_of(
         starts_from_checkpoint: whether the start can be made again at any time, when a run is resumed. What a
             ``build_model`` of one's own makes of a checkpoint has to be the same each time.
         load: makes a model of ``reference_model``.
-        copy_of_start: makes a copy of ``model``.
 
     Raises:
         InputError: there is none to be had, or one of another vocabulary.
@@ -165,7 +163,7 @@ def reference_of(
             f"{name} compares with the model that the run starts from, which has to be the same when the run is "
             "resumed: start from a checkpoint (model.model), or name one as model.reference_model"
         )
-    return _second(copy_of_start())
+    return _second(copy.deepcopy(model))
 
 
 def _second(model: nn.Module) -> ReferenceModel:

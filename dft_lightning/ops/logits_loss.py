@@ -53,8 +53,11 @@ def logits_token_loss(
     for statistic in extra:
         if other := [need for need in needs if need.name == statistic.name]:
             raise ValueError(f"one call computes {other[0]!r} or {statistic!r}, not both")
+    sequences = None
+    if any(need.name == "sequence_index" for need in (*needs, *extra)):
+        sequences = kept.nonzero()[:, 0] if sequence_index is None else sequence_index[kept]
     given: dict[str, Any] = {
-        "sequence_index": kept.nonzero()[:, 0] if sequence_index is None else sequence_index[kept],
+        "sequence_index": sequences,
         "reference_log_prob": None if reference_log_prob is None else reference_log_prob[kept],
         "reference_logits": None if reference_logits is None else reference_logits[kept],
     }
