@@ -55,5 +55,14 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture(autouse=True)
+def _launches_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer with a strategy of several processes says so in the environment, for good: a command that a later test
+    starts would wait for ranks that nobody starts."""
+    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DFT_LIGHTNING_STARTED_BY"):
+        monkeypatch.setenv(name, "")  # so that it is put back at the end
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

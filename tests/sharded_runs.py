@@ -423,11 +423,11 @@ def training_memory(trace: Path, ranks: int, sizes: dict[str, int], tokens: int,
     return [*found, estimate.total]
 
 
-_SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "vocab_size": 2048}
-_WIDE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 10, "vocab_size": 8192}
+_SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 2048}
+_WIDE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 5, "vocab_size": 4096}
 MEMORY_CASES = [
-    ({**_SMALL, "num_attention_heads": 8, "num_key_value_heads": 4}, 2048, True),
-    ({**_WIDE, "num_attention_heads": 4, "num_key_value_heads": 2}, 2048, False),
+    ({**_SMALL, "num_attention_heads": 8, "num_key_value_heads": 4}, 1024, True),
+    ({**_WIDE, "num_attention_heads": 4, "num_key_value_heads": 2}, 1024, False),
 ]
 
 

@@ -88,7 +88,8 @@ CASES = [
     for dtype in TOLERANCE
     for loss, renormalize in OBJECTIVES
     for num_rows, batch_size, accumulate in TWO_PROCESS_SPLITS
-    if strategy != "fsdp1" or dtype == "float32"  # in which Lightning has FSDP1 compute
+    # Lightning has FSDP1 compute in float32. Of the others one split is tried in it, the uneven one.
+    if dtype == ("float32" if strategy == "fsdp1" else "float64") or (dtype == "float32" and num_rows == 15)
 ]
 
 

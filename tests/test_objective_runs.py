@@ -15,11 +15,11 @@ from small_runs import TINY_ARITHMETIC, run_two_processes
 pytestmark = pytest.mark.timeout(300)
 
 
-def scored(folder, *options):
+def scored(folder, rows=ROWS):
     """Rows with the log-probs of a base that lies in the folder."""
     arguments = [
         f"--model.model={folder / 'base'}", "--model.dtype=float64", "--data.train.class_path=ArithmeticRows",
-        f"--data.train.init_args.num_rows={ROWS}", "--data.train.init_args.max_digits=7", *options,
+        f"--data.train.init_args.num_rows={rows}", "--data.train.init_args.max_digits=7",
         "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", f"--output={folder / 'scored'}",
     ]  # fmt: skip
     assert score(arguments) == 0
@@ -87,7 +87,7 @@ def test_twenty_steps_of_a_real_model(tmp_path, name):
     """stories260K, packed micro-batches beside one padded batch; its norms go through float32. The other objectives
     differ from these in what tests above try."""
     (tmp_path / "base").symlink_to(shared("models/stories260K"))
-    folder = scored(tmp_path)
+    folder = scored(tmp_path, rows=6)
     plain = steps(folder, OBJECTIVES[name], "a batch", count=20)
     packed = steps(folder, OBJECTIVES[name], "packing and accumulation", count=20)
     assert_same(packed[:1], plain[:1], tolerance=1e-6)
