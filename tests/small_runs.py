@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import runpy
 import signal
 import socket
@@ -151,26 +150,15 @@ def run_two_processes(script: str, *args: str, timeout: float = 150) -> str:
     if sys.platform != "linux":
         return run_limited([path, *args], timeout)
     assert not torch.distributed.is_initialized(), "a test left a process group behind, which forks would take along"
-    port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
         ranks = [_forked(rank, port, folder, path, args) for rank in range(2)]
         statuses = _limited(ranks, timeout)
         said = [Path(folder, f"{rank}.{kind}").read_text() for rank in range(2) for kind in ("out", "err")]
     assert statuses == [0, 0], f"{statuses}\n" + "\n".join(text[-4000:] for text in said)
     return said[0]
-
-
-def free_port() -> int:
-    """A port for processes to meet at, which is still free when they do.
-
-    Those that the system gives out itself, as it does where port 0 is asked for, it may have given to any connection of
-    another run by then.
-    """
-    for port in random.SystemRandom().sample(range(20000, 30000), 100):
-        with contextlib.suppress(OSError), socket.socket() as place:
-            place.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no free port of 100 between 20000 and 30000")
 
 
 def _forked(rank: int, port: int, folder: str, path: str, args: tuple[str, ...]) -> int:
@@ -224,7 +212,7 @@ def run_limited(args: list[str], timeout: float) -> str:
     Returns:
         Its standard output.
     """
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, *args],
         stdout=subprocess.PIPE,

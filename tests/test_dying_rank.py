@@ -17,7 +17,7 @@ from dft_lightning import processes
 from dft_lightning.checkpoints import resolve_checkpoint
 from dft_lightning.errors import InputError
 from dft_lightning.processes import is_of_a_lost_process
-from small_runs import TINY_ARITHMETIC, free_port, trainer
+from small_runs import TINY_ARITHMETIC, trainer
 
 LIMIT = 240.0
 
@@ -59,7 +59,7 @@ def start(folder: Path, dies: int) -> subprocess.Popen[str]:
         stdout=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MASTER_PORT": str(free_port())},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )
 
 
