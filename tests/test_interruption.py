@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from dft_lightning import CausalLMModule
+from dft_lightning import CausalLMModule, InstructionDataModule
 from dft_lightning.callbacks import GenerationEvaluation, Interrupted, InterruptionCheckpoint, interruption
+from dft_lightning.data import ArithmeticRows
 from resumed_runs import fit, goes_on_alike, result
 from small_runs import TINY_ARITHMETIC, trainer
 
@@ -153,3 +156,25 @@ def test_a_loader_of_ones_own_loses_no_batch(tmp_path):
     assert seen == [[0, 1], [2, 3], [4, 5]]
     run(ckpt_path=saved(tmp_path))
     assert seen == [[i, i + 1] for i in range(0, 12, 2)]
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system does not tell who sent a signal")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_worker_ends_by_its_own_process_alone(streaming):
+    """Others' signals are meant for the run, which still needs its batches; at its exit Python waits for the worker."""
+    data = InstructionDataModule(
+        ArithmeticRows(64), tokenizer="asset://arithmetic-base", batch_size=2, num_workers=1, streaming=streaming
+    )
+    data.prepare_data()
+    data.setup("fit")
+    before = set(multiprocessing.active_children())
+    batches = iter(data.train_dataloader())
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - before
+    for name in ("TERM", "INT", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    assert len([next(batches) for _ in range(20)]) == 20  # more than were made ahead
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(30)
+    assert worker.exitcode == 0
