@@ -79,7 +79,9 @@ def test_the_other_process_ends_with_one_message(tmp_path):
         for run in runs:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(run.pid, signal.SIGKILL)
-    assert [run.returncode for run in runs] == [-signal.SIGKILL, 1], errors
+    assert runs[0].returncode == -signal.SIGKILL, errors
+    # Lightning's watch looks after every 5 seconds, and kills what has not ended by itself until then.
+    assert runs[1].returncode in (1, -signal.SIGKILL), errors
     for error, words in zip(errors, DEAD, strict=True):
         assert "Traceback" not in error
         messages = [line for line in error.splitlines() if line.startswith("error: ")]
