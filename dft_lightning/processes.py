@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 
 import lightning.pytorch as pl
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from dft_lightning.checkpoints import newest_saved
@@ -147,6 +148,7 @@ class RunProcesses:
     def _watch_children(self) -> None:
         while not self._ended:
             time.sleep(0.2)
+            _dismiss_observers()
             dead = self._dead_child()
             if dead is None or self._ended:
                 continue
@@ -208,6 +210,13 @@ class _SayAtOnce(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._processes.say_at_once(exception)
+
+
+def _dismiss_observers() -> None:
+    """Lightning's own watch looks after the children every 5 seconds, and kills this process before it has said why."""
+    for thread in threading.enumerate():
+        if isinstance(thread, _ChildProcessObserver):
+            thread._child_processes = []
 
 
 def _of_backend(error: Exception) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
 from dft_lightning import processes
 from dft_lightning.checkpoints import resolve_checkpoint
@@ -79,9 +80,7 @@ def test_the_other_process_ends_with_one_message(tmp_path):
         for run in runs:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(run.pid, signal.SIGKILL)
-    assert runs[0].returncode == -signal.SIGKILL, errors
-    # Lightning's watch looks after every 5 seconds, and kills what has not ended by itself until then.
-    assert runs[1].returncode in (1, -signal.SIGKILL), errors
+    assert [run.returncode for run in runs] == [-signal.SIGKILL, 1], errors
     for error, words in zip(errors, DEAD, strict=True):
         assert "Traceback" not in error
         messages = [line for line in error.splitlines() if line.startswith("error: ")]
@@ -160,3 +159,20 @@ def test_a_mistake_of_one_process_alone_is_told(first, capfd, monkeypatch):
     again._is_child, again._parent = True, -1  # the first met it as well, and is gone
     again.say_of_this_alone("data.train: no such file")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_lightnings_own_watch_does_not_kill_before_something_is_said(ours):
+    launched = Launched("import time; time.sleep(60)", "raise SystemExit(3)")
+    main, child = launched.procs
+    child.wait()
+    observer = _ChildProcessObserver(main.pid, [child], sleep_period=1)
+    observer.start()
+    if ours:
+        processes._dismiss_observers()
+    observer.join(30)
+    assert not observer.is_alive()
+    status = main.poll() if ours else main.wait(30)
+    main.kill()
+    main.wait()
+    assert status == (None if ours else -signal.SIGKILL)
