@@ -12,11 +12,12 @@ import argparse
 import datetime
 import json
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from linear_head import RESULTS, bare_products, inputs, seconds
 
 from dft_lightning import (
     AnchoredLoss,
@@ -35,7 +36,6 @@ from dft_lightning import (
 )
 from dft_lightning.ops import ReferenceHead, linear_token_loss
 
-RESULTS = Path(__file__).with_name("results")
 LOSSES: dict[str, TokenLoss] = {
     "CrossEntropyLoss": CrossEntropyLoss(),
     "DFTLoss": DFTLoss(),
@@ -65,15 +65,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/head_losses_DEVICE.json")
     options = parser.parse_args()
     output = options.output or RESULTS / f"head_losses_{options.device}.json"
-    run = Run(options)
+    run, bare = loss_call(options)
     ratios: dict[str, list[float]] = {name: [] for name in LOSSES}
     products: list[float] = []
     for turn in range(options.turns + 1):  # the first warms up
         for name, loss in LOSSES.items():
-            bare, taken = (timed(call, options.device) for call in (run.bare, lambda loss=loss: run.loss(loss)))
+            bare_taken, taken = (seconds(call, options.device) for call in (bare, partial(run, loss)))
             if turn:
-                ratios[name].append(taken / bare)
-                products.append(bare)
+                ratios[name].append(taken / bare_taken)
+                products.append(bare_taken)
     medians = {name: round(statistics.median(values), 3) for name, values in ratios.items()}
     for name, ratio in medians.items():
         print(f"{name:34} {ratio:.2f} times the bare products")
@@ -84,59 +84,24 @@ def main() -> None:
     output.write_text(json.dumps(found, indent=2) + "\n")
 
 
-class Run:
-    """Inputs, and the two things that are timed."""
+def loss_call(options: argparse.Namespace) -> tuple[Callable[[TokenLoss], None], Callable[[], None]]:
+    """Forward and backward of a loss, and the bare products of the same inputs."""
+    hidden, weight, targets = inputs(options)
+    count, place = len(targets), targets.device
+    reference = ReferenceHead(hidden.detach().flip(0), weight.detach().flip(0))
+    given = {
+        "sequence_index": (torch.arange(count) // 256).to(place),
+        "reference_log_prob": torch.full((count,), -10.0, device=place),
+    }
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        generator = torch.Generator().manual_seed(0)
-        kind = {"dtype": getattr(torch, options.dtype), "device": options.device}
-        tokens, hidden, vocabulary = options.tokens, options.hidden, options.vocabulary
-
-        def drawn(rows: int, factor: float) -> torch.Tensor:
-            return (factor * torch.randn(rows, hidden, generator=generator)).to(**kind)
-
-        self.hidden, self.weight = drawn(tokens, 1.0).requires_grad_(), drawn(vocabulary, 0.02).requires_grad_()
-        self.targets = torch.randint(0, vocabulary, (tokens,), generator=generator).to(options.device)
-        self.reference = ReferenceHead(drawn(tokens, 1.0), drawn(vocabulary, 0.02))
-        place = options.device
-        self.inputs = {
-            "sequence_index": (torch.arange(tokens) // 256).to(place),
-            "reference_log_prob": torch.full((tokens,), -10.0, device=place),
-        }
-        self.logits = torch.empty(tokens, vocabulary, **kind)
-        self.products = torch.empty_like(self.hidden), torch.empty_like(self.weight)
-
-    def bare(self) -> None:
-        """The three matrix products that no head can do without."""
-        hidden, weight = self.hidden.detach(), self.weight.detach()
-        torch.mm(hidden, weight.t(), out=self.logits)
-        torch.mm(self.logits, weight, out=self.products[0])
-        torch.mm(self.logits.t(), hidden, out=self.products[1])
-
-    def loss(self, loss: TokenLoss) -> None:
-        """Forward and backward."""
-        self.hidden.grad = self.weight.grad = None
+    def run(loss: TokenLoss) -> None:
+        hidden.grad = weight.grad = None
         output = linear_token_loss(
-            self.hidden,
-            self.weight,
-            self.targets,
-            loss,
-            token_inputs=self.inputs,
-            reference=self.reference,
-            normalizer=float(len(self.targets)),
+            hidden, weight, targets, loss, token_inputs=given, reference=reference, normalizer=float(count)
         )
         output.loss.backward()
 
-
-def timed(call: Callable[[], None], device: str) -> float:
-    """Seconds of a call."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return run, bare_products(hidden, weight)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from dft_lightning import (
     AnchoredLoss,
@@ -25,7 +24,7 @@ from dft_lightning import (
     SequenceDFTLoss,
     ThresholdLoss,
 )
-from small_runs import GradientRecorder, strategy_of, trainer
+from small_runs import GradientRecorder, adapter_strategy, strategy_of, trainer
 
 ROWS = 16
 OBJECTIVES = {
@@ -104,7 +103,7 @@ if __name__ == "__main__":
         "accumulation",
         ranks=2,
         peft=LORA,
-        strategy=ModelParallelStrategy(2, 1, save_distributed_checkpoint=False),
+        strategy=adapter_strategy(),
     )
     if torch.distributed.get_rank() == 0:
         torch.save(found, sys.argv[2])

@@ -27,7 +27,16 @@ from dft_lightning.distributed.strategies import check_precision
 from dft_lightning.errors import InputError
 from dft_lightning.modules import GenerationOptions
 from dft_lightning.ops import release_scratch
-from small_runs import TINY_ARITHMETIC, FSDP1OnCPU, GradientRecorder, arithmetic_data, strategy_of, trainer, whole
+from small_runs import (
+    TINY_ARITHMETIC,
+    FSDP1OnCPU,
+    GradientRecorder,
+    adapter_strategy,
+    arithmetic_data,
+    strategy_of,
+    trainer,
+    whole,
+)
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
@@ -138,10 +147,6 @@ def checkpoints(folder: Path) -> None:
 
 
 LORA = {"r": 3, "lora_alpha": 12, "target_modules": ["q_proj", "up_proj"]}  # rows that two ranks do not share evenly
-
-
-def adapter_strategy() -> ModelParallelStrategy:
-    return ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
 
 
 def lora(folder: Path) -> None:

@@ -102,6 +102,11 @@ class FSDP1OnCPU(FSDPStrategy):
         return wrapped
 
 
+def adapter_strategy() -> ModelParallelStrategy:
+    """FSDP2 on two processes with a checkpoint of one file, which adapters need."""
+    return ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+
+
 def strategy_of(name: str) -> Any:
     """A strategy for two processes, which a trainer of its own needs each time."""
     if name == "fsdp2":
