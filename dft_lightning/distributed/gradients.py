@@ -13,13 +13,24 @@ from torch.distributed.tensor import DTensor
 from dft_lightning.errors import InputError
 
 
+def clips_at(gradient_clip_val: float | None) -> float | None:
+    """What ``trainer.gradient_clip_val`` clips at: ``None`` where it is off, which to Lightning it is at 0 and below.
+
+    Raises:
+        InputError: it is NaN, which no gradient is larger than.
+    """
+    if gradient_clip_val is not None and math.isnan(gradient_clip_val):
+        raise InputError("trainer.gradient_clip_val: nan is no value to clip at: give a number, or leave it out")
+    return gradient_clip_val if gradient_clip_val is not None and gradient_clip_val > 0 else None
+
+
 @torch.no_grad()
 def clip_by_norm(parameters: Sequence[Tensor], max_norm: float | None, root: object = None) -> Tensor | None:
     """Scale gradients down to a norm, in place. For shards it is a collective.
 
     Args:
         parameters: those without a gradient take no part.
-        max_norm: ``None`` or 0 scales nothing.
+        max_norm: more than 0; ``None`` scales nothing.
         root: the module as the strategy wrapped it, which clips by itself under FSDP1 (Lightning's own clipping
             refuses there, issue 19235).
 
@@ -27,12 +38,12 @@ def clip_by_norm(parameters: Sequence[Tensor], max_norm: float | None, root: obj
         The norm before clipping, a scalar; ``None`` where nothing has a gradient.
     """
     if isinstance(root, FullyShardedDataParallel):  # a rank may have no part of any gradient, and still takes part
-        return root.clip_grad_norm_(max_norm or math.inf)
+        return root.clip_grad_norm_(math.inf if max_norm is None else max_norm)
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     if not with_gradient:
         return None
     norm = total_norm([parameter.grad for parameter in with_gradient])  # type: ignore[misc]
-    if max_norm:
+    if max_norm is not None:
         nn.utils.clip_grads_with_norm_(with_gradient, float(max_norm), norm)
     return norm
 

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from dft_lightning.component import from_plain, plain_values
 from dft_lightning.distributed import TokenNormalizer
-from dft_lightning.distributed.gradients import clip_by_norm
+from dft_lightning.distributed.gradients import clip_by_norm, clips_at
 from dft_lightning.distributed.shard_loading import allocate_shards, read_shards
 from dft_lightning.distributed.sharding import (
     ShardingOptions,
@@ -471,8 +471,9 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
         """Clip as the trainer says; the norm is taken once and logged."""
         if self._step_skipped:
             return
-        by_norm = gradient_clip_val if gradient_clip_algorithm in (None, "norm") else None
-        if by_norm:
+        clip_val = clips_at(gradient_clip_val)
+        by_norm = clip_val if gradient_clip_algorithm in (None, "norm") else None
+        if by_norm is not None:
             self._check_clipping(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = clip_by_norm(parameters, by_norm, root=self.trainer.model)
@@ -483,8 +484,8 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
         if not self._scales_gradients and not norm.isfinite():
             self._refuse_step("gradient")
             return
-        if not by_norm:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if clip_val is not None and by_norm is None:
+            self.clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
         self.train_telemetry.update_gradient(norm, by_norm, skips_non_finite=self._scales_gradients)
 
     @property
