@@ -160,6 +160,7 @@ def _tried(check: Any, family: Any) -> dict[str, Any]:
     from dft_lightning.errors import InputError
 
     try:
+        family.note = family.head_note
         deviation = check(family)
     except InputError as error:
         return {"state": "refused", "why": _text(error)}
