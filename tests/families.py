@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -39,23 +40,36 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--page", action="store_true", help="write the page from the results, and nothing else")
     options = parser.parse_args()
-    found = _read(options.output)
     if not options.page:
-        prepare()
-        from family_checks import CELLS
-
-        names = options.only or row_names()
-        cells = options.cells or list(CELLS)
-        if options.fresh:
-            found = {}
-        again = options.only or options.cells
-        todo = [name for name in names if again or set(cells) - set(found.get(name, {}))]
-        for name, row in run(todo, cells, options.jobs):
-            found[name] = {**found.get(name, {}), **row}
-            print(f"{name:40}", " ".join(f"{cell}: {row[cell]['state']}" for cell in row), flush=True)
-            _write(options.output, found)
+        try:
+            _make(options)
+        except ValueError as error:
+            parser.error(str(error))
     if options.output == RESULTS:
         PAGE.write_text(page(_read(RESULTS), PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _make(options: argparse.Namespace) -> None:
+    prepare()
+    import transformers
+
+    from family_checks import CELLS
+
+    table = _read(options.output)
+    if options.fresh or table.get("transformers") != transformers.__version__:
+        table = {"transformers": transformers.__version__, "families": {}}
+    names, cells = options.only or row_names(), options.cells or list(CELLS)
+    for given, known in ((names, row_names()), (cells, list(CELLS))):
+        if unknown := set(given) - set(known):
+            raise ValueError(f"the table has no {', '.join(sorted(unknown))}: see {PAGE}")
+    again = options.only or options.cells
+    todo = [name for name in names if again or set(cells) - set(table["families"].get(name, {}))]
+    for name, row in run(todo, cells, options.jobs):
+        found: dict[str, Found] = table["families"]
+        found[name] = {**found.get(name, {}), **row}
+        table["families"] = dict(sorted(found.items()))
+        print(f"{name:40}", " ".join(f"{cell}: {row[cell]['state']}" for cell in row), flush=True)
+        _write(options.output, table)  # so that a run that is stopped goes on
 
 
 def prepare() -> None:
@@ -63,17 +77,16 @@ def prepare() -> None:
     os.environ["HF_HUB_OFFLINE"] = os.environ["TOKENIZERS_PARALLELISM"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    import torch
-
-    torch.set_num_threads(1)  # threads of OpenMP are not forked
-    import family_checks  # noqa: F401
     import peft.tuners.lora  # noqa: F401
+
+    import family_checks  # noqa: F401
 
 
 def row_names() -> list[str]:
     """All causal types, and those that see the future as they come a second time, as decoders."""
-    from family_configs import SEE_THE_FUTURE, as_decoder
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from family_configs import SEE_THE_FUTURE, as_decoder
 
     names = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     return sorted([*names, *(as_decoder(name) for name in names if name in SEE_THE_FUTURE)])
@@ -114,6 +127,9 @@ def _forked(name: str, cells: list[str], file: Path) -> int:
     if number:
         return number
     try:
+        import torch
+
+        torch.set_num_threads(1)  # threads of OpenMP are not forked
         _quiet()
         _try_all(name, cells, file)
     except BaseException:
@@ -148,22 +164,24 @@ def _try_all(name: str, cells: list[str], file: Path) -> None:
             _write(file, row)
             return
         for cell in cells:
-            began = time.perf_counter()
             row[cell] = _tried(CELLS[cell], family)
-            row[cell]["seconds"] = round(time.perf_counter() - began, 2)
+            if "why" in row[cell]:
+                row[cell]["why"] = row[cell]["why"].replace(str(family.folder), "FOLDER")
             _write(file, row)
 
 
 def _tried(check: Any, family: Any) -> dict[str, Any]:
+    from dft_lightning.errors import InputError
     from family_checks import TOLERANCE, Wrong
 
-    from dft_lightning.errors import InputError
-
+    family.note = family.head_note
     try:
-        family.note = family.head_note
         deviation = check(family)
     except InputError as error:
-        return {"state": "refused", "why": _text(error)}
+        if family.head_note or "head: full" not in str(error):
+            return {"state": "refused", "why": _text(error)}
+        family.options["head"], family.head_note = "full", f"with `head: full`: {_text(error)}"
+        return _tried(check, family)
     except Wrong as error:
         return {"state": "wrong", "why": _text(error)}
     except Exception as error:
@@ -184,7 +202,7 @@ def _why(error: Exception) -> str:
 def _text(error: Exception) -> str:
     from dft_lightning.errors import one_line
 
-    return one_line(error, 240)
+    return one_line(error, 600)
 
 
 # -- results and page --------------------------------------------------------------------------------------------------
@@ -196,14 +214,62 @@ def _read(file: Path) -> Any:
     return {}
 
 
-def _write(file: Path, found: Any) -> None:
+def _write(file: Path, found: dict[str, Any]) -> None:
+    """Whole or not at all, a line for each family."""
+    rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in found.get("families", found).items())
+    text = (
+        f"{{{rows}}}"
+        if "families" not in found
+        else (f'{{"transformers": {json.dumps(found["transformers"])}, "families": {{\n{rows}\n}}}}')
+    )
     beside = file.with_suffix(".part")
-    beside.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    beside.write_text(text + "\n", encoding="utf-8")
     beside.replace(file)
 
 
-def page(found: dict[str, Found], text: str) -> str:
-    return text
+_MARK = "<!-- What follows is written by tests/families.py. -->\n"
+_STATES = ("right", "refused", "wrong", "failed", "not made")
+
+
+def page(table: dict[str, Any], text: str) -> str:
+    """The page's own text with the table of results after it."""
+    found: dict[str, Found] = table["families"]
+    cells = list(dict.fromkeys(cell for row in found.values() for cell in row))
+    reasons: dict[str, int] = {}
+    rows = []
+    for name, row in found.items():
+        numbers = {cell: reasons.setdefault(_kind(row[cell]), len(reasons) + 1) for cell in cells if "why" in row[cell]}
+        shown = [f"{row[cell]['state']} {numbers.get(cell, '')}".strip() for cell in cells]
+        rows.append([f"`{name}`", *shown])
+    counts = [
+        [state, *(str(sum(row[cell]["state"] == state for row in found.values())) for cell in cells)]
+        for state in _STATES
+    ]
+    parts = [
+        f"## In numbers\n\ntransformers {table['transformers']}, {len(found)} rows.",
+        _markdown(["", *cells], counts),
+        "## Type by type",
+        _markdown(["type", *cells], rows),
+        "## Why\n\nThe numbers in the table. Names and figures of one model are left out (`...`).",
+        "\n".join(f"{number}. {reason}" for reason, number in reasons.items()),
+    ]
+    return text.partition(_MARK)[0] + _MARK + "\n" + "\n\n".join(parts) + "\n"
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _kind(cell: dict[str, Any]) -> str:
+    """A reason without what is of one model alone."""
+    why = re.sub(r"\b\w+(ForCausalLM|ForConditionalGeneration|LMHeadModel|Decoder|LMHead|Config)\b", "...", cell["why"])
+    why = re.sub(r"model_type='\w+'|\w+(?='s own log-prob)", "...", why)
+    why = re.sub(
+        r"\{.*?\}", lambda found: "{" + ", ".join(sorted(found[0][1:-1].split(", "))) + "}", why
+    )  # a set's order
+    why = re.sub(r" \([\w/.-]+\.py:\d+\)$", "", why)
+    why = re.sub(r"\b\d+(\.\d+)?(e-\d+)?\b", "...", why)
+    return re.sub(r"([*_<>|\[\]])", r"\\\1", why)
 
 
 if __name__ == "__main__":

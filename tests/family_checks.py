@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import re
@@ -12,7 +11,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from family_configs import VOCABULARY, tiny_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -22,6 +20,7 @@ from dft_lightning.errors import InputError
 from dft_lightning.export.adapter import merged_model
 from dft_lightning.export.checkpoint import open_checkpoint
 from dft_lightning.modules.generation import GenerationOptions, generate
+from family_configs import VOCABULARY, tiny_config
 
 # Float32 alone moves a step's gradient by 1e-7 to 1e-5 of these models, whose large weights enlarge what is rounded.
 # A token that is seen or not, or counted or not, moves it by 1e-2 and more.
@@ -184,14 +183,7 @@ def check_padded(family: Family) -> float:
     rows = family.rows(LENGTHS)
     model = family.own_model()
     future = sees_the_future(family, model)
-    try:
-        module = _fitted(family, rows)
-    except InputError as error:
-        if "head: full" not in str(error):
-            raise
-        family.options["head"] = "full"
-        family.note = family.head_note = f"with `head: full`: {error}"
-        module = _fitted(family, rows)
+    module = _fitted(family, rows)
     if future:
         raise Wrong("is trained with the future in sight")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
