@@ -166,7 +166,7 @@ def _try_all(name: str, cells: list[str], file: Path) -> None:
         for cell in cells:
             row[cell] = _tried(CELLS[cell], family)
             if "why" in row[cell]:
-                row[cell]["why"] = row[cell]["why"].replace(str(family.folder), "FOLDER")
+                row[cell]["why"] = row[cell]["why"].replace(str(family.folder.parent), "FOLDER")
             _write(file, row)
 
 
