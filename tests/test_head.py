@@ -236,6 +236,16 @@ def test_a_head_that_is_called_twice_is_refused():
     refused("called its output layer 2 times.*head: full", Own("own"))
 
 
+def test_hidden_states_of_other_dimensions_are_refused():
+    """ProphetNet predicts several tokens ahead, of which its logits are the first."""
+    prophet = {"model_type": "prophetnet", "hidden_size": 16, "vocab_size": 32, "num_decoder_layers": 1}
+    prophet |= {"num_decoder_attention_heads": 2, "decoder_ffn_dim": 16, "num_encoder_layers": 1}
+    refused(
+        r"ProphetNetForCausalLM gives its output layer .*, the fused head expects \[B, T, H\].*head: full",
+        CausalLMModule(prophet),
+    )
+
+
 def test_an_adapter_on_the_head_is_refused():
     class Adapter(torch.nn.Module):  # as peft wraps layers
         def __init__(self, layer):

@@ -23,6 +23,7 @@ from dft_lightning.export.command import main as export
 from dft_lightning.modules.adapter import base_name, lora_values
 from dft_lightning.modules.loading import load_causal_lm
 from dft_lightning.modules.size import training_size
+from family_configs import tiny_config
 from small_runs import TINY_ARITHMETIC, arithmetic_data, trainer
 
 peft = pytest.importorskip("peft", reason="the peft extra is not installed")
@@ -189,6 +190,23 @@ def test_exported_as_one_model(run, base, tmp_path):
     for name, value in load_file(folder / "model.safetensors").items():
         assert torch.allclose(value.double(), reference[name], rtol=0, atol=1e-7), name
     assert pipeline("text-generation", str(folder))("1+1=", max_new_tokens=3)[0]["generated_text"].startswith("1+1=")
+
+
+def test_layers_that_share_a_weight_are_not_merged(tmp_path, capsys):
+    """Zamba's attention blocks do; only where both have an adapter."""
+    base, path = tmp_path / "base", tmp_path / "a.ckpt"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_config("zamba")).save_pretrained(base)
+    fit(made(base, {"r": 2, "target_modules": "all-linear"}), steps=1).save_checkpoint(path)
+    assert export(["--checkpoint", str(path), "--output", str(tmp_path / "no"), "--merge"]) == 2
+    said = capsys.readouterr().err
+    assert "layers.1.shared_transf.self_attn.q_proj and model.layers.3.shared_transf.self_attn.q_proj share one" in said
+    assert not (tmp_path / "no").exists()
+    exported(path, tmp_path / "adapter")
+    module = made(base, {"r": 2, "target_modules": ["layers.1.mamba_decoder.mamba.in_proj", "linear"]})
+    fit(module, steps=1).save_checkpoint(path)
+    model = AutoModelForCausalLM.from_pretrained(exported(path, tmp_path / "merged", "--merge"))
+    assert (log_probs(model.eval()) - of_module(module.eval())).abs().max() < 1e-5
 
 
 def test_a_base_that_moved_or_is_another(run, base, tmp_path, capsys):

@@ -69,7 +69,8 @@ def merged_model(trained: TrainedCheckpoint, base: str | None, dtype: torch.dtyp
         dtype: to convert floating-point tensors to.
 
     Raises:
-        InputError: the base cannot be loaded, or is not the one that the adapter was trained on.
+        InputError: the base cannot be loaded, is not the one that the adapter was trained on, or has layers with an
+            adapter each that share a weight.
     """
     record, hyper = trained.record, trained.hyper_parameters
     options: dict[str, Any] = {"dtype": hyper["dtype"], "trust_remote_code": hyper["trust_remote_code"]}
@@ -85,11 +86,29 @@ def merged_model(trained: TrainedCheckpoint, base: str | None, dtype: torch.dtyp
     tuner = attach(model, lora_config(values))
     check_adapter(record["adapter"], values, fingerprint(model), str(trained.path))
     check_tensors(trained.tensors, model, str(trained.path))
+    _check_shared(model, trained.path)
     model.load_state_dict(trained.tensors, strict=False)
     merged = cast("PreTrainedModel", tuner.merge_and_unload(safe_merge=True))
     for name, parameter in merged.named_parameters():
         parameter.data = converted(name, parameter.data, dtype or kept_in.get(name, parameter.dtype))
     return merged
+
+
+def _check_shared(model: nn.Module, path: Path) -> None:
+    """Layers that share a weight have an adapter each, and merging would add all of them to the one weight."""
+    from peft.tuners.lora import LoraLayer
+
+    sharing: dict[int, tuple[str, nn.Module]] = {}
+    for name, layer in model.named_modules():
+        weight = getattr(layer.get_base_layer(), "weight", None) if isinstance(layer, LoraLayer) else None
+        if weight is None:
+            continue
+        first, base_layer = sharing.setdefault(id(weight), (name, layer.get_base_layer()))
+        if base_layer is not layer.get_base_layer():
+            raise InputError(
+                f"{path}: {first} and {name} share one weight and have an adapter each, so that no merged weight does "
+                "what the two do: export without --merge"
+            )
 
 
 _ROUNDED = {"bf16-true": torch.bfloat16, "16-true": torch.float16}

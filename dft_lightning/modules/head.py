@@ -116,7 +116,7 @@ def run_without_head(model: nn.Module, head: LanguageModelHead, **inputs: Any) -
         The hidden states ``[B, T, H]`` that its head was given, and its output, whose logits mean nothing.
 
     Raises:
-        InputError: the model does not call its head exactly once, or trains something behind it.
+        InputError: the model does not call its head exactly once on ``[B, T, H]``, or trains something behind it.
     """
     given: list[Tensor] = []
 
@@ -148,6 +148,11 @@ def _only(given: list[Tensor], model: nn.Module) -> Tensor:
         raise InputError(
             f"model: {type(model).__name__} called its output layer {len(given)} times in one pass, the fused head "
             f"expects once; {WAY_OUT}"
+        )
+    if given[0].ndim != 3:
+        raise InputError(
+            f"model: {type(model).__name__} gives its output layer hidden states {list(given[0].shape)}, the fused "
+            f"head expects [B, T, H]; {WAY_OUT}"
         )
     return given[0]
 
