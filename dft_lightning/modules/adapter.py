@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dft_lightning.distributed.sharding import local_part
 from dft_lightning.errors import InputError, one_line
@@ -152,6 +156,8 @@ def attach(model: nn.Module, config: LoraConfig, values: bool = True) -> LoraMod
     """Put an adapter into a model, in place, and freeze all else. Adapters of a half-precision base are in float32.
 
     On a model whose parameters are on the meta device the adapter's are on the CPU, and drawn as on any other model.
+    Experts that a model keeps in one parameter are adapted where peft does so: it then writes into the config what it
+    made of the options.
 
     Args:
         model: the base.
@@ -162,7 +168,8 @@ def attach(model: nn.Module, config: LoraConfig, values: bool = True) -> LoraMod
         What peft merges them by.
 
     Raises:
-        InputError: the config names something that the model has not, or an end of the model that is tied to the other.
+        InputError: the config names something that the model has not, something that peft cannot adapt, or an end of
+            the model that is tied to the other.
     """
     from peft import LoraModel
     from peft.tuners.tuners_utils import cast_adapter_dtype
@@ -170,12 +177,16 @@ def attach(model: nn.Module, config: LoraConfig, values: bool = True) -> LoraMod
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     if on_meta and config.use_dora and values:
         raise InputError("model.peft.use_dora needs the base's weights when it begins: set model.sharding.load: whole")
-    tied = _tied_ends(model)
+    tied, asked = _tied_ends(model), copy.deepcopy(config)
     try:
-        tuner: LoraModel = LoraModel(model, config, ADAPTER)
+        with warnings.catch_warnings():
+            # peft looks for its own patterns of experts among the modules, where they are not.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+            tuner: LoraModel = LoraModel(model, config, ADAPTER)
     except Exception as error:  # whatever peft and torch raise over a name or a size
-        raise InputError(f"model.peft: {one_line(error)}") from error
-    _check_matches(model, config)
+        raise InputError(f"model.peft: {one_line(error)}{_way_out(error)}") from error
+    _check_matches(model, asked, tuner)
+    _check_linear(model)
     if tied and _changed_ends(model):
         raise InputError(
             f"model.peft: {type(model).__name__} ties its embedding to its output layer, and an adapter or a copy of "
@@ -187,31 +198,101 @@ def attach(model: nn.Module, config: LoraConfig, values: bool = True) -> LoraMod
     return tuner
 
 
-def _check_matches(model: nn.Module, config: LoraConfig) -> None:
-    """peft ignores most of what names nothing."""
+def _way_out(error: Exception) -> str:
+    """What peft leaves unsaid of modules that ``all-linear`` takes along."""
+    if "ParamWrapper" in str(error):
+        return " (it is what adapts a model's experts: leave that out, or list target_modules without the experts')"
+    if "incompatible with Mamba" in str(error):
+        return " (or name it in model.peft.exclude_modules)"
+    return ""
+
+
+def _check_matches(model: nn.Module, config: LoraConfig, tuner: LoraModel) -> None:
+    """peft ignores most of what names nothing.
+
+    Args:
+        model: with its adapter.
+        config: as it was given, before peft made parameters of the names of experts.
+        tuner: what peft made of it.
+    """
     from peft.tuners.lora import LoraLayer
 
     names = {own for name, _ in model.named_modules() if (own := base_name(name))}
     adapted = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    parameters = tuner.targeted_parameter_names
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         given = getattr(config, key)
         if key == "exclude_modules" and isinstance(given, str):
             continue
         for each in [] if given is None or isinstance(given, str) else given:
-            if not any(name == each or name.endswith(f".{each}") for name in names):
+            of_experts = (
+                parameters and key == "target_modules" and each not in tuner.peft_config[ADAPTER].target_modules
+            )
+            if not of_experts and not any(name == each or name.endswith(f".{each}") for name in names):
                 raise InputError(f"model.peft.{key}: {type(model).__name__} has no module {each}")
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, key):
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name, _ in adapted):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in [*dict(adapted), *parameters]):
                 raise InputError(f"model.peft.{key}: no module with an adapter is meant by {pattern}")
     layers = config.layers_to_transform
     for index in [layers] if isinstance(layers, int) else layers or []:
         if not any(f".{index}." in name for name, _ in adapted):
             raise InputError(f"model.peft.layers_to_transform: {type(model).__name__} has no layer {index} to adapt")
+    for name in parameters:
+        for key, leaves_out in (("layers_to_transform", _is_of_another_layer), ("exclude_modules", _is_excluded)):
+            if leaves_out(config, name):
+                raise InputError(
+                    f"model.peft.{key}: peft adapts {name} all the same, a parameter and no module: leave it out "
+                    "by a list of target_modules"
+                )
     if config.lora_bias:
         for name, layer in adapted:
             if getattr(layer.get_base_layer(), "bias", None) is None:
                 raise InputError(f"model.peft.lora_bias: {name} has no bias, so that one could not be merged into it")
+
+
+def _is_of_another_layer(config: LoraConfig, parameter: str) -> bool:
+    layers = config.layers_to_transform
+    layers = [layers] if isinstance(layers, int) else layers
+    return bool(layers) and not any(f".{index}." in parameter for index in layers or [])
+
+
+def _is_excluded(config: LoraConfig, parameter: str) -> bool:
+    excluded, names = config.exclude_modules or [], (parameter, parameter.rpartition(".")[0])
+    if isinstance(excluded, str):
+        return any(re.fullmatch(excluded, name) for name in names)
+    return any(name == each or name.endswith(f".{each}") for name in names for each in excluded)
+
+
+def _check_linear(model: nn.Module) -> None:
+    """peft adapts every subclass of ``nn.Linear`` as if it computed no more than that, as some routers do."""
+    from peft.tuners.lora import Linear
+
+    seen = set()
+    for name, layer in model.named_modules():
+        base = layer.get_base_layer() if isinstance(layer, Linear) else None
+        kind = type(base)
+        if not isinstance(base, nn.Linear) or kind.forward is nn.Linear.forward or kind in seen:
+            continue
+        seen.add(kind)
+        if not _is_linear(base):
+            raise InputError(
+                f"model.peft: peft cannot adapt {name}, as {kind.__name__} does not return its input times its weight: "
+                f"set model.peft.exclude_modules: [{name.rpartition('.')[2]}]"
+            )
+
+
+def _is_linear(layer: nn.Linear) -> bool:
+    """Tried with values of its own: on the meta device the layer has none."""
+    with torch.random.fork_rng([]), torch.no_grad():
+        values = {name: torch.randn(parameter.shape) for name, parameter in layer.named_parameters()}
+        given = torch.randn(2, layer.in_features)
+        expected = F.linear(given, values["weight"], values.get("bias"))
+        try:
+            output = functional_call(layer, values, (given,))
+        except Exception:  # whatever it does with rows that it does not expect
+            return False
+    return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected, atol=1e-3)
 
 
 @contextmanager
