@@ -259,6 +259,21 @@ def test_number_of_steps(options, expected, monkeypatch):
     assert run.global_step == expected
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [({0: 4, 1: 1}, 2 + 5 + 5), ({2: 5}, 5 + 5 + 1), ({0: 2, 1: 3, 2: 5}, 3 + 2 + 1)],
+)
+def test_steps_of_epochs_that_accumulate_differently_are_all_counted(schedule, expected):
+    """The cosine ends at 0 with the last of them, and not before."""
+    module = CausalLMModule(TINY_LLAMA, learning_rate=1e-3)
+    run = trainer(max_steps=-1, max_epochs=3, callbacks=[pl.callbacks.GradientAccumulationScheduler(schedule)])
+    run.fit(module, loader(10))
+    assert run.global_step == expected
+    assert run.lr_scheduler_configs[0].scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-12)
+    halves = run.lr_scheduler_configs[0].scheduler.lr_lambdas[0](expected / 2)
+    assert halves == pytest.approx(0.5)
+
+
 class Endless(IterableDataset):
     def __iter__(self):
         return iter(loader(batch_size=1))

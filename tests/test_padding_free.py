@@ -184,14 +184,14 @@ class IgnoresPositions(nn.Module):
 
 def test_a_model_that_ignores_position_ids_is_refused_and_left_in_training_mode():
     model = IgnoresPositions().train()
-    with pytest.raises(InputError, match="with no first document the second's logits move"):
+    with pytest.raises(InputError, match="with no first document the logits of a second of 6 tokens move"):
         check_documents(model)
     assert all(module.training for module in model.modules())
 
 
 def test_a_document_beyond_the_sliding_window_is_refused():
     model = {**LLAMA, "model_type": "mistral", "sliding_window": 8}
-    with pytest.raises(InputError, match="one of 12 tokens is longer than the model's sliding window of 8"):
+    with pytest.raises(InputError, match="one of 12 tokens is longer than the model's window of attention, 8"):
         loss_and_gradient(model, True, "documents")
     model["sliding_window"] = 12
     assert_equal_to_padded(model, "documents")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss, InstructionDataModule
 from dft_lightning.data import ArithmeticRows
+from dft_lightning.errors import InputError
 from dft_lightning.metrics import GradientMetrics, TokenMetrics
 from dft_lightning.ops import TokenOutput
 from small_runs import TINY_ARITHMETIC, arithmetic_data, run_two_processes, trainer
@@ -165,6 +166,27 @@ def test_clipping_by_value_is_the_trainers():
     run = trainer(gradient_clip_val=1e-4, gradient_clip_algorithm="value")
     run.fit(Watch(TINY_ARITHMETIC), datamodule=arithmetic_data())
     assert seen["largest"] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("clip", [-1, 0, -1e-9, float("-inf")])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_a_clip_value_of_0_or_below_is_off(clip, algorithm):
+    def weights(**options):
+        pl.seed_everything(0)
+        module = CausalLMModule(TINY_ARITHMETIC, learning_rate=1e-2)
+        run = trainer(max_steps=4, log_every_n_steps=1, **options)
+        run.fit(module, datamodule=arithmetic_data(8, batch_size=2))
+        return run, torch.cat([p.detach().flatten() for p in module.parameters()])
+
+    run, found = weights(gradient_clip_val=clip, gradient_clip_algorithm=algorithm)
+    assert torch.equal(found, weights()[1])
+    assert run.callback_metrics["train/clipped_steps"].item() == 0.0
+
+
+def test_a_clip_value_of_nan_is_refused():
+    run = trainer(gradient_clip_val=float("nan"))
+    with pytest.raises(InputError, match=r"trainer.gradient_clip_val: nan is no value to clip at"):
+        run.fit(CausalLMModule(TINY_ARITHMETIC), datamodule=arithmetic_data(4, batch_size=2))
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])

@@ -225,9 +225,8 @@ def _check_matches(model: nn.Module, config: LoraConfig, tuner: LoraModel) -> No
         if key == "exclude_modules" and isinstance(given, str):
             continue
         for each in [] if given is None or isinstance(given, str) else given:
-            of_experts = (
-                parameters and key == "target_modules" and each not in tuner.peft_config[ADAPTER].target_modules
-            )
+            kept: Any = getattr(tuner.peft_config[ADAPTER], key)
+            of_experts = parameters and key == "target_modules" and each not in kept
             if not of_experts and not any(name == each or name.endswith(f".{each}") for name in names):
                 raise InputError(f"model.peft.{key}: {type(model).__name__} has no module {each}")
     for key in ("rank_pattern", "alpha_pattern"):

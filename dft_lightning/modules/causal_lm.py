@@ -59,6 +59,7 @@ from dft_lightning.modules.optimization import (
 )
 from dft_lightning.modules.quantization import OptimizerName, adamw_8bit, check_optimizer_name, is_quantized
 from dft_lightning.modules.reference import ReferenceModel, needs_reference_model, reference_of
+from dft_lightning.modules.row_checks import check_rows
 from dft_lightning.modules.saved import SavedModule
 from dft_lightning.modules.size import training_size
 from dft_lightning.modules.telemetry import TrainTelemetry
@@ -190,7 +191,7 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
         if reference_model is not None and not needs_reference_model(self.loss):
             raise ValueError(f"{type(self.loss).__name__} compares with no model: leave reference_model out")
         self._check_head_option(head)
-        self._head_checked = self._documents_checked = False
+        self._rows_checked = self._head_checked = self._documents_checked = False
         self.train_telemetry = TrainTelemetry()
         self.val_metrics = TokenMetrics()
         self.forgetting_metrics = TokenMetrics()
@@ -404,12 +405,16 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
         }
         assert self.model is not None, "call configure_model() first"
         if "position_ids" in batch and not self._documents_checked:
-            check_documents(self.model, len(batch["position_ids"]))
+            longest = getattr(getattr(self._datamodule, "hparams", None), "max_length", None)
+            check_documents(self.model, len(batch["position_ids"]), longest)
             self._documents_checked = True
+        if not self._rows_checked:  # here and not at start-up, where a sharded model cannot be run
+            check_rows(self.model)
+            self._rows_checked = True
         if self.hparams["head"] == "full":
             return full_batch_loss(self.model, self, batch, self.loss, options, self._reference)
         head = find_head(self.model)
-        if not self._head_checked:  # here and not at start-up, where a sharded model cannot be run
+        if not self._head_checked:
             check_head(self.model, head)
             self._head_checked = True
         return fused_batch_loss(self.model, head, batch, self.loss, options, self._reference)

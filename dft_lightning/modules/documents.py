@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dft_lightning.errors import InputError, one_line
+from dft_lightning.modules.row_checks import apart, rounding, trying
 
 ATTENTION = "documents"
 WAY_OUT = "train on padded rows (data.padding_free: false, no data.packing)"
@@ -40,12 +42,6 @@ def _documents_attention(
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     lengths = attention_mask.flatten().tolist()
-    window = options.get("sliding_window")
-    if window is not None and max(lengths) > window:
-        raise InputError(
-            f"attn_implementation: documents attends to whole documents, and one of {max(lengths)} tokens is longer "
-            f"than the model's sliding window of {window}: use sdpa or flash_attention_2, or a smaller data.max_length"
-        )
     documents = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in documents]
     return torch.cat(outputs, dim=1), None
@@ -63,11 +59,18 @@ def model_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
             "a batch with position_ids has rows of whole documents, input_ids and position_ids [B, T] without "
             f"attention_mask; got {list(batch['input_ids'].shape)} and {list(positions.shape)}"
         )
-    if _attention_of(model) == ATTENTION:
+    if attention_of(model) == ATTENTION:
         if len(positions) != 1:
             raise InputError("attn_implementation: documents takes one row at a time: set data.padding_free: true")
+        lengths, span = document_lengths(positions), attention_span(model)
+        if span is not None and max(lengths) > span:
+            raise InputError(
+                f"attn_implementation: documents attends to whole documents, and one of {max(lengths)} tokens is "
+                f"longer than the model's window of attention, {span}: use sdpa or flash_attention_2, or a smaller "
+                "data.max_length"
+            )
         # transformers hands a mask of four dimensions to the attention as it is.
-        inputs["attention_mask"] = torch.tensor(document_lengths(positions)).view(1, 1, 1, -1)
+        inputs["attention_mask"] = torch.tensor(lengths).view(1, 1, 1, -1)
     return inputs
 
 
@@ -87,64 +90,95 @@ def document_index(position_ids: Tensor) -> Tensor:
     return torch.arange(len(lengths), device=position_ids.device).repeat_interleave(lengths)
 
 
-@torch.no_grad()
-def check_documents(model: nn.Module, num_rows: int = 1) -> None:
+def check_documents(model: nn.Module, num_rows: int = 1, longest: int | None = None) -> None:
     """Find out whether a model keeps the documents of a row apart, and starts each anew.
 
-    A row of two short documents (or two such rows: some attentions find the documents of one row alone): the second's
-    logits must not move when the first is changed, and must be those of the second alone. Recurrent and hybrid models
-    fail here, and so does code that ignores ``position_ids``. Random states are left as they were, and dropout is off
-    meanwhile.
+    A row of two documents (or two such rows: some attentions find the documents of one row alone): the second's logits
+    must not move when the first is changed, and must be those of the second alone, run as the model itself would,
+    without ``position_ids``. Tried with short documents, and with ones beyond the model's attention window or chunk.
+    Recurrent and hybrid models fail here, and so does code that ignores ``position_ids``, or starts them elsewhere than
+    at 0. Random states are left as they were, and dropout is off meanwhile.
 
     Args:
         model: the language model.
         num_rows: rows of the batches to come; more than one are checked by two.
+        longest: tokens of the longest document to come, where it is known.
 
     Raises:
         InputError: something passes from the first document to the second, by model and attention implementation.
     """
+    _check_documents_of(_CHECKED_TOKENS, model, num_rows)
+    span = attention_span(model)
+    if span is not None and (longest is None or longest > span) and attention_of(model) != ATTENTION:
+        _check_documents_of(span + _CHECKED_TOKENS, model, num_rows)
+
+
+def _check_documents_of(length: int, model: nn.Module, num_rows: int) -> None:
     device = next(model.parameters()).device
-    vocabulary = _vocabulary(model)
-    name = f"model: {type(model).__name__} with attn_implementation {_attention_of(model)}"
-    documents = torch.arange(3 * _CHECKED_TOKENS, device=device).view(3, -1) % vocabulary
-    positions = torch.arange(_CHECKED_TOKENS, device=device)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    span = attention_span(model) or 0
+    # The second begins nowhere near a multiple of a chunk.
+    first = length if length <= _CHECKED_TOKENS or length % span else length + 1
+    tokens = torch.arange(2 * first + length, device=device) % _vocabulary(model)
+    documents = tokens[:first], tokens[first : 2 * first], tokens[2 * first :]
+    name = f"model: {type(model).__name__} with attn_implementation {attention_of(model)}"
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            rows = [(documents[0], documents[2]), (documents[1], documents[2]), (documents[2],)]
-            logits = [_last_logits(model, torch.cat(row), positions.repeat(len(row)), num_rows) for row in rows]
+        with trying(model):
+            packed = [_last_logits(model, [documents[i], documents[2]], num_rows) for i in (0, 1)]
+            beside = [_last_logits_of_rows(model, documents[i][:length], documents[2]) for i in (0, 1)]
+            own = _last_logits_of_rows(model, documents[2])
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"{name} does not run on a row of documents ({one_line(error)}); {WAY_OUT}") from error
-    finally:
-        for module in training:
-            module.training = True
-    own = logits[2]
     if not own.isfinite().all():  # a model of nan shows in the loss
         return
-    unit = torch.finfo(own.dtype).eps * own.abs().max().item()
-    # The first two differ in numbers far away alone, the third in its shape, and so in the order of its sums.
-    for other, units, change in ((logits[1], 2, "another first document"), (own, 16, "no first document")):
-        difference = (logits[0] - other).abs().max().item()
-        if not difference <= units * unit:
+    # The first two differ in numbers far away alone, the third in its shape, and so in the order of its sums. What
+    # rows of a batch differ by, which do not meet, is none that passes between documents either.
+    same, shape = apart(*beside), max(apart(other, own) for other in beside)
+    for other, units, noise, change in (
+        (packed[1], 2, same, "another first document"),
+        (own, 16, shape, "no first document"),
+    ):
+        difference = apart(packed[0], other)
+        if not difference <= rounding(own, units, noise):
             raise InputError(
-                f"{name} does not keep the documents of a row apart: with {change} the second's logits move by "
-                f"{difference:.3g}; "
+                f"{name} does not keep the documents of a row apart: with {change} the logits of a second of {length} "
+                f"tokens move by {difference:.3g}; "
                 + ("set data.padding_free: true, " if num_rows > 1 else "")
+                + (f"set data.max_length to {span} or less, " if length > _CHECKED_TOKENS else "")
                 + f"use another attn_implementation (sdpa, documents, flash_attention_2), or {WAY_OUT}"
             )
+
+
+def attention_span(model: nn.Module) -> int | None:
+    """The shortest window or chunk that some layer of a model attends in; ``None`` where all attend to everything."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    kinds = getattr(config, "layer_types", None)
+    spans = [
+        getattr(config, name, None)
+        for name, kind in (("sliding_window", "sliding_attention"), ("attention_chunk_size", "chunked_attention"))
+        if kinds is None or kind in kinds
+    ]
+    return min((span for span in spans if isinstance(span, int) and span > 0), default=None)
 
 
 _CHECKED_TOKENS = 6
 
 
-def _last_logits(model: nn.Module, input_ids: Tensor, position_ids: Tensor, num_rows: int) -> Tensor:
+def _last_logits(model: nn.Module, documents: Sequence[Tensor], num_rows: int) -> Tensor:
+    """Of the last document of a row, whose positions start anew with each."""
     rows = min(num_rows, 2)
-    batch = {"input_ids": input_ids.expand(rows, -1), "position_ids": position_ids.expand(rows, -1)}
+    positions = torch.cat([torch.arange(len(document), device=document.device) for document in documents])
+    batch = {"input_ids": torch.cat(list(documents)).expand(rows, -1), "position_ids": positions.expand(rows, -1)}
     output: Tensor = model(**model_inputs(model, batch)).logits
     return output[:, -_CHECKED_TOKENS:]
+
+
+def _last_logits_of_rows(model: nn.Module, *rows: Tensor) -> Tensor:
+    """Of the last of rows of their own."""
+    output: Tensor = model(**model_inputs(model, {"input_ids": torch.stack(rows)})).logits
+    return output[-1:, -_CHECKED_TOKENS:]
 
 
 def _vocabulary(model: nn.Module) -> int:
@@ -152,5 +186,6 @@ def _vocabulary(model: nn.Module) -> int:
     return len(embedding.weight) if embedding is not None else 3 * _CHECKED_TOKENS
 
 
-def _attention_of(model: nn.Module) -> str:
+def attention_of(model: nn.Module) -> str:
+    """The name of a model's attention implementation."""
     return str(getattr(getattr(model, "config", None), "_attn_implementation", "of its own"))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dft_lightning.errors import InputError, one_line
+from dft_lightning.modules.row_checks import trying
 from dft_lightning.ops import linear_token_statistics
 from dft_lightning.ops.transform import LogitTransform
 
@@ -175,7 +176,7 @@ def check_head(model: nn.Module, head: LanguageModelHead) -> None:
     vocabulary, device = layer.weight.shape[0], layer.weight.device
     input_ids = torch.arange(_CHECKED_TOKENS + 1, device=device).unsqueeze(0) % vocabulary
     inputs = {"input_ids": input_ids, "attention_mask": None, "use_cache": False}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with trying(model):
         _check_log_probs(model, head, inputs)
         _check_transform(model, head, inputs)
         try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch.utils.data import DistributedSampler
 
@@ -105,7 +107,7 @@ def total_optimizer_steps(trainer: pl.Trainer) -> int:
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         batches = num_training_batches(trainer)
         if batches is not None:
-            limits.append(trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+            limits.append(sum(math.ceil(batches / each) for each in _accumulation_of_epochs(trainer)))
         elif not limits:
             raise InputError(
                 "the schedule needs the number of optimizer steps, but trainer.max_steps is not set and the training "
@@ -114,6 +116,14 @@ def total_optimizer_steps(trainer: pl.Trainer) -> int:
     if not limits:
         raise InputError("the schedule needs an end: set trainer.max_steps or trainer.max_epochs")
     return min(limits)
+
+
+def _accumulation_of_epochs(trainer: pl.Trainer) -> Iterator[int]:
+    """Micro-batches of an optimizer step in each epoch, as a ``GradientAccumulationScheduler`` will set them."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    schedulers = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
+    for epoch in range(trainer.max_epochs or 0):
+        yield (schedulers[-1].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches)
 
 
 def num_training_batches(trainer: pl.Trainer) -> int | None:

@@ -1,0 +1,95 @@
+"""What a model has to do with rows before it is trained: tried on a few tokens, in evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dft_lightning.errors import InputError
+from dft_lightning.modules.generation import evaluating
+
+_LONG, _SHORT = 8, 5
+
+
+@contextmanager
+def trying(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; modes and random states are left as they were."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
+        yield
+
+
+def rounding(logits: Tensor, units: float, noise: float = 0.0) -> float:
+    """How far equal logits may lie apart, by the order of sums alone.
+
+    Args:
+        logits: their size and dtype count.
+        units: last digits of the largest logit; never less than 1e-5 of it, which what passes from one token to
+            another exceeds.
+        noise: what logits differ by that are known to be equal: of experts, whose products have the shapes that the
+            other rows of the batch give them.
+    """
+    return max(units * torch.finfo(logits.dtype).eps, 1e-5) * logits.abs().max().item() + 4 * noise
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """The largest difference."""
+    return float((one - other).abs().max())
+
+
+def check_rows(model: nn.Module) -> None:
+    """Find out whether a model keeps the future from its tokens, and whether padding leaves a row as it is.
+
+    A row of 8 tokens and one of 5, padded on the right: another last token of the first must not move its earlier
+    logits, and the second's logits must be those of the second alone. The tokens are the same on every rank.
+
+    Raises:
+        InputError: one of the two does not hold, by model.
+    """
+    device = next(model.parameters()).device
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    vocabulary = _LONG + _SHORT + 1 if embedding is None else len(embedding.weight)
+    tokens = torch.arange(_LONG + _SHORT + 1, device=device) % vocabulary
+    long, short = tokens[:_LONG], tokens[_LONG:-1]
+    other = torch.cat([long[:-1], tokens[-1:]])
+    padded = torch.cat([short, short[-1:].expand(_LONG - _SHORT)])
+    mask = torch.ones(2, _LONG, dtype=torch.int64, device=device)
+    mask[1, _SHORT:] = 0
+    with trying(model):
+        first, second = (_logits(model, torch.stack([row, padded]), mask) for row in (long, other))
+        alone = _logits(model, short[None], mask[:1, :_SHORT])[0]
+    if not all(logits.isfinite().all() for logits in (first[0], first[1, :_SHORT], alone)):
+        return  # a model of nan shows in the loss
+    own = first[1, :_SHORT]
+    noise = apart(own, second[1, :_SHORT])
+    name = f"model: {type(model).__name__}"
+    moved = apart(first[0, :-1], second[0, :-1])
+    if moved > rounding(first[0], 2, noise):
+        raise InputError(
+            f"{name} sees the tokens that it is to predict: another last token moves the logits before it by "
+            f"{moved:.3g}; {_way_to_causality(model)}"
+        )
+    moved = apart(own, alone)
+    if moved > rounding(alone, 16, noise):
+        raise InputError(
+            f"{name} takes padding for tokens: padded on the right, a row's logits move by {moved:.3g}; train on rows "
+            "of one length (data.batch_size: 1), or take another model"
+        )
+
+
+def _logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    return logits.float() if logits.dtype == torch.float64 else logits
+
+
+def _way_to_causality(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    if getattr(config, "is_decoder", None) is False:
+        return (
+            "it is loaded as an encoder: set is_decoder: true in its config (config.json of the folder, or the values "
+            "of model.model)"
+        )
+    return "take a causal language model, or the setting of this one that makes it one"

@@ -1,0 +1,128 @@
+"""What a model does with rows is found out before it is trained: the future, padding, documents in one row."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutput
+
+from conftest import TINY_LLAMA
+from dft_lightning import CausalLMModule
+from dft_lightning.errors import InputError
+from dft_lightning.modules.documents import check_documents
+from dft_lightning.modules.loading import load_causal_lm
+from dft_lightning.modules.row_checks import check_rows
+
+ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+ENCODER |= {"vocab_size": 97, "max_position_embeddings": 64}
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16},
+    "olmoe": {"num_experts": 4},
+    "deepseek_v2": {"n_routed_experts": 4, "moe_intermediate_size": 16, "first_k_dense_replace": 0, "topk_group": 1}
+    | {
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 4,
+        "n_group": 1,
+    },
+    "phimoe": {"num_local_experts": 4},
+}
+LLAMA4 = {**TINY_LLAMA, "model_type": "llama4_text", "attention_chunk_size": 8, "head_dim": 4, "initializer_range": 0.5}
+LLAMA4 |= {"intermediate_size_mlp": 32, "num_local_experts": 2, "layer_types": ["chunked_attention"] * 2}
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "roformer", "camembert"])
+@pytest.mark.parametrize("head", ["fused", "full"])
+def test_an_encoder_is_refused_unless_it_is_a_decoder(kind, head):
+    batch = {"input_ids": torch.arange(12).view(2, 6) + 5, "labels": torch.arange(12).view(2, 6) + 5}
+    module = CausalLMModule({**ENCODER, "model_type": kind}, head=head)
+    module.configure_model()
+    with pytest.raises(InputError, match=r"sees the tokens that it is to predict: .*set is_decoder: true"):
+        module.token_output(batch)
+    module = CausalLMModule({**ENCODER, "model_type": kind, "is_decoder": True}, head="full")
+    module.configure_model()
+    module.token_output(batch)
+    assert module.training
+
+
+def test_xlnet_has_another_setting():
+    model = load_causal_lm({"model_type": "xlnet", "d_model": 16, "n_layer": 1, "n_head": 2, "vocab_size": 97})
+    with pytest.raises(InputError, match="sees the tokens that it is to predict: .*take a causal language model"):
+        check_rows(model)
+
+
+class Leaking(nn.Module):
+    """Hands a little of each token to the one before it, or of padding to the row."""
+
+    def __init__(self, share=0.0, of_padding=0.0):
+        super().__init__()
+        self.embedding, self.lm_head = nn.Embedding(97, 8), nn.Linear(8, 97)
+        self.share, self.of_padding = share, of_padding
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids, attention_mask=None, use_cache=False):
+        hidden = self.embedding(input_ids)
+        hidden = hidden + self.share * torch.cat([hidden[:, 1:], 0 * hidden[:, :1]], dim=1)
+        hidden = hidden + self.of_padding * ((attention_mask == 0)[..., None] * hidden).sum(1, keepdim=True)
+        return CausalLMOutput(logits=self.lm_head(hidden))
+
+
+def test_a_leak_of_a_thousandth_is_found():
+    check_rows(Leaking())
+    with pytest.raises(InputError, match="sees the tokens"):
+        check_rows(Leaking(share=1e-3))
+    with pytest.raises(InputError, match="takes padding for tokens"):
+        check_rows(Leaking(of_padding=1e-3))
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_mixtures_of_experts_are_not_refused_for_rounding(kind):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = load_causal_lm({**TINY_LLAMA, **EXPERTS[kind], "model_type": kind, "num_experts_per_tok": 2})
+        check_rows(model)
+        check_documents(model)
+        check_documents(model, num_rows=2)
+
+
+class Far(Leaking):
+    """Hands each token to the one that comes 14 after it, in whatever document."""
+
+    config = SimpleNamespace(sliding_window=8)
+
+    def forward(self, input_ids, attention_mask=None, use_cache=False, position_ids=None):
+        hidden = self.embedding(input_ids)
+        return CausalLMOutput(logits=self.lm_head(hidden + nn.functional.pad(hidden, (0, 0, 14, 0))[:, :-14]))
+
+
+def test_documents_are_tried_that_are_longer_than_a_window():
+    check_documents(Far(), longest=8)
+    with pytest.raises(InputError, match=r"a second of 14 tokens move by .*set data.max_length to 8 or less"):
+        check_documents(Far())
+
+
+def test_documents_beyond_a_chunk_are_refused():
+    """sdpa keeps Llama 4's chunks within each document; one call for each document knows of none."""
+    check_documents(load_causal_lm(LLAMA4))
+    module = CausalLMModule(LLAMA4, attn_implementation="documents")
+    module.configure_model()
+    ids, positions = torch.arange(12)[None], torch.arange(12)[None]
+    with pytest.raises(InputError, match="one of 12 tokens is longer than the model's window of attention, 8"):
+        module.token_output({"input_ids": ids, "labels": ids, "position_ids": positions})
+
+
+def test_positions_that_start_elsewhere_are_found():
+    """RoBERTa's first position is padding_idx + 1, which the batch's positions from 0 are not."""
+    options = {"model_type": "roberta", **ENCODER, "is_decoder": True, "initializer_range": 0.5}
+    for attention in ("sdpa", "documents"):
+        with pytest.raises(InputError, match="the logits of a second of 6 tokens move"):
+            check_documents(load_causal_lm(options, attn_implementation=attention))
