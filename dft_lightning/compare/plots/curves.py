@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from dft_lightning.compare.analysis import Choice, Findings
-from dft_lightning.compare.plots.style import BASE_COLOUR, Plot, Styles, add_legend, make_logarithmic, new_figure
+from dft_lightning.compare.plots.style import (
+    BASE_COLOUR,
+    Plot,
+    Styles,
+    add_legend,
+    fit_to_lines,
+    make_logarithmic,
+    new_figure,
+    plain,
+    set_log,
+)
 from dft_lightning.compare.statistics import mean_interval
 
 _SPLITS = {"validation": "validation rows", "forgetting": "forgetting rows"}
@@ -22,17 +33,12 @@ def along_training(findings: Findings, styles: Styles, measure: str, split: str 
     lines = {choice.loss: [record.curve(split, measure) for record in choice.records] for choice in choices}
     if not any(any(curves) for curves in lines.values()):
         return None
-    title = findings.measures[measure].title
-    figure, axes = new_figure("optimizer step", title)
-    counts = [_draw_with_band(axes, styles, loss, curves) for loss, curves in lines.items()]
-    if measure == "nll":
-        make_logarithmic(axes, x=False)
-    if findings.measures[measure].is_share:
-        bottom, top = axes.get_ylim()  # a band may reach beyond what a share can be
-        axes.set_ylim(max(bottom, -0.02), min(top, 1.02))
+    found = findings.measures[measure]
+    figure, axes = new_figure("optimizer step", found.title)
+    bands = _draw(axes, styles, lines, logarithmic=measure == "nll", highest=1.0 if found.is_share else math.inf)
     add_legend(axes)
-    caption = f"On {_SPLITS[split]}. {_rates(findings, choices, chosen_by)} {_bands(counts)}"
-    return Plot(f"{split}_{measure}", f"{title}, along training", caption, figure)
+    caption = f"On {_SPLITS[split]}. {_rates(findings, choices, chosen_by)} {bands}"
+    return Plot(f"{split}_{measure}", f"{found.title}, along training", caption, figure)
 
 
 def logged_in_training(findings: Findings, styles: Styles, name: str, title: str) -> Plot | None:
@@ -42,10 +48,9 @@ def logged_in_training(findings: Findings, styles: Styles, name: str, title: str
     if not any(any(curves) for curves in lines.values()):
         return None
     figure, axes = new_figure("optimizer step", title)
-    counts = [_draw_with_band(axes, styles, loss, curves, marked=False) for loss, curves in lines.items()]
-    make_logarithmic(axes, x=False)
+    bands = _draw(axes, styles, lines, logarithmic=True, marked=False)
     add_legend(axes)
-    caption = f"As logged in training. {_rates(findings, choices, findings.main_measure)} {_bands(counts)}"
+    caption = f"As logged in training. {_rates(findings, choices, findings.main_measure)} {bands}"
     return Plot(name.replace("/", "_"), title, caption, figure)
 
 
@@ -57,13 +62,12 @@ def temperature_curve(findings: Findings, styles: Styles) -> Plot | None:
     base = findings.base.test["curve"] if findings.base and findings.base.test else []
     if base:
         axes.plot(*zip(*base, strict=True), color=BASE_COLOUR, linestyle="--", label="base model")
-    counts = []
-    for choice in choices:
-        curves = [record.test["curve"] for record in choice.records if record.test]
-        counts.append(_draw_with_band(axes, styles, choice.loss, curves))
-    axes.set_ylim(-0.02, 1.02)
+    bands = _draw(
+        axes, styles, {c.loss: [record.test["curve"] for record in c.records if record.test] for c in choices}
+    )
+    axes.set_ylim(0, 1)
     add_legend(axes)
-    caption = f"On test rows, after training. {_rates(findings, choices, measure)} {_bands(counts)}"
+    caption = f"On test rows, after training. {_rates(findings, choices, measure)} {bands}"
     return Plot("temperature", "Exact match against temperature", caption, figure)
 
 
@@ -74,7 +78,6 @@ def learning_rate_sensitivity(findings: Findings, styles: Styles, measure: str) 
         return None
     title = findings.measures[measure].title
     figure, axes = new_figure("learning rate", title)
-    axes.set_xscale("log")
     seeds = set()
     for loss in findings.losses:
         own = [record for record in sweep if record.loss == loss]
@@ -84,9 +87,8 @@ def learning_rate_sensitivity(findings: Findings, styles: Styles, measure: str) 
             float(np.mean([r.at_end("validation", measure) for r in own if r.learning_rate == rate])) for rate in rates
         ]
         axes.plot(rates, values, label=loss, **styles.line(loss))
-    rates = sorted({record.learning_rate for record in sweep})
-    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
-    axes.minorticks_off()
+    fit_to_lines(axes, highest=1.0)
+    _mark_rates(axes, sorted({record.learning_rate for record in sweep}))
     add_legend(axes)
     of = "one seed" if len(seeds) == 1 else f"mean of {len(seeds)} seeds"
     return Plot(
@@ -108,6 +110,7 @@ def nll_against_objective(findings: Findings, styles: Styles) -> Plot | None:
         axes.plot(x, y, label=choice.loss, **line)
         axes.plot(x[-1:], y[-1:], marker=line["marker"], color=line["color"], markersize=10, markerfacecolor="white")
     make_logarithmic(axes)
+    fit_to_lines(axes)
     add_legend(axes)
     caption = (
         "On validation rows, before training, along it and after (the large hollow mark). On a line with slope one the "
@@ -117,19 +120,67 @@ def nll_against_objective(findings: Findings, styles: Styles) -> Plot | None:
     return Plot("nll_against_objective", "nll against the objective", caption, figure)
 
 
-def _draw_with_band(
-    axes: Axes, styles: Styles, loss: str, curves: Sequence[Sequence[tuple[float, float]]], marked: bool = True
-) -> int:
-    """The mean over runs and, where there are several, the 95% interval as a band; returns how many there are."""
-    common = sorted(set.intersection(*({x for x, _ in curve} for curve in curves)))
-    found = [dict(curve) for curve in curves]
-    intervals = [mean_interval([values[x] for values in found]) for x in common]
-    style = styles.line(loss) if marked else {**styles.line(loss), "marker": ""}
-    axes.plot(common, [interval.mean for interval in intervals], label=loss, **style)
-    if len(curves) > 1:
-        low, high = ([getattr(interval, end) for interval in intervals] for end in ("low", "high"))
-        axes.fill_between(common, low, high, color=styles.colour(loss), alpha=0.15, linewidth=0)
-    return len(curves)
+def _mark_rates(axes: Axes, rates: Sequence[float]) -> None:
+    """A tick at each rate of the sweep, with its number where that does not lie on the one before."""
+    set_log(axes, "x")
+    decades = math.log10(rates[-1] / rates[0])
+    numbered, end = [], -math.inf
+    for rate in rates:
+        centre = math.log10(rate / rates[0]) / decades
+        half = 0.015 + 0.013 * len(plain(rate))  # of the panel's width, at the size of its font
+        if centre - half >= end:
+            numbered.append(rate)
+            end = centre + half
+    axes.set_xticks(numbered)
+    axes.set_xticks([rate for rate in rates if rate not in numbered], minor=True)
+
+
+def _draw(
+    axes: Axes,
+    styles: Styles,
+    curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
+    *,
+    logarithmic: bool = False,
+    highest: float = math.inf,
+    marked: bool = True,
+) -> str:
+    """Each loss's mean over its runs and, where there are several, the 95% interval as a band.
+
+    Args:
+        axes: to draw in.
+        styles: of the losses.
+        curves: by loss, ``(x, y)`` of each run.
+        logarithmic: whether the vertical axis is, if all means are above 0.
+        highest: that a value can be.
+        marked: whether each point has a mark.
+
+    Returns:
+        What the caption says of the bands.
+    """
+    drawn = {}
+    for loss, runs in curves.items():
+        common = sorted(set.intersection(*({x for x, _ in run} for run in runs)))
+        found = [dict(run) for run in runs]
+        intervals = [mean_interval([values[x] for values in found]) for x in common]
+        style = styles.line(loss) if marked else {**styles.line(loss), "marker": ""}
+        axes.plot(common, [interval.mean for interval in intervals], label=loss, **style)
+        drawn[loss] = common, intervals
+    if logarithmic:
+        make_logarithmic(axes, "y")
+    halved = False
+    for loss, (common, intervals) in drawn.items():
+        if common and len(curves[loss]) > 1:
+            low, mean, high = np.array([(i.low, i.mean, i.high) for i in intervals], dtype=np.float64).T
+            if axes.get_yscale() == "log":  # which has no place for 0: the band would fall through the panel
+                halved |= bool((low <= 0).any())
+                low = np.where(low <= 0, mean, low)
+            axes.fill_between(common, low, high, color=styles.colour(loss), alpha=0.15, linewidth=0)
+    fit_to_lines(axes, highest)
+    return _bands([len(runs) for runs in curves.values()]) + (
+        " Where an interval reaches 0, which a logarithmic axis has no place for, its upper half alone is drawn."
+        if halved
+        else ""
+    )
 
 
 def _rates(findings: Findings, choices: Sequence[Choice], measure: str) -> str:
