@@ -269,8 +269,8 @@ def _check_linear(model: nn.Module) -> None:
 
     seen = set()
     for name, layer in model.named_modules():
-        base = layer.get_base_layer() if isinstance(layer, Linear) else None
-        kind = type(base)
+        base: Any = layer.get_base_layer() if isinstance(layer, Linear) else None
+        kind: Any = type(base)
         if not isinstance(base, nn.Linear) or kind.forward is nn.Linear.forward or kind in seen:
             continue
         seen.add(kind)
