@@ -19,6 +19,9 @@ def trying(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes and random states are left as they were."""
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
+        for module in model.modules():  # on the CPU these pack their weights anew at the first call in evaluation mode
+            if type(module).__module__.startswith("bitsandbytes"):
+                module.training = True
         yield
 
 
