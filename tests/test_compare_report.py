@@ -157,7 +157,7 @@ def test_the_files(tmp_path):
 
 
 def test_tables_are_no_wider_for_more_losses(tmp_path):
-    """A row a loss, never a column: a page of 1300 pixels has them all. Its cells may break, and so may names in them."""
+    """A row a loss, never a column: a page of 1300 pixels has them all. Cells may break, and so may names in them."""
     losses = dict.fromkeys([f"loss {number}" for number in range(14)], LOSSES["CE"])
     write_settings(tmp_path, losses=losses, seeds_at_best=[])
     for number, name in enumerate(losses):
