@@ -156,6 +156,25 @@ def test_the_files(tmp_path):
     assert float(best["start_greedy"]) == 0.3
 
 
+def test_tables_are_no_wider_for_more_losses(tmp_path):
+    """A row a loss, never a column: a page of 1300 pixels has them all. Cells may break, and so may names in them."""
+    losses = dict.fromkeys([f"loss {number}" for number in range(14)], LOSSES["CE"])
+    write_settings(tmp_path, losses=losses, seeds_at_best=[])
+    for number, name in enumerate(losses):
+        folder = write_run(tmp_path, name, 1e-3, folder=f"run{number}")
+        (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"loss": LOSSES["CE"]}}))
+    main(["--report-only", str(tmp_path)])
+    tables = re.findall(r"^\|.*\n\|[- |]+\|\n", (tmp_path / "report.md").read_text(), re.MULTILINE)
+    assert len(tables) > 5
+    assert max(table.splitlines()[0].count(" | ") + 1 for table in tables) <= 8
+    text = (tmp_path / "report.md").read_text()
+    assert "| probability before | 0 to 0.1 | 0.1 to 0.5 | 0.5 to 0.9 | 0.9 to 1 |" in text
+    assert "| targets | 1 | 1 | 1 | 2 |" in text
+    assert "| before training | 0.050 | 0.300 | 0.700 | 0.970 |" in text
+    assert "| loss 13 | 0.224 | 0.548 | 0.837 | 0.985 |" in text  # square roots: log-probs are halved
+    assert "nowrap" not in (tmp_path / "report.html").read_text()
+
+
 def test_a_difference_in_targets_is_no_comparison(tmp_path):
     whole_comparison(tmp_path)
     write_run(tmp_path, "DFT", 1e-4, 1, targets="other")

@@ -149,16 +149,14 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def bucket_table(findings: Findings) -> Table:
-    """Mean probability of the training targets after training, by bucket of initial probability."""
+    """Mean probability of the training targets after training, a row a loss, by bucket of initial probability."""
     choices = findings.choices[findings.main_measure]
     counts, before, _ = bucket_means(choices[0].records[0])
-    after = [bucket_means(choice.records[0])[2] for choice in choices]
-    rows = [
-        [f"{low:g} to {high:g}", str(counts[i]), number(before[i]), *(number(values[i]) for values in after)]
-        for i, (low, high) in enumerate(BUCKETS)
-    ]
-    columns = ["probability before", "targets", "mean before", *(choice.loss for choice in choices)]
-    return Table("Probabilities of the training targets, before and after", columns, rows)
+    rows = [["targets", *map(str, counts)], ["before training", *map(number, before)]]
+    rows += [[choice.loss, *map(number, bucket_means(choice.records[0])[2])] for choice in choices]
+    columns = ["probability before", *(f"{low:g} to {high:g}" for low, high in BUCKETS)]
+    caption = "Means after training of the targets that the base model gave such a probability."
+    return Table("Probabilities of the training targets, before and after", columns, rows, caption)
 
 
 def sweep_table(findings: Findings) -> Table | None:
