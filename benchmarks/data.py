@@ -2,9 +2,9 @@
 
     python benchmarks/data.py --tokenizer ../shared/tokenizers/smollm2 --rows ../shared/data/gsm8k_train.jsonl
 
-Needs the ``bench`` extra, a tokenizer folder, and rows with ``question`` and ``answer``. Ours is what ``fit`` does
-before its first step: reading the file, checking, templating, masking and tokenising its rows into the cache, and
-packing them. TRL's is ``SFTTrainer``'s preparation of the same rows as prompt and completion messages, read
+Needs a tokenizer folder, and rows with ``question`` and ``answer``; TRL's side needs the ``bench`` extra. Ours is what
+``fit`` does before its first step: reading the file, checking, templating, masking and tokenising its rows into the
+cache, and packing them. TRL's is ``SFTTrainer``'s preparation of the same rows as prompt and completion messages, read
 beforehand, with its packing ``bfd``. Every measurement is a process of its own with an empty cache, without imports
 and without loading the tokenizer; the sides take turns, and a ratio is the median over turns. ``--processes 1 2``
 measures with one and two worker processes (one: this process alone, whose tokenizer may use every core in ours).
@@ -28,7 +28,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from linear_head import RESULTS, machine
+from linear_head import RESULTS, machine, missing
 
 TINY = {
     "vocab_size": 64,
@@ -155,9 +155,12 @@ def main() -> None:
     if options.side is not None:
         print(json.dumps(SIDES[options.side](options)))
         return
+    sides = list(SIDES) if options.synthetic is None else ["dft_lightning"]
+    if "trl" in sides and (reason := missing("trl")):
+        print(f"trl: skipped, {reason}", flush=True)
+        sides.remove("trl")
     results = {"machine": machine("cpu"), "max_length": options.max_length, "processes": {}}
     for processes in options.processes:
-        sides = list(SIDES) if options.synthetic is None else ["dft_lightning"]
         turns = [{side: measure(options, side, processes) for side in sides} for _ in range(options.turns)]
         found = {
             side: {name: statistics.median(turn[side][name] for turn in turns) for name in turns[0][side]}

@@ -3,11 +3,11 @@
     python benchmarks/linear_head.py                      # two shapes, bfloat16 and float32; a table and a JSON file
     python benchmarks/linear_head.py --tokens 8192 --hidden 4096 --vocabulary 151936 --dtype bfloat16
 
-Needs the ``bench`` extra. Every measurement is a process of its own. Times are taken in pairs, the three bare matrix
-products and the candidate in turn, and the ratio is the median over pairs: the speed of a shared machine moves by more
-than the difference between candidates. The gradient's error is against float64 on full logits. "Extra memory" is the
-peak beyond inputs, "beyond gradients" is what remains of it without the returned gradients and, for half precision,
-a float32 accumulator of the weight's gradient.
+Without the ``bench`` extra our head is compared with torch's alone. Every measurement is a process of its own. Times
+are taken in pairs, the three bare matrix products and the candidate in turn, and the ratio is the median over pairs:
+the speed of a shared machine moves by more than the difference between candidates. The gradient's error is against
+float64 on full logits. "Extra memory" is the peak beyond inputs, "beyond gradients" is what remains of it without the
+returned gradients and, for half precision, a float32 accumulator of the weight's gradient.
 """
 
 from __future__ import annotations
@@ -247,11 +247,17 @@ def available(device: str) -> dict[str, str]:
         if device not in devices:
             reasons[name] = f"runs on {', '.join(devices)} alone"
         elif package is not None:
-            try:
-                version(package)
-            except PackageNotFoundError:
-                reasons[name] = f"{package} is not installed (pip install -e '.[bench]')"
+            reasons[name] = missing(package)
     return reasons
+
+
+def missing(package: str) -> str:
+    """That a package is not installed, or nothing."""
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return f"{package} is not installed (pip install -e '.[bench]')"
+    return ""
 
 
 def too_slow(options: argparse.Namespace, name: str, results: list[dict]) -> str:

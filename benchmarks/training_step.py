@@ -3,8 +3,9 @@
     python ../shared/get_smollm2.py smollm2
     python benchmarks/training_step.py --model smollm2 --rows ../shared/data/gsm8k_train.jsonl
 
-Needs the ``bench`` extra, a model folder with tokenizer, and rows with ``question`` and ``answer``. All sides train on
-the same rows in the same order, bf16-mixed, AdamW, float32 weights. ``dft_lightning`` takes padding-free batches,
+Needs a model folder with tokenizer, and rows with ``question`` and ``answer``; TRL's side needs the ``bench`` extra.
+All sides train on the same rows in the same order, bf16-mixed, AdamW, float32 weights. ``dft_lightning`` takes
+padding-free batches,
 ``padded`` is the same command with padding, ``packed`` packs the rows to 1024 tokens, one packed row a step, and so has
 other tokens in a step. ``products`` is the limit: it computes nothing but the step's matrix
 products and attention, in bfloat16, without padding and recomputation. Every measurement is a process of its own; the
@@ -26,7 +27,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from linear_head import RESULTS, machine, resident
+from linear_head import RESULTS, machine, missing, resident
 
 WARM_UP = 2
 
@@ -71,8 +72,9 @@ class Clock:
 
 
 def run_ours(options: argparse.Namespace, folder: str, padding_free: bool = False, packed: bool = False) -> dict:
+    import dft_lightning.__main__  # noqa: F401 (large tensors on huge pages, as the command has them)
     from dft_lightning import CausalLMModule
-    from dft_lightning.__main__ import main  # as the command starts
+    from dft_lightning.cli import main
 
     clock = Clock()
 
@@ -236,28 +238,27 @@ def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def compare(options: argparse.Namespace, checkpointing: bool) -> dict:
+def compare(options: argparse.Namespace, checkpointing: bool, sides: list[str]) -> dict:
     turns = []
     for _ in range(options.turns):
-        turn = {side: in_own_process(options, side, checkpointing) for side in SIDES}
+        turn = {side: in_own_process(options, side, checkpointing) for side in sides}
         turns.append(turn)
         print({side: round(result["tokens_per_second"]) for side, result in turn.items()}, flush=True)
     counts = {result["tokens"] for turn in turns for side, result in turn.items() if side != "packed"}
     if len(counts) != 1:
         raise SystemExit(f"the sides did not train on the same tokens: {counts}")
-    speed = {side: median([turn[side]["tokens_per_second"] for turn in turns]) for side in SIDES}
-    memory = {side: median([turn[side]["peak_memory"] for turn in turns]) for side in SIDES}
-    ratios = {
-        side: median([turn[side]["tokens_per_second"] / turn["trl"]["tokens_per_second"] for turn in turns])
-        for side in SIDES
-    }
+    speed = {side: median([turn[side]["tokens_per_second"] for turn in turns]) for side in sides}
+    memory = {side: median([turn[side]["peak_memory"] for turn in turns]) for side in sides}
+    ratios = {}
+    if "trl" in sides:
+        ratios = {
+            side: median([turn[side]["tokens_per_second"] / turn["trl"]["tokens_per_second"] for turn in turns])
+            for side in sides
+        }
     print(f"gradient checkpointing {'on' if checkpointing else 'off'}")
-    for side in SIDES:
-        print(
-            f"  {side:14} {speed[side]:7.0f} tokens/s, peak memory of the process {memory[side] / 2**20:6.0f} MiB, "
-            f"{ratios[side]:.2f} times TRL's speed",
-            flush=True,
-        )
+    for side in sides:
+        line = f"  {side:14} {speed[side]:7.0f} tokens/s, peak memory of the process {memory[side] / 2**20:6.0f} MiB"
+        print(line + (f", {ratios[side]:.2f} times TRL's speed" if ratios else ""), flush=True)
     return {"gradient_checkpointing": checkpointing, "ratios": ratios, "turns": turns}
 
 
@@ -274,12 +275,18 @@ def main() -> None:
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--gradient_checkpointing", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.steps <= WARM_UP:
+        parser.error(f"--steps must be more than {WARM_UP}, which warm up")
     options.model, options.rows = options.model.resolve(), options.rows.resolve()
     if options.side:
         with tempfile.TemporaryDirectory() as folder:
             options.result.write_text(json.dumps(SIDES[options.side](options, folder)))
         return
-    results = [compare(options, checkpointing) for checkpointing in (False, True)]
+    sides = list(SIDES)
+    if reason := missing("trl"):
+        print(f"trl: skipped, {reason}", flush=True)
+        sides.remove("trl")
+    results = [compare(options, checkpointing, sides) for checkpointing in (False, True)]
     output = options.output or RESULTS / f"training_step_{options.device}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({**machine(options.device), "results": results}, indent=2) + "\n")

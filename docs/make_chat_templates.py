@@ -2,8 +2,8 @@
 
     python docs/make_chat_templates.py ../shared
 
-The tokenizers of the shared folder have their own templates. TRL's templates (of the installed release) are put on
-SmolLM2's tokenizer, with every special token that they name.
+The tokenizers of the shared folder have their own templates. TRL's templates (of the installed release, without which
+nothing is written) are put on SmolLM2's tokenizer, with every special token that they name.
 """
 
 # ruff: noqa: RUF001, RUF003 (DeepSeek's tokens have such bars)
@@ -190,5 +190,14 @@ def document(shared: Path) -> Iterator[str]:
         yield row(name, with_template(tokenizer, template))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the page beside this file."""
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python docs/make_chat_templates.py SHARED_FOLDER")
+    if not trl_templates():
+        raise SystemExit("trl, whose templates are half of the page, is not installed: pip install -e '.[bench]'")
     Path(__file__).with_name("chat_templates.md").write_text("".join(document(Path(sys.argv[1]))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import time
 import traceback
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import torch
@@ -209,6 +211,24 @@ def _limited(processes: list[int], timeout: float) -> list[int | None]:
         if number not in found:
             os.waitpid(number, 0)
     return [found.get(number) for number in processes]
+
+
+def run_script(name: str, *arguments: object, copied_to: Path | None = None) -> dict[str, Any]:
+    """Run a script of the project in this process as ``python NAME ARGUMENTS`` does.
+
+    Args:
+        name: below the project's root, or absolute.
+        copied_to: a folder from which a copy is run, for a script that writes beside itself.
+
+    Returns:
+        Its globals.
+    """
+    path = Path(__file__).parents[1] / name
+    if copied_to is not None:
+        path = Path(shutil.copy(path, copied_to))
+    given = patch.object(sys, "argv", [str(path), *map(str, arguments)])
+    with given, patch.object(sys, "path", [str(path.parent), *sys.path]):
+        return runpy.run_path(str(path), run_name="__main__")
 
 
 def run_limited(args: list[str], timeout: float) -> str:

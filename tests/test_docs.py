@@ -44,7 +44,8 @@ def test_python_runs(page, tmp_path, monkeypatch):
         exec(compile(code, str(page), "exec"), namespace)
 
 
-FITS = {" ".join(words[words.index("fit") :]) for page in PAGES for words in commands(page) if "fit" in words[:4]}
+WITH_README = [*PAGES, ROOT / "README.md"]
+FITS = {" ".join(words[words.index("fit") :]) for page in WITH_README for words in commands(page) if "fit" in words[:4]}
 FITS = {arguments for arguments in FITS if "--help" not in arguments and "OUTPUT" not in arguments}
 
 CONFIGS = [

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import re
 
 import pytest
 import torch
 
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT))
+from small_runs import run_script
 
 TINY_RUN = [
     "--config", str(ROOT / "configs" / "quickstart.yaml"),
@@ -22,9 +20,8 @@ TINY_RUN = [
 ]  # fmt: skip
 
 
-def test_own_loss(tmp_path):
-    from examples.own_loss import ClippedDFT
-
+def test_own_loss():
+    ClippedDFT = run_script("examples/own_loss.py")["ClippedDFT"]
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]])
     p = logits.softmax(-1)[:, 0]
     weight = torch.tensor([0.5, float(p[1])])
@@ -33,15 +30,10 @@ def test_own_loss(tmp_path):
 
 
 def test_own_module(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "own_module.py"), "fit", *TINY_RUN]
-    result = subprocess.run(
-        [*command, "--trainer.default_root_dir", str(tmp_path)], capture_output=True, text=True, timeout=200
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-
-    from examples.own_module import FrozenEmbeddings
-
-    module = FrozenEmbeddings("asset://arithmetic-base")
+    script = run_script("examples/own_module.py", "fit", *TINY_RUN, "--trainer.default_root_dir", tmp_path)
+    (logged,) = tmp_path.rglob("metrics.csv")
+    assert "val/loss" in logged.read_text()
+    module = script["FrozenEmbeddings"]("asset://arithmetic-base")
     module.configure_model()
     groups = module.build_parameter_groups()
     trained = {id(p) for group in groups for p in group["params"]}
@@ -49,28 +41,27 @@ def test_own_module(tmp_path):
     assert trained
 
 
-def test_plain_pytorch():
-    from examples.plain_pytorch import train
+def test_plain_pytorch(capsys):
+    run_script("examples/plain_pytorch.py")
+    losses = re.findall(r"^step (\d+): DFT loss (\d\.\d{4})$", capsys.readouterr().out, re.MULTILINE)
+    assert [int(step) for step, _ in losses] == list(range(20))
+    assert 0 < float(losses[0][1]) < 0.2  # p log p near p = 1/64: about 0.065
 
-    losses = train()
-    assert len(losses) == 20
-    assert all(value == value for value in losses)
 
-
-def test_transformers_trainer(tmp_path):
+def test_transformers_trainer(tmp_path, monkeypatch, capsys):
     pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
-    from examples.transformers_trainer import train
-
-    assert 0 < train(str(tmp_path)) < 0.2  # p log p near p = 1/64: about 0.065
+    monkeypatch.chdir(tmp_path)
+    run_script("examples/transformers_trainer.py")
+    (loss,) = re.findall(r"^training loss (\d\.\d{4})$", capsys.readouterr().out, re.MULTILINE)
+    assert 0 < float(loss) < 0.2  # as above
 
 
 def test_make_arithmetic_base(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from examples.make_arithmetic_base import make
-
     small = ["--trainer.max_steps", "1", "--trainer.callbacks", "[]", "--data.train.num_rows", "4"]
-    make(str(tmp_path / "base"), *small, "--trainer.default_root_dir", str(tmp_path / "runs"))
+    small += ["--trainer.default_root_dir", tmp_path / "runs"]
+    run_script("examples/make_arithmetic_base.py", "--output", tmp_path / "base", *small)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert 250_000 < model.num_parameters() < 350_000
     assert len(AutoTokenizer.from_pretrained(tmp_path / "base")) == 19

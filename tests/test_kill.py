@@ -12,7 +12,7 @@ def test_two_killed_runs_end_as_one_that_was_not(tmp_path):
     """SIGKILL in the middle of writing a checkpoint, and SIGTERM on two ranks under DDP."""
     output = tmp_path / "kill.json"
     arguments = ["--kills", "2", "--steps", "16", "--within", "0.2", "--output", str(output)]
-    run_limited([str(ROOT / "benchmarks" / "kill.py"), *arguments], timeout=150)
+    run_limited([str(ROOT / "benchmarks/kill.py"), *arguments], timeout=150)
     found = json.loads(output.read_text())
     first, second = found["runs"]
     assert found["same"] == 2

@@ -14,7 +14,7 @@ from dft_lightning.data import HubRows
 from dft_lightning.data.accumulation import micro_batches_of
 from dft_lightning.errors import InputError
 from dft_lightning.fit_config import read_fit_config
-from small_runs import TINY_ARITHMETIC, trainer
+from small_runs import TINY_ARITHMETIC, run_script, trainer
 from test_data import bytes_tokenizer
 
 PAPER = ROOT / "configs" / "paper"
@@ -170,29 +170,31 @@ def test_rows_are_drawn_by_seed(tmp_path):
         HubRows("a/b", num_rows=0)
 
 
-def test_the_table_is_the_one_in_the_docs(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import paper_table
-
-    assert paper_table.table() in (ROOT / "docs" / "paper.md").read_text()
+def test_the_table_is_the_one_in_the_docs(capsys):
+    script = run_script("benchmarks/paper_table.py")
+    printed = capsys.readouterr().out
+    assert printed.startswith("| model |")
+    assert printed in (ROOT / "docs" / "paper.md").read_text()
     # By hand: 8 operations for each of a billion parameters and 5e7 tokens, on 8 GPUs at 395.6 TFLOP/s.
-    assert paper_table.training_minutes(10**9) == pytest.approx(4e17 / 3.1648e15 / 60)
-    assert paper_table.evaluation_hours("any", 10**9) == pytest.approx(2 * 50 * 4096 * (0.03 + 2 / 3350) / 3600)
+    assert script["training_minutes"](10**9) == pytest.approx(4e17 / 3.1648e15 / 60)
+    assert script["evaluation_hours"]("any", 10**9) == pytest.approx(2 * 50 * 4096 * (0.03 + 2 / 3350) / 3600)
 
 
-def test_benchmarks_have_one_form():
-    from examples.math_benchmarks import BENCHMARKS, convert
-
-    assert list(BENCHMARKS) == ["math500", "minerva", "olympiadbench", "aime24", "amc23"]
+def test_benchmarks_have_one_form(tmp_path, monkeypatch, capsys):
     rows = [
         {"problem": "a?", "solution": "long, so $\\frac{1}{2}$", "answer": "\\frac{1}{2}"},
         {"question": "b?", "answer": "$5$"},
         {"question": "c?", "final_answer": ["1", "$-1$"]},
     ]
-    assert list(convert(rows, "name")) == [
-        {"problem": "a?", "solution": "\\boxed{\\frac{1}{2}}"},
-        {"problem": "b?", "solution": "\\boxed{5}"},
-        {"problem": "c?", "solution": "\\boxed{1, -1}"},
-    ]
+    monkeypatch.setattr("datasets.load_dataset", lambda path, split: rows)
+    convert = run_script("examples/math_benchmarks.py", "--output", tmp_path)["convert"]
+    names = ["math500", "minerva", "olympiadbench", "aime24", "amc23"]
+    assert capsys.readouterr().out.splitlines() == [f"{tmp_path / name}.jsonl: 3 problems" for name in names]
+    for name in names:
+        assert [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] == [
+            {"problem": "a?", "solution": "\\boxed{\\frac{1}{2}}"},
+            {"problem": "b?", "solution": "\\boxed{5}"},
+            {"problem": "c?", "solution": "\\boxed{1, -1}"},
+        ]
     with pytest.raises(SystemExit, match=r"name, row 2: expected a problem and an answer, found \['question'\]"):
         list(convert([rows[0], {"question": "d?"}], "name"))

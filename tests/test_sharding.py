@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from dft_lightning.errors import InputError
 from dft_lightning.export.command import main as export
 from dft_lightning.modules.loading import empty_causal_lm, load_causal_lm
 from sharded_runs import LLAMA, LORA, MEMORY_CASES, VARIANTS, one_step, seeded_run, three_steps, training_memory
-from small_runs import run_limited, run_two_processes
+from small_runs import run_limited, run_script, run_two_processes
 from test_normalization import relative
 
 
@@ -228,13 +227,13 @@ def test_the_memory_estimate_is_what_the_allocator_measures(two_processes, tmp_p
         assert estimated == pytest.approx(measured, rel=0.25)
 
 
-def test_the_memory_table_is_the_one_in_the_docs():
-    spec = importlib.util.spec_from_file_location("memory_table", ROOT / "benchmarks" / "memory_table.py")
-    memory_table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(memory_table)
-    billions = {name: sum(p.numel() for p in memory_table.empty_model(name).parameters()) for name in BILLIONS}
+def test_the_memory_table_is_the_one_in_the_docs(capsys):
+    empty_model = run_script("benchmarks/memory_table.py")["empty_model"]
+    printed = capsys.readouterr().out
+    assert printed.startswith("| model |")
+    assert printed in (ROOT / "docs" / "sharding.md").read_text()
+    billions = {name: sum(p.numel() for p in empty_model(name).parameters()) for name in BILLIONS}
     assert {name: round(count / 1e9, 2) for name, count in billions.items()} == BILLIONS
-    assert memory_table.table() in (ROOT / "docs" / "sharding.md").read_text()
 
 
 # As their model cards have it.

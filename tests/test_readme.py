@@ -1,0 +1,387 @@
+"""Each figure of the README, and of pages with the same results, is what its results file has; its Python runs.
+
+A passage is written here with its figures made from the files, and has to stand in the page: a figure that changes in
+either of them is found. What is left of the README without these passages has no figure but in settings and names.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from statistics import mean, median
+
+import lightning.pytorch as pl
+import pytest
+import yaml
+
+from conftest import ROOT
+from dft_lightning import DFTLoss
+from dft_lightning.data import ArithmeticRows
+from dft_lightning.data.arithmetic import solve
+from dft_lightning.losses import LOSSES
+from dft_lightning.ops.settings import DEFAULT_CHUNK_BYTES
+from test_normalization import TOLERANCE
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def plain(text: str, code: bool = False) -> str:
+    """Without line breaks and the marks of emphasis, and without blocks of code unless ``code``."""
+    return " ".join((text if code else BLOCK.sub("", text)).replace("**", "").split())
+
+
+def results(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def cores(found: dict) -> str:
+    threads = re.search(r"(\d+) (?:CPU )?threads", found["device"])[1]
+    return f"{WORDS[int(threads)]} CPU cores"
+
+
+def shipped(name: str) -> dict:
+    return yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+# -- the head ----------------------------------------------------------------------------------------------------------
+
+HEAD = results("linear_head_cpu")
+CANDIDATES = ("dft_lightning", "plain", "trl", "torch chunked")
+
+
+def times(ratio: float) -> str:
+    """Three digits below two, else two."""
+    return f"{ratio:.2f}x" if ratio < 2 else f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x"
+
+
+def head_passages() -> Iterator[str]:
+    measured = {(row["shape"], row["candidate"]): row for row in HEAD["results"]}
+    sizes = {re.match(r"N=(\d+) H=(\d+) V=(\d+) (\w+)", shape).groups(): shape for shape, _ in measured}
+    for (_, *sizes_of_row), shape in sizes.items():
+        rows = [measured.get((shape, name)) for name in CANDIDATES]
+        cells = [
+            f"{times(row['ratio_to_bare'])}, {row['extra_memory'] / 2**30:.1f} GiB" if row else "not run"
+            for row in rows
+        ]
+        yield f"| {', '.join(sizes_of_row)} | {' | '.join(cells)} |"
+    (tokens,) = {size[0] for size in sizes}
+    packages = HEAD["packages"]
+    yield f"{tokens} tokens on {cores(HEAD)} (torch {packages['torch'].removesuffix('+cpu')}, AMX)"
+    yield f"| full logits | TRL {packages['trl'].removesuffix('.0')} | torch's chunked |"
+
+    def errors(name: str) -> str:
+        rows = [row for row in HEAD["results"] if (row["candidate"], row["dtype"]) == (name, "bfloat16")]
+        found = [row[f"{which}_gradient_error"] for row in rows for which in ("hidden", "weight")]
+        low, high = (f"{value:.1e}".replace("e-0", "e-") for value in (min(found), max(found)))
+        return low if low == high else f"{low} to {high}"
+
+    assert errors("plain") == errors("dft_lightning")
+    own, other = errors("dft_lightning"), errors("torch chunked")
+    yield f"is that of full logits ({own} in bfloat16, torch's chunked head {other})"
+    yield f"in chunks (up to {DEFAULT_CHUNK_BYTES // 2**20} MiB of logits)"
+
+
+# -- training steps ----------------------------------------------------------------------------------------------------
+
+STEPS = results("training_step_cpu")
+SIDES = ("packed", "dft_lightning", "padded", "trl")
+
+
+def rate(result: dict, side: str) -> str:
+    return f"{median(turn[side]['tokens_per_second'] for turn in result['turns']):.0f}"
+
+
+def step_passages() -> Iterator[str]:
+    for result, name in zip(STEPS["results"], ("| |", "| gradient checkpointing |"), strict=True):
+        assert result["gradient_checkpointing"] == (name != "| |")
+        memory = [median(turn[side]["peak_memory"] for turn in result["turns"]) / 2**30 for side in SIDES]
+        cells = [f"{rate(result, side)}, {most:.1f}" for side, most in zip(SIDES, memory, strict=True)]
+        yield f"{name} {' | '.join(cells)} |"
+    (turns,) = {len(result["turns"]) for result in STEPS["results"]}
+    script = (ROOT / "benchmarks" / "training_step.py").read_text()
+    (batch,) = re.findall(r'"--batch_size", type=int, default=(\d+)', script)
+    (length,) = re.findall(r'"--data.max_length", "(\d+)"', script)
+    yield f"(batch {batch}, or packed to {length} tokens, bf16-mixed), medians of {WORDS[turns]} turns"
+    release = STEPS["packages"]["trl"].removesuffix(".0")
+    yield f'| packed | padding-free | padded | TRL {release}, `loss_type="dft"` |'
+
+
+# -- the quickstart ----------------------------------------------------------------------------------------------------
+
+QUICKSTART = results("quickstart")
+
+
+def exact(run: str, when: str) -> str:
+    found = QUICKSTART["runs"][run]
+    return f"{found[f'greedy {when}']:.3f} / {found[f'sampled {when}']:.3f}"
+
+
+def wrong_tenths(config: dict) -> int:
+    """Of ten demonstrations, how many have a wrong answer."""
+    rows = ArithmeticRows(**config["data"]["train"]["init_args"])
+    summands = [(*map(int, re.findall(r"\d+", row["prompt"])), row["completion"]) for _, row in rows.rows()]
+    return round(10 * mean(answer != solve(a, b) for a, b, answer in summands))
+
+
+def quickstart_passages() -> Iterator[str]:
+    config, runs = shipped("quickstart"), QUICKSTART["runs"]
+    rows = config["data"]["train"]["init_args"]["num_rows"]
+    yield f"addition with DFT on {rows} demonstrations, {10 * wrong_tenths(config)}% of them wrong"
+    assert len({exact(run, "before") for run in runs}) == 1
+    assert {found["steps"] for found in runs.values()} == {config["trainer"]["max_steps"]}
+    learning_rate = f"{config['model']['learning_rate']:.0e}".replace("e-0", "e-")
+    yield (
+        f"at its one rate ({learning_rate}, {config['trainer']['max_steps']} steps of {config['data']['batch_size']} "
+        f"rows, one seed) goes from {exact('DFT', 'before')} to {exact('DFT', 'after')} with DFT, "
+        f"{exact('cross-entropy', 'after')} with `configs/quickstart_ce.yaml` over it and "
+        f"{exact('focal', 'after')} with `configs/quickstart_focal.yaml`"
+    )
+    seconds = [found["seconds"] for found in runs.values()]
+    yield f"in {min(seconds):.0f} to {max(seconds):.0f} seconds each on {cores(QUICKSTART)}"
+
+
+# -- comparisons -------------------------------------------------------------------------------------------------------
+
+BASES = ("half", "competent", "new_skill")
+NAMES = {
+    "cross-entropy": "CE",
+    "DFT": "DFT",
+    "focal, gamma 2": "focal",
+    "cross-entropy, then DFT": "CE then DFT",
+    "half cross-entropy, half DFT": "CE + DFT",
+}
+
+
+def runs_of(comparison: str) -> list[dict[str, str]]:
+    with (ROOT / "docs" / "results" / comparison / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def base_of(comparison: str, measure: str) -> str:
+    (base,) = [run for run in runs_of(comparison) if run["run"] == "base"]
+    return f"{float(base[f'test_{measure}']):.3f}"
+
+
+def at_best_rate(comparison: str, loss: str, measure: str) -> list[dict[str, str]]:
+    """All seeds at the rate that was best for seed 0 on validation rows; of equal ones that with the lower nll."""
+    own = [run for run in runs_of(comparison) if run["loss"] == loss]
+    swept = [run for run in own if run["seed"] == "0"]
+    best = min(swept, key=lambda run: (-float(run[f"end_{measure}"]), float(run["end_nll"])))
+    return [run for run in own if run["learning_rate"] == best["learning_rate"]]
+
+
+def on_test_rows(comparison: str, loss: str, measure: str) -> str:
+    return f"{mean(float(run[f'test_{measure}']) for run in at_best_rate(comparison, loss, measure)):.3f}"
+
+
+def forgotten(comparison: str, *rates: str) -> dict[str, float]:
+    """What runs with seed 0 leave of exact match on the second validation set."""
+    runs = [run for run in runs_of(comparison) if run["seed"] == "0" and run["learning_rate"] in rates]
+    return {run["run"]: float(run["forgetting_greedy"]) for run in runs}
+
+
+def remembered(comparison: str) -> str:
+    """Exact match on the second validation set before training."""
+    report = (ROOT / "docs" / "results" / comparison / "report.md").read_text(encoding="utf-8")
+    return re.search(r"^\| before training \| ([\d.]+) \|", report, re.MULTILINE)[1]
+
+
+def comparison_passages() -> Iterator[str]:
+    base = [f"{base_of(name, 'greedy')} / {base_of(name, 'sampled')}" for name in BASES]
+    yield f"| none (the base) | {' | '.join(base)} |"
+    for name, loss in NAMES.items():
+        cells = [f"{on_test_rows(base, loss, 'greedy')} / {on_test_rows(base, loss, 'sampled')}" for base in BASES]
+        yield f"| {name} | {' | '.join(cells)} |"
+    seeds = {len(at_best_rate(base, loss, how)) for base in BASES for loss in NAMES.values() for how in MEASURES}
+    rates = {len({run["learning_rate"] for run in runs_of(base) if run["loss"] == "DFT"}) for base in BASES}
+    (seeds,), (rates,) = seeds, rates
+    yield (
+        f"at its own best of {WORDS[rates]} learning rates, chosen on validation rows separately for the "
+        f"{WORDS[len(MEASURES)]} numbers; means of {WORDS[seeds]} seeds"
+    )
+    steps = [{run["steps"] for run in runs_of(base) if run["steps"]} for base in BASES]
+    assert steps[0] == steps[1]
+    wrong = {wrong_tenths(with_overrides(base)) for base in BASES}
+    (wrong,), problems = wrong, with_overrides("half")["data"]["test"]["init_args"]["num_rows"]
+    digits = ArithmeticRows(1)
+    yield (
+        f"Exact match on {problems} clean test problems of {digits.min_digits} to {digits.max_digits} digits, "
+        f"greedy / avg@4 sampled at temperature 1, after {min(steps[0])} steps ({min(steps[2])} for the new skill) on "
+        f"demonstrations of which about {WORDS[wrong]} in ten are wrong"
+    )
+    yield (
+        "on the competent base it is the one that loses nothing, where cross-entropy falls from "
+        f"{base_of('competent', 'sampled')} to {on_test_rows('competent', 'CE', 'sampled')} sampled"
+    )
+    new = {loss: on_test_rows("new_skill", loss, "greedy") for loss in ("DFT", "CE", "focal")}
+    yield f"{new['DFT']} greedy, where cross-entropy has {new['CE']} and focal loss {new['focal']}"
+    yield f"is best sampled there, {on_test_rows('new_skill', 'CE then DFT', 'sampled')}"
+    (before,) = {remembered(base) for base in BASES[:2]}
+    left = [value for base in BASES[:2] for value in forgotten(base, "0.001").values()]
+    yield (
+        f"fall from {before} greedy to between {min(left):.2f} and {max(left):.2f} at 1e-3 on the first two bases "
+        "(seed 0)"
+    )
+    competent = forgotten("competent", "0.0001")
+    focal = competent.pop("focal-lr0.0001-seed0")
+    least = min(*competent.values(), *forgotten("half", "0.0001").values())
+    yield f"At 1e-4 they stay at {least:.2f} and above there, but for focal loss on the competent base ({focal:.2f})"
+    assert max(forgotten("new_skill", "0.0001", "0.0003", "0.001").values()) < 0.25  # "lost at every rate"
+
+
+MEASURES = ("greedy", "sampled")
+
+
+def with_overrides(comparison: str) -> dict:
+    """The quickstart's config with the comparison's own data."""
+    config, own = shipped("quickstart"), shipped(f"compare/{comparison}")["overrides"]
+    return {**config, "data": {**config["data"], **own["data"]}}
+
+
+def other_passages() -> Iterator[str]:
+    templates = (ROOT / "docs" / "chat_templates.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `", templates, re.MULTILINE)
+    yield f"what {len(rows)} chat templates do"
+    own = {"CrossEntropyLoss", "DFTLoss", "FocalLoss", "MixtureLoss", "ScheduledLoss"}
+    yield f"{WORDS[len(set(LOSSES) - own)].capitalize()} others from papers come with the package"
+    estimated = (ROOT / "docs" / "sharding.md").read_text(encoding="utf-8")
+    sizes = sorted(re.findall(r"^\| \S+-([\d.]+)B \|", estimated, re.MULTILINE), key=float)
+    yield f"the memory that models of {sizes[0]} to {sizes[-1]} billion parameters take"
+    tolerance = f"{TOLERANCE['float32']:.0e}".replace("e-0", "e-")
+    yield f"gradient is that of one big batch to {tolerance} in float32"
+
+
+README_PASSAGES = [
+    *head_passages(),
+    *step_passages(),
+    *quickstart_passages(),
+    *comparison_passages(),
+    *other_passages(),
+]
+
+# -- other pages with figures of the same files ------------------------------------------------------------------------
+
+
+def first_run_passages() -> Iterator[str]:
+    for when, step in (("before", 0), ("after", QUICKSTART["runs"]["DFT"]["steps"])):
+        greedy, sampled = exact("DFT", when).split(" / ")
+        yield f"step {step}: exact match greedy {greedy}, sampled {sampled}"
+
+
+def data_passages() -> Iterator[str]:
+    off = STEPS["results"][0]
+    packed, padding_free, padded = (rate(off, side) for side in SIDES[:3])
+    yield f"at {packed} tokens/s packed, {padding_free} padding-free and {padded} padded"
+    prepared = results("data")["processes"]
+    for number, found in prepared.items():
+        own, trl = (found[side]["rows_per_second"] for side in ("dft_lightning", "trl"))
+        processes = {"1": "one process", "2": "two processes"}[number]
+        yield f"| rows a second, {processes} | {own:.0f} | {trl:.0f} | {found['ratio']:.1f} |"
+    own, trl = (prepared["1"][side]["efficiency"] for side in ("dft_lightning", "trl"))
+    yield f"| full | {own:.1%} | {trl:.1%} | |"
+
+
+def losses_passages() -> Iterator[str]:
+    found = results("head_losses_cpu")
+    ratios = dict(found["times_the_bare_products"])
+    anchored = ratios.pop("AnchoredLoss")
+    by_sequence = sorted(ratios.pop(name) for name in ("SequenceDFTLoss", "ImportanceWeightedLoss, sequence"))
+    yield (
+        f"on {cores(found)} ({found['tokens']} tokens, a vocabulary of {found['vocabulary']}, {found['dtype']}, "
+        f"`python benchmarks/head_losses.py`): {min(ratios.values()):.2f} to {max(ratios.values()):.2f} for the losses "
+        "of one pass, which is no further apart than two runs of one of them; "
+        f"{by_sequence[0]:.1f} and {by_sequence[1]:.1f} for those by sequence, and {anchored:.1f} for `AnchoredLoss`"
+    )
+
+
+def resuming_passages() -> Iterator[str]:
+    found = results("kill")
+    count, within = len(found["runs"]), found["killed within a write"]
+    yield f"Of {count} small runs that were killed or stopped at random moments, {within} of them within the writing"
+    yield f"all {found['same']} went on to the same weights"
+
+
+OBJECTIVES = {
+    "DFT": "DFT",
+    "`DEFTLoss`": "DEFT",
+    "`PowerLoss(0.5)`": "power 0.5",
+    "`SequenceDFTLoss`, product": "sequence DFT",
+    "`ThresholdLoss(0.1)`": "p above 0.1",
+    "ASFT, `AnchoredLoss(0.1)`": "ASFT",
+    "`ChordPhiLoss`": "CHORD phi",
+    "PSFT, `ProximalLoss(0.28)`": "PSFT",
+    "EAFT, 20 likeliest": "EAFT",
+    "`SequenceDFTLoss`, geometric": "geometric DFT",
+    "CE": "CE",
+    "iw-SFT, by sequence": "iw sequence",
+    "iw-SFT, by token": "iw token",
+    "focal": "focal",
+}
+
+
+def results_passages() -> Iterator[str]:
+    measures = (*MEASURES, "pass_at_4")
+    yield f"| base | {' | '.join(base_of('objectives', measure) for measure in measures)} |"
+    for name, loss in OBJECTIVES.items():
+        yield f"| {name} | {' | '.join(on_test_rows('objectives', loss, measure) for measure in measures)} |"
+    cells = ("CE", "cross-entropy"), ("DFT", "DFT")
+    base = ", ".join(base_of("offline_rl", measure) for measure in MEASURES)
+    found = [(name, ", ".join(on_test_rows("offline_rl", loss, how) for how in MEASURES)) for loss, name in cells]
+    yield f"base {base}; {'; '.join(f'{name} {values}' for name, values in found)}."
+
+
+PAGES = {
+    "README.md": README_PASSAGES,
+    "docs/first_run.md": [*first_run_passages()],
+    "docs/data.md": [*data_passages()],
+    "docs/losses.md": [*losses_passages()],
+    "docs/resuming.md": [*resuming_passages()],
+    "docs/results/README.md": [*results_passages()],
+}
+
+
+@pytest.mark.parametrize(("page", "passage"), [(page, passage) for page in PAGES for passage in PAGES[page]])
+def test_figures_are_those_of_the_results(page, passage):
+    assert passage in plain((ROOT / page).read_text(encoding="utf-8"), code=page != "README.md")
+
+
+SETTINGS = (
+    "one on a base in 4 bits",
+    "packs the training rows into rows of 1024 tokens",
+    "`l = log p`: 1 for cross-entropy",
+    "For a vocabulary of 150,000 the logits",
+)
+NAME = re.compile(r"`[^`]*`|\]\([^)]*\)|\b[A-Za-z]+\d*-\d[\d.]*\w*|\b[A-Za-z]+\d+")  # code; links; GPT-2; float32
+
+
+def test_no_figure_of_the_readme_is_without_its_results():
+    rest = plain(README)
+    for passage in (*README_PASSAGES, *SETTINGS):
+        assert passage in rest
+        rest = rest.replace(passage, "")
+    assert re.findall(r"\S* \S*\d\S* \S*", NAME.sub("", rest)) == []
+
+
+# -- Python ------------------------------------------------------------------------------------------------------------
+
+
+def test_python_runs(monkeypatch):
+    """Its blocks, but for the runs: the module is made of a small model, and the trainer is given what it would fit."""
+    started, fitted = [], []
+    monkeypatch.setattr("dft_lightning.cli.main", lambda module_class: started.append(module_class))
+    monkeypatch.setattr(pl.Trainer, "fit", lambda self, *args, **options: fitted.append((args, options)))
+    for language, code in BLOCK.findall(README):
+        if language == "python":
+            exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    (own,) = started
+    module = own("asset://arithmetic-base")
+    module.configure_model()
+    module.build_parameter_groups()
+    assert not module.model.get_input_embeddings().weight.requires_grad
+    (((module,), options),) = fitted
+    assert isinstance(module.loss, DFTLoss)
+    assert options["datamodule"].batch_size == 16

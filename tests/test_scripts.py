@@ -1,0 +1,243 @@
+"""Scripts of benchmarks/ and docs/ in their smallest form, to the end, and that no script is without a test.
+
+What a benchmark measures in processes of their own is measured in this one: the figures are no good, all else is the
+same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+from transformers import GPT2Tokenizer, LlamaConfig, LlamaForCausalLM
+
+from conftest import ROOT, TINY_LLAMA
+from dft_lightning.data import ArithmeticRows, arithmetic_tokenizer
+from small_runs import run_script
+
+FOLDERS = ("benchmarks", "docs", "examples")
+
+
+def test_every_script_is_run_by_a_test():
+    """By ``run_script``, or in a process of its own by ``run_limited``."""
+    calls = re.compile(r'run_script\(\s*"([^"]+)"|run_limited\(\s*\[str\(ROOT / "([^"]+)"\)')
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    run = {first or second for first, second in calls.findall(tests)}
+    there = {str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    assert run == there
+
+
+def installed(package):
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
+
+
+# Candidates of the head's benchmark and sides of the others that run on this machine.
+TRL = ["trl"] if installed("trl") else []
+
+
+@pytest.fixture
+def children_here(monkeypatch):
+    """A script that a script would start in a process of its own runs in this one."""
+    real = subprocess.run
+
+    def run(command, stdout=None, stderr=None, env=None, cwd=None, **options):
+        if command[0] != sys.executable:
+            return real(command, stdout=stdout, stderr=stderr, env=env, cwd=cwd, **options)
+        printed = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            patch.chdir(cwd or os.getcwd())
+            for name, value in (env or {}).items():
+                patch.setenv(name, value)
+            run_script(*command[1:])
+        return subprocess.CompletedProcess(command, 0, printed.getvalue(), "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Twelve rows with question and answer."""
+    path = tmp_path / "rows.jsonl"
+    pairs = [{"question": row["prompt"], "answer": row["completion"]} for _, row in ArithmeticRows(12).rows()]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return path
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder with weights and tokenizer."""
+    folder = tmp_path / "model"
+    tokenizer = arithmetic_tokenizer()
+    config = LlamaConfig(**{**TINY_LLAMA, "vocab_size": len(tokenizer)})
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def says_what_is_missing(printed):
+    return ("trl is not installed" in printed) == (not TRL)
+
+
+# -- benchmarks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("children_here")
+def test_training_step(model, rows, tmp_path, capsys):
+    output = tmp_path / "out.json"
+    sizes = ["--steps", 3, "--batch_size", 2, "--turns", 1]
+    run_script("benchmarks/training_step.py", "--model", model, "--rows", rows, *sizes, "--output", output)
+    off, on = json.loads(output.read_text())["results"]
+    assert (off["gradient_checkpointing"], on["gradient_checkpointing"]) == (False, True)
+    for (turn,) in (off["turns"], on["turns"]):
+        assert set(turn) == {"dft_lightning", "padded", "packed", "products", *TRL}
+        for found in turn.values():
+            assert found["steps"] == 3
+            assert found["tokens"] > 0
+            assert found["peak_memory"] > 0
+    assert says_what_is_missing(capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("children_here")
+def test_linear_head(tmp_path, capsys):
+    output = tmp_path / "out.json"
+    sizes = ["--tokens", 64, "--hidden", 16, "--vocabulary", 97, "--pairs", 1, "--device", "cpu"]
+    run_script("benchmarks/linear_head.py", *sizes, "--output", output)
+    found = json.loads(output.read_text())["results"]
+    names = ["dft_lightning", "plain", *TRL, "torch chunked"]
+    assert [(row["candidate"], row["dtype"]) for row in found] == [
+        (name, dtype) for dtype in ("bfloat16", "float32") for name in names
+    ]
+    for row in found:
+        assert "failed" not in row
+        assert row["ratio_to_bare"] > 0
+        assert 0 < row["hidden_gradient_error"] < (0.05 if row["dtype"] == "bfloat16" else 1e-5)
+        assert 0 < row["weight_gradient_error"] < (0.05 if row["dtype"] == "bfloat16" else 1e-5)
+    assert says_what_is_missing(capsys.readouterr().out)
+
+
+def test_head_losses(tmp_path):
+    output = tmp_path / "out.json"
+    sizes = ["--tokens", 300, "--hidden", 16, "--vocabulary", 97, "--turns", 1, "--device", "cpu"]
+    script = run_script("benchmarks/head_losses.py", *sizes, "--output", output)
+    found = json.loads(output.read_text())
+    assert set(found["times_the_bare_products"]) == set(script["LOSSES"])
+    assert all(times > 0 for times in found["times_the_bare_products"].values())
+
+
+@pytest.mark.usefixtures("children_here")
+def test_data(model, rows, tmp_path, capsys):
+    output = tmp_path / "out.json"
+    sizes = ["--max-length", 64, "--processes", 1, "--turns", 1, "--output", output]
+    run_script("benchmarks/data.py", "--tokenizer", model, "--rows", rows, *sizes)
+    found = json.loads(output.read_text())["processes"]["1"]
+    assert ("ratio" in found) == bool(TRL)
+    for side in ("dft_lightning", *TRL):
+        assert found[side]["rows_per_second"] > 0
+        assert 0.5 < found[side]["efficiency"] <= 1
+    assert says_what_is_missing(capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("children_here")
+def test_data_of_generated_rows(tmp_path, capsys):
+    tokenizer = ["--tokenizer", "asset://arithmetic-base"]
+    sizes = ["--synthetic", 20, "--max-length", 64, "--processes", 1, "--turns", 1]
+    run_script("benchmarks/data.py", *tokenizer, *sizes, "--output", tmp_path / "none.json")
+    assert '"peak_mib"' in capsys.readouterr().out
+    assert not (tmp_path / "none.json").exists()
+
+
+def test_quickstart(tmp_path):
+    output = tmp_path / "out.json"
+    sizes = ["--trainer.max_steps", 1, "--trainer.enable_progress_bar", "false", "--data.train.num_rows", 4]
+    sizes += ["--data.batch_size", 4, "--data.validation.num_rows", 2, "--model.generation.max_new_tokens", 2]
+    run_script("benchmarks/quickstart.py", "--output", output, *sizes)
+    runs = json.loads(output.read_text())["runs"]
+    assert set(runs) == {"DFT", "cross-entropy", "focal"}
+    for found in runs.values():
+        assert found.pop("seconds") > 0
+        exact = {f"{how} {when}": 0.0 for how in ("greedy", "sampled") for when in ("before", "after")}
+        assert found == {"steps": 1, **exact}  # two tokens are no answer
+
+
+# -- docs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tokenizers(tmp_path):
+    """The shared folder's tokenizers in small: GPT-2's as bare vocabulary files, the others with templates."""
+    for name in ("tokenizers/smollm2", "tokenizers/qwen3", "models/stories260K"):
+        arithmetic_tokenizer().save_pretrained(tmp_path / "shared" / name)
+    letters = [*sorted(set("Hi.ello!ByeSeeyou UserAssistant:\u0120\u010a")), "<|endoftext|>"]
+    folder = tmp_path / "shared" / "tokenizers" / "gpt2"
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    GPT2Tokenizer.from_pretrained(folder)
+    return tmp_path / "shared"
+
+
+@pytest.fixture
+def a_trl(tmp_path, monkeypatch):
+    """An installed TRL of which there are the templates alone."""
+    monkeypatch.delitem(sys.modules, "trl", raising=False)
+    package, metadata = tmp_path / "site" / "trl", tmp_path / "site" / "trl-9.9.dist-info"
+    (package / "chat_templates").mkdir(parents=True)
+    metadata.mkdir()
+    (package / "__init__.py").touch()
+    turns = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    (package / "chat_templates" / "own.jinja").write_text(turns)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: trl\nVersion: 9.9\n")
+    monkeypatch.syspath_prepend(str(package.parent))
+
+
+@pytest.mark.usefixtures("a_trl")
+def test_make_chat_templates(tokenizers, tmp_path):
+    run_script("docs/make_chat_templates.py", tokenizers, copied_to=tmp_path)
+    page = (tmp_path / "chat_templates.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)`", page, re.MULTILINE) == ["smollm2", "qwen3", "gpt2", "stories260K", "own"]
+    assert "## Templates that come with TRL 9.9\n" in page
+
+
+def test_make_chat_templates_without_trl(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(SystemExit, match=r"^trl, whose templates .* is not installed: pip install"):
+        run_script("docs/make_chat_templates.py", tmp_path, copied_to=tmp_path)
+    assert not (tmp_path / "chat_templates.md").exists()
+
+
+SOURCE = '''
+class Loss:
+    """A :class:`Loss`, ``x``\\\\ s of it.
+
+    Example:
+        >>> 1
+        1
+    """
+'''
+
+
+def test_mkdocs_site(tmp_path):
+    griffe = pytest.importorskip("griffe", reason="the docs extra is not installed")
+    site = run_script("docs/mkdocs_site.py")
+    (tmp_path / "a_package").mkdir()
+    (tmp_path / "a_package" / "__init__.py").write_text(SOURCE)
+    package = griffe.load(
+        "a_package",
+        search_paths=[tmp_path],
+        extensions=griffe.load_extensions(site["Docstrings"]),
+        allow_inspection=False,
+    )
+    found = package["Loss"].docstring.value
+    assert '<autoref optional identifier="a_package.Loss">`Loss`</autoref>, ``x``s of it' in found
+    assert "Examples:" in found
+    assert site["on_page_content"]("a\\|b <td>`a\\|b`</td>") == "a\\|b <td>`a|b`</td>"
