@@ -219,14 +219,13 @@ def _check_matches(model: nn.Module, config: LoraConfig, tuner: LoraModel) -> No
 
     names = {own for name, _ in model.named_modules() if (own := base_name(name))}
     adapted = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
-    parameters = tuner.targeted_parameter_names
+    parameters, targets = tuner.targeted_parameter_names, getattr(tuner.peft_config[ADAPTER], "target_modules", None)
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         given = getattr(config, key)
         if key == "exclude_modules" and isinstance(given, str):
             continue
         for each in [] if given is None or isinstance(given, str) else given:
-            kept: Any = getattr(tuner.peft_config[ADAPTER], key)
-            of_experts = parameters and key == "target_modules" and each not in kept
+            of_experts = parameters and key == "target_modules" and each not in (targets or ())
             if not of_experts and not any(name == each or name.endswith(f".{each}") for name in names):
                 raise InputError(f"model.peft.{key}: {type(model).__name__} has no module {each}")
     for key in ("rank_pattern", "alpha_pattern"):
@@ -269,12 +268,12 @@ def _check_linear(model: nn.Module) -> None:
 
     seen = set()
     for name, layer in model.named_modules():
-        base: Any = layer.get_base_layer() if isinstance(layer, Linear) else None
-        kind: Any = type(base)
-        if not isinstance(base, nn.Linear) or kind.forward is nn.Linear.forward or kind in seen:
+        base = layer.get_base_layer() if isinstance(layer, Linear) else None
+        if not isinstance(base, nn.Linear) or type(base) in seen:
             continue
+        kind = type(base)
         seen.add(kind)
-        if not _is_linear(base):
+        if kind.forward is not nn.Linear.forward and not _is_linear(base):
             raise InputError(
                 f"model.peft: peft cannot adapt {name}, as {kind.__name__} does not return its input times its weight: "
                 f"set model.peft.exclude_modules: [{name.rpartition('.')[2]}]"

@@ -46,7 +46,7 @@ from dft_lightning.modules.batch_loss import check_top_k, full_batch_loss, fused
 from dft_lightning.modules.documents import check_documents, model_inputs
 from dft_lightning.modules.generation import GenerationOptions, decode_completions, generate, stop_token_ids
 from dft_lightning.modules.head import WAY_OUT, check_head, ends_of, find_head
-from dft_lightning.modules.loading import DType, empty_causal_lm, load_causal_lm
+from dft_lightning.modules.loading import DType, checkpoint_activations, config_values, empty_causal_lm, load_causal_lm
 from dft_lightning.modules.non_finite import NonFiniteSteps, OnNonFinite, check_on_non_finite
 from dft_lightning.modules.optimization import (
     Schedule,
@@ -172,7 +172,7 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
         answer_extractor: AnswerExtractor = LastNumber(),  # noqa: B008 (stateless)
     ) -> None:
         super().__init__()
-        model = model.to_diff_dict() if hasattr(model, "to_diff_dict") else model  # a transformers config
+        model = config_values(model) if hasattr(model, "to_diff_dict") else model  # a transformers config
         peft = lora_values(peft)
         self.save_hyperparameters()
         check_optimizer_name(optimizer)
@@ -283,11 +283,7 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
             if self.hparams["head"] == "fused":
                 find_head(self.model)  # an adapter on it is refused before the data is prepared
         if self.hparams["gradient_checkpointing"]:
-            if not hasattr(self.model, "gradient_checkpointing_enable"):
-                raise InputError(f"model: {type(self.model).__name__} does not support gradient_checkpointing")
-            self.model.gradient_checkpointing_enable(  # type: ignore[operator]
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            checkpoint_activations(self.model)
         return files
 
     @property

@@ -20,23 +20,32 @@ WAY_OUT = "set model.head: full, which trains on the model's own logits"
 # What a model does to its head's output, by model_type: the config's value that scales or caps it. What is not here
 # is checked against the model's own log-probabilities all the same.
 _SOFTCAP = {
+    "beam": "final_logit_softcapping",
     "gemma2": "final_logit_softcapping",
     "gemma3_text": "final_logit_softcapping",
     "gemma3n_text": "final_logit_softcapping",
     "gemma4_text": "final_logit_softcapping",
+    "gemma4_unified_text": "final_logit_softcapping",
+    "inkling2_loop_text": "final_logit_softcapping",
+    "inkling2_text": "final_logit_softcapping",
     "nanochat": "final_logit_softcapping",
     "recurrent_gemma": "logits_soft_cap",
     "vaultgemma": "final_logit_softcapping",
     "xlstm": "output_logit_soft_cap",
 }
-_SCALE: dict[str, tuple[str, Callable[[float], float]]] = {
+_SCALE: dict[str, tuple[str, Callable[[Any], float]]] = {
     "cohere": ("logit_scale", float),
     "cohere2": ("logit_scale", float),
+    "cohere2_moe": ("logit_scale", float),
+    "cohere_compass_text": ("logit_scale", lambda value: 1.0 if value is None else float(value)),
     "falcon_h1": ("lm_head_multiplier", float),
     "granite": ("logits_scaling", lambda value: 1.0 / value),
+    "granite_swa": ("logits_scaling", lambda value: 1.0 / value),
     "granitemoe": ("logits_scaling", lambda value: 1.0 / value),
+    "granitemoe_swa": ("logits_scaling", lambda value: 1.0 / value),
     "granitemoehybrid": ("logits_scaling", lambda value: 1.0 / value),
     "granitemoeshared": ("logits_scaling", lambda value: 1.0 / value),
+    "hyperclovax": ("logits_scaling", float),
 }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +60,7 @@ def load_causal_lm(
     options: dict[str, Any] = {"revision": revision} if revision is not None else {}
     if quantization_config is not None:
         options["quantization_config"] = bitsandbytes_config(quantization_config)
-    with _loading(path):
+    with _loading(path, attn_implementation):
         loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
             path,
             config=_read_config(path, trust_remote_code, revision),
@@ -104,7 +106,7 @@ def empty_causal_lm(
     register_documents_attention()
     path = _checkpoint_path(model)
     options: dict[str, Any] = {"revision": revision} if revision is not None else {}
-    with _loading(path):
+    with _loading(path, attn_implementation):
         config = _read_config(path, trust_remote_code, revision)
         files = _safetensors_files(path, options)
         own = config.get_text_config().dtype
@@ -140,12 +142,13 @@ def _checkpoint_path(model: str | os.PathLike[str]) -> str:
 
 
 @contextlib.contextmanager
-def _loading(path: str) -> Iterator[None]:
+def _loading(path: str, attn_implementation: str | None) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, KeyError) as error:
         if isinstance(error, InputError):
             raise
+        _check_interface(error, path, attn_implementation)
         raise InputError(f"model.model: cannot load {path!r}: {one_line(error)}") from error
 
 
@@ -184,8 +187,8 @@ def _from_config(
         known = AutoConfig.for_model(model_type)
     except ValueError as error:
         raise InputError(f"model.model: unknown model_type {model_type!r}: {one_line(error)}") from error
-    unknown = sorted(key for key in values if not hasattr(known, key) and key not in _ALSO_TAKEN)
-    if unknown:
+    unlisted = sorted(key for key in values if not _lists(known, key) and key not in _ALSO_TAKEN)
+    if unlisted and (unknown := _unread(unlisted, model_type, values)):
         raise InputError(f"model.model: {type(known).__name__} has no {', '.join(unknown)}")
     try:
         config = AutoConfig.for_model(model_type, **values)
@@ -196,9 +199,97 @@ def _from_config(
             trust_remote_code=trust_remote_code,
         )
     except Exception as error:  # whatever a model's own code raises over values it cannot work with
+        _check_interface(error, model_type, attn_implementation)
         raise InputError(f"model.model: no {model_type} can be made of these values: {one_line(error)}") from error
     _check_attention(made, attn_implementation)
     return made.train()
+
+
+def _lists(config: Any, key: str) -> bool:
+    """Whether a config's class has a value of this name."""
+    try:
+        return hasattr(config, key)
+    except RuntimeError:  # it has one for each layer, and none for all
+        return True
+
+
+def _unread(keys: list[str], model_type: str, values: dict[str, Any]) -> list[str]:
+    """Which keys neither the config's class nor a module of its model reads: classes do not list all that is read."""
+    readers = _readers(model_type, {key: value for key, value in values.items() if key not in keys})
+    source = "".join(inspect.getsource(cls) for cls in readers if cls.__module__.startswith("transformers.models."))
+    return [key for key in keys if not re.search(_READS.format(re.escape(key)), source)]
+
+
+def _readers(model_type: str, values: dict[str, Any]) -> set[type]:
+    """The classes of a config and of its model's modules; the default's where these values make none."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.for_model(model_type, **values)
+        with torch.device("meta"):
+            made: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except Exception:  # whatever the model's own code raises: what is wrong is said when it is made
+        return _readers(model_type, {}) if values else set()
+    return {type(config), *map(type, made.modules())}
+
+
+# config.KEY, getattr(config, "KEY", ...) and, in the config's own class, kwargs.pop("KEY", ...).
+_READS = r"""\bconfig\.{0}\b|\bconfig,\s*["']{0}["']|\bkwargs\.(?:pop|get)\(\s*["']{0}["']"""
+
+
+def config_values(config: Any) -> dict[str, Any]:
+    """The values of a transformers config that its class does not have by itself, and ``model_type``, in plain form.
+
+    Raises:
+        InputError: another config comes of these values.
+    """
+    from transformers import AutoConfig
+
+    name, values, whole = type(config).__name__, _plain(config, use_diff=True), _plain(config, use_diff=False)
+    way_out = "save it beside weights by save_pretrained and give that folder, or give a dict of its values"
+    try:
+        rest = {key: value for key, value in values.items() if key != "model_type"}
+        again = _plain(AutoConfig.for_model(config.model_type, **rest), use_diff=False)
+    except Exception as error:  # whatever the class raises over values of its own
+        raise InputError(
+            f"model: a {name} cannot be made again of its values ({one_line(error)}): {way_out}"
+        ) from error
+    if lost := sorted(key for key in whole if whole[key] != again.get(key) and key not in _ALSO_TAKEN):
+        raise InputError(f"model: a {name} cannot be made again of its values ({lost[0]} comes out another): {way_out}")
+    return values
+
+
+def _plain(config: Any, use_diff: bool) -> dict[str, Any]:
+    """A config's values as its file would have them, which spells infinite numbers in a way of its own."""
+
+    def number(value: dict[str, Any]) -> Any:
+        return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=use_diff), object_hook=number)
+    return values
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Have a model compute its activations again in backward.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        raise InputError(
+            f"model.gradient_checkpointing: {type(model).__name__} does not support it ({one_line(error)}): set false"
+        ) from error
+
+
+def _check_interface(error: Exception, name: str, attn_implementation: str | None) -> None:
+    """Some models choose among attentions of their own, where a name that transformers knows may be missing."""
+    if isinstance(error, KeyError) and error.args == (attn_implementation,):
+        raise InputError(
+            f"model.attn_implementation: {name} has attentions of its own, and none called {attn_implementation}: "
+            "set sdpa or eager"
+        ) from error
 
 
 def _check_attention(model: nn.Module, attn_implementation: str | None) -> None:
