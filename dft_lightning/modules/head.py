@@ -208,9 +208,16 @@ def _check_log_probs(model: nn.Module, head: LanguageModelHead, inputs: dict[str
         return own_forward(input)
 
     with _forward_replaced(head.layer, watched):
-        logits = model(**inputs).logits[0, :-1]
-    targets = inputs["input_ids"][0, 1:]
-    fused = linear_token_statistics(_only(given, model)[0, :-1], targets=targets, **head.options).log_prob
+        logits = model(**inputs).logits
+    hidden = _only(given, model)
+    rows, vocabulary = inputs["input_ids"].shape, head.layer.weight.shape[0]
+    if hidden.shape[:-1] != rows or logits.shape != (*rows, vocabulary):
+        raise InputError(
+            f"model: {type(model).__name__}'s output layer is given {list(hidden.shape)} and its logits are "
+            f"{list(logits.shape)}, where the fused head expects a row and {vocabulary} logits per token; {WAY_OUT}"
+        )
+    logits, targets = logits[0, :-1], inputs["input_ids"][0, 1:]
+    fused = linear_token_statistics(hidden[0, :-1], targets=targets, **head.options).log_prob
     own = logits.double().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     if own.isfinite().all():  # a model of nan shows in the loss
         _compare(fused, own, logits, model)
