@@ -30,13 +30,13 @@ def findings_of(output):
     return analyse(yaml.safe_load((output / "compare.yaml").read_text()), read_records(output))
 
 
-def fails(capsys, *args):
+def fails(capsys, *args, lines=1):
     with pytest.raises(SystemExit) as error:
         main([str(arg) for arg in args])
     assert error.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
-    assert len(message.strip().splitlines()) == 1
+    assert len(message.strip().splitlines()) == lines
     return message
 
 
@@ -154,6 +154,29 @@ def test_the_files(tmp_path):
     best = next(row for row in rows if row["run"] == "dft-lr0.001-seed2")
     assert (best["loss"], best["seed"], best["finished"], float(best["test_greedy"])) == ("DFT", "2", "True", 32 / 40)
     assert float(best["start_greedy"]) == 0.3
+
+
+def test_minutes_in_sum_and_by_the_clock(tmp_path):
+    """Eight fits of a minute and nine tests of twenty seconds, in two calls of four minutes and one and a half."""
+    whole_comparison(tmp_path)
+    facts = report_facts(tmp_path)
+    assert facts["runs"] == "8 trained, 9 tested"
+    assert facts["minutes in sum"] == "8.0, of training and evaluation, without the tests; models load beside it"
+    assert facts["minutes by the clock"] == "not known: no call of compare made the runs"
+    for path in tmp_path.glob("runs/*/test.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 20.0}))
+    calls = [{"began": 100.0, "ended": 340.0}, {"began": 5000.0, "ended": 5090.0}]
+    (tmp_path / "calls.json").write_text(json.dumps(calls))
+    facts = report_facts(tmp_path)
+    assert facts["minutes in sum"] == "11, of training, evaluation and tests; models load beside it"
+    assert facts["minutes by the clock"] == "5.5, in 2 calls together"
+    (tmp_path / "calls.json").write_text(json.dumps(calls[:1]))
+    assert report_facts(tmp_path)["minutes by the clock"] == "4.0, in one call"
+
+
+def report_facts(output):
+    main(["--report-only", str(output)])
+    return dict(re.findall(r"^- \*\*(.*?)\*\*: (.*)$", (output / "report.md").read_text(), re.MULTILINE))
 
 
 def test_tables_are_no_wider_for_more_losses(tmp_path):

@@ -350,6 +350,18 @@ def test_runs_had_the_same_start_rows_and_targets(compared):
     assert fits[0]["history"][-1]["validation"]["nll"] != fits[1]["history"][-1]["validation"]["nll"]
 
 
+def test_how_long_it_took(compared):
+    """Two runs at once: by the clock it took longer than any, and models were loaded beside what is timed."""
+    out = compared[1]
+    (call,) = json.loads((out / "calls.json").read_text())
+    names = ("fit.json", "test.json")
+    seconds = [json.loads(file.read_text())["seconds"] for name in names for file in out.glob(f"runs/*/{name}")]
+    assert len(seconds) >= 5
+    assert 0 < max(seconds) < call["ended"] - call["began"]
+    assert sum(seconds) < 2 * (call["ended"] - call["began"])
+    assert "by the clock**: " in (out / "report.md").read_text()
+
+
 def test_a_run_can_be_repeated_by_hand(compared):
     """By its own config, in another folder: the same record but for the time."""
     out = compared[1]
@@ -376,6 +388,9 @@ def test_a_second_call_runs_what_is_new_and_nothing_twice(compared):
     assert {file: file.stat().st_mtime_ns for file in times} == times
     assert (out / "runs" / "dft-lr0.001-seed1" / "test.json").is_file()
     text = (out / "report.md").read_text()
+    first, second = json.loads((out / "calls.json").read_text())
+    assert first["ended"] < second["began"] < second["ended"]
+    assert "in 2 calls together" in text
     assert "- **seeds**: 0 at every rate, 1 at the best" in text
     # The model is drawn at random, so each seed has another start: that is right, but there is no one base.
     assert "NOT COMPARABLE" not in text
@@ -392,3 +407,11 @@ def test_a_changed_config_is_noticed(compared, capsys):
     assert "was run with another config (model.weight_decay: 0.01 there, 0.25 now): choose another --output" in message
     assert {file: file.stat().st_mtime_ns for file in times} == times
     path.write_text(yaml.safe_dump(config))
+
+
+def test_a_call_that_runs_nothing_takes_no_time(compared, monkeypatch):
+    monkeypatch.setattr("dft_lightning.compare.report.all_plots", lambda findings: [])
+    path, out, _, _ = compared
+    calls = (out / "calls.json").read_text()
+    assert main(["--config", str(path), "--output", str(out)]) == 0
+    assert (out / "calls.json").read_text() == calls

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from compare_records import LOSSES, write_run
 from conftest import ROOT, TINY_LLAMA
 from dft_lightning.compare.command import main
 from dft_lightning.compare.grid import base_run, sweep_runs, write_config
+from dft_lightning.compare.inputs import check_inputs
 from dft_lightning.compare.settings import read_settings
 from dft_lightning.errors import InputError
 from dft_lightning.fit_config import read_fit_config
@@ -186,6 +189,63 @@ def test_bad_configs(tmp_path, capsys, changes, message):
     assert "Traceback" not in found
     assert len(found.strip().splitlines()) <= (2 if "known: " in found else 1)  # a list of classes has its own line
     assert not (tmp_path / "out").exists()
+
+
+NO_ANSWERS = [{"prompt": "1+1=", "completion": " two"}]
+LOCAL = {"class_path": "LocalRows", "init_args": {"path": "rows.jsonl"}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "data", "changes", "message"),
+    [
+        (None, {"train": "nowhere.jsonl"}, {}, "nowhere.jsonl"),
+        (None, {"test": "nowhere.jsonl"}, {}, "nowhere.jsonl"),
+        ([{"prompt": "1+1="}], {"train": LOCAL}, {}, "rows.jsonl"),
+        ("{", {"validation": LOCAL}, {}, "rows.jsonl: 1 of 1 rows are bad\n  row 1: broken JSON"),
+        (NO_ANSWERS, {"validation": LOCAL}, {}, "validation row 1: LastNumber() finds no answer in the reference"),
+        (NO_ANSWERS, {"test": LOCAL}, {}, "test row 1: LastNumber() finds no answer in the reference"),
+        (NO_ANSWERS, {"forgetting": LOCAL}, {}, "forgetting row 1: .*; or set evaluation.forgetting_answers: false"),
+        (None, {"tokenizer": "no/where"}, {}, "data.tokenizer"),
+        (None, {"tokenizer": None}, {}, "data.tokenizer is not set"),
+        (None, {"max_length": 2}, {}, "data.train: no row has a target left within max_length 2"),
+        (None, {"packing": "bfd"}, {}, "packing"),
+        (None, {}, {"losses": {"CE": "CrossEntropyLoss", "iw": "ProximalLoss"}}, "ProximalLoss reads reference_log_pr"),
+    ],
+)
+def test_a_mistake_in_the_data_ends_it_before_the_first_run(
+    tmp_path, capsys, monkeypatch, rows, data, changes, message
+):
+    """With what each run would say, in one line (and one for each bad row), and nothing written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    if rows is not None:
+        text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "rows.jsonl").write_text(text)
+    path = write(tmp_path, {**BASE, "data": {**BASE["data"], **data}}, **changes)
+    found = fails(capsys, "--config", path, "--output", tmp_path / "out", lines=1 + message.count("\n"))
+    assert re.search(re.escape(message).replace(r"\.\*", ".*"), found)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_extractor_that_finds_nothing_ends_it_before_the_first_run(tmp_path, capsys):
+    model = {**BASE["model"], "answer_extractor": "HashAnswer"}
+    arguments = ["--config", write(tmp_path, {**BASE, "model": model}), "--output", tmp_path / "out"]
+    for more in ([], ["--print-commands"]):
+        assert "row 1: HashAnswer() finds no answer in the reference" in fails(capsys, *arguments, *more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_checked_is_what_the_runs_read(tmp_path):
+    """Rows of the base and of the losses alone, answers within the limit: no more is refused than a run would."""
+    rows = [{"prompt": "1+1=", "completion": "2"}, *NO_ANSWERS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    local = {"class_path": "LocalRows", "init_args": {"path": str(tmp_path / "rows.jsonl")}}
+    data = {**BASE["data"], "train": local, "validation": local, "forgetting": local}
+    path = write(tmp_path, {**BASE, "data": data}, evaluation={**COMPARISON["evaluation"], "limit": 1})
+    check_inputs(grid(path, tmp_path / "out"), read_settings([path]).evaluation)
+    evaluation = {**read_settings([path]).evaluation, "limit": 2}
+    with pytest.raises(InputError, match="validation row 2: "):
+        check_inputs(grid(path, tmp_path / "out"), evaluation)
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,10 @@ def _require_packages() -> None:
 
 
 def _compare(given: argparse.Namespace) -> int:
+    from dft_lightning.compare.clock import Clock
     from dft_lightning.compare.execute import check_jobs, ending_on_signals, execute
     from dft_lightning.compare.grid import base_run, runs_at_best, sweep_runs, write_config
+    from dft_lightning.compare.inputs import check_inputs
     from dft_lightning.compare.report import write_report
     from dft_lightning.compare.settings import read_settings
     from dft_lightning.fit_config import read_fit_config
@@ -87,21 +89,27 @@ def _compare(given: argparse.Namespace) -> int:
     _check_fit_config(fit_config, settings.path)
     check_jobs(given.jobs, fit_config["trainer"])
     output = given.output
+    sweep = [base_run(settings, fit_config, output), *sweep_runs(settings, fit_config, output)]
+    swept = not any(run.commands() for run in sweep)
+    if not swept:
+        check_inputs(sweep, settings.evaluation)
     with _only_one(output) as lock, ending_on_signals():
-        sweep = [base_run(settings, fit_config, output), *sweep_runs(settings, fit_config, output)]
+        clock = Clock(output)
         for run in sweep:
             write_config(run)
         _write_settings(settings, given.config, output)
-        failures = [] if given.print_commands else execute(sweep, given.jobs, "sweep", lock)
+        failures = [] if given.print_commands else execute(sweep, given.jobs, "sweep", lock, clock)
         # Before the sweep of a loss has ended its best rate is not known; when it has, what failed takes no part.
         not_ended = {run.identity.loss for run in sweep if given.print_commands and run.commands()}
         ended = [loss for loss in settings.losses if loss not in not_ended]
         further = runs_at_best(settings, fit_config, output, _best_rates(settings, output, ended))
+        if swept and any(run.commands() for run in further):
+            check_inputs(further, settings.evaluation)
         for run in further:
             write_config(run)
         if given.print_commands:
             return _print_commands([*sweep, *further], output)
-        failures += execute(further, given.jobs, "seeds at the best rates", lock)
+        failures += execute(further, given.jobs, "seeds at the best rates", lock, clock)
         write_report(output)
     return 1 if failures else 0
 

@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 from tqdm import tqdm
 
+from dft_lightning.compare.clock import Clock
 from dft_lightning.compare.grid import Run
 from dft_lightning.errors import InputError
 
@@ -37,7 +38,7 @@ class Failure:
     message: str
 
 
-def execute(runs: Sequence[Run], jobs: int, describe: str, lock: int) -> list[Failure]:
+def execute(runs: Sequence[Run], jobs: int, describe: str, lock: int, clock: Clock) -> list[Failure]:
     """Run what is left of each run, ``jobs`` at a time.
 
     Args:
@@ -45,6 +46,7 @@ def execute(runs: Sequence[Run], jobs: int, describe: str, lock: int) -> list[Fa
         jobs: how many at once.
         describe: what the progress bar says.
         lock: a file descriptor that the processes keep open until they end.
+        clock: of this call.
 
     Returns:
         The runs that failed.
@@ -66,12 +68,14 @@ def execute(runs: Sequence[Run], jobs: int, describe: str, lock: int) -> list[Fa
             for task in as_completed(tasks):
                 failure = task.result()
                 bar.update()
+                clock.tick()
                 if failure is not None:
                     failures.append(failure)
                     tqdm.write(f"failed: {failure.name} ({failure.stage}): {failure.message}", file=sys.stderr)
         except BaseException:
             children.end_all()
             pool.shutdown(wait=True, cancel_futures=True)
+            clock.tick()
             raise
     return failures
 

@@ -12,6 +12,7 @@ from dft_lightning.errors import InputError, one_line
 from dft_lightning.files import write_text
 
 SETTINGS = "compare.yaml"
+CALLS = "calls.json"
 CONFIG = "config.yaml"
 FIT = "fit.json"
 TEST = "test.json"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -94,6 +96,17 @@ class Evaluation:
             raise ValueError(f"evaluation.temperatures must be finite and not negative, got {list(self.temperatures)}")
 
 
+@contextlib.contextmanager
+def naming_the_way_out(split: str) -> Iterator[None]:
+    """Forgetting rows, whose answers cannot be scored, need not be."""
+    try:
+        yield
+    except InputError as problem:
+        if split == "forgetting":
+            raise InputError(f"{problem}; or set evaluation.forgetting_answers: false") from None
+        raise
+
+
 class RunRecorder(Callback):
     """Measures a run before, along and after ``fit`` and in ``test``, and writes what it finds into the run's folder.
 
@@ -140,15 +153,8 @@ class RunRecorder(Callback):
             trainer.loggers = [*trainer.loggers, self._logged]
         for split in self._splits(trainer) if stage == "fit" else ("test",):
             if self._has_answers(split):
-                self._check_prompts(trainer, pl_module, split)
-
-    def _check_prompts(self, trainer: pl.Trainer, module: CausalLMModule, split: str) -> None:
-        try:
-            check_prompts(trainer, module, split, self._limit(split))
-        except InputError as problem:
-            if split == "forgetting":
-                raise InputError(f"{problem}; or set evaluation.forgetting_answers: false") from None
-            raise
+                with naming_the_way_out(split):
+                    check_prompts(trainer, pl_module, split, self._limit(split))
 
     def _has_answers(self, split: str) -> bool:
         return split != "forgetting" or self.evaluation.forgetting_answers
@@ -268,6 +274,9 @@ class RunRecorder(Callback):
 
     # -- test --------------------------------------------------------------------------------------------------
 
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = time.time()
+
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, CausalLMModule)
         evaluation = self.evaluation
@@ -282,6 +291,7 @@ class RunRecorder(Callback):
         greedy, sampled = counts[0.0], counts[evaluation.temperature]
         record = {
             **self._common(trainer),
+            "seconds": time.time() - self._started,
             "weights": weights,
             "problems": hash_texts(trainer.datamodule.problems("test")),  # type: ignore[attr-defined]
             "num_samples": evaluation.num_samples,

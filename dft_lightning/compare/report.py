@@ -12,6 +12,7 @@ import jinja2
 import yaml
 
 from dft_lightning.compare.analysis import BASE, Findings, analyse
+from dft_lightning.compare.clock import read_calls
 from dft_lightning.compare.execute import last_error
 from dft_lightning.compare.files import CONFIG, FIT, SETTINGS, TEST, read_yaml
 from dft_lightning.compare.grid import RUNS, is_tested
@@ -70,7 +71,7 @@ def write_report(output: Path) -> None:
     context = {
         "title": f"Comparison of losses: {', '.join(findings.losses)}",
         "summary": summary(findings),
-        "facts": facts(findings),
+        "facts": facts(findings, read_calls(output)),
         "sections": sections(findings, plots, unfinished),
         "config": yaml.safe_dump(settings, sort_keys=False),
     }
@@ -153,24 +154,47 @@ def _listed(names: list[str], order: list[str]) -> str:
     return " and ".join([", ".join(ordered[:-1]), ordered[-1]] if len(ordered) > 1 else ordered)
 
 
-def facts(findings: Findings) -> list[tuple[str, str]]:
-    """What was run, on what."""
+def facts(findings: Findings, calls: list[dict[str, float]]) -> list[tuple[str, str]]:
+    """What was run, on what, and how long it took."""
     settings = findings.settings
     trained = [record for record in findings.records if record.fit]
     fits = [record.fit for record in trained if record.fit]
     versions = [{**fit["versions"]} for fit in fits]
     devices = sorted({f"{fit['device']}, {fit['world_size']} process(es), {fit['precision']}" for fit in fits})
-    minutes = sum(fit["seconds"] for fit in fits) / 60
     return [
         ("losses", ", ".join(findings.losses)),
         ("learning rates", ", ".join(f"{rate:g}" for rate in settings["learning_rates"])),
         ("seeds", _seeds(settings)),
         ("steps", ", ".join(sorted({str(fit["history"][-1]["step"]) for fit in fits}))),
-        ("runs", f"{len(trained)} trained, {minutes:.0f} minutes of training and evaluation in sum"),
+        ("runs", f"{len(trained)} trained, {sum(record.test is not None for record in findings.records)} tested"),
+        ("minutes in sum", _in_sum(findings)),
+        ("minutes by the clock", _by_the_clock(calls)),
         ("base config", ", ".join(settings["base"])),
         ("device", "; ".join(devices)),
         ("versions", "; ".join(sorted({", ".join(f"{k} {v}" for k, v in each.items()) for each in versions}))),
     ]
+
+
+def _in_sum(findings: Findings) -> str:
+    """What the runs took, one after the other: several at once take less by the clock."""
+    seconds = sum(record.fit["seconds"] for record in findings.records if record.fit)
+    tests = [record.test for record in findings.records if record.test]
+    timed = all("seconds" in test for test in tests)  # records of older versions have no time of their tests
+    if timed:
+        seconds += sum(test["seconds"] for test in tests)
+    what = "training, evaluation and tests" if timed else "training and evaluation, without the tests"
+    return f"{_minutes(seconds)}, of {what}; models load beside it"
+
+
+def _by_the_clock(calls: list[dict[str, float]]) -> str:
+    if not calls:
+        return "not known: no call of compare made the runs"
+    seconds = sum(call["ended"] - call["began"] for call in calls)
+    return f"{_minutes(seconds)}, " + ("in one call" if len(calls) == 1 else f"in {len(calls)} calls together")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f}" if seconds >= 600 else f"{seconds / 60:.1f}"
 
 
 def _seeds(settings: dict[str, Any]) -> str:

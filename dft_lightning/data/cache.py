@@ -221,7 +221,7 @@ def _write(path: Path, account: Path, task: _Task, num_proc: int | None, desc: s
 def _progress(encoded: Iterator[_Encoded], total: int, desc: str) -> Iterator[_Encoded]:
     from datasets.utils import tqdm
 
-    with tqdm(total=total, desc=desc, unit=" rows") as bar:
+    with tqdm(total=total, desc=desc, unit=" rows", delay=2) as bar:  # what takes no time needs no bar
         for part in encoded:
             yield part
             bar.update(min(_ROWS_AT_ONCE, total - bar.n))
