@@ -255,6 +255,8 @@ def user_message(error: Exception) -> str | None:
         return f"trainer.val_check_interval: {text}"
     if isinstance(error, RuntimeError) and text.startswith("The sizes `data_parallel_size"):
         return f"trainer.strategy: {text}"
+    if isinstance(error, RuntimeError) and text.startswith("Early stopping conditioned on metric"):
+        return f"trainer.callbacks: {text}"
     if isinstance(error, RuntimeError) and text.startswith("RunConfig expected "):
         path = text.removeprefix("RunConfig expected ").partition(" to NOT exist")[0]
         return f"{path} is of an earlier run, and is kept: set another trainer.default_root_dir, or a trainer.logger"

@@ -19,6 +19,7 @@ from dft_lightning.callbacks.evaluation import (
 )
 from dft_lightning.callbacks.interruption import asked_to_stop
 from dft_lightning.errors import InputError
+from dft_lightning.metrics import reported_k
 from dft_lightning.modules.causal_lm import CausalLMModule
 
 
@@ -130,6 +131,13 @@ class GenerationEvaluation(Callback):
             self._evaluate(trainer, pl_module, gives_up=False)  # no run would go on to do it
         if len(self.history) > 1:
             rank_zero_info(self.table())
+
+    def logged_names(self) -> list[str]:
+        """What callbacks and schedulers can monitor along ``fit``; evaluations at its start and end are not logged."""
+        if self.every_n_steps is None:
+            return []
+        sampled = ["sampled", *(f"pass_at_{k}" for k in reported_k(self.num_samples))] if self.num_samples else []
+        return [f"generation/{name}" for name in ("greedy", *sampled)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}

@@ -47,6 +47,7 @@ from dft_lightning.modules.documents import check_documents, model_inputs
 from dft_lightning.modules.generation import GenerationOptions, decode_completions, generate, stop_token_ids
 from dft_lightning.modules.head import WAY_OUT, check_head, ends_of, find_head
 from dft_lightning.modules.loading import DType, checkpoint_activations, config_values, empty_causal_lm, load_causal_lm
+from dft_lightning.modules.monitors import check_monitors, check_monitors_by_validation
 from dft_lightning.modules.non_finite import NonFiniteSteps, OnNonFinite, check_on_non_finite
 from dft_lightning.modules.optimization import (
     Schedule,
@@ -500,6 +501,7 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
             raise InputError("a fused optimizer cannot be clipped under 16-mixed precision: build it with fused=False")
 
     def on_fit_start(self) -> None:
+        check_monitors(self)
         self._optimizer_options.remember(self.trainer)
 
     def on_train_start(self) -> None:
@@ -529,6 +531,8 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
         self.train_telemetry.stop_clock()
 
     def on_validation_end(self) -> None:
+        if self.trainer.sanity_checking:
+            check_monitors_by_validation(self)
         self.train_telemetry.start_clock()
         fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
         if fitting and not self.trainer.fit_loop._should_accumulate():

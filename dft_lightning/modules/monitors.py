@@ -1,0 +1,122 @@
+"""Whether what a run's callbacks and schedulers monitor is logged at all, known before its first step."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from dft_lightning.errors import InputError
+from dft_lightning.losses.statistics import normalise_needs
+
+if TYPE_CHECKING:
+    from dft_lightning.modules.causal_lm import CausalLMModule
+
+_TOKENS = ("loss", "nll", "perplexity", "token_accuracy", "mean_weight", "target_tokens")
+_TRAINING = (*_TOKENS, "tokens_per_second", "grad_norm", "clipped_steps", "lr", "skipped_steps")
+# What a subclass may override and log nothing in: Lightning refuses to log there, or it is called for no run.
+_LOG_NOTHING = {
+    "__init__",
+    "build_model",
+    "build_optimizer",
+    "build_parameter_groups",
+    "build_scheduler",
+    "configure_model",
+    "configure_optimizers",
+    "lr_scheduler_step",
+}
+
+
+def check_monitors(module: CausalLMModule) -> None:
+    """What is monitored against what the run logs, before it begins.
+
+    Where a subclass or a callback of another's may log as well, any name may be right: see
+    :func:`check_monitors_by_validation`.
+
+    Raises:
+        InputError: something is monitored that the run never logs.
+    """
+    trainer = module.trainer
+    if _others_log(module):
+        return
+    names = [*logged_by_module(module), *(name for each in trainer.callbacks for name in _logged_by(each))]  # type: ignore[attr-defined]
+    names += [config.name for config in trainer.lr_scheduler_configs if config.name]
+    for owner, name in _monitored(trainer):
+        of_rates = name.startswith("lr-") and any(isinstance(each, LearningRateMonitor) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        of_checkpoints = name in ("epoch", "step") and owner == "ModelCheckpoint"
+        if name not in names and not of_rates and not of_checkpoints:
+            raise InputError(f"{owner}.monitor: this run never logs {name}{_instead(name, names)}")
+
+
+def check_monitors_by_validation(module: CausalLMModule) -> None:
+    """Warn of a monitored name that begins with ``val`` and that the validation before training did not log."""
+    if not _others_log(module):
+        return
+    logged = list(module.trainer.callback_metrics)
+    for owner, name in _monitored(module.trainer):
+        if name.startswith("val") and name not in logged:
+            rank_zero_warn(
+                f"{owner}.monitor: the validation before training did not log {name}{_instead(name, logged)}"
+            )
+
+
+def _instead(name: str, names: list[str]) -> str:
+    if name.startswith(("val/", "forgetting/")) and not any(other.startswith("val/") for other in names):
+        return ", as it has no validation rows: set data.validation, or monitor something else"
+    near = difflib.get_close_matches(name, names, n=1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f": it logs {', '.join(names)}"
+
+
+def _monitored(trainer: pl.Trainer) -> Iterator[tuple[str, str]]:
+    """Who monitors, and which name, of those that go wrong without it."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and callback.strict:
+            yield type(callback).__name__, callback.monitor
+        elif isinstance(callback, ModelCheckpoint) and callback.monitor is not None and callback.save_top_k != 0:
+            yield "ModelCheckpoint", callback.monitor
+    for config in trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau and config.strict and config.monitor is not None:
+            yield type(config.scheduler).__name__, config.monitor
+
+
+def _others_log(module: CausalLMModule) -> bool:
+    from dft_lightning.modules.causal_lm import CausalLMModule
+
+    own = [cls for cls in type(module).__mro__ if cls not in CausalLMModule.__mro__]
+    overridden = {name for cls in own for name, value in vars(cls).items() if callable(value) or _is_wrapped(value)}
+    return bool(overridden - _LOG_NOTHING) or any(_may_log_anything(each) for each in module.trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def _is_wrapped(value: Any) -> bool:
+    return isinstance(value, (property, staticmethod, classmethod))
+
+
+def _may_log_anything(callback: Callback) -> bool:
+    ours = type(callback).__module__.startswith(("lightning.", "dft_lightning."))
+    return not ours or isinstance(callback, LambdaCallback)
+
+
+def _logged_by(callback: Callback) -> list[str]:
+    """Names that a callback of this package logs along ``fit``."""
+    return getattr(callback, "logged_names", list)()
+
+
+def logged_by_module(module: CausalLMModule) -> list[str]:
+    """Every name that the module itself may log in its trainer's ``fit``, with the data module set up."""
+    trainer, data = module.trainer, module._datamodule
+    names = {"train": [*_TRAINING]} if trainer.log_every_n_steps > 0 else {}  # type: ignore[attr-defined]
+    needs = {need.name for need in normalise_needs(module.loss.needs)}
+    if names and (module.hparams["log_train_entropy"] or "entropy" in needs):
+        names["train"].append("entropy")
+    has_split = getattr(data, "has_split", lambda split: split == "validation")
+    if trainer.limit_val_batches != 0:
+        stages = {"val": "validation", "forgetting": "forgetting"}
+        names |= {stage: [*_TOKENS, "entropy"] for stage, split in stages.items() if has_split(split)}
+    sources = [f"{kind}/{name}" for name in getattr(data, "source_names", []) for kind in ("loss", "nll")]
+    return [f"{stage}/{name}" for stage, own in names.items() for name in (*own, *sources)]
