@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
+import re
 import sys
 import threading
 import warnings
@@ -78,6 +80,7 @@ class DFTLightningCLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        check_environment()
         # Lightning's own warns of args beside sys.argv, which every in-process caller (a test, a notebook) has.
         self._args = args
         self.config = self._parse(parser)
@@ -188,6 +191,22 @@ class DFTLightningCLI(LightningCLI):
         if kwargs.get("weights_only") is None:
             kwargs["weights_only"] = True
         return kwargs
+
+
+def check_environment() -> None:
+    """Raise ``InputError`` where a variable of Lightning's or of LightningCLI's sets an option.
+
+    The command gives a trainer every option, which would be above the variables, and no word of them; the commands
+    that make a small trainer of their own would follow them.
+    """
+    options = inspect.signature(pl.Trainer).parameters
+    for name in sorted(name for name, value in os.environ.items() if value):
+        found = re.fullmatch(r"PL_(?:(?:FIT|VALIDATE|TEST|PREDICT)__)?(TRAINER|MODEL|DATA)(__?)(\w+)", name)
+        if found and (found[2] == "__" or (found[1] == "TRAINER" and found[3].lower() in options)):
+            key = f"{found[1]}.{found[3]}".replace("__", ".").lower()
+            raise InputError(
+                f"{name}: options are not read from the environment: unset it, and give --{key} or a config"
+            )
 
 
 def check_half_precision(trainer: pl.Trainer, asked: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from conftest import ROOT, TINY_LLAMA
 from dft_lightning.callbacks import InterruptionCheckpoint
 from dft_lightning.cli import main
+from dft_lightning.cli_errors import OTHER_COMMANDS
 from dft_lightning.losses import LOSSES, CrossEntropyLoss, DFTLoss, FocalLoss
 
 TINY = {**TINY_LLAMA, "vocab_size": 20}
@@ -141,6 +143,30 @@ def test_configs(capfd, config, tmp_path, text, expected):
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(text)
     assert expected in fails(capfd, "fit", "--config", config, "--config", str(overlay))
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("PL_TRAINER_MAX_STEPS", "trainer.max_steps"),
+        ("PL_TRAINER__MAX_EPOCHS", "trainer.max_epochs"),
+        ("PL_FIT__MODEL__LEARNING_RATE", "model.learning_rate"),
+    ],
+)
+def test_options_in_the_environment_are_not_passed_over(capfd, config, monkeypatch, tmp_path, name, key):
+    expected = f"{name}: options are not read from the environment: unset it, and give --{key} or a config"
+    monkeypatch.setenv(name, "1")
+    assert fails(capfd, "fit", "--config", config) == expected
+    for command, *args in (("inspect",), ("sample", "--output", str(tmp_path / "rows.jsonl"))):
+        assert import_module(OTHER_COMMANDS[command]).main([*args, "--config", config]) == 2
+        assert expected in capfd.readouterr().err
+
+
+def test_other_variables_are_let_be(config, monkeypatch, tmp_path):
+    """Lightning's own, one that sets nothing, and one of no option."""
+    for name, value in (("PL_GLOBAL_SEED", "3"), ("PL_TRAINER_MAX_STEPS", ""), ("PL_TRAINER_ADDRESS", "node1")):
+        monkeypatch.setenv(name, value)
+    assert main(["fit", "--config", config]).trainer.global_step == 2
 
 
 def test_required_value_missing(capfd):
