@@ -9,9 +9,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dft_lightning import CrossEntropyLoss
 from dft_lightning.errors import InputError
+from dft_lightning.export.command import main as export
 from dft_lightning.modules.loading import load_causal_lm
 from small_runs import arithmetic_data, trainer
 from test_lora import IDS, LLAMA, exported, log_probs, made, of_module
@@ -131,6 +133,25 @@ def test_trained_resumed_exported_and_merged(kind, folder_of, tmp_path):
     by_hand = reference.merge_and_unload().float()
     assert (log_probs(merged) - log_probs(by_hand.eval())).abs().max() < 1e-5
     assert (log_probs(merged) - own).abs().max() < 1e-4
+
+
+def test_an_adapter_that_peft_would_not_find_again_is_refused(tmp_path, capsys):
+    """peft renames some of Laguna's tensors when it loads them, and leaves those layers as they were."""
+    if "laguna" not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no such model")
+    values = {**SMALL, "model_type": "laguna", "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 8}
+    load_causal_lm(values | {"num_attention_heads_per_layer": None}).save_pretrained(tmp_path / "base")
+    module = made(tmp_path / "base", ALL)
+    run = trainer()
+    run.fit(module, datamodule=arithmetic_data(4, batch_size=4))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert export(["--checkpoint", str(tmp_path / "a.ckpt"), "--output", str(tmp_path / "adapter")]) == 2
+    assert (
+        "is not found again when peft loads the adapter of a LagunaForCausalLM: export with" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "adapter").exists()
+    merged = AutoModelForCausalLM.from_pretrained(exported(tmp_path / "a.ckpt", tmp_path / "merged", "--merge"))
+    assert (log_probs(merged) - of_module(module.eval())).abs().max() < 1e-4
 
 
 def test_names_of_single_experts_mean_all_of_them(folder_of):

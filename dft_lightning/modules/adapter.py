@@ -480,9 +480,10 @@ def adapter_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, T
         tensors: by the model's names.
 
     Raises:
-        InputError: more than the adapter was trained, which such a file has no place for.
+        InputError: more than the adapter was trained, which such a file has no place for, or peft would not find a
+            tensor again.
     """
-    from peft import get_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     found = get_peft_model_state_dict(
         model, state_dict=dict(tensors), adapter_name=ADAPTER, save_embedding_layers=False
@@ -493,5 +494,10 @@ def adapter_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, T
         raise InputError(
             f"{left[0]} ({len(left)} such tensors) was trained beside the adapter, and an adapter's folder has no "
             "place for it: export with --merge"
+        )
+    if lost := set_peft_model_state_dict(copy.deepcopy(model), found, ADAPTER).unexpected_keys:
+        raise InputError(
+            f"{lost[0]} ({len(lost)} such tensors) is not found again when peft loads the adapter of a "
+            f"{type(model).__name__}: export with --merge"
         )
     return {f"base_model.model.{name}": tensor for name, tensor in found.items()}
