@@ -495,7 +495,8 @@ def adapter_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, T
             f"{left[0]} ({len(left)} such tensors) was trained beside the adapter, and an adapter's folder has no "
             "place for it: export with --merge"
         )
-    if lost := set_peft_model_state_dict(copy.deepcopy(model), found, ADAPTER).unexpected_keys:
+    read: Any = set_peft_model_state_dict(copy.deepcopy(model), found, ADAPTER)
+    if lost := read.unexpected_keys:
         raise InputError(
             f"{lost[0]} ({len(lost)} such tensors) is not found again when peft loads the adapter of a "
             f"{type(model).__name__}: export with --merge"
