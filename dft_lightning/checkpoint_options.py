@@ -9,15 +9,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
-from dft_lightning.checkpoints.whole import META, content_of
-from dft_lightning.component import NotPlainError, class_path, to_plain
-from dft_lightning.errors import InputError, one_line, shortened
+from dft_lightning.checkpoints.whole import META, content_of, unreadable
+from dft_lightning.component import NotPlainError, class_path, named_class, to_plain
+from dft_lightning.errors import InputError, shortened
 
 _NONE: Any = object()
 # Never taken from a checkpoint: how this run's processes share the model, and whether a stranger's code runs.
@@ -48,7 +47,7 @@ def read_options(path: str | Path | None) -> SavedOptions:
     try:
         content = content_of(file)
     except Exception as error:  # a cut file raises whatever the unpickler stumbled on
-        raise InputError(f"--ckpt_path: {path} is cut short or no checkpoint: {one_line(error, 200)}") from error
+        raise InputError(f"--ckpt_path: {path} is cut short or no checkpoint: {unreadable(error)}") from error
     found = (content.get(f"{of}hyper_parameters") or {} for of in ("", "datamodule_"))
     return SavedOptions(*({name: value for name, value in each.items() if name[:1] != "_"} for each in found))
 
@@ -167,7 +166,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict) and "class_path" in value:
         package, _, name = value["class_path"].rpartition(".")
         name = name if package.startswith("dft_lightning.") else value["class_path"]
-        arguments, defaults = value["init_args"], _defaults_of(_class(value["class_path"]))
+        arguments, defaults = value["init_args"], _defaults_of(named_class(value["class_path"]))
         if not isinstance(arguments, dict):
             return f"{name} ({arguments})"
         given = [f"{k}={_shown(v)}" for k, v in arguments.items() if k not in defaults or defaults[k] != v]
@@ -198,19 +197,10 @@ def _filled(value: Any) -> Any:
     values = {name: _filled(each) for name, each in value.items()}
     if not isinstance(value.get("class_path"), str) or not set(value) <= {"class_path", "init_args"}:
         return values
-    cls, arguments = _class(value["class_path"]), values.get("init_args") or {}
+    cls, arguments = named_class(value["class_path"]), values.get("init_args") or {}
     if cls is not None and isinstance(arguments, dict):
         arguments = {**_defaults_of(cls), **arguments}
     return {"class_path": value["class_path"] if cls is None else class_path(cls), "init_args": arguments}
-
-
-def _class(path: str) -> type | None:
-    package, _, name = path.rpartition(".")
-    try:
-        found = getattr(import_module(package), name, None)
-    except (ImportError, ValueError):
-        return None
-    return found if isinstance(found, type) else None
 
 
 def _defaults_of(cls: type | None) -> dict[str, Any]:

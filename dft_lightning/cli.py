@@ -28,10 +28,11 @@ from dft_lightning.checkpoints import keep_whole, refused_write, resolve_checkpo
 from dft_lightning.cli_errors import shorten
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.distributed.strategies import check_precision
-from dft_lightning.errors import InputError
+from dft_lightning.errors import InputError, printable
 from dft_lightning.modules import CausalLMModule
 from dft_lightning.processes import RunProcesses, is_of_a_lost_process
 from dft_lightning.saved_config import RunConfig
+from dft_lightning.trust import check_classes, check_kernel, import_paths, importing_only
 
 _DESCRIPTION = (
     "Fine-tune causal language models with a pluggable token loss. Six more commands have options of their own, "
@@ -46,6 +47,9 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "inference_mode": False,
     "log_every_n_steps": 10,
 }
+
+
+_GIVE_IT = "give it (--{key} {path}) if you trust it"
 
 
 class Parser(LightningArgumentParser):
@@ -112,7 +116,7 @@ class DFTLightningCLI(LightningCLI):
         lines += differing("model", self.model.hparams, saved.model)
         lines += differing("data", getattr(self.datamodule, "hparams", {}), saved.data)
         if lines:
-            rank_zero_info("\n  ".join([f"options, beside those of {self._checkpoint}:", *lines]))
+            rank_zero_info(printable("\n  ".join([f"options, beside those of {self._checkpoint}:", *lines])))
 
     def _options(self, config: Namespace) -> Namespace:
         options: Namespace = config if self.subcommand is None else config[self.subcommand]
@@ -135,15 +139,20 @@ class DFTLightningCLI(LightningCLI):
         options = self._options(self.config)
         before = options.model
         new = options_to_take(before, self._given_options(), saved.model)
+        named = import_paths(before)  # by the command and its configs
+        check_kernel(new, "model.attn_implementation", "give it if you trust it")
+        taken_classes = check_classes(new, "model", _GIVE_IT, named)
         parser = self._parser(self.subcommand)
         parser.exit_on_error, exits = False, parser.exit_on_error
         try:
-            options["model"] = parser.parse_object({"model": new}, options).model  # which the saved config has as well
+            with importing_only(import_paths(options) | taken_classes):
+                options["model"] = parser.parse_object({"model": new}, options).model  # so the saved config has it, too
         except ArgumentError as error:
             message = shorten(str(error), parser)
             raise InputError(f"{message} (the checkpoint's run had it; give what is to be in its place)") from error
         finally:
             parser.exit_on_error = exits
+        check_classes(options.model, "model", _GIVE_IT, named)  # a text may have named one that the trainer has
         return taken(before, options.model)
 
     def _given_options(self) -> Any:
@@ -298,7 +307,7 @@ def report(error: Exception) -> int:
     message = user_message(error)
     if message is None:
         raise error
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {printable(message)}\n")
     return 2
 
 

@@ -144,6 +144,10 @@ def _import_failed(match: re.Match[str], message: str, parser: ArgumentParser) -
     return f"{_key_and_reasons(message)[0]}: cannot import {match.group(1)!r}: {match.group(2)}"
 
 
+def _not_imported(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
+    return f"{_key_and_reasons(message)[0]}: {match.group(1)} is not imported because a file names it"
+
+
 def _bad_option(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
     key = _key_and_reasons(message)[0]
     name = match.group(1).rpartition(".")[2]
@@ -217,6 +221,7 @@ _RULES: list[tuple[str, Callable[[re.Match[str], str, Any], str]]] = [
     (r"Problem with given class_path '([^']+)':\s*Option '([^']+)' is not accepted", _bad_option),
     (r"Problem with given class_path '([^']+)':\s*(No module named [^\n]+|module [^\n]+has no attribute[^\n]+)",
      _import_failed),
+    (r"Importing '([^']+)' is not allowed, denied by the '\*' entry", _not_imported),
     (r"Import path (\S+) does not correspond to a subclass of (\S+)", _not_subclass),
     (r"Expected a dot import path string: (\S+)", _unknown_class),
     (r"the following arguments are required: ([^\n]+)", _required),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, TypeVar
@@ -116,6 +117,22 @@ def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def named_class(path: str) -> type | None:
+    """The class that a file names: of this package, or of a module that is imported already; ``None`` for another.
+
+    A file does not decide what else is imported.
+    """
+    module, _, name = path.rpartition(".")
+    if module.partition(".")[0] == __name__.partition(".")[0]:
+        try:
+            found = getattr(import_module(module), name, None)
+        except ImportError:
+            return None
+    else:
+        found = vars(sys.modules[module]).get(name) if module in sys.modules else None
+    return found if isinstance(found, type) else None
+
+
 def _plain_init_args(component: Component) -> dict[str, Any] | str:
     constructor = type(component).__init__  # object's own takes *args, on paper
     kinds = [parameter.kind for parameter in inspect.signature(constructor).parameters.values()]
@@ -130,6 +147,8 @@ def _plain_init_args(component: Component) -> dict[str, Any] | str:
 
 def from_plain(value: T | dict[str, Any], base: type[T]) -> T:
     """Make a component from ``{"class_path": ..., "init_args": {...}}``; an instance is returned as it is.
+
+    The class is imported: what a file says is to be looked at first, by :mod:`dft_lightning.trust`.
 
     Raises:
         TypeError: the class path names no subclass of ``base``, or ``value`` is neither form.

@@ -85,6 +85,12 @@ def _open_to_others(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
+def refuse_link(path: Path) -> None:
+    """Raise ``InputError`` where something would be written through a link, and so elsewhere than it seems."""
+    if path.is_symlink():
+        raise InputError(f"{path} is a link to {os.readlink(path)}: take it away, nothing is written through it")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file; an older one of the name is replaced when the new one is whole."""
     with replacing(path) as file:

@@ -209,7 +209,7 @@ def test_options_of_another_version_and_those_that_no_checkpoint_gives(command, 
         ({"loss": {"class_path": "mine.Loss", "init_args": "not saved: a tensor"}},
          "model.loss: not given, and the checkpoint holds only that its run had mine.Loss, whose options were not"),
         ({"loss": {"class_path": "no_such_module.Loss", "init_args": {}}},
-         "model.loss: cannot import 'no_such_module.Loss': No module named 'no_such_module' (the checkpoint's run had"),
+         "model.loss: no_such_module.Loss is not imported because a file names it: give it (--model.loss no_such_mod"),
         ({"dtype": "float31"}, "model.dtype: expected one of 'auto', 'float32'"),
         # It is not the flags alone that contradict each other: what they meet is named as well.
         ({"warmup_steps": 0, "warmup_ratio": 0.5}, "model.warmup_ratio: 0.5, as the checkpoint's run had it"),

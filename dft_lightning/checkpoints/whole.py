@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Iterable
@@ -116,7 +117,8 @@ def _folder_problem(folder: Path) -> str | None:
         return "is an empty folder"
     try:
         sizes: dict[str, int] = read_marker(folder).get("files", {})
-    except ValueError:
+        sizes = {str(name): int(size) for name, size in sizes.items()}
+    except (ValueError, TypeError, AttributeError):
         return f"is cut short: its {MARKER} is"
     for name in [*sizes, INDEX, META]:
         if not (folder / name).is_file():
@@ -180,11 +182,19 @@ def content_of(path: Path) -> dict[str, Any]:
     return content
 
 
+def unreadable(error: Exception) -> str:
+    """Why a checkpoint was not read, without torch's advice to read it all the same."""
+    if named := re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error)):
+        return f"it holds more than values, {named[1]}, and opening it would run code"
+    reason = re.search(r"WeightsUnpickler error: *(.+)", str(error))
+    return one_line(error if reason is None else Exception(reason[1]), 200)
+
+
 def _content_problem(path: Path) -> str | None:
     try:
         content = content_of(path)
     except Exception as error:  # whatever the unpickler stumbled on
-        return f"is cut short or no checkpoint: {one_line(error, 200)}"
+        return f"is cut short or no checkpoint: {unreadable(error)}"
     if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(content):
         return "is not a Lightning checkpoint"
     return None

@@ -17,7 +17,7 @@ import yaml
 from dft_lightning.cli_errors import CommandParser
 from dft_lightning.compare.files import SETTINGS
 from dft_lightning.errors import InputError
-from dft_lightning.files import write_text
+from dft_lightning.files import refuse_link, write_text
 
 
 def _arguments(args: Sequence[str]) -> argparse.Namespace:
@@ -178,6 +178,7 @@ def _only_one(output: Path) -> Iterator[int]:
     if output.exists() and not output.is_dir():
         raise InputError(f"--output: {output} is a file")
     output.mkdir(parents=True, exist_ok=True)
+    refuse_link(output / ".lock")
     handle = os.open(output / ".lock", os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

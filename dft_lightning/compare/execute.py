@@ -85,6 +85,7 @@ def _run_stages(run: Run, places: SimpleQueue[dict[str, str]], children: _Childr
     try:
         for stage, arguments in run.commands().items():
             log = run.folder / f"{stage}.log"
+            log.unlink(missing_ok=True)  # not through a link
             with log.open("w", encoding="utf-8") as output:
                 status = children.run([sys.executable, "-m", "dft_lightning", *arguments], output, place)
             if status != 0:

@@ -16,7 +16,7 @@ from dft_lightning.compare.names import slug_of
 from dft_lightning.compare.recorder import RunIdentity
 from dft_lightning.compare.settings import Settings
 from dft_lightning.errors import InputError
-from dft_lightning.files import write_text
+from dft_lightning.files import refuse_link, write_text
 
 RUNS = "runs"
 _PATHS = {"trainer": {"default_root_dir", "logger"}}
@@ -152,6 +152,7 @@ def write_config(run: Run) -> None:
                 "choose another --output, or move that folder away"
             )
         return
+    refuse_link(run.folder)
     text = f"# python -m dft_lightning fit --config {path}\n" + yaml.safe_dump(run.config, sort_keys=False)
     write_text(path, text)
 

@@ -103,8 +103,11 @@ class Record:
         path = self.folder / PROBABILITIES
         if not path.is_file():
             raise InputError(f"{path}: missing: copy it with its run, or run that again")
-        with np.load(path) as arrays:
-            return {when: np.exp(arrays[when].astype(np.float64)) for when in ("before", "after")}
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return {when: np.exp(arrays[when].astype(np.float64)) for when in ("before", "after")}
+        except Exception as error:  # whatever its reader stumbled on
+            raise InputError(f"{path}: cannot be read: {one_line(error)}; run it again or move it away") from error
 
 
 def read_records(output: Path) -> list[Record]:

@@ -30,7 +30,7 @@ from dft_lightning.compare.tables import (
     sweep_table,
 )
 from dft_lightning.errors import InputError
-from dft_lightning.files import write_text
+from dft_lightning.files import refuse_link, write_text
 
 PLOTS = "plots"
 
@@ -58,6 +58,8 @@ def write_report(output: Path) -> None:
     Raises:
         InputError: the folder is no comparison's, or no run of a loss has ended in it.
     """
+    for path in (output / PLOTS, *(output / PLOTS).glob("*")):
+        refuse_link(path)
     settings = read_written_settings(output)
     records = read_records(output)
     unfinished = unfinished_runs(output)
@@ -68,12 +70,14 @@ def write_report(output: Path) -> None:
     plots = all_plots(findings)
     for plot in plots:
         plot.save(output / PLOTS)
+    config = yaml.safe_dump(settings, sort_keys=False)
     context = {
         "title": f"Comparison of losses: {', '.join(findings.losses)}",
         "summary": summary(findings),
         "facts": facts(findings, read_calls(output)),
         "sections": sections(findings, plots, unfinished),
-        "config": yaml.safe_dump(settings, sort_keys=False),
+        "config": config,
+        "fence": "`" * max(4, *(len(run) + 1 for run in re.findall("`+", config)), 0),
     }
     write_text(output / "results.csv", results_csv(findings, records))
     for name in ("report.md", "report.html"):

@@ -37,10 +37,12 @@ from dft_lightning.errors import InputError
 from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.metrics.sources import MAX_SOURCES
 from dft_lightning.progress import last_step
+from dft_lightning.trust import loading_options
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+    from typing_extensions import Self
 
 SPLITS_OF_STAGE = {
     "fit": ("train", "validation", "forgetting"),
@@ -123,6 +125,23 @@ class InstructionDataModule(pl.LightningDataModule):
         >>> sorted(next(iter(data.train_dataloader())))
         ['attention_mask', 'input_ids', 'labels']
     """
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        weights_only: bool | None = True,
+        **kwargs: Any,
+    ) -> Self:
+        """A data module of a checkpoint's options and ``kwargs`` over them; none of its classes are imported.
+
+        Raises:
+            InputError: the checkpoint names a class that is neither this package's nor imported already.
+        """
+        with loading_options(cls, checkpoint_path, hparams_file, weights_only, kwargs):
+            return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, weights_only, **kwargs)
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from itertools import islice
@@ -118,7 +119,7 @@ class LocalRows(RowSource):
                     "class_path LocalRows and split"
                 )
             found = found[self.split]
-        return found
+        return _undecoded(found)
 
 
 class HubRows(RowSource):
@@ -178,16 +179,41 @@ class HubRows(RowSource):
             dataset = load_dataset(
                 self.path, self.config_name, split=self.split, revision=self.revision, streaming=self.streaming
             )
-        except (OSError, ValueError, KeyError, DatasetsError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:
             reason = one_line(error)
             raise InputError(f"{self.name}: neither a local file nor a dataset that can be loaded: {reason}") from error
         if self.num_rows is not None:
             if self.num_rows > len(dataset):
                 raise InputError(f"{self.name}: there are {len(dataset)}")
             dataset = dataset.shuffle(seed=self.seed).select(range(self.num_rows))
+        dataset = _undecoded(dataset)
         if self.streaming:  # iterated over plainly, it would leave out rows in a data loader's worker: other workers'
             dataset = ({name: values[0] for name, values in row.items()} for row in dataset.iter(batch_size=1))
         yield from _renamed(_rows_of(dataset, self.name), self.rename_columns)
+
+
+def _undecoded(dataset: Any) -> Any:
+    """One of ``datasets`` whose pictures and sounds are left as they are: a row may name a file or an address for one,
+    which decoding opens."""
+    if dataset.features is None:  # a stream of rows that do not say what they have: none are decoded
+        return dataset
+    if hasattr(dataset, "decode"):  # a stream
+        return dataset.decode(False)
+    for name, feature in dataset.features.items():
+        feature = copy.deepcopy(feature)
+        if _turn_decoding_off(feature):
+            dataset = dataset.cast_column(name, feature)
+    return dataset
+
+
+def _turn_decoding_off(feature: Any) -> bool:
+    """In place; whether there was any."""
+    inner = feature.values() if isinstance(feature, dict) else feature if isinstance(feature, list) else []
+    found = [_turn_decoding_off(each) for each in [*inner, *([feature.feature] if hasattr(feature, "feature") else [])]]
+    own = getattr(feature, "decode", None) is True
+    if own:
+        feature.decode = False
+    return own or any(found)
 
 
 def _rows_of(dataset: Any, name: str) -> Iterator[tuple[int | str, Row]]:

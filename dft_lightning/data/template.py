@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dft_lightning.data.special_tokens import SpecialTokens
 from dft_lightning.data.template_source import copies_contents
+from dft_lightning.data.time_limit import EndlessTemplateError, limited
 from dft_lightning.data.tokenizer import adds_bos, as_parts, end_of_turn, takes_parts
 from dft_lightning.data.turns import Message
 from dft_lightning.errors import InputError, one_line
@@ -241,13 +242,16 @@ class ChatTemplate:
         if self._parts:
             plain = as_parts(plain)
         try:
-            found: Any = render_jinja_template(
-                [plain],
-                tools=tools,
-                chat_template=self._template(tools),
-                **self._variables,
-                **options,
-            )
+            with limited():
+                found: Any = render_jinja_template(
+                    [plain],
+                    tools=tools,
+                    chat_template=self._template(tools),
+                    **self._variables,
+                    **options,
+                )
+        except EndlessTemplateError:
+            raise
         except TemplateError as error:
             roles = [message["role"] for message in messages]
             raise InputError(f"the chat template refuses a conversation of roles {roles}: {error}") from error

@@ -22,7 +22,7 @@ def copies_contents(template: str) -> bool:
     """
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-    except TemplateSyntaxError:  # a tag that transformers alone knows
+    except (TemplateSyntaxError, RecursionError):  # a tag that transformers alone knows, or nested too deeply
         return False
     loops = [node for node in tree.find_all(nodes.For) if isinstance(node.iter, nodes.Name)]
     of_messages = {node.target.name for node in loops if _is_name(node.iter, {"messages"})} - {None}  # type: ignore[attr-defined]

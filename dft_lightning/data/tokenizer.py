@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dft_lightning.assets import resolve
+from dft_lightning.data.time_limit import EndlessTemplateError, limited
 from dft_lightning.errors import InputError, one_line
+from dft_lightning.trust import code_refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +47,7 @@ def load_tokenizer(
     Raises:
         InputError: no such tokenizer, not a fast one, or neither a template nor an end-of-text token.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     path = resolve(name, key)
     options = {} if revision is None else {"revision": revision}
@@ -52,13 +55,19 @@ def load_tokenizer(
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, trust_remote_code=trust_remote_code, **options
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{key}: cannot load the tokenizer of {path!r}: {one_line(error)}") from error
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(f"its tokenizer_class is {type(tokenizer).__name__}, which is none")
+    except Exception as error:  # whatever its files make transformers stumble on
+        refused = code_refused(path, key, error)
+        raise refused or InputError(f"{key}: cannot load the tokenizer of {path!r}: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise InputError(
             f"{key}: the tokenizer of {path!r} is not a fast tokenizer, whose character offsets the loss mask needs; "
             "convert it to tokenizer.json"
         )
+    for name in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
+        if not re.fullmatch(r"\w[\w.-]*", str(name)):  # it is the name of a file where the tokenizer is saved
+            raise InputError(f"{key}: the tokenizer of {path!r} has a chat template named {name!r}: take it out")
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
     elif tokenizer.chat_template is None:
@@ -102,6 +111,8 @@ def takes_parts(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, A
     def answers(messages: list[dict[str, Any]]) -> bool:
         try:
             return _ANSWER in _render(tokenizer, messages, template_kwargs)
+        except EndlessTemplateError:
+            raise
         except InputError:
             return False
 
@@ -157,6 +168,9 @@ _TURN: list[dict[str, Any]] = [{"role": "user", "content": "x"}, {"role": "assis
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Any, template_kwargs: dict[str, Any] | None) -> str:
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **(template_kwargs or {})))
+        with limited():
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, **(template_kwargs or {})))
+    except EndlessTemplateError:
+        raise
     except Exception as error:  # whatever its expressions run into
         raise InputError(f"the chat template is broken: {one_line(error)}; set data.chat_template") from error

@@ -57,7 +57,9 @@ def save_adapter(folder: Path, model: nn.Module, config: LoraConfig, tensors: di
     config.save_pretrained(str(folder))
 
 
-def merged_model(trained: TrainedCheckpoint, base: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
+def merged_model(
+    trained: TrainedCheckpoint, base: str | None, dtype: torch.dtype | None, trust_remote_code: bool
+) -> PreTrainedModel:
     """The base with the adapter's product added to its weights.
 
     The base is loaded and rounded as it was in training, the sum is taken in float32, and rounded once: in the dtype of
@@ -67,13 +69,14 @@ def merged_model(trained: TrainedCheckpoint, base: str | None, dtype: torch.dtyp
         trained: the checkpoint.
         base: name or folder of the base; ``None`` for the run's own.
         dtype: to convert floating-point tensors to.
+        trust_remote_code: run code that comes with the base.
 
     Raises:
         InputError: the base cannot be loaded, is not the one that the adapter was trained on, or has layers with an
             adapter each that share a weight.
     """
     record, hyper = trained.record, trained.hyper_parameters
-    options: dict[str, Any] = {"dtype": hyper["dtype"], "trust_remote_code": hyper["trust_remote_code"]}
+    options: dict[str, Any] = {"dtype": hyper["dtype"], "trust_remote_code": trust_remote_code}
     if base is None:
         options["revision"] = hyper["revision"]
     model: Any = load_causal_lm(_name_of_base(trained, base), **options)

@@ -50,7 +50,7 @@ def model_card(trained: TrainedCheckpoint, parameters: int, dtype: str, adapter_
         + 'generate = pipeline("text-generation", "path/to/this/folder")\n'
         'print(generate([{"role": "user", "content": "..."}], max_new_tokens=256))\n```',
         _table(metrics),
-        f"## Training\n\n```yaml\n{_yaml(settings)}```",
+        f"## Training\n\n{_fenced(_yaml(settings), 'yaml')}",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -58,28 +58,39 @@ def model_card(trained: TrainedCheckpoint, parameters: int, dtype: str, adapter_
 def _short(component: Any) -> str:
     """A component's class by name."""
     path = component.get("class_path", "") if isinstance(component, dict) else ""
-    return str(path).rpartition(".")[2] or "CrossEntropyLoss"
+    return _inline(str(path).rpartition(".")[2]) or "CrossEntropyLoss"
+
+
+def _inline(text: str) -> str:
+    """A name that a checkpoint gives, without what Markdown and HTML would take for theirs."""
+    return " ".join(re.sub(r"[`<>\[\]|]", "", text).split())
+
+
+def _fenced(text: str, language: str) -> str:
+    """A block of code that nothing in it ends."""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0)
+    return f"{fence}{language}\n{text}{fence}"
 
 
 def _what(record: dict[str, Any], adapter_of: str | None) -> str:
     kind = str(record["model_class"]).rpartition(".")[2]
     if adapter_of is not None:
-        return f"A LoRA adapter for {kind}, `{adapter_of}`,"
+        return f"A LoRA adapter for {kind}, `{_inline(adapter_of)}`,"
     return kind if record["adapter"] is None else f"{kind}, with a LoRA adapter merged into it,"
 
 
 def _title(base: Any) -> str:
-    return Path(base).name if isinstance(base, str) else "A language model"
+    return _inline(Path(base).name) if isinstance(base, str) else "A language model"
 
 
 def _named(base: Any) -> str:
-    return f"`{base}`" if isinstance(base, str) else "random weights"
+    return f"`{_inline(base)}`" if isinstance(base, str) else "random weights"
 
 
 def _table(metrics: dict[str, float]) -> str:
     if not metrics:
         return ""
-    lines = [f"| {name} | {value:.5g} |" for name, value in metrics.items()]
+    lines = [f"| {_inline(name)} | {value:.5g} |" for name, value in metrics.items()]
     return "\n".join(["## Metrics\n\nAs last logged before this checkpoint:\n", "| | |", "|---|---|", *lines])
 
 

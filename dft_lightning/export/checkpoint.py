@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dft_lightning.checkpoints.whole import INDEX, META, whole_problem, written
+from dft_lightning.checkpoints.whole import INDEX, META, unreadable, whole_problem, written
 from dft_lightning.checkpoints.writing import put_back
-from dft_lightning.errors import InputError, one_line
+from dft_lightning.errors import InputError
 from dft_lightning.modules.record import RECORD
 
 _PREFIX = "model."
@@ -85,18 +85,20 @@ def _load(file: Path, path: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a cut file raises whatever the unpickler stumbled on
-        raise InputError(f"{path} is cut short or no checkpoint: {one_line(error, 200)}") from error
+        raise InputError(f"{path} is cut short or no checkpoint: {unreadable(error)}") from error
 
 
 def _read_shards(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The model's tensors, put together from all ranks' files; the optimizer's are not read."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    from dft_lightning.checkpoints.shards import ShardReader, check_shards
+
     content = _load(path / META, path)
+    check_shards(path)
     try:
-        reader = FileSystemReader(path)
+        reader = ShardReader(path)
         entries = reader.read_metadata().state_dict_metadata
         root = "state_dict." if any(name.startswith("state_dict.") for name in entries) else "model."  # FSDP2, FSDP1
         wanted = {
@@ -108,7 +110,7 @@ def _read_shards(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant to be
             load(wanted, storage_reader=reader, no_dist=True)
     except Exception as error:  # a file that is missing or cut raises whatever its reader stumbled on
-        raise InputError(f"{path} is cut short or no checkpoint: {one_line(error, 200)}") from error
+        raise InputError(f"{path} is cut short or no checkpoint: {unreadable(error)}") from error
     return content, {name.removeprefix(root): tensor for name, tensor in wanted.items()}
 
 

@@ -33,6 +33,9 @@ def main(args: list[str]) -> int:
         "--merge", action="store_true", help="write a LoRA adapter and its base as one model (default: the adapter)"
     )
     parser.add_argument("--base", metavar="MODEL", help="the adapter's base, where the run's own is no longer there")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="with --merge, run code that comes with the base"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="convert to (default: as trained)")
     parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
     options = parser.parse_args(args)
@@ -50,6 +53,7 @@ def main(args: list[str]) -> int:
             max_shard_size=options.max_shard_size,
             merge=options.merge,
             base=options.base,
+            trust_remote_code=options.trust_remote_code,
         )
     except Exception as error:
         return report(error)

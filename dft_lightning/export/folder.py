@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +15,9 @@ from dft_lightning.export.card import model_card
 from dft_lightning.export.checkpoint import TrainedCheckpoint
 from dft_lightning.export.model import converted, end_turns, trained_model
 from dft_lightning.files import check_replaceable, replacing_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 OF_A_MODEL = ("config.json", "adapter_config.json")
@@ -29,6 +33,7 @@ def export_folder(
     max_shard_size: str = "5GB",
     merge: bool = False,
     base: str | None = None,
+    trust_remote_code: bool = False,
 ) -> int:
     """Write safetensors, config, generation config, tokenizer with chat template, and a model card.
 
@@ -44,6 +49,7 @@ def export_folder(
         max_shard_size: of a safetensors file.
         merge: write base and adapter as one model.
         base: the adapter's base, where it is no longer at the name or folder that the run had it from.
+        trust_remote_code: run code that comes with the base, whatever the checkpoint says of it.
 
     Returns:
         The number of parameters.
@@ -60,7 +66,9 @@ def export_folder(
     try:
         if trained.record["adapter"] is not None and not merge:
             return _write_adapter(trained, output, wanted, base)
-        return _write_model(trained, output, wanted, max_shard_size, base)
+        whole = trained.record["adapter"] is None
+        model = trained_model(trained, wanted) if whole else merged_model(trained, base, wanted, trust_remote_code)
+        return _write_model(trained, output, model, max_shard_size)
     except InputError:
         raise
     except Exception as error:  # whatever transformers, peft, safetensors and the disk raise
@@ -73,11 +81,7 @@ def check_shard_size(size: str) -> None:
         raise InputError(f"max_shard_size: expected a size such as 5GB or 500MB, got {size!r}")
 
 
-def _write_model(
-    trained: TrainedCheckpoint, output: Path, dtype: torch.dtype | None, max_shard_size: str, base: str | None
-) -> int:
-    whole = trained.record["adapter"] is None
-    model = trained_model(trained, dtype) if whole else merged_model(trained, base, dtype)
+def _write_model(trained: TrainedCheckpoint, output: Path, model: PreTrainedModel, max_shard_size: str) -> int:
     end_turns(model, trained.record)
     count = sum(parameter.numel() for parameter in model.parameters())
 
@@ -113,6 +117,8 @@ def _write(
         for name, content in trained.record["tokenizer"].items():
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise InputError(f"{trained.path}: its tokenizer has a file outside of its folder: {name}")
+            if (folder / name).exists():
+                raise InputError(f"{trained.path}: its tokenizer has a file of the model's: {name}")
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
         card = model_card(trained, count, dtype, adapter_of)

@@ -89,10 +89,25 @@ def _class_of(dotted: str) -> Any:
 
 def _config_of(record: dict[str, Any]) -> Any:
     """From a file: it is where transformers reads infinity, as Mamba's configs have it."""
+    from transformers import PretrainedConfig
+
+    cls = _class_of(record["config_class"])
+    if not (isinstance(cls, type) and issubclass(cls, PretrainedConfig)):
+        raise InputError(f"{record['config_class']} is no class of a config of transformers")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
-        file.write_text(record["config"], encoding="utf-8")
-        return _class_of(record["config_class"]).from_json_file(str(file))
+        file.write_text(json.dumps(_without_kernels(json.loads(record["config"]))), encoding="utf-8")
+        return cls.from_json_file(str(file))
+
+
+def _without_kernels(values: Any) -> Any:
+    """A config without the names of attention code, which may be a stranger's on the hub; it is not saved, either."""
+    if isinstance(values, dict):
+        return {name: _without_kernels(value) for name, value in values.items() if not name.endswith(_KERNELS)}
+    return [_without_kernels(value) for value in values] if isinstance(values, list) else values
+
+
+_KERNELS = ("attn_implementation", "attn_implementation_internal")
 
 
 def converted(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -243,6 +243,7 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
 
     def configure_model(self) -> None:
         """Build the model, once, and shard it. Lightning calls this when device, precision and strategy are known."""
+        self._guard_loading()
         mesh = data_parallel_mesh(self._trainer, self.sharding)
         if is_sharded(self):
             return

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import os
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,13 @@ import torch
 from torch import nn
 
 from dft_lightning.assets import resolve
+from dft_lightning.checkpoints.whole import unreadable
 from dft_lightning.distributed.shard_loading import WAY_OUT as WHOLE
 from dft_lightning.distributed.shard_loading import parameters_on_meta, saved_dtype
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.modules.documents import ATTENTION, register_documents_attention
 from dft_lightning.modules.quantization import bitsandbytes_config, check_quantized
+from dft_lightning.trust import code_refused
 
 # What transformers makes rope_parameters of, and what it writes into every config of its own.
 _ALSO_TAKEN = ("rope_theta", "rope_scaling", "transformers_version", "dtype")
@@ -145,11 +148,17 @@ def _checkpoint_path(model: str | os.PathLike[str]) -> str:
 def _loading(path: str, attn_implementation: str | None) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except _OF_FILES as error:
         if isinstance(error, InputError):
             raise
         _check_interface(error, path, attn_implementation)
-        raise InputError(f"model.model: cannot load {path!r}: {one_line(error)}") from error
+        refused = code_refused(path, "model.model", error)
+        reason = unreadable(error) if isinstance(error, pickle.UnpicklingError) else one_line(error)
+        raise refused or InputError(f"model.model: cannot load {path!r}: {reason}") from error
+
+
+# What a folder's files make transformers stumble on; others are faults, or of a device.
+_OF_FILES = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, pickle.UnpicklingError)
 
 
 def _read_config(path: str, trust_remote_code: bool, revision: str | None) -> Any:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from dft_lightning.checkpoints.shards import guard_loading
 from dft_lightning.distributed.strategies import check_wrapped, on_first_rank
-from dft_lightning.errors import InputError, one_line
+from dft_lightning.errors import InputError, one_line, shortened
 from dft_lightning.metrics.exact_sums import ExactSums
 from dft_lightning.modules.adapter import (
     adapter_record,
@@ -24,9 +28,11 @@ from dft_lightning.modules.record import RECORD, describe, files_of
 from dft_lightning.modules.reference import ReferenceModel
 from dft_lightning.modules.restored import OptimizerOptions
 from dft_lightning.modules.run_state import RunState
+from dft_lightning.trust import loading_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from typing_extensions import Self
 
 
 class SavedModule(pl.LightningModule):
@@ -62,6 +68,47 @@ class SavedModule(pl.LightningModule):
         self._run_state = RunState(self)
         self._optimizer_options = OptimizerOptions()
         self.register_load_state_dict_post_hook(leave_out_the_base)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **kwargs: Any,
+    ) -> Self:
+        """A module from a checkpoint's weights and options; no code is run because the checkpoint says so.
+
+        Args:
+            checkpoint_path: a file, an address or an open file.
+            map_location: as Lightning's.
+            hparams_file: options in place of the checkpoint's own.
+            strict: as Lightning's.
+            weights_only: ``False`` lets the file run any code.
+            kwargs: options over those of the checkpoint. ``trust_remote_code`` is ``False`` unless it is here: ``True``
+                runs code that comes with the model that the checkpoint names. So is ``attn_implementation`` to be here
+                where it is a kernel on the hub.
+
+        Raises:
+            InputError: the checkpoint names a class that is neither this package's nor imported already, or a model
+                that wants its own code to be run.
+        """
+        with loading_options(cls, checkpoint_path, hparams_file, weights_only, kwargs):
+            return super().load_from_checkpoint(
+                checkpoint_path,
+                map_location,
+                hparams_file,
+                strict,
+                weights_only,
+                **{"trust_remote_code": False, **kwargs},
+            )
+
+    def _guard_loading(self) -> None:
+        """Before the strategy is asked to load a checkpoint: what it unpickles itself is looked at first."""
+        if self._trainer is not None:
+            guard_loading(self.trainer.strategy)
 
     def _check_adapter_options(self) -> None:
         hparams = self.hparams
@@ -147,6 +194,7 @@ class SavedModule(pl.LightningModule):
             if self._reference is not None:
                 self._reference.check_remembered(checkpoint)
             self._check_optimizer(checkpoint)
+            check_paths(self.trainer, checkpoint)
             self._run_state.load(checkpoint)
 
     def _check_optimizer(self, checkpoint: dict[str, Any]) -> None:
@@ -165,6 +213,34 @@ class SavedModule(pl.LightningModule):
             for name in [name for name in state if name.startswith(prefix) and name not in kept]:
                 del state[name]
         return state
+
+
+def check_paths(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Refuse paths of older checkpoints, which ``ModelCheckpoint`` deletes in time, that are not in its folder.
+
+    Lightning deletes those below the folder alone, but takes ``FOLDER/../..`` for one, and addresses wherever they are.
+    """
+    states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict)]
+    named = {state.get(name) for state in states for name in _DELETED}
+    named |= {path for state in states for path in state.get("best_k_models") or {}}
+    for callback in trainer.checkpoint_callbacks:
+        folder = str(getattr(callback, "dirpath", None) or trainer.default_root_dir)
+        for path in sorted(filter(None, named), key=str):
+            if not _may_be_deleted(str(path), folder):
+                raise InputError(
+                    f"--ckpt_path: the checkpoint has {shortened(str(path), 300)} for an older one: refused"
+                )
+
+
+_DELETED = ("best_model_path", "kth_best_model_path", "last_model_path")  # with best_k_models, of a callback's state
+
+
+def _may_be_deleted(path: str, folder: str) -> bool:
+    """Whether what Lightning would delete is in the folder; of what it would not, too."""
+    if not _is_local_file_protocol(path):
+        return path.startswith(folder.rstrip("/") + "/") and ".." not in path.split("/")
+    seems = Path(folder).absolute() in Path(path).absolute().parents
+    return not seems or Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents
 
 
 def leave_out_the_base(module: nn.Module, keys: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dft_lightning.errors import InputError
-from dft_lightning.files import replacing
+from dft_lightning.files import refuse_link, replacing
 
 Job = tuple[int, int]
 
@@ -49,6 +49,7 @@ class PartialFile:
             raise
 
     def _open(self) -> BinaryIO:
+        refuse_link(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("a+b")

@@ -11,6 +11,7 @@ from dft_lightning.component import from_plain
 from dft_lightning.errors import one_line
 from dft_lightning.losses import TokenLoss, TokenStats, token_loss_and_weight
 from dft_lightning.losses.statistics import normalise_needs
+from dft_lightning.trust import check_classes
 
 # Of a schedule: dashed, for its ends lie on the lines of the losses it goes between.
 _DASHES = {"at first": ":", "at last": "--"}
@@ -33,9 +34,10 @@ def weight_of_p(findings: Findings, styles: Styles) -> Plot | None:
     for name, spec in findings.settings["losses"].items():
         style = {**styles.line(name), "marker": ""}
         try:
+            check_classes(spec, "its loss", "compare --config, whose classes are imported, draws it")
             lines = _lines(from_plain(spec, TokenLoss), probabilities, last)
         except Exception as error:  # a user's own loss: what it raises must not cost the report
-            left_out.append(f"{name} ({one_line(error, 80)})")
+            left_out.append(f"{name} ({one_line(error, 200)})")
             continue
         if not lines:
             left_out.append(f"{name} (it reads more than p)")
