@@ -335,16 +335,8 @@ class Behind(CausalLMModule):
         return model
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {**UNTIED, "model_type": "inkling_text", "unpadded_vocab_size": 90},
-        {"model_type": "prophetnet", "hidden_size": 16, "num_decoder_layers": 1, "num_decoder_attention_heads": 2}
-        | {"vocab_size": 97, "decoder_ffn_dim": 16, "pad_token_id": 0},
-    ],
-    ids=["fewer logits than the head", "more rows than tokens"],
-)
-def test_a_head_of_another_shape_is_refused(config):
+def test_a_head_of_another_shape_is_refused():
+    config = {**UNTIED, "model_type": "inkling_text", "unpadded_vocab_size": 90}
     if config["model_type"] not in CONFIG_MAPPING:
         pytest.skip("this transformers has no such model")
     refused(r"output layer is given \[.*\] and .* logits are \[.*\].*set model.head: full", CausalLMModule(config))

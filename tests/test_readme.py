@@ -187,7 +187,8 @@ def forgotten(comparison: str, *rates: str) -> dict[str, float]:
 def remembered(comparison: str) -> str:
     """Exact match on the second validation set before training."""
     report = (ROOT / "docs" / "results" / comparison / "report.md").read_text(encoding="utf-8")
-    return re.search(r"^\| before training \| ([\d.]+) \|", report, re.MULTILINE)[1]
+    forgetting = report[report.index("### Forgetting") :]
+    return re.search(r"^\| before training \| ([\d.]+) \|", forgetting, re.MULTILINE)[1]
 
 
 def comparison_passages() -> Iterator[str]:

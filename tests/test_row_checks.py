@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from conftest import TINY_LLAMA
 from dft_lightning import CausalLMModule
 from dft_lightning.errors import InputError
+from dft_lightning.modules import generation
 from dft_lightning.modules.documents import check_documents
 from dft_lightning.modules.loading import load_causal_lm
 from dft_lightning.modules.row_checks import check_rows
@@ -126,3 +127,47 @@ def test_positions_that_start_elsewhere_are_found():
     for attention in ("sdpa", "documents"):
         with pytest.raises(InputError, match="the logits of a second of 6 tokens move"):
             check_documents(load_causal_lm(options, attn_implementation=attention))
+
+
+RWKV = {"model_type": "rwkv", "hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 97}
+BART = {"model_type": "bart", "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
+BART |= {"vocab_size": 97, "encoder_layers": 1, "encoder_ffn_dim": 16, "encoder_attention_heads": 2}
+PROMPTS = ([5, 6, 7], [11, 12, 13, 14, 15, 16, 17], [20])
+
+
+def likeliest(model, prompt, new):
+    """By the forward of the row alone, without a cache."""
+    row = list(prompt)
+    with torch.no_grad():
+        for _ in range(new):
+            ids = torch.tensor([row])
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            row.append(int(logits[0, -1].argmax()))
+    return row[len(prompt) :]
+
+
+@pytest.mark.parametrize("config", [RWKV, BART, TINY_LLAMA], ids=["rwkv", "bart", "llama"])
+def test_rows_of_a_padded_batch_generate_what_each_generates_alone(config, monkeypatch):
+    model = load_causal_lm(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.5)
+    longest = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in PROMPTS])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+    said = []
+    monkeypatch.setattr(generation, "rank_zero_info", said.append)
+    options = generation.GenerationOptions(max_new_tokens=5)
+    for _ in range(2):
+        found = generation.generate(model, ids, mask, options, stop_token_ids=[], pad_token_id=0)
+        assert found.tolist() == [likeliest(model, prompt, 5) for prompt in PROMPTS]
+    assert len(said) == (config is not TINY_LLAMA)
+
+
+def test_a_model_that_cannot_generate_what_its_logits_say_is_refused():
+    model = load_causal_lm({**ENCODER, "model_type": "roberta", "is_decoder": True, "initializer_range": 0.5})
+    ids, options = torch.tensor([[5, 6]]), generation.GenerationOptions(max_new_tokens=2)
+    with pytest.raises(InputError, match="does not generate what its logits say, not even one row at a time"):
+        generation.generate(model, ids, torch.ones_like(ids), options, stop_token_ids=[], pad_token_id=1)
+    assert model.training

@@ -15,7 +15,8 @@ from dft_lightning.distributed import gather_lists
 from dft_lightning.errors import InputError
 from dft_lightning.metrics import ExactMatch, TokenMetrics, pass_at_k, reported_k
 from dft_lightning.modules.causal_lm import CausalLMModule, count_tokens
-from dft_lightning.modules.generation import GenerationOptions, evaluating
+from dft_lightning.modules.generation import GenerationOptions
+from dft_lightning.modules.row_checks import evaluating
 
 
 def check_prompts(trainer: pl.Trainer, module: CausalLMModule, split: str, limit: int | None) -> None:

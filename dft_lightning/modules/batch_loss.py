@@ -13,8 +13,9 @@ from dft_lightning.errors import InputError
 from dft_lightning.losses import TokenLoss
 from dft_lightning.losses.base import sequence_index_of
 from dft_lightning.losses.statistics import normalise_needs
+from dft_lightning.modules.auxiliary import auxiliary_loss
 from dft_lightning.modules.documents import document_index, model_inputs
-from dft_lightning.modules.head import LanguageModelHead, auxiliary_loss, run_without_head
+from dft_lightning.modules.head import LanguageModelHead, run_without_head
 from dft_lightning.modules.reference import ReferenceModel
 from dft_lightning.ops import TokenOutput, linear_token_loss, logits_token_loss
 
@@ -39,14 +40,15 @@ def fused_batch_loss(
             the tokens' losses; ``reference_log_prob`` ``[B, T]``, likewise, is what losses read by that name.
         loss: any token loss.
         options: ``normalizer``, ``statistics`` and ``step`` of :func:`~dft_lightning.ops.linear_token_loss`, and
-            ``auxiliary_by_weight``: whether the step will be divided by its weights rather than its targets.
+            ``auxiliary_by_weight``: whether the step will be divided by its weights rather than its targets, and
+            ``auxiliary_required``: whether a model without an auxiliary loss is refused.
         reference: the model that ``reference_kl`` is taken from, where the loss needs it.
 
     Raises:
         InputError: the loss needs ``reference_log_prob`` and the batch has none.
     """
     options = dict(options)
-    by_weight = options.pop("auxiliary_by_weight")
+    by_weight, required = options.pop("auxiliary_by_weight"), options.pop("auxiliary_required")
     labels = batch["labels"]
     inputs = _token_inputs(batch, loss)
     beside = None if reference is None else reference.head(model, batch)
@@ -63,7 +65,7 @@ def fused_batch_loss(
         **head.options,
         **options,
     )
-    return _with_auxiliary_loss(output, auxiliary_loss(model, model_output), options["normalizer"], by_weight)
+    return _with_auxiliary_loss(output, auxiliary_loss(model, model_output, required), options["normalizer"], by_weight)
 
 
 def full_batch_loss(
@@ -88,7 +90,7 @@ def full_batch_loss(
         InputError: as :func:`fused_batch_loss`.
     """
     options = dict(options)
-    by_weight = options.pop("auxiliary_by_weight")
+    by_weight, required = options.pop("auxiliary_by_weight"), options.pop("auxiliary_required")
     inputs: dict[str, Any] = {
         name: value.view_as(batch["labels"])[:, :-1] for name, value in _token_inputs(batch, loss).items()
     }
@@ -109,7 +111,7 @@ def full_batch_loss(
         token_weight=batch["token_weight"][:, 1:] if "token_weight" in batch else None,
         **options,
     )
-    auxiliary = auxiliary_loss(model, outputs[-1]) if outputs else None
+    auxiliary = auxiliary_loss(model, outputs[-1], required) if outputs else None
     return _with_auxiliary_loss(output, auxiliary, options["normalizer"], by_weight)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import AdamW, Optimizer
@@ -42,10 +42,11 @@ from dft_lightning.losses import CrossEntropyLoss, TokenLoss, require_default_fo
 from dft_lightning.metrics import AnswerExtractor, ExactMatch, LastNumber, SourceMetrics, TokenMetrics
 from dft_lightning.metrics.exact_sums import ExactSums
 from dft_lightning.modules.adapter import attach, base_name, lora_config, lora_values
+from dft_lightning.modules.auxiliary import auxiliary_line, set_auxiliary_loss
 from dft_lightning.modules.batch_loss import check_top_k, full_batch_loss, fused_batch_loss
 from dft_lightning.modules.documents import check_documents, model_inputs
 from dft_lightning.modules.generation import GenerationOptions, decode_completions, generate, stop_token_ids
-from dft_lightning.modules.head import WAY_OUT, check_head, ends_of, find_head
+from dft_lightning.modules.head import WAY_OUT, check_head, ends_of, find_head, text_config
 from dft_lightning.modules.loading import DType, checkpoint_activations, config_values, empty_causal_lm, load_causal_lm
 from dft_lightning.modules.monitors import check_monitors, check_monitors_by_validation
 from dft_lightning.modules.non_finite import NonFiniteSteps, OnNonFinite, check_on_non_finite
@@ -60,7 +61,7 @@ from dft_lightning.modules.optimization import (
 )
 from dft_lightning.modules.quantization import OptimizerName, adamw_8bit, check_optimizer_name, is_quantized
 from dft_lightning.modules.reference import ReferenceModel, needs_reference_model, reference_of
-from dft_lightning.modules.row_checks import check_rows
+from dft_lightning.modules.row_checks import check_rows, rotary_length
 from dft_lightning.modules.saved import SavedModule
 from dft_lightning.modules.size import training_size
 from dft_lightning.modules.telemetry import TrainTelemetry
@@ -122,6 +123,10 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
         renormalize: divide a step's gradient by the sum of its tokens' weights ``-dL/dl`` over all micro-batches and
             ranks, in place of their number. Weights then have mean one, so that clipping acts alike on every loss.
             What is logged stays the mean per target token.
+        router_aux_loss_coef: coefficient of the auxiliary loss of a mixture of experts, which is added to each token's
+            loss; 0 leaves it out. ``None`` goes by the model's config, in which most leave it out
+            (``output_router_logits: false``); the run says which it is. It is a mean over the tokens of a micro-batch,
+            so that it depends on how a step is split.
         on_non_finite: what becomes of an optimizer step in which the loss of a micro-batch on any rank, or the norm of
             the gradient, is NaN or infinite: ``"raise"`` ends the run before the optimizer steps; ``"skip"`` leaves
             parameters and optimizer as they are, goes on and logs ``skipped_steps``, until 100 are skipped in a row.
@@ -167,6 +172,7 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
         optimizer: OptimizerName = "adamw",
         sharding: ShardingOptions = ShardingOptions(),  # noqa: B008 (frozen)
         renormalize: bool = False,
+        router_aux_loss_coef: float | None = None,
         on_non_finite: OnNonFinite = "raise",
         log_train_entropy: bool = False,
         generation: GenerationOptions = GenerationOptions(),  # noqa: B008 (frozen)
@@ -178,6 +184,8 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
         self.save_hyperparameters()
         check_optimizer_name(optimizer)
         check_on_non_finite(on_non_finite)
+        if router_aux_loss_coef is not None and not 0 <= router_aux_loss_coef < math.inf:
+            raise ValueError(f"router_aux_loss_coef must be a number from 0 on, got {router_aux_loss_coef}")
         self._check_adapter_options()
         check_schedule_options(warmup_steps, warmup_ratio, min_lr_ratio)
         check_adamw_options(learning_rate, betas, eps, weight_decay)
@@ -193,6 +201,7 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
             raise ValueError(f"{type(self.loss).__name__} compares with no model: leave reference_model out")
         self._check_head_option(head)
         self._rows_checked = self._head_checked = self._documents_checked = False
+        self._rotary: tuple[str, int] | None = None
         self.train_telemetry = TrainTelemetry()
         self.val_metrics = TokenMetrics()
         self.forgetting_metrics = TokenMetrics()
@@ -276,6 +285,7 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
             self.model, files = empty_causal_lm(self.hparams["model"], **self._loading_options())
         else:
             self.model = self.build_model()
+        set_auxiliary_loss(self.model, self.hparams["router_aux_loss_coef"])
         self._check_vocabulary()
         self._check_top_k()
         if needs_reference_model(self.loss) and not self._only_predicts:
@@ -400,6 +410,7 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
             "statistics": statistics,
             "step": self._step_of_loss(),
             "auxiliary_by_weight": self.hparams["renormalize"],
+            "auxiliary_required": bool(self.hparams["router_aux_loss_coef"]),
         }
         assert self.model is not None, "call configure_model() first"
         if "position_ids" in batch and not self._documents_checked:
@@ -408,7 +419,15 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
             self._documents_checked = True
         if not self._rows_checked:  # here and not at start-up, where a sharded model cannot be run
             check_rows(self.model)
-            self._rows_checked = True
+            self._rows_checked, self._rotary = True, rotary_length(text_config(self.model))
+        if self._rotary is not None and batch["input_ids"].shape[1] > self._rotary[1]:
+            kind, length = self._rotary
+            rank_zero_warn(
+                f"model: {type(self.model).__name__}'s rotary frequencies ({kind}) are others for the whole batch as "
+                f"soon as one of its rows is longer than {length} tokens, so that losses and metrics depend on what "
+                f"comes together: set data.max_length to {length} or less, or a batch size of 1"
+            )
+            self._rotary = None  # said once
         if self.hparams["head"] == "full":
             return full_batch_loss(self.model, self, batch, self.loss, options, self._reference)
         head = find_head(self.model)
@@ -523,7 +542,19 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
         # FSDP1 has cut the parameters themselves.
         counted = "parameters" if not isinstance(self.trainer.model, FullyShardedDataParallel) else "values on rank 0"
         rank_zero_info(training_size(self, self.trainer.optimizers, counted))
+        if self.model is not None and (line := auxiliary_line(self.model)) is not None:
+            rank_zero_info(line)
+        self._warn_of_float16()
         self.train_telemetry.start_clock()
+
+    def _warn_of_float16(self) -> None:
+        in_float16 = any(p.dtype == torch.float16 and p.requires_grad for p in self.parameters())
+        if in_float16 and not self._scales_gradients:
+            rank_zero_warn(
+                f"trainer.precision: {self.trainer.precision} trains parameters in float16 without a gradient scaler: "
+                "gradients below 6e-8 are lost and updates are rounded to three digits, so that it may learn little or "
+                "diverge. Use bf16-mixed, or 16-mixed on a GPU, with model.dtype: float32"
+            )
 
     def on_train_end(self) -> None:
         self._loss_step = self.global_step

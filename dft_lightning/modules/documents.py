@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dft_lightning.errors import InputError, one_line
-from dft_lightning.modules.row_checks import apart, rounding, trying
+from dft_lightning.modules.head import text_config
+from dft_lightning.modules.row_checks import apart, rounding, trying, vocabulary_of
 
 ATTENTION = "documents"
 WAY_OUT = "train on padded rows (data.padding_free: false, no data.packing)"
@@ -62,6 +63,11 @@ def model_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     if attention_of(model) == ATTENTION:
         if len(positions) != 1:
             raise InputError("attn_implementation: documents takes one row at a time: set data.padding_free: true")
+        if getattr(text_config(model), "output_router_logits", False):
+            raise InputError(
+                "attn_implementation: documents puts documents' lengths in place of a mask, which the auxiliary loss "
+                "of experts reads: use sdpa or flash_attention_2, or set model.router_aux_loss_coef: 0"
+            )
         lengths, span = document_lengths(positions), attention_span(model)
         if span is not None and max(lengths) > span:
             raise InputError(
@@ -118,7 +124,7 @@ def _check_documents_of(length: int, model: nn.Module, num_rows: int) -> None:
     span = attention_span(model) or 0
     # The second begins nowhere near a multiple of a chunk.
     first = length if length <= _CHECKED_TOKENS or length % span else length + 1
-    tokens = torch.arange(2 * first + length, device=device) % _vocabulary(model)
+    tokens = torch.arange(2 * first + length, device=device) % vocabulary_of(model, 3 * _CHECKED_TOKENS)
     documents = tokens[:first], tokens[first : 2 * first], tokens[2 * first :]
     name = f"model: {type(model).__name__} with attn_implementation {attention_of(model)}"
     try:
@@ -152,8 +158,7 @@ def _check_documents_of(length: int, model: nn.Module, num_rows: int) -> None:
 
 def attention_span(model: nn.Module) -> int | None:
     """The shortest window or chunk that some layer of a model attends in; ``None`` where all attend to everything."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(model)
     kinds = getattr(config, "layer_types", None)
     spans = [
         getattr(config, name, None)
@@ -179,11 +184,6 @@ def _last_logits_of_rows(model: nn.Module, *rows: Tensor) -> Tensor:
     """Of the last of rows of their own."""
     output: Tensor = model(**model_inputs(model, {"input_ids": torch.stack(rows)})).logits
     return output[-1:, -_CHECKED_TOKENS:]
-
-
-def _vocabulary(model: nn.Module) -> int:
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    return len(embedding.weight) if embedding is not None else 3 * _CHECKED_TOKENS
 
 
 def attention_of(model: nn.Module) -> str:

@@ -6,9 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+
+from dft_lightning.errors import InputError, one_line
+from dft_lightning.modules.row_checks import apart, evaluating, rounding, trying, vocabulary_of
 
 
 @dataclass(frozen=True)
@@ -40,19 +45,6 @@ class GenerationOptions:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k must not be negative, got {self.top_k}")
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; every submodule's own mode is restored, even after an error."""
-    modes = {submodule: submodule.training for submodule in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for submodule, mode in modes.items():
-            submodule.training = mode
 
 
 @contextmanager
@@ -92,6 +84,7 @@ def generate(
         ``[B, S]`` new tokens, the stop token included, ``S <= max_new_tokens``.
 
     Raises:
+        InputError: what it generates is not what its logits say, one row at a time or not.
         TypeError: the model has no ``generate``.
     """
     from transformers import GenerationConfig
@@ -107,14 +100,111 @@ def generate(
         pad_token_id=pad_token_id,
         **sampling,
     )
-    with evaluating(model), _own_generation_config(model, config):
-        tokens: Tensor = model.generate(  # type: ignore[operator]
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            generation_config=config,
-            synced_gpus=ranks_together,
+    manner = _manner_of(model, pad_token_id, ranks_together)
+    config.use_cache = manner.use_cache
+    with evaluating(model):
+        if manner.together:
+            return _generated(model, input_ids, attention_mask, config, synced_gpus=ranks_together).sequences
+        rows = [
+            _generated(model, ids[kept.bool()][None], kept[kept.bool()][None], config, synced_gpus=ranks_together)
+            for ids, kept in zip(input_ids, attention_mask, strict=True)
+        ]
+    return nn.utils.rnn.pad_sequence([row.sequences[0] for row in rows], True, float(pad_token_id))
+
+
+@dataclass(frozen=True)
+class _Manner:
+    """How a model has to generate, so that each row's completion is what its own logits say."""
+
+    together: bool = True
+    use_cache: bool = True
+
+
+_MANNERS: WeakKeyDictionary[nn.Module, _Manner] = WeakKeyDictionary()
+_LONG, _SHORT, _NEW = 8, 5, 3
+
+
+def _manner_of(model: nn.Module, pad_token_id: int, ranks_together: bool) -> _Manner:
+    """Found out once for a model, on a few tokens, before the first prompt.
+
+    A short row beside a longer one, padded on the left as prompts are, has to get the logits that the model's forward,
+    which training runs, gives it alone and without a cache. Recurrent states that padding moves, positions that count
+    padding, and caches that do not go on as the forward does, fail; then rows are generated one at a time, and at last
+    without a cache.
+
+    Raises:
+        InputError: no manner does.
+    """
+    if model in _MANNERS:
+        return _MANNERS[model]
+    reason = ""
+    for manner in (_Manner(), _Manner(together=False), _Manner(together=False, use_cache=False)):
+        reason = _goes_wrong(model, manner, pad_token_id, ranks_together)
+        if not reason:
+            break
+    else:
+        raise InputError(
+            f"model: {type(model).__name__} does not generate what its logits say, not even one row at a time and "
+            f"without a cache ({reason}): override CausalLMModule.generate, or leave generation out (validate, fit)"
         )
-    return tokens[:, input_ids.shape[1] :]
+    if not manner.together:
+        rank_zero_info(
+            f"generation: {type(model).__name__} does not keep rows of a padded batch apart, and generates one row "
+            "at a time" + ("" if manner.use_cache else ", without a cache")
+        )
+    _MANNERS[model] = manner
+    return manner
+
+
+def _goes_wrong(model: nn.Module, manner: _Manner, pad_token_id: int, ranks_together: bool) -> str:
+    """Why a manner is not one for a model; empty where it is."""
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    tokens = torch.arange(_LONG + _SHORT, device=device) % vocabulary_of(model, _LONG + _SHORT)
+    long, short = tokens[:_LONG], tokens[_LONG:]
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=_NEW,
+        do_sample=False,
+        eos_token_id=[],
+        pad_token_id=pad_token_id,
+        use_cache=manner.use_cache,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    rows, mask = short[None], torch.ones(1, _SHORT, dtype=torch.int64, device=device)
+    if manner.together:
+        rows = torch.stack([torch.cat([short.new_full((_LONG - _SHORT,), pad_token_id), short]), long])
+        mask = torch.ones_like(rows)
+        mask[0, : _LONG - _SHORT] = 0
+    try:
+        with trying(model):
+            made = _generated(model, rows, mask, config, synced_gpus=ranks_together)
+            whole = torch.cat([short, made.sequences[0]])[None, :-1]
+            own = model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False).logits[0, -_NEW:]
+    except Exception as error:  # whatever a model's own code raises over rows it cannot work with
+        return one_line(error)
+    found = torch.stack([step[0] for step in made.logits]).to(own.dtype)
+    moved = apart(found, own)
+    if not own.isfinite().all() or moved <= max(1e-3 * own.abs().max().item(), rounding(own, 16)):
+        return ""  # a model of nan shows in the loss
+    return f"its logits differ by {moved:.3g}"
+
+
+@dataclass
+class _Generated:
+    sequences: Tensor
+    logits: Sequence[Tensor]
+
+
+def _generated(model: Any, input_ids: Tensor, attention_mask: Tensor, config: Any, *, synced_gpus: bool) -> _Generated:
+    """New tokens ``[B, S]``, and the logits of each step where ``config`` asks for them."""
+    with _own_generation_config(model, config):
+        made: Any = model.generate(
+            input_ids=input_ids, attention_mask=attention_mask, generation_config=config, synced_gpus=synced_gpus
+        )
+    sequences: Tensor = made if isinstance(made, Tensor) else made.sequences
+    return _Generated(sequences[:, input_ids.shape[1] :], () if isinstance(made, Tensor) else made.logits)
 
 
 def stop_token_ids(model: Any, tokenizer: Any, end_of_turn_ids: Sequence[int]) -> list[int]:

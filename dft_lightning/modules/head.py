@@ -98,7 +98,7 @@ def find_head(model: nn.Module) -> LanguageModelHead:
             f"model: the output layer's weight is a {type(layer.weight.data).__name__} of {layer.weight.dtype}, and "
             f"the fused head needs a plain floating-point tensor; {WAY_OUT}"
         )
-    config = _text_config(model)
+    config = text_config(model)
     kind = getattr(config, "model_type", "")
     softcap = getattr(config, _SOFTCAP[kind]) if kind in _SOFTCAP else None
     scale = 1.0
@@ -113,7 +113,7 @@ def ends_of(model: nn.Module) -> list[Any]:
     return [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
 
 
-def _text_config(model: nn.Module) -> Any:
+def text_config(model: nn.Module) -> Any:
     """The config of the language model, within that of a multimodal one."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -244,20 +244,3 @@ def _compare(fused: Tensor, own: Tensor, logits: Tensor, model: nn.Module) -> No
             f"{difference:.3g}, {tolerance:.1g} would be rounding): the model does something to its logits that the "
             f"head does not know; {WAY_OUT}"
         )
-
-
-def auxiliary_loss(model: nn.Module, output: Any) -> Tensor | None:
-    """A mixture-of-experts model's load-balancing loss times its coefficient, ``None`` where it computes none.
-
-    Raises:
-        InputError: the model has such a loss but no coefficient that is known.
-    """
-    loss = getattr(output, "aux_loss", None)
-    if not isinstance(loss, Tensor):  # models with the loss switched off leave None or 0
-        return None
-    for holder in (model, _text_config(model)):
-        for name in ("router_aux_loss_coef", "aux_loss_coef"):
-            coefficient = getattr(holder, name, None)
-            if coefficient is not None:
-                return loss * float(coefficient)
-    raise InputError(f"model: {type(model).__name__} returns aux_loss, but its config has no router_aux_loss_coef")

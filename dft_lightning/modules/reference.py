@@ -15,8 +15,8 @@ from dft_lightning.losses import TokenLoss
 from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.modules.adapter import adapter_off, base_name, fingerprint, first_difference, trained_names
 from dft_lightning.modules.documents import check_documents, model_inputs
-from dft_lightning.modules.generation import evaluating
 from dft_lightning.modules.head import check_head, ends_of, find_head, run_without_head
+from dft_lightning.modules.row_checks import evaluating
 from dft_lightning.ops import ReferenceHead
 
 _REFERENCE = "dft_lightning_reference"

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dft_lightning.errors import InputError
-from dft_lightning.modules.generation import evaluating
 
 _LONG, _SHORT = 8, 5
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; every submodule's own mode is restored, even after an error."""
+    modes = {submodule: submodule.training for submodule in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for submodule, mode in modes.items():
+            submodule.training = mode
 
 
 @contextmanager
@@ -43,6 +56,12 @@ def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
 
 
+def vocabulary_of(model: nn.Module, otherwise: int) -> int:
+    """How many tokens a model knows, where it shows that."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    return otherwise if embedding is None else len(embedding.weight)
+
+
 def check_rows(model: nn.Module) -> None:
     """Find out whether a model keeps the future from its tokens, and whether padding leaves a row as it is.
 
@@ -53,9 +72,7 @@ def check_rows(model: nn.Module) -> None:
         InputError: one of the two does not hold, by model.
     """
     device = next(model.parameters()).device
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    vocabulary = _LONG + _SHORT + 1 if embedding is None else len(embedding.weight)
-    tokens = torch.arange(_LONG + _SHORT + 1, device=device) % vocabulary
+    tokens = torch.arange(_LONG + _SHORT + 1, device=device) % vocabulary_of(model, _LONG + _SHORT + 1)
     long, short = tokens[:_LONG], tokens[_LONG:-1]
     other = torch.cat([long[:-1], tokens[-1:]])
     padded = torch.cat([short, short[-1:].expand(_LONG - _SHORT)])
@@ -96,3 +113,19 @@ def _way_to_causality(model: nn.Module) -> str:
             "of model.model)"
         )
     return "take a causal language model, or the setting of this one that makes it one"
+
+
+def rotary_length(config: Any) -> tuple[str, int] | None:
+    """The kind and the length beyond which a model's rotary frequencies depend on the longest row of a batch.
+
+    Phi-3's LongRoPE and dynamic NTK take other frequencies for the whole batch as soon as one row is longer.
+
+    Args:
+        config: of the language model.
+    """
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in [ropes, *(each for each in ropes.values() if isinstance(each, dict))]:
+        if rope.get("rope_type") in ("longrope", "dynamic"):
+            length = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+            return rope["rope_type"], int(getattr(config, "original_max_position_embeddings", None) or length)
+    return None
