@@ -300,7 +300,7 @@ def check_lora(family: Family) -> float:
     of_gradient = distance(_step(module, batch), gradient(family, model, rows[:5]))
     path = family.folder.parent / "adapter.ckpt"
     module.trainer.save_checkpoint(path)
-    merged = merged_model(open_checkpoint(path), None, None)
+    merged = merged_model(open_checkpoint(path), None, None, trust_remote_code=False)
     ids = rows[0]["input_ids"]
     with torch.no_grad():
         adapted, of_merged = (family.logits(each.eval(), ids) for each in (model, merged))

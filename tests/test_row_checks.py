@@ -59,6 +59,15 @@ def test_xlnet_has_another_setting():
         check_rows(model)
 
 
+def test_a_model_that_does_not_run_on_padded_rows_is_named():
+    """transformers' mask of this kind of XLNet does not fit more rows than one."""
+    config = {"model_type": "xlnet", "d_model": 16, "n_layer": 1, "n_head": 2, "vocab_size": 97, "attn_type": "uni"}
+    with pytest.raises(
+        InputError, match=r"XLNetLMHeadModel does not run on two rows, of which one is padded \(.*shape"
+    ):
+        check_rows(load_causal_lm(config))
+
+
 class Leaking(nn.Module):
     """Hands a little of each token to the one before it, or of padding to the row."""
 

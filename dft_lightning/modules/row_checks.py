@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dft_lightning.errors import InputError
+from dft_lightning.errors import InputError, one_line
 
 _LONG, _SHORT = 8, 5
 
@@ -78,14 +78,19 @@ def check_rows(model: nn.Module) -> None:
     padded = torch.cat([short, short[-1:].expand(_LONG - _SHORT)])
     mask = torch.ones(2, _LONG, dtype=torch.int64, device=device)
     mask[1, _SHORT:] = 0
-    with trying(model):
-        first, second = (_logits(model, torch.stack([row, padded]), mask) for row in (long, other))
-        alone = _logits(model, short[None], mask[:1, :_SHORT])[0]
+    name = f"model: {type(model).__name__}"
+    try:
+        with trying(model):
+            first, second = (_logits(model, torch.stack([row, padded]), mask) for row in (long, other))
+            alone = _logits(model, short[None], mask[:1, :_SHORT])[0]
+    except InputError:
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        raise InputError(f"{name} does not run on two rows, of which one is padded ({one_line(error)})") from error
     if not all(logits.isfinite().all() for logits in (first[0], first[1, :_SHORT], alone)):
         return  # a model of nan shows in the loss
     own = first[1, :_SHORT]
     noise = apart(own, second[1, :_SHORT])
-    name = f"model: {type(model).__name__}"
     moved = apart(first[0, :-1], second[0, :-1])
     if moved > rounding(first[0], 2, noise):
         raise InputError(
