@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import lightning.pytorch as pl
 import numpy as np
@@ -272,6 +273,52 @@ def test_steps_of_epochs_that_accumulate_differently_are_all_counted(schedule, e
     assert run.lr_scheduler_configs[0].scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-12)
     halves = run.lr_scheduler_configs[0].scheduler.lr_lambdas[0](expected / 2)
     assert halves == pytest.approx(0.5)
+
+
+class Accumulate(pl.Callback):
+    """A callback that changes accumulation in its own way."""
+
+    def on_train_epoch_start(self, trainer, module):
+        trainer.accumulate_grad_batches = 1 + trainer.current_epoch
+
+
+class Slow(pl.Callback):
+    def on_train_batch_start(self, *_):
+        time.sleep(0.4)
+
+
+class Stop(pl.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step >= 7
+
+
+class Growing(pl.LightningDataModule):
+    """Two rows more in each epoch."""
+
+    def train_dataloader(self):
+        return loader(6 + 2 * self.trainer.current_epoch)
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "epoch", "end"),
+    [
+        ({"callbacks": [Accumulate()]}, None, "epoch 1 takes 2 optimizer steps, and 3 were counted", "after 6 "),
+        ({"reload_dataloaders_every_n_epochs": 1}, Growing, "epoch 1 takes 4 optimizer steps, and 3", "after 12 "),
+        ({"callbacks": [Stop()]}, None, None, "after 7 optimizer steps, and 9 were counted"),
+        ({"callbacks": [Slow()], "max_time": {"seconds": 1}}, None, None, "optimizer steps, and 9 were counted"),
+        ({}, None, None, None),
+        ({"limit_train_batches": 2}, None, None, None),
+        ({"overfit_batches": 2}, None, None, None),
+    ],
+)
+def test_a_run_of_another_length_than_its_schedule_says_so(options, data, epoch, end, recwarn):
+    rows = {"datamodule": data()} if data else {"train_dataloaders": loader()}
+    trainer(max_steps=-1, max_epochs=3, **options).fit(CausalLMModule(TINY_LLAMA), **rows)
+    said = [str(each.message) for each in recwarn if "model.lr_schedule" in str(each.message)]
+    assert any("model.lr_schedule: epoch" in each for each in said) == (epoch is not None)
+    assert any("the run ended" in each for each in said) == (end is not None)
+    for text in (epoch, end):
+        assert text is None or any(text in each for each in said), said
 
 
 class Endless(IterableDataset):

@@ -57,6 +57,7 @@ from dft_lightning.modules.optimization import (
     decay_groups,
     learning_rate_factor,
     matrix_names,
+    steps_of_epochs,
     total_optimizer_steps,
 )
 from dft_lightning.modules.quantization import OptimizerName, adamw_8bit, check_optimizer_name, is_quantized
@@ -201,6 +202,7 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
             raise ValueError(f"{type(self.loss).__name__} compares with no model: leave reference_model out")
         self._check_head_option(head)
         self._rows_checked = self._head_checked = self._documents_checked = False
+        self._counted_steps: tuple[int, list[int] | None] | None = None
         self._rotary: tuple[str, int] | None = None
         self.train_telemetry = TrainTelemetry()
         self.val_metrics = TokenMetrics()
@@ -556,7 +558,30 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
                 "diverge. Use bf16-mixed, or 16-mixed on a GPU, with model.dtype: float32"
             )
 
+    def on_train_epoch_start(self) -> None:
+        """Data that is loaded anew and callbacks may change an epoch's length after the schedule was made."""
+        epoch, counted = self.trainer.current_epoch, self._counted_steps
+        if counted is None or counted[1] is None or epoch >= len(counted[1]):
+            return
+        steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        if math.isfinite(steps) and math.ceil(steps) != counted[1][epoch]:
+            rank_zero_warn(
+                f"model.lr_schedule: epoch {epoch} takes {math.ceil(steps)} optimizer steps, and {counted[1][epoch]} "
+                f"were counted when the schedule was made: it comes to its end after {counted[0]} steps, and the run "
+                "perhaps not. Set trainer.max_steps"
+            )
+
+    def _say_where_the_schedule_is(self) -> None:
+        counted = self._counted_steps
+        if counted is not None and self.global_step != counted[0]:
+            rank_zero_warn(
+                f"model.lr_schedule: the run ended after {self.global_step} optimizer steps, and {counted[0]} were "
+                f"counted when the schedule was made: the last learning rate, {self._step_learning_rate:.3g}, is not "
+                "the one at its end"
+            )
+
     def on_train_end(self) -> None:
+        self._say_where_the_schedule_is()
         self._loss_step = self.global_step
 
     def on_validation_start(self) -> None:
@@ -763,6 +788,7 @@ class CausalLMModule(NonFiniteSteps, SavedModule):
         schedule, warmup_ratio = self.hparams["lr_schedule"], self.hparams["warmup_ratio"]
         needs_total = schedule != "constant" or warmup_ratio is not None
         total = total_optimizer_steps(self.trainer) if needs_total else None
+        self._counted_steps = (total, steps_of_epochs(self.trainer)) if total is not None else None
         warmup_steps = self.hparams["warmup_steps"]
         if warmup_ratio is not None and total is not None:
             warmup_steps = math.ceil(warmup_ratio * total)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -105,9 +104,9 @@ def total_optimizer_steps(trainer: pl.Trainer) -> int:
     """
     limits: list[int] = [trainer.max_steps] if trainer.max_steps >= 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        batches = num_training_batches(trainer)
-        if batches is not None:
-            limits.append(sum(math.ceil(batches / each) for each in _accumulation_of_epochs(trainer)))
+        steps = steps_of_epochs(trainer)
+        if steps is not None:
+            limits.append(sum(steps))
         elif not limits:
             raise InputError(
                 "the schedule needs the number of optimizer steps, but trainer.max_steps is not set and the training "
@@ -118,12 +117,21 @@ def total_optimizer_steps(trainer: pl.Trainer) -> int:
     return min(limits)
 
 
-def _accumulation_of_epochs(trainer: pl.Trainer) -> Iterator[int]:
-    """Micro-batches of an optimizer step in each epoch, as a ``GradientAccumulationScheduler`` will set them."""
+def steps_of_epochs(trainer: pl.Trainer) -> list[int] | None:
+    """Optimizer steps of each epoch, as a ``GradientAccumulationScheduler`` will have them.
+
+    ``None`` where the run has no number of epochs, or the data no length.
+    """
+    batches = num_training_batches(trainer)
+    if batches is None or trainer.max_epochs is None or trainer.max_epochs < 0:
+        return None
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     schedulers = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
-    for epoch in range(trainer.max_epochs or 0):
-        yield (schedulers[-1].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches)
+
+    def accumulation(epoch: int) -> int:
+        return schedulers[-1].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
+
+    return [math.ceil(batches / accumulation(epoch)) for epoch in range(trainer.max_epochs)]
 
 
 def num_training_batches(trainer: pl.Trainer) -> int | None:
