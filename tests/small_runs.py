@@ -127,6 +127,7 @@ def step_gradient(
     loss: str,
     num_rows: int = 16,
     trainer_options: Any = None,
+    clip: float = CLIP,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient of the first step of a fit on arithmetic rows, before and after clipping."""
@@ -137,7 +138,7 @@ def step_gradient(
     data = arithmetic_data(num_rows, batch_size=batch_size, shuffle=False)
     run = trainer(
         accumulate_grad_batches=accumulate,
-        gradient_clip_val=CLIP,
+        gradient_clip_val=clip,
         **(trainer_options or {}),
     )
     run.fit(module, datamodule=data)

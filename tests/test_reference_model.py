@@ -229,6 +229,18 @@ def test_another_vocabulary_is_refused(tmp_path):
         module.configure_model()
 
 
+def test_a_reference_that_sees_the_future_is_refused(tmp_path):
+    encoder = {"model_type": "bert", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    other = CausalLMModule({**encoder, "num_attention_heads": 2, "vocab_size": 20})
+    other.configure_model()
+    other.model.save_pretrained(tmp_path)
+    for head in ("fused", "full"):
+        module = CausalLMModule(TINY_ARITHMETIC, loss=AnchoredLoss(), reference_model=str(tmp_path), head=head)
+        module.configure_model()
+        with pytest.raises(InputError, match="BertLMHeadModel sees the tokens that it is to predict"):
+            module.token_output(batches()[0])
+
+
 def test_a_reference_that_nothing_reads_is_refused():
     with pytest.raises(ValueError, match="DFTLoss compares with no model: leave reference_model out"):
         CausalLMModule(BASE, loss=DFTLoss(), reference_model=BASE)

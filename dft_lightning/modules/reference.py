@@ -16,7 +16,7 @@ from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.modules.adapter import adapter_off, base_name, fingerprint, first_difference, trained_names
 from dft_lightning.modules.documents import check_documents, model_inputs
 from dft_lightning.modules.head import check_head, ends_of, find_head, run_without_head
-from dft_lightning.modules.row_checks import evaluating
+from dft_lightning.modules.row_checks import check_rows, evaluating
 from dft_lightning.ops import ReferenceHead
 
 _REFERENCE = "dft_lightning_reference"
@@ -39,7 +39,7 @@ class ReferenceModel:
 
     def __init__(self, model: nn.Module | None) -> None:
         self._model = None if model is None else model.eval().requires_grad_(False)
-        self._head_checked = self._documents_checked = False
+        self._rows_checked = self._head_checked = self._documents_checked = False
 
     def remember(self, checkpoint: dict[str, Any]) -> None:
         """Write into a checkpoint what tells the reference from others. Of an adapter's base that is there already."""
@@ -108,6 +108,9 @@ class ReferenceModel:
         model = trained if self._model is None else self._placed(trained)
         off = adapter_off(trained) if self._model is None else nullcontext()
         with off, evaluating(model):
+            if not self._rows_checked:
+                check_rows(model)
+                self._rows_checked = True
             if "position_ids" in batch and not self._documents_checked:
                 check_documents(model, len(batch["position_ids"]))
                 self._documents_checked = True
