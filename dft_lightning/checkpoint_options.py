@@ -166,7 +166,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict) and "class_path" in value:
         package, _, name = value["class_path"].rpartition(".")
         name = name if package.startswith("dft_lightning.") else value["class_path"]
-        arguments, defaults = value["init_args"], _defaults_of(named_class(value["class_path"]))
+        arguments, defaults = value.get("init_args", {}), _defaults_of(named_class(value["class_path"]))
         if not isinstance(arguments, dict):
             return f"{name} ({arguments})"
         given = [f"{k}={_shown(v)}" for k, v in arguments.items() if k not in defaults or defaults[k] != v]

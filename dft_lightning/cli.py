@@ -10,7 +10,9 @@ import re
 import sys
 import threading
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from dft_lightning.callbacks import InterruptionCheckpoint, PredictionWriter
 from dft_lightning.checkpoint_options import SavedOptions, differing, options_to_take, read_options, taken
 from dft_lightning.checkpoints import keep_whole, refused_write, resolve_checkpoint
-from dft_lightning.cli_errors import shorten
+from dft_lightning.cli_errors import OF_A_FIT, OTHER_COMMANDS, shorten
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.distributed.strategies import check_precision
 from dft_lightning.errors import InputError, printable
 from dft_lightning.modules import CausalLMModule
+from dft_lightning.own_classes import GROUPS, Classes, check_known, read_classes, text_without_classes, this_script
 from dft_lightning.processes import RunProcesses, is_of_a_lost_process
 from dft_lightning.saved_config import RunConfig
 from dft_lightning.trust import check_classes, check_kernel, import_paths, importing_only
@@ -57,10 +60,14 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.class_paths: dict[str, list[str]] = {group: [] for group in GROUPS}  # that it is built for
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
         # With sub-configs, jsonargparse reads any file that a flag names as YAML first: data files, too.
         return super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
+
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
+        return super().parse_string(text_without_classes(content, self.class_paths), *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         if not self.exit_on_error:  # a parser for a class's options: the outer one adds the key
@@ -77,17 +84,51 @@ class DFTLightningCLI(LightningCLI):
     kind. No checkpoint is chosen by its ``nll``, which rises under DFT. Checkpoints are loaded with
     ``weights_only=True``. With one, ``model`` options that are not given are those of its run, and every difference is
     printed.
+
+    Args:
+        model_class: the module, where neither the arguments nor their configs name another.
+        datamodule_class: the data module, likewise.
+        args: of the command; ``None`` takes ``sys.argv``.
+        on_trainer: called before anything runs, which it does in here.
+        kwargs: of LightningCLI.
     """
 
-    def __init__(self, *args: Any, on_trainer: Callable[[pl.Trainer], None] | None = None, **kwargs: Any) -> None:
-        self._on_trainer = on_trainer  # called before anything runs, which it does in here
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model_class: type[CausalLMModule],
+        datamodule_class: type[InstructionDataModule],
+        *,
+        args: Any = None,
+        on_trainer: Callable[[pl.Trainer], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._on_trainer = on_trainer
+        given = sys.argv[1:] if args is None else args
+        args, classes, self._class_paths = read_classes(given, Classes(model_class, datamodule_class))
+        for group, paths in self._class_paths.items():
+            if not paths and (own := classes.path(group)):
+                paths.append(own)
+        super().__init__(classes.model, classes.data, args=args, **kwargs)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser: Any = super().init_parser(**kwargs)
+        parser.class_paths = self._class_paths
+        return parser  # type: ignore[no-any-return]
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_core_arguments_to_parser(parser)
+        for group, base in GROUPS.items():
+            what = f"dotted path of a subclass of {base.__name__}, whose options are here, too; also --{group} CLASS"
+            named = self._class_paths[group][-1:] or [SUPPRESS]
+            parser.add_argument(f"--{group}.class_path", type=str, default=named[0], help=what, metavar="CLASS")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         check_environment()
         # Lightning's own warns of args beside sys.argv, which every in-process caller (a test, a notebook) has.
         self._args = args
         self.config = self._parse(parser)
+        for group, paths in self._class_paths.items():  # a file of a group alone is not looked at before
+            check_known(group, (self.config.get(self.config.subcommand) or {}).get(f"{group}.class_path"), paths[-1:])
 
     def _parse(self, parser: LightningArgumentParser, **options: Any) -> Namespace:
         given = isinstance(self._args, (dict, Namespace))
@@ -127,6 +168,8 @@ class DFTLightningCLI(LightningCLI):
         config = self.config.clone()
         for group in leave_out:
             self._options(config).pop(group)
+        for group in GROUPS.keys() - set(leave_out):
+            self._options(config)[group] = _without_class(self._options(config)[group])
         classes = {"model": self._model_class, "data": self._datamodule_class}
         skip = [(lambda *_, **__: None, classes[group], True) for group in leave_out if group in classes]
         made: Namespace = self.parser.instantiate(config, instantiators=skip)
@@ -137,9 +180,9 @@ class DFTLightningCLI(LightningCLI):
         if not saved.model:
             return []
         options = self._options(self.config)
-        before = options.model
+        before = _without_class(options.model)
         new = options_to_take(before, self._given_options(), saved.model)
-        named = import_paths(before)  # by the command and its configs
+        named = import_paths(options.model)  # by the command and its configs
         check_kernel(new, "model.attn_implementation", "give it if you trust it")
         taken_classes = check_classes(new, "model", _GIVE_IT, named)
         parser = self._parser(self.subcommand)
@@ -152,8 +195,9 @@ class DFTLightningCLI(LightningCLI):
             raise InputError(f"{message} (the checkpoint's run had it; give what is to be in its place)") from error
         finally:
             parser.exit_on_error = exits
-        check_classes(options.model, "model", _GIVE_IT, named)  # a text may have named one that the trainer has
-        return taken(before, options.model)
+        after = _without_class(options.model)
+        check_classes(after, "model", _GIVE_IT, named)  # a text may have named one that the trainer has
+        return taken(before, after)
 
     def _given_options(self) -> Any:
         """The ``model`` options that config files, flags and environment give."""
@@ -200,6 +244,13 @@ class DFTLightningCLI(LightningCLI):
         if kwargs.get("weights_only") is None:
             kwargs["weights_only"] = True
         return kwargs
+
+
+def _without_class(options: Namespace) -> Namespace:
+    """Options of a module or data module alone."""
+    alone: Namespace = options.clone()
+    alone.pop("class_path", None)
+    return alone
 
 
 def check_environment() -> None:
@@ -375,8 +426,15 @@ def main(
 
     Raises:
         SystemExit: after one message on standard error: with status 2 where the input was wrong, with status 1 where
-            another process of the run died.
+            another process of the run died. ``compare``, ``inspect`` and the others beside ``fit``, ``validate``,
+            ``test`` and ``predict`` end with their status always.
     """
+    own = (module_class, datamodule_class) != (CausalLMModule, InstructionDataModule)
+    classes = Classes(module_class, datamodule_class, this_script(args) if own else None)
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list) and given and given[0] in OTHER_COMMANDS:
+        run_other = import_module(OTHER_COMMANDS[given[0]]).main
+        raise SystemExit(run_other(given[1:], classes) if given[0] in OF_A_FIT else run_other(given[1:]))
     quiet()
     run = _Main()
     try:

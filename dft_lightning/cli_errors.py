@@ -191,6 +191,8 @@ OTHER_COMMANDS = {
     "export": "dft_lightning.export.command",
     "configs": "dft_lightning.shipped_configs",
 }
+# Those that take the options of ``fit`` beside their own, and with them the classes of one's own.
+OF_A_FIT = ("compare", "inspect", "score", "sample")
 
 
 def _unknown_command(match: re.Match[str], message: str, parser: ArgumentParser) -> str:

@@ -13,6 +13,7 @@ from dft_lightning.cli import DFTLightningCLI, Parser, cli_options
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.errors import InputError
 from dft_lightning.modules import CausalLMModule
+from dft_lightning.own_classes import PACKAGE, Classes
 
 
 class _ConfigReader(DFTLightningCLI):
@@ -38,12 +39,13 @@ class _ConfigReader(DFTLightningCLI):
         return content
 
 
-def read_fit_config(paths: list[Path], overrides: dict[str, Any]) -> dict[str, Any]:
+def read_fit_config(paths: list[Path], overrides: dict[str, Any], classes: Classes = PACKAGE) -> dict[str, Any]:
     """Every key of a ``fit`` config, defaults included, checked as the command checks them.
 
     Args:
         paths: config files, later ones over earlier ones.
         overrides: keys over all of them.
+        classes: of the command, where no config names any; the config that is returned names what is one's own.
 
     Raises:
         SystemExit: with status 2 after one message, where a key or value is wrong.
@@ -55,36 +57,46 @@ def read_fit_config(paths: list[Path], overrides: dict[str, Any]) -> dict[str, A
             file = Path(folder) / "overrides.yaml"
             file.write_text(yaml.safe_dump(overrides))
             files.append(str(file))
-        return read_arguments(["fit", *(argument for file in files for argument in ("--config", file))])
+        return read_arguments(["fit", *(argument for file in files for argument in ("--config", file))], classes)
 
 
-def read_arguments(args: list[str]) -> dict[str, Any]:
+def read_arguments(args: list[str], classes: Classes = PACKAGE) -> dict[str, Any]:
     """Every key of a ``fit`` config from the command's arguments, ``"fit"`` first; see :func:`read_fit_config`."""
-    return _ConfigReader(CausalLMModule, InstructionDataModule, **cli_options(), args=args).whole_config()
+    return _ConfigReader(classes.model, classes.data, **cli_options(), args=args).whole_config()
 
 
-def data_of(config: dict[str, Any]) -> InstructionDataModule:
+def data_of(config: dict[str, Any], classes: Classes = PACKAGE) -> InstructionDataModule:
     """The data module of a whole config, for what needs no trainer.
+
+    Args:
+        config: as it was read.
+        classes: of the command.
 
     Raises:
         InputError: options that contradict each other or are out of range.
     """
-    data: InstructionDataModule = _made(InstructionDataModule, "data", config)
-    data.model_hparams = config["model"]
+    data: InstructionDataModule = _made("data", config, classes)
+    data.model_hparams = _split(config["model"])[1]
     return data
 
 
-def module_of(config: dict[str, Any]) -> CausalLMModule:
-    """The module of a whole config, its model not yet loaded. Raises as :func:`data_of`."""
-    module: CausalLMModule = _made(CausalLMModule, "model", config)
+def module_of(config: dict[str, Any], classes: Classes = PACKAGE) -> CausalLMModule:
+    """The module of a whole config, its model not yet loaded. Arguments and errors as of :func:`data_of`."""
+    module: CausalLMModule = _made("model", config, classes)
     return module
 
 
-def _made(cls: type, group: str, config: dict[str, Any]) -> Any:
+def _made(group: str, config: dict[str, Any], classes: Classes) -> Any:
+    path, options = _split(config[group])
     parser = Parser(exit_on_error=True)
-    parser.add_class_arguments(cls, group)
-    given = parser.parse_object({group: config[group]})
+    parser.add_class_arguments(classes.named(group, path), group)
+    given = parser.parse_object({group: options})
     try:
         return parser.instantiate_classes(given)[group]
     except ValueError as error:  # how constructors refuse an option
         raise InputError(str(error)) from error
+
+
+def _split(group: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """A group's class path, where it has one, and its options."""
+    return group.get("class_path"), {name: value for name, value in group.items() if name != "class_path"}

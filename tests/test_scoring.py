@@ -22,7 +22,7 @@ from dft_lightning.data import ArithmeticRows
 from dft_lightning.data.tokenizer import load_tokenizer
 from dft_lightning.errors import InputError
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss
-from dft_lightning.scoring.batches import ScoringModule
+from dft_lightning.scoring import run as scoring
 from dft_lightning.scoring.command import main
 from small_runs import trainer
 
@@ -513,7 +513,7 @@ def test_columns_that_json_cannot_hold_are_left_out_unless_they_are_read(llama, 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_nothing_behind(number, status, llama, tmp_path, monkeypatch, capfd):
-    own, calls = ScoringModule.predict_step, []
+    own, calls = scoring.target_log_probs, []
 
     def killed(self, batch, batch_idx):
         calls.append(batch_idx)
@@ -521,7 +521,7 @@ def test_a_signal_leaves_nothing_behind(number, status, llama, tmp_path, monkeyp
             os.kill(os.getpid(), number)
         return own(self, batch, batch_idx)
 
-    monkeypatch.setattr(ScoringModule, "predict_step", killed)
+    monkeypatch.setattr(scoring, "target_log_probs", killed)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     args = arguments(tmp_path, llama, {"train": write(tmp_path / "rows.jsonl")})
     assert main(args) == status
@@ -531,8 +531,8 @@ def test_a_signal_leaves_nothing_behind(number, status, llama, tmp_path, monkeyp
 
 
 def test_a_model_that_overflows_is_refused(llama, tmp_path, monkeypatch, capfd):
-    own = ScoringModule.predict_step
-    monkeypatch.setattr(ScoringModule, "predict_step", lambda *args: [part * float("nan") for part in own(*args)])
+    own = scoring.target_log_probs
+    monkeypatch.setattr(scoring, "target_log_probs", lambda *args: [part * float("nan") for part in own(*args)])
     args = arguments(tmp_path, llama, {"train": write(tmp_path / "rows.jsonl")})
     assert "rows.jsonl: row 1: the model's log-prob of target 1 is nan" in fails(capfd, args)
     assert sorted(os.listdir(tmp_path)) == ["config.yaml", "rows.jsonl"]

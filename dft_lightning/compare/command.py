@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -18,6 +18,9 @@ from dft_lightning.cli_errors import CommandParser
 from dft_lightning.compare.files import SETTINGS
 from dft_lightning.errors import InputError
 from dft_lightning.files import refuse_link, write_text
+
+if TYPE_CHECKING:
+    from dft_lightning.own_classes import Classes
 
 
 def _arguments(args: Sequence[str]) -> argparse.Namespace:
@@ -39,11 +42,12 @@ def _arguments(args: Sequence[str]) -> argparse.Namespace:
     return given
 
 
-def main(args: Sequence[str]) -> int:
+def main(args: Sequence[str], classes: Classes | None = None) -> int:
     """Run the command.
 
     Args:
         args: what follows ``compare`` on the command line.
+        classes: modules of one's own; ``None`` for the package's.
 
     Returns:
         The exit status: 0 where every run ended well, 1 where one failed (the report says which), 130 where the
@@ -60,7 +64,7 @@ def main(args: Sequence[str]) -> int:
 
             write_report(given.report_only)
             return 0
-        return _compare(given)
+        return _compare(given, classes)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
@@ -75,24 +79,28 @@ def _require_packages() -> None:
         raise InputError(f"the report needs {', '.join(missing)}: pip install 'dft-lightning[compare]'")
 
 
-def _compare(given: argparse.Namespace) -> int:
+def _compare(given: argparse.Namespace, classes: Classes | None) -> int:
     from dft_lightning.compare.clock import Clock
     from dft_lightning.compare.execute import check_jobs, ending_on_signals, execute
-    from dft_lightning.compare.grid import base_run, runs_at_best, sweep_runs, write_config
+    from dft_lightning.compare.grid import base_run, runs_at_best, started_by, sweep_runs, write_config
     from dft_lightning.compare.inputs import check_inputs
     from dft_lightning.compare.report import write_report
     from dft_lightning.compare.settings import read_settings
     from dft_lightning.fit_config import read_fit_config
+    from dft_lightning.own_classes import PACKAGE
 
+    classes = classes or PACKAGE
     settings = read_settings(given.config)
-    fit_config = read_fit_config(settings.base, settings.overrides)
+    fit_config = read_fit_config(settings.base, settings.overrides, classes)
     _check_fit_config(fit_config, settings.path)
     check_jobs(given.jobs, fit_config["trainer"])
     output = given.output
+    program = classes.program(fit_config)
     sweep = [base_run(settings, fit_config, output), *sweep_runs(settings, fit_config, output)]
+    sweep = started_by(program, sweep)
     swept = not any(run.commands() for run in sweep)
     if not swept:
-        check_inputs(sweep, settings.evaluation)
+        check_inputs(sweep, settings.evaluation, classes)
     with _only_one(output) as lock, ending_on_signals():
         clock = Clock(output)
         for run in sweep:
@@ -103,8 +111,9 @@ def _compare(given: argparse.Namespace) -> int:
         not_ended = {run.identity.loss for run in sweep if given.print_commands and run.commands()}
         ended = [loss for loss in settings.losses if loss not in not_ended]
         further = runs_at_best(settings, fit_config, output, _best_rates(settings, output, ended))
+        further = started_by(program, further)
         if swept and any(run.commands() for run in further):
-            check_inputs(further, settings.evaluation)
+            check_inputs(further, settings.evaluation, classes)
         for run in further:
             write_config(run)
         if given.print_commands:

@@ -87,7 +87,7 @@ def _run_stages(run: Run, places: SimpleQueue[dict[str, str]], children: _Childr
             log = run.folder / f"{stage}.log"
             log.unlink(missing_ok=True)  # not through a link
             with log.open("w", encoding="utf-8") as output:
-                status = children.run([sys.executable, "-m", "dft_lightning", *arguments], output, place)
+                status = children.run([sys.executable, *run.program, *arguments], output, place)
             if status != 0:
                 text = log.read_text(encoding="utf-8", errors="replace")
                 return Failure(run.identity.name, stage, last_error(text, status))

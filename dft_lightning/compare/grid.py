@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,16 @@ class Run:
         identity: its place in the grid.
         folder: where everything of it is.
         config: of its ``fit`` and ``test``.
+        program: what Python is given before the arguments.
     """
 
     identity: RunIdentity
     folder: Path
     config: dict[str, Any]
+    program: tuple[str, ...] = ("-m", "dft_lightning")
 
     def commands(self) -> dict[str, list[str]]:
-        """What is left to do: arguments of ``python -m dft_lightning``, by stage."""
+        """What is left to do: arguments of its program, by stage."""
         config = str(self.folder / CONFIG)
         fit, test = ["fit", "--config", config], ["test", "--config", config]
         if self.identity.loss is None:
@@ -83,6 +86,11 @@ def runs_at_best(
     """Every loss at its best learning rates with the further seeds."""
     places = [(loss, rate, seed) for seed in settings.seeds_at_best for loss in best for rate in best[loss]]
     return [_run(settings, fit_config, output, identity(*place)) for place in places]
+
+
+def started_by(program: tuple[str, ...], runs: Sequence[Run]) -> list[Run]:
+    """The runs with what Python is given to start each."""
+    return [dataclasses.replace(run, program=program) for run in runs]
 
 
 def identity(loss: str, learning_rate: float, seed: int) -> RunIdentity:
@@ -153,7 +161,7 @@ def write_config(run: Run) -> None:
             )
         return
     refuse_link(run.folder)
-    text = f"# python -m dft_lightning fit --config {path}\n" + yaml.safe_dump(run.config, sort_keys=False)
+    text = f"# python {shlex.join(run.program)} fit --config {path}\n" + yaml.safe_dump(run.config, sort_keys=False)
     write_text(path, text)
 
 
@@ -197,4 +205,4 @@ def first_difference(old: Any, new: Any, key: str = "") -> str:
 
 def shell_line(run: Run) -> str:
     """What is left of a run as one line for a shell or a scheduler."""
-    return " && ".join(f"python -m dft_lightning {shlex.join(args)}" for args in run.commands().values())
+    return " && ".join(f"python {shlex.join([*run.program, *args])}" for args in run.commands().values())

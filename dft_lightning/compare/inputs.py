@@ -16,9 +16,10 @@ from dft_lightning.errors import InputError
 from dft_lightning.fit_config import data_of, module_of
 from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.metrics import ExactMatch
+from dft_lightning.own_classes import PACKAGE, Classes
 
 
-def check_inputs(runs: Sequence[Run], evaluation: dict[str, Any]) -> None:
+def check_inputs(runs: Sequence[Run], evaluation: dict[str, Any], classes: Classes = PACKAGE) -> None:
     """Read what the runs read, and find the answers that they are scored against. No model is loaded.
 
     The rows stay in the cache of ``datasets``, where the runs find them. They are read again only for a loss that wants
@@ -27,6 +28,7 @@ def check_inputs(runs: Sequence[Run], evaluation: dict[str, Any]) -> None:
     Args:
         runs: of the grid.
         evaluation: the comparison's.
+        classes: of the command.
 
     Raises:
         InputError: what would end a run: no such file, a bad row, no tokenizer, a reference without an answer, options
@@ -35,14 +37,14 @@ def check_inputs(runs: Sequence[Run], evaluation: dict[str, Any]) -> None:
     seen = set()
     for run in runs:
         with _as_one_message():
-            module = module_of(run.config)
+            module = module_of(run.config, classes)
             needs = {need.name for need in normalise_needs(getattr(module.loss, "needs", ()))}
             wants = "reference_log_prob" in needs, getattr(module.loss, "takes_negative_weights", True)
             tested_alone = run.identity.loss is None
             if (tested_alone, wants) in seen:
                 continue
             seen.add((tested_alone, wants))
-            data = data_of(run.config)
+            data = data_of(run.config, classes)
             data.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]  # whose loss it asks for
             for stage in ("test",) if tested_alone else ("fit", "test"):
                 data.load(stage)

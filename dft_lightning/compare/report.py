@@ -174,9 +174,20 @@ def facts(findings: Findings, calls: list[dict[str, float]]) -> list[tuple[str, 
         ("minutes in sum", _in_sum(findings)),
         ("minutes by the clock", _by_the_clock(calls)),
         ("base config", ", ".join(settings["base"])),
+        *_own_classes(findings),
         ("device", "; ".join(devices)),
         ("versions", "; ".join(sorted({", ".join(f"{k} {v}" for k, v in each.items()) for each in versions}))),
     ]
+
+
+def _own_classes(findings: Findings) -> list[tuple[str, str]]:
+    """The runs' module and data module, where they are not the package's own."""
+    found = []
+    for group, what in (("model", "module"), ("data", "data module")):
+        paths = {str(record.config.get(group, {}).get("class_path", "")) for record in findings.records}
+        if own := ", ".join(sorted(path for path in paths if not path.startswith("dft_lightning."))):
+            found.append((what, own))
+    return found
 
 
 def _in_sum(findings: Findings) -> str:

@@ -18,6 +18,7 @@ from dft_lightning.compare.names import slug_of
 from dft_lightning.compare.recorder import Evaluation
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.losses import TokenLoss
+from dft_lightning.own_classes import GROUPS, flat
 from dft_lightning.shipped_configs import hint
 
 
@@ -99,7 +100,9 @@ def read_settings(paths: list[Path]) -> Settings:
             raise InputError(f"{path}: losses: {name} is no text: put the name in quotes")
     parser = Parser(prog="python -m dft_lightning compare", env_prefix="DFT_LIGHTNING_COMPARE")
     parser.add_class_arguments(Comparison, None)
-    config = parser.parse_object(content)
+    overrides = content.get("overrides")
+    # Classes in them are those of fit, whose parser reads them.
+    config = parser.parse_object({**content, "overrides": {}} if isinstance(overrides, dict) else content)
     try:
         parser.instantiate_classes(config)
     except Exception as error:  # whatever a loss's own constructor raises
@@ -107,6 +110,7 @@ def read_settings(paths: list[Path]) -> Settings:
     plain: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False))
     base = [plain["base"]] if isinstance(plain["base"], str) else plain["base"]
     measures = plain["measures"] or default_measures(plain["evaluation"]["num_samples"])
+    plain["overrides"] = overrides or {}
     settings = Settings(**{**plain, "path": path, "base": [Path(file) for file in base], "measures": measures})
     _check(settings)
     return settings
@@ -121,6 +125,8 @@ def _read_one(path: Path) -> dict[str, Any]:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
             raise InputError(f"{path}: unknown key {key}{hint}")
+    if isinstance(content.get("overrides"), dict):
+        content["overrides"] = flat(content["overrides"])
     base = content.get("base")
     if isinstance(base, str):
         content["base"] = os.path.normpath(path.parent / base)
@@ -137,12 +143,13 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _deep(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Key by key; another class takes the place of one with its options."""
-    if "class_path" in above:
+def _deep(below: dict[str, Any], above: dict[str, Any], key: str = "") -> dict[str, Any]:
+    """Key by key; another class takes the place of one with its options, but for the module's and the data module's."""
+    if "class_path" in above and key not in GROUPS:
         return above
     both = {
-        k: _deep(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v for k, v in above.items()
+        k: _deep(below[k], v, k) if isinstance(v, dict) and isinstance(below.get(k), dict) else v
+        for k, v in above.items()
     }
     return {**below, **both}
 

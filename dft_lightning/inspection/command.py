@@ -17,6 +17,7 @@ from dft_lightning.errors import InputError
 from dft_lightning.files import write_text
 from dft_lightning.fit_config import data_of, read_arguments
 from dft_lightning.inspection.summary import summarise
+from dft_lightning.own_classes import PACKAGE, Classes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,8 +27,9 @@ _OF_A_STREAM = 1000
 _PAGE_WIDTH = 120
 
 
-def main(args: list[str]) -> int:
-    """Run the command; returns the exit status, 2 after one message on standard error where the input was wrong."""
+def main(args: list[str], classes: Classes = PACKAGE) -> int:
+    """Run the command, with classes of one's own or without; returns the exit status, 2 after one message on standard
+    error where the input was wrong."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # rows have characters that not every encoding has
     parser = CommandParser(
@@ -57,22 +59,23 @@ def main(args: list[str]) -> int:
             parser.error(f"--output: no such folder: {options.output.parent}")
     quiet()
     try:
-        inspect(options, of_fit)
+        inspect(options, of_fit, classes)
     except Exception as error:
         return report(error)
     return 0
 
 
-def inspect(options: argparse.Namespace, of_fit: list[str]) -> None:
+def inspect(options: argparse.Namespace, of_fit: list[str], classes: Classes) -> None:
     """Load a split and show it.
 
     Args:
         options: the command's own.
         of_fit: arguments as ``fit`` takes them.
+        classes: of the command.
     """
     from dft_lightning.inspection.show import new_console, show_counts, show_row
 
-    data = load(read_arguments(["fit", *of_fit]), options.split, options.limit)
+    data = load(read_arguments(["fit", *of_fit], classes), options.split, options.limit, classes)
     table, tokenizer = data.tokenized(options.split), data.tokenizer
     assert tokenizer is not None
     if options.rows and options.first > len(table):
@@ -94,18 +97,19 @@ def inspect(options: argparse.Namespace, of_fit: list[str]) -> None:
     show(new_console())
 
 
-def load(config: dict[str, Any], split: str, limit: int | None) -> InstructionDataModule:
+def load(config: dict[str, Any], split: str, limit: int | None, classes: Classes = PACKAGE) -> InstructionDataModule:
     """The data module of a config with a split loaded, as ``fit`` would.
 
     Args:
         config: of a fit.
         split: which rows.
         limit: rows that are read at most.
+        classes: of the command.
 
     Raises:
         InputError: as the data module's.
     """
-    data = data_of(config)
+    data = data_of(config, classes)
     streaming = data.streaming and split == "train"
     if streaming:
         limit, data.streaming = limit or _OF_A_STREAM, False

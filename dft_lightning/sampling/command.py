@@ -25,6 +25,7 @@ from dft_lightning.fit_config import module_of, read_arguments
 from dft_lightning.metrics import ExactMatch
 from dft_lightning.modules import CausalLMModule
 from dft_lightning.modules.generation import GenerationOptions
+from dft_lightning.own_classes import PACKAGE, Classes
 from dft_lightning.sampling.completions import Completion, Sampler
 from dft_lightning.sampling.partial_file import Job, PartialFile
 from dft_lightning.sampling.prompts import Prompts, jobs_by_length, read_prompts
@@ -43,14 +44,14 @@ _OF_THE_MODEL = (
 )
 
 
-def main(args: list[str]) -> int:
-    """Run the command; returns the exit status: 2 after one message on standard error where the input was wrong, 130
-    where the run was interrupted."""
+def main(args: list[str], classes: Classes = PACKAGE) -> int:
+    """Run the command, with classes of one's own or without; returns the exit status: 2 after one message on standard
+    error where the input was wrong, 130 where the run was interrupted."""
     options, of_fit = _arguments(args)
     quiet()
     try:
         check_output(options.output, options.overwrite)
-        sample(options, read_arguments(["fit", *of_fit]))
+        sample(options, read_arguments(["fit", *of_fit], classes), classes)
     except KeyboardInterrupt:
         sys.stderr.write("stopped before anything was sampled\n")
         return 130
@@ -117,12 +118,13 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise InputError(f"--output: {path} is there: give another file, or --overwrite")
 
 
-def sample(options: argparse.Namespace, config: dict[str, Any]) -> None:
+def sample(options: argparse.Namespace, config: dict[str, Any], classes: Classes = PACKAGE) -> None:
     """Sample, check and write.
 
     Args:
         options: the command's own.
         config: the whole one of a fit.
+        classes: of the command.
 
     Raises:
         InputError: anything wrong with the input.
@@ -132,9 +134,9 @@ def sample(options: argparse.Namespace, config: dict[str, Any]) -> None:
             "--ckpt_path: sample takes no checkpoint: `export` it, and give the folder as --model.model, with "
             "--data.tokenizer where the config names one"
         )
-    data, prompts = read_prompts(config, options.split, options.limit)
+    data, prompts = read_prompts(config, options.split, options.limit, classes)
     # Sampling needs no loss, and one may read what rows do not have.
-    module = module_of({**config, "model": {**config["model"], "loss": _NO_LOSS, "reference_model": None}})
+    module = module_of({**config, "model": {**config["model"], "loss": _NO_LOSS, "reference_model": None}}, classes)
     scorer = ExactMatch(module.answer_extractor)
     scorer.check(prompts.references(), options.split)
     generation = GenerationOptions(
@@ -147,6 +149,7 @@ def sample(options: argparse.Namespace, config: dict[str, Any]) -> None:
     asked |= {f"--{name}": asdict(generation)[name] for name in ("temperature", "top_p", "max_new_tokens")}
     asked |= {"--batch_size": batch_size, "trainer.precision": config["trainer"]["precision"]}
     asked |= {f"model.{name}": config["model"][name] for name in _OF_THE_MODEL}
+    asked["model.class_path"] = config["model"].get("class_path")
     asked |= {"the prompts (rows, tokenizer or template)": prompts.digest, "the weights": hash_weights(module)}
     sampler = Sampler(module, trainer, generation, module._stop_token_ids(), data._pad_token_id(), options.seed)
     file = PartialFile(options.output, asked, batches, options.overwrite)

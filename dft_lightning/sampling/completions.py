@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -77,30 +79,37 @@ class Sampler:
             InputError: probabilities that are NaN or infinite.
         """
         with measuring(self.trainer, self.module, seed_of(self.seed, number)):
-            tokens = self._generate(prompts)
+            tokens, texts = self._generate(prompts)
             lengths = completion_lengths(tokens, self.stop_token_ids)
             sampled = [row[:length] for row, length in zip(tokens.cpu(), lengths, strict=True)]
             log_probs = self._log_probs(prompts, sampled)
         if not torch.tensor(log_probs).isfinite().all():
             raise InputError(_BROKEN)
-        texts = decode_completions(self.module.tokenizer, tokens, self.stop_token_ids)
         return [
             # A NUL is no text that a row may have.
             Completion(text.replace("\0", "\ufffd"), log_prob, len(row), int(row[-1]) in self.stop_token_ids)
             for text, log_prob, row in zip(texts, log_probs, sampled, strict=True)
         ]
 
-    def _generate(self, prompts: Sequence[IntArray]) -> Tensor:
+    def _generate(self, prompts: Sequence[IntArray]) -> tuple[Tensor, list[str]]:
         rows = [torch.from_numpy(prompt).long() for prompt in prompts]
         ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         device = self.module.device
         try:
-            return self.module.generate_tokens(ids.to(device), mask.to(device), self.options)
+            with _generated_tokens(self.module) as calls:
+                texts = self.module.generate(ids.to(device), mask.to(device), self.options)
         except RuntimeError as error:  # torch's, of a draw from NaN
             if "probability tensor" not in str(error):
                 raise
             raise InputError(_BROKEN) from error
+        said = [decode_completions(self.module.tokenizer, tokens, self.stop_token_ids) for tokens in calls]
+        if said != [texts]:  # one of the module's own
+            raise InputError(
+                f"{type(self.module).__name__}.generate returns other texts than one call of generate_tokens makes: "
+                "sample needs the tokens, for their log-probs: override generate_tokens in its place"
+            )
+        return calls[0], texts
 
     def _log_probs(self, prompts: Sequence[IntArray], completions: Sequence[Tensor]) -> list[float]:
         """By a forward over prompt and completion, as training makes it: at temperature 1, of all tokens."""
@@ -117,6 +126,23 @@ class Sampler:
         found = self.module.token_output({name: tensor.to(device) for name, tensor in batch.items()}).log_prob
         found, ends = found.double().cpu(), accumulate(len(said) for said in completions)
         return [float(found[end - len(said) : end].sum()) for end, said in zip(ends, completions, strict=True)]
+
+
+@contextlib.contextmanager
+def _generated_tokens(module: CausalLMModule) -> Iterator[list[Tensor]]:
+    """What each call of a module's ``generate_tokens`` returns meanwhile."""
+    calls: list[Tensor] = []
+    own = module.generate_tokens
+
+    def generate_tokens(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(own(*args, **kwargs))
+        return calls[-1]
+
+    module.generate_tokens = generate_tokens  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        del module.generate_tokens
 
 
 _BROKEN = (

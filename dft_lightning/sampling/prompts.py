@@ -17,6 +17,7 @@ from dft_lightning.data.sources import FirstRows, as_source
 from dft_lightning.data.tokens import ConversationEncoder, attempt
 from dft_lightning.errors import InputError
 from dft_lightning.fit_config import data_of
+from dft_lightning.own_classes import PACKAGE, Classes
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 # What a line has beside prompt, completion and tools.
@@ -74,20 +75,23 @@ def reference_of(conversation: Conversation) -> str | None:
     return str(last["content"]) if last["role"] == "assistant" else None
 
 
-def read_prompts(config: dict[str, Any], split: str, limit: int | None) -> tuple[InstructionDataModule, Prompts]:
+def read_prompts(
+    config: dict[str, Any], split: str, limit: int | None, classes: Classes = PACKAGE
+) -> tuple[InstructionDataModule, Prompts]:
     """The data module of a whole ``fit`` config, with its tokenizer, and a split's prompts.
 
     Args:
         config: of the fit.
         split: which rows.
         limit: take the first so many.
+        classes: of the command.
 
     Raises:
         InputError: no such rows, bad ones, or ones without a prompt; columns that lines have for something else.
     """
     # What is put into every row is put in by ``fit`` again: lines are without.
     common = {name: config["data"][name] for name in ("system_prompt", "prompt_suffix")}
-    data = data_of({**config, "data": {**config["data"], **dict.fromkeys(common)}})
+    data = data_of({**config, "data": {**config["data"], **dict.fromkeys(common)}}, classes)
     columns = replace(data.columns, form="prompt_completion", **common)
     check_columns(columns)
     data.streaming = False

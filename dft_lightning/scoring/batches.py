@@ -25,14 +25,11 @@ FILE = "rows.jsonl"
 Key = tuple[int, int]  # the split's place and the row's
 
 
-class ScoringModule(CausalLMModule):
-    """A model whose predictions are its targets' log-probs."""
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Any]:
-        """The log-probs of each row's targets, in order, ``[n]``, float32."""
-        output = self.token_output({name: value for name, value in batch.items() if name != "pieces"})
-        counts = (batch["labels"][:, 1:] != -100).sum(dim=1).tolist()
-        return [part.numpy() for part in torch.split(output.log_prob.float().cpu(), counts)]
+def target_log_probs(module: CausalLMModule, batch: dict[str, Any], batch_idx: int) -> list[Any]:
+    """What a module predicts here: the log-probs of each row's targets, in order, ``[n]``, float32."""
+    output = module.token_output({name: value for name, value in batch.items() if name != "pieces"})
+    counts = (batch["labels"][:, 1:] != -100).sum(dim=1).tolist()
+    return [part.numpy() for part in torch.split(output.log_prob.float().cpu(), counts)]
 
 
 @dataclass

@@ -15,13 +15,15 @@ from dft_lightning.callbacks.interruption import Interrupted
 from dft_lightning.cli import quiet, report
 from dft_lightning.cli_errors import CommandParser
 from dft_lightning.files import check_replaceable
+from dft_lightning.own_classes import PACKAGE, Classes
 from dft_lightning.scoring.run import RECORD, SPLITS, ScoringCLI
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def main(args: list[str]) -> int:
-    """Run the command; returns the exit status, 2 after one message on standard error where the input was wrong."""
+def main(args: list[str], classes: Classes = PACKAGE) -> int:
+    """Run the command, with classes of one's own or without; returns the exit status, 2 after one message on standard
+    error where the input was wrong."""
     parser = CommandParser(
         prog="python -m dft_lightning score",
         description="Run a model once over the rows of a fit config, on one device, and write them with the log-prob "
@@ -44,7 +46,7 @@ def main(args: list[str]) -> int:
     try:
         with _ending_on_signals():
             check_replaceable(options.output, options.overwrite, (RECORD,), "--output", SPLITS)
-            scored = ScoringCLI(["predict", *of_fit], options.splits, options.output).scored
+            scored = ScoringCLI(["predict", *of_fit], options.splits, options.output, classes).scored
     except Interrupted as ending:
         sys.stderr.write("stopped: nothing was written\n")
         return int(ending.code) if isinstance(ending.code, int) else 1

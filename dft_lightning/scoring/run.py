@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from dft_lightning.data import InstructionDataModule
 from dft_lightning.errors import InputError
 from dft_lightning.files import replacing_folder
 from dft_lightning.losses import CrossEntropyLoss
-from dft_lightning.scoring.batches import ScoredWriter, ScoringBatches, ScoringData, ScoringModule
+from dft_lightning.own_classes import PACKAGE, Classes
+from dft_lightning.scoring.batches import ScoredWriter, ScoringBatches, ScoringData, target_log_probs
 from dft_lightning.scoring.rows import SplitRows
 
 SPLITS = ("train", "validation", "forgetting", "test")
@@ -32,14 +34,15 @@ class ScoringCLI(DFTLightningCLI):
         args: of ``predict``, its name first.
         splits: which to score; ``None`` for all that the config has.
         output: the folder to write.
+        classes: of the command.
     """
 
-    def __init__(self, args: list[str], splits: list[str] | None, output: Path) -> None:
+    def __init__(self, args: list[str], splits: list[str] | None, output: Path, classes: Classes = PACKAGE) -> None:
         self.splits = splits
         self.output = output
         self.scored: list[str] = []
         options = {**cli_options(), "save_config_callback": None}
-        super().__init__(ScoringModule, InstructionDataModule, **options, args=args)
+        super().__init__(classes.model, classes.data, **options, args=args)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -70,6 +73,7 @@ class ScoringCLI(DFTLightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         self.model.loss = CrossEntropyLoss()  # of a reference nothing is asked but log-probs
+        self.model.predict_step = partial(target_log_probs, self.model)
         data = self.datamodule
         data.model_hparams = self.model.hparams
         self.scored = _chosen(data, self.splits)
