@@ -1,6 +1,8 @@
 """A module of one's own: change one thing, keep the rest, command included.
 
 python examples/own_module.py fit --config configs/quickstart.yaml
+
+and inspect, compare, score, sample and export likewise.
 """
 
 from typing import Any

@@ -19,6 +19,7 @@ from dft_lightning.cli import cli_options
 from dft_lightning.data import InstructionDataModule, RowSource
 from dft_lightning.fit_config import _ConfigReader
 from dft_lightning.modules import CausalLMModule
+from dft_lightning.own_classes import PACKAGE, read_classes
 
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.glob("*.md") if "```" in page.read_text(encoding="utf-8"))
@@ -65,8 +66,20 @@ def parser():
 
 @pytest.fixture
 def parse(parser, monkeypatch):
+    """A parser is built anew for classes of one's own alone."""
     monkeypatch.syspath_prepend(str(ROOT))  # examples.own_loss, as python -m finds it
-    return parser.parse_args
+
+    def parse(args):
+        if any(read_classes(args, PACKAGE)[2].values()):
+            return _ConfigReader(CausalLMModule, InstructionDataModule, **cli_options(), args=args)
+        return parser.parse_args(args)
+
+    return parse
+
+
+class LowerEmbeddingRate(CausalLMModule):
+    def __init__(self, *args, embedding_rate: float = 1e-6, **kwargs):
+        super().__init__(*args, **kwargs)
 
 
 @pytest.mark.parametrize("arguments", sorted(FITS))
@@ -79,6 +92,7 @@ def test_fit_commands_are_accepted(arguments, parse, monkeypatch):
 def test_configs_are_accepted(code, parse, tmp_path, monkeypatch):
     own = ModuleType("my_package")
     own.Squares = type("Squares", (RowSource,), {"__init__": lambda self, highest: None, "__module__": "my_package"})
+    own.LowerEmbeddingRate = LowerEmbeddingRate
     monkeypatch.setitem(sys.modules, "my_package", own)
     config = tmp_path / "config.yaml"
     config.write_text(code, encoding="utf-8")
