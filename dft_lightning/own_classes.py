@@ -169,12 +169,10 @@ def _is_class_path(value: Any) -> bool:
 def without_classes(config: dict[str, Any], found: dict[str, list[str]]) -> dict[str, Any]:
     """A config that names no classes; the paths that it has are added to ``found``. Raises as :func:`flat`."""
     plain = flat(config)
-    for key, value in list(plain.items()):
+    for key, value in plain.items():
         if key in GROUPS and isinstance(value, dict) and "class_path" in value:
             found[key].append(str(value["class_path"]))
             plain[key] = {name: option for name, option in value.items() if name != "class_path"}
-            if not plain[key]:  # an empty group would take the place of one with options
-                del plain[key]
         elif _is_command(key, value):
             plain[key] = without_classes(value, found)
     return plain

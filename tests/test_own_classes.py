@@ -134,12 +134,19 @@ def test_a_class_that_cannot_be_imported_is_that_of_main_again(config, tmp_path)
     class Here(OwnModule):
         pass
 
-    own = {"module_class": Here, "datamodule_class": OwnData}
+    class Data(OwnData):
+        pass
+
+    own = {"module_class": Here, "datamodule_class": Data}
     main(["validate", "--config", config], **own)
     saved = tmp_path / "run" / "config.yaml"
     assert yaml.safe_load(saved.read_text())["model"]["class_path"].endswith("<locals>.Here")
     root = ["--trainer.default_root_dir", str(tmp_path / "again")]
     assert type(main(["validate", "--config", str(saved), *root], **own).model) is Here
+    given = ["--config", config, "--output"]
+    assert status_of("inspect", "--config", config, **own) == 0
+    assert status_of("sample", *given, tmp_path / "sampled.jsonl", "--k", 1, **own) == 0
+    assert status_of("score", *given, tmp_path / "scored", "--splits", "train", **own) == 0
 
 
 def test_own_options_of_a_checkpoints_run_are_taken(config, tmp_path, caplog):
@@ -330,12 +337,19 @@ def test_runs_of_another_class_are_not_alike():
 def test_the_report_names_no_class_of_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr("dft_lightning.compare.report.all_plots", lambda findings: [])
     whole_comparison(tmp_path)
+    for path in (tmp_path / "runs").glob("*/config.yaml"):
+        values = yaml.safe_load(path.read_text())
+        values["model"]["class_path"] = "dft_lightning.CausalLMModule"
+        written(path, values)
     write_report(tmp_path)
     assert "module**" not in (tmp_path / "report.md").read_text()
 
 
-def test_overrides_with_a_class(config, tmp_path, capfd):
-    """Of two files the later one's class takes none of the other options away; what the grid sets is refused."""
+def test_overrides_with_a_class(config, tmp_path, capfd, monkeypatch):
+    """Of two files the later one's class takes none of the other options away; what the grid sets is refused. No object
+    of such a class is made before there is a whole config."""
+    monkeypatch.setattr(OwnData, "__init__", lambda self: pytest.fail("made of nothing"))
+    read_settings([Path(comparison(tmp_path, config, overrides={"data": {"class_path": NAMED[3]}}))])
     first = comparison(tmp_path, config, overrides={"model": {"class_path": "a.B", "init_args": {"own_start": 1}}})
     second = written(tmp_path / "second.yaml", {"overrides": {"model": {"class_path": "a.C"}}})
     assert read_settings([Path(first), Path(second)]).overrides == {"model": {"class_path": "a.C", "own_start": 1}}
