@@ -91,13 +91,13 @@ def run_ours(options: argparse.Namespace, folder: str, padding_free: bool = Fals
     arguments += ["--data.train", rows_file(options, folder)]
     arguments += ["--data.prompt_column", "question", "--data.completion_column", "answer"]
     arguments += ["--data.batch_size", str(options.batch_size), "--data.shuffle", "false"]
-    arguments += ["--model.gradient_checkpointing", str(options.gradient_checkpointing).lower()]
+    arguments += ["--model.loading.gradient_checkpointing", str(options.gradient_checkpointing).lower()]
     arguments += ["--trainer.max_steps", str(options.steps), "--trainer.precision", "bf16-mixed"]
     arguments += ["--trainer.accelerator", options.device, "--trainer.devices", "1"]
     arguments += ["--trainer.gradient_clip_val", "1.0", "--trainer.enable_checkpointing", "false"]
     arguments += ["--trainer.default_root_dir", folder]
     if padding_free:
-        arguments += ["--data.padding_free", "true", "--model.attn_implementation", "documents"]
+        arguments += ["--data.padding_free", "true", "--model.loading.attn_implementation", "documents"]
     if packed:
         arguments += ["--data.packing", "bfd", "--data.max_length", "1024", "--data.batch_size", "1"]
     main(arguments, module_class=Watched)

@@ -17,10 +17,11 @@ from jsonargparse import Namespace
 from dft_lightning.checkpoints.whole import META, content_of, unreadable
 from dft_lightning.component import NotPlainError, class_path, named_class, to_plain
 from dft_lightning.errors import InputError, shortened
+from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss
 
 _NONE: Any = object()
 # Never taken from a checkpoint: how this run's processes share the model, and whether a stranger's code runs.
-_OF_THIS_RUN = ("sharding", "trust_remote_code")
+_OF_THIS_RUN = ("model.sharding", "model.loading.trust_remote_code")
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,14 @@ def options_to_take(own: Any, given: Any, saved: dict[str, Any]) -> dict[str, An
     Raises:
         InputError: the checkpoint does not hold the options of a class that is not given.
     """
-    names = [name for name in saved if name in own and name not in _OF_THIS_RUN]
-    return _each_to_take(own, given, {name: saved[name] for name in names}, "model")
+    return _each_to_take(own, given, saved, "model")
 
 
 def _each_to_take(own: Any, given: Any, saved: dict[str, Any], key: str) -> dict[str, Any]:
     found = {
         name: _to_take(own[name], given.get(name, _NONE), value, f"{key}.{name}")
         for name, value in saved.items()
-        if name in own
+        if name in own and f"{key}.{name}" not in _OF_THIS_RUN
     }
     return {name: value for name, value in found.items() if value is not _NONE}
 
@@ -200,6 +200,8 @@ def _filled(value: Any) -> Any:
     cls, arguments = named_class(value["class_path"]), values.get("init_args") or {}
     if cls is not None and isinstance(arguments, dict):
         arguments = {**_defaults_of(cls), **arguments}
+        if issubclass(cls, TokenLoss):  # a module has these at their defaults, and no config gives them
+            arguments = {name: each for name, each in arguments.items() if name not in FORWARD_OPTIONS}
     return {"class_path": value["class_path"] if cls is None else class_path(cls), "init_args": arguments}
 
 

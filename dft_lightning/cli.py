@@ -32,7 +32,8 @@ from dft_lightning.data import InstructionDataModule
 from dft_lightning.distributed.strategies import check_precision
 from dft_lightning.errors import InputError, printable
 from dft_lightning.modules import CausalLMModule
-from dft_lightning.own_classes import GROUPS, Classes, check_known, read_classes, text_without_classes, this_script
+from dft_lightning.own_classes import GROUPS, Classes, check_known, read_classes, this_script
+from dft_lightning.parser import Parser
 from dft_lightning.processes import RunProcesses, is_of_a_lost_process
 from dft_lightning.saved_config import RunConfig
 from dft_lightning.trust import check_classes, check_kernel, import_paths, importing_only
@@ -53,27 +54,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 _GIVE_IT = "give it (--{key} {path}) if you trust it"
-
-
-class Parser(LightningArgumentParser):
-    """One mistake, one message: no usage wall. Keys are written out: an abbreviation may mean another key one day."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-        self.class_paths: dict[str, list[str]] = {group: [] for group in GROUPS}  # that it is built for
-
-    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
-        # With sub-configs, jsonargparse reads any file that a flag names as YAML first: data files, too.
-        return super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
-
-    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
-        return super().parse_string(text_without_classes(content, self.class_paths), *args, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        if not self.exit_on_error:  # a parser for a class's options: the outer one adds the key
-            super().error(message, ex)
-        sys.stderr.write(f"error: {shorten(message, self)}\n")
-        raise SystemExit(2)
 
 
 class DFTLightningCLI(LightningCLI):
@@ -183,7 +163,7 @@ class DFTLightningCLI(LightningCLI):
         before = _without_class(options.model)
         new = options_to_take(before, self._given_options(), saved.model)
         named = import_paths(options.model)  # by the command and its configs
-        check_kernel(new, "model.attn_implementation", "give it if you trust it")
+        check_kernel(new, "model.loading.attn_implementation", "give it if you trust it")
         taken_classes = check_classes(new, "model", _GIVE_IT, named)
         parser = self._parser(self.subcommand)
         parser.exit_on_error, exits = False, parser.exit_on_error

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
+from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -103,7 +105,7 @@ def _unknown_class(match: re.Match[str], message: str, parser: ArgumentParser) -
 
 
 def known_classes(key: str, parser: Any) -> list[str]:
-    """Short names of this package's classes that a key takes."""
+    """Short names of the classes that a key takes, as far as they need no path."""
     bases = [base for action in _all_actions(parser) if _names(action, key) for base in _classes_in(action._typehint)]
     return sorted({cls.__name__ for base in bases for cls in _subclasses(base) if _is_own(cls)})
 
@@ -133,7 +135,8 @@ def _subclasses(base: type) -> list[type]:
 
 
 def _is_own(cls: type) -> bool:
-    return cls.__module__.startswith("dft_lightning.") and not cls.__name__.startswith("_")
+    """This package's, and torch's where a short name is enough for them."""
+    return cls.__module__.startswith(("dft_lightning.", "torch.optim")) and not cls.__name__.startswith("_")
 
 
 def _not_subclass(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
@@ -149,15 +152,36 @@ def _not_imported(match: re.Match[str], message: str, parser: ArgumentParser) ->
 
 
 def _bad_option(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
-    key = _key_and_reasons(message)[0]
-    name = match.group(1).rpartition(".")[2]
-    return f"{key}.{match.group(2)}: {name} has no option {match.group(2)!r}{_options_of(match.group(1))}"
+    return _no_option(_key_and_reasons(message)[0], match.group(1), match.group(2), 1)
 
 
-def _options_of(class_path: str) -> str:
-    module, _, name = class_path.rpartition(".")
-    options = list(inspect.signature(getattr(import_module(module), name).__init__).parameters)[1:]
-    return f"; it has {', '.join(options)}" if options else "; it has none"
+def _no_option(key: str, class_path: str, name: str, left_out: int) -> str:
+    """``left_out``: how many of the constructor's arguments are no options."""
+    module, _, class_name = class_path.rpartition(".")
+    cls = getattr(import_module(module), class_name)
+    options = list(inspect.signature(cls.__init__).parameters)[left_out:]
+    if issubclass(cls, TokenLoss):
+        options = [each for each in options if each not in FORWARD_OPTIONS]
+    near = difflib.get_close_matches(name, options, n=1)
+    it = f"did you mean {near[0]}? It" if near else "it"
+    return f"{key}.{name}: {class_name} has no option {name!r}; {it} has {', '.join(options) or 'none'}"
+
+
+def _factory(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
+    """Of a class that is named without being made: an optimizer, a schedule."""
+    key, reason, value = _key_and_reasons(message[: match.start()])[0], match.group(1), match.group(2)
+    named = re.match(r"Namespace\(class_path='([^']+)'", value)
+    if named and (found := re.fullmatch(r"Option '([^']+)' is not accepted", reason)):
+        return _no_option(key, named.group(1), found.group(1), 2)
+    if found := re.match(r"Expected '([^']+)' to be a subclass of <class '([^']+)'>", reason):
+        return f"{key}: {found.group(1)} is not a subclass of {found.group(2)}"
+    if re.match(r"No module named|module .* has no attribute", reason):
+        return f"{key}: cannot import {value!r}: {reason}"
+    if re.match(r"Dict must include|Expected an import path|Expected '.*' to be a function|'OverloadedName'", reason):
+        return f"{key}: expected a class: its path, or class_path and init_args; got {value[:80]}"
+    # An lr may be a tensor to torch, which no config can say.
+    inner = re.sub(r"\n[ -]*Expected a dot import path string: [^\n]*", "", reason)
+    return shorten(f'Parser key "{key}":\n  {inner}', parser)
 
 
 def _required(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
@@ -214,6 +238,7 @@ def _no_mapping(match: re.Match[str], message: str, parser: ArgumentParser) -> s
 
 
 _RULES: list[tuple[str, Callable[[re.Match[str], str, Any], str]]] = [
+    (r"Type [^\n]+ expects a function or a callable class: (.*)\. Got value: (.*)", _factory),
     (r"unrecognized arguments: (\S+)", _unrecognized),
     (r"Group '([^']+)' does not accept option '([^']+)'", _group_option),
     (r"Subcommand '[^']+' does not accept option '([^']+)'", _unrecognized),

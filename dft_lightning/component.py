@@ -113,7 +113,9 @@ _MOST, _LONGEST = 100, 20_000
 
 
 def class_path(cls: type) -> str:
-    """Dotted path of a class."""
+    """Dotted path of a class; of one of ``torch.optim`` there, and not inside of it, where it may move."""
+    if getattr(sys.modules.get("torch.optim"), cls.__name__, None) is cls:
+        return f"torch.optim.{cls.__name__}"
     return f"{cls.__module__}.{cls.__qualname__}"
 
 

@@ -3,8 +3,8 @@
 Code is run because the command, its config or the caller says so, never because a file does. A checkpoint names
 classes: those of this package are imported, and others are taken if this process has imported them already, as their
 code has run then. Anything else is refused and named. What is taken must be a
-:class:`~dft_lightning.component.Component`, so that a file cannot have any other class called with arguments of its
-choice.
+:class:`~dft_lightning.component.Component`, an optimizer or a schedule, so that a file cannot have any other class
+called with arguments of its choice.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from lightning.pytorch.core.saving import (
     load_hparams_from_tags_csv,
     load_hparams_from_yaml,
 )
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from dft_lightning.checkpoints.whole import unreadable
 from dft_lightning.component import Component, class_path, named_class
@@ -54,12 +56,12 @@ def check_classes(values: Any, key: str, way_out: str, allowed: Collection[str] 
 
 
 def check_kernel(values: dict[str, Any], key: str, way_out: str) -> None:
-    """Refuse a file's ``attn_implementation`` where it is a kernel on the hub, which is code as well.
+    """Refuse a file's ``loading.attn_implementation`` where it is a kernel on the hub, which is code as well.
 
     Raises:
         InputError: it is.
     """
-    if "/" in (named := str(values.get("attn_implementation"))):
+    if "/" in (named := str((values.get("loading") or {}).get("attn_implementation"))):
         raise InputError(f"{key}: the checkpoint wants attention code of {shortened(named, 200)} to be run: {way_out}")
 
 
@@ -79,7 +81,8 @@ def code_refused(path: str, key: str, error: Exception) -> InputError | None:
     what = f" ({shortened(', '.join(named), 300)})" if named else ""
     return InputError(
         f"{key}: {path} wants code of its own to be run{what}, which is not done unasked: if you trust it, set "
-        "model.trust_remote_code: true (export: --trust_remote_code, load_from_checkpoint: trust_remote_code=True)"
+        "model.loading.trust_remote_code: true (export: --trust_remote_code, load_from_checkpoint: "
+        "trust_remote_code=True)"
     )
 
 
@@ -109,11 +112,11 @@ def _is_component(path: str) -> bool:
     found = named_class(path)
     if found is None:  # of another version of this package, which the one that makes it says
         return path.partition(".")[0] == "dft_lightning"
-    return issubclass(found, Component)
+    return issubclass(found, (Component, Optimizer, LRScheduler))
 
 
 def import_paths(values: Any) -> set[str]:
-    """All texts in values that have the form of an import path; of those that name a class, its own path, too."""
+    """All texts in values that have the form of an import path; of those that name a class, its own paths, too."""
     if isinstance(values, Namespace):
         values = values.as_dict()
     if isinstance(values, (dict, list, tuple)):
@@ -121,15 +124,18 @@ def import_paths(values: Any) -> set[str]:
     if not isinstance(values, str) or "." not in values or not all(map(str.isidentifier, values.split("."))):
         return set()
     found = named_class(values)
-    return {values} if found is None else {values, class_path(found)}
+    return {values} if found is None else {values, class_path(found), f"{found.__module__}.{found.__qualname__}"}
 
 
 @contextlib.contextmanager
 def importing_only(paths: Collection[str]) -> Iterator[None]:
-    """Have jsonargparse import nothing for a value but this package and ``paths``, nor make an object of what is typed
-    ``Any``. A text may name a class as well as a ``class_path`` does, so that looking at the values is not enough."""
+    """Have jsonargparse import nothing for a value but this package, torch's optimizers and ``paths``.
+
+    It makes no object of what is typed ``Any``, either. A text may name a class as well as a ``class_path`` does, so
+    that looking at the values is not enough.
+    """
     before = dict(_common.parsing_settings)
-    allowed = ["dft_lightning", *sorted(path for path in paths if not path.startswith("jsonargparse."))]
+    allowed = ["dft_lightning", "torch.optim", *sorted(path for path in paths if not path.startswith("jsonargparse."))]
     set_parsing_settings(
         import_path_denylist=["*"], import_path_allowlist=allowed, instantiate_subclass_spec_in_any=False
     )
@@ -142,7 +148,7 @@ def importing_only(paths: Collection[str]) -> Iterator[None]:
 @contextlib.contextmanager
 def loading_options(
     cls: Any, checkpoint_path: Any, hparams_file: Any, weights_only: bool | None, given: dict[str, Any]
-) -> Iterator[None]:
+) -> Iterator[dict[str, Any]]:
     """For ``load_from_checkpoint`` of a module or data module: it makes objects of a file's options meanwhile.
 
     Args:
@@ -152,14 +158,14 @@ def loading_options(
         weights_only: see there; with ``False`` the caller lets the file run any code as it is.
         given: options that the caller gives.
 
+    Yields:
+        The options that the caller gives; a group of which a part is given has the rest from the checkpoint.
+
     Raises:
         InputError: the checkpoint cannot be read, or names a class that would have to be imported.
     """
-    if weights_only is False:
-        yield
-        return
     try:
-        content = _content(checkpoint_path)
+        content = _content(checkpoint_path, weights_only is not False)
         keys = (cls.CHECKPOINT_HYPER_PARAMS_KEY, *CHECKPOINT_PAST_HPARAMS_KEYS)
         options = {name: value for key in keys for name, value in dict(content.get(key) or {}).items()}
     except Exception as error:  # whatever the unpickler stumbled on
@@ -167,12 +173,16 @@ def loading_options(
     if hparams_file is not None:
         load = load_hparams_from_tags_csv if str(hparams_file).lower().endswith(".csv") else load_hparams_from_yaml
         options |= load(hparams_file)
-    options = {name: value for name, value in options.items() if name not in given}
-    named = import_paths(given) | check_classes(options, cls.__name__, _IMPORT_IT)
-    check_kernel(options, f"{cls.__name__}.attn_implementation", "pass it to load_from_checkpoint if you trust it")
+    whole = {name: _with_rest(value, options.get(name)) for name, value in given.items()}
+    if weights_only is False:
+        yield whole
+        return
+    left = {name: _left(value, given.get(name)) for name, value in options.items()}
+    named = import_paths(given) | check_classes(left, cls.__name__, _IMPORT_IT)
+    check_kernel(left, f"{cls.__name__}.loading.attn_implementation", "pass it to load_from_checkpoint if you trust it")
     try:
         with importing_only(named):
-            yield
+            yield whole
     except ArgumentError as error:
         raise InputError(f"{checkpoint_path}: {one_line(error)}") from error
 
@@ -180,12 +190,28 @@ def loading_options(
 _IMPORT_IT = "import its module first, or pass the option to load_from_checkpoint, if you trust it"
 
 
-def _content(path: Any) -> dict[str, Any]:
+def _with_rest(given: Any, saved: Any) -> Any:
+    """A group of options of which a part is given, whole."""
+    return {**saved, **given} if _is_group(given) and _is_group(saved) else given
+
+
+def _left(saved: Any, given: Any) -> Any:
+    """What is the file's of an option: of a group, what is not given."""
+    if _is_group(given) and _is_group(saved):
+        return {name: value for name, value in saved.items() if name not in given}
+    return saved if given is None else None
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, dict) and "class_path" not in value and "model_type" not in value
+
+
+def _content(path: Any, weights_only: bool) -> dict[str, Any]:
     """A checkpoint without its tensors."""
     if isinstance(path, (str, Path)):
-        return dict(_load(path, map_location="meta", weights_only=True))
+        return dict(_load(path, map_location="meta", weights_only=weights_only))
     start = path.tell()
     try:
-        return dict(_load(path, map_location="meta", weights_only=True))
+        return dict(_load(path, map_location="meta", weights_only=weights_only))
     finally:
         path.seek(start)

@@ -54,7 +54,7 @@ def fit(strategy: Any, folder: Path, ckpt_path: Any = None, extra: Any = (), ste
     options = {"devices": 2, "max_steps": steps, "max_epochs": 9, "enable_checkpointing": True}
     run = trainer(strategy=strategy, callbacks=[*extra, kept], **options)
     keep_whole(run)
-    module = CausalLMModule(WIDE, learning_rate=0.01)
+    module = CausalLMModule(WIDE, optimizer={"lr": 0.01})
     try:
         run.fit(module, datamodule=arithmetic_data(8, batch_size=2), ckpt_path=ckpt_path)
     except InputError as error:

@@ -60,7 +60,7 @@ def write_run(
     run = {"name": name, "loss": loss, "learning_rate": rate, "seed": seed}
     common = {"run": run, "versions": {"torch": "2"}, "device": "cpu", "world_size": 1, "precision": "32-true"}
     config = {
-        "model": {"loss": LOSSES.get(loss), "learning_rate": rate},
+        "model": {"loss": LOSSES.get(loss), "optimizer": {"init_args": {"lr": rate}}},
         "data": {"seed": seed},
         "seed_everything": seed,
     }

@@ -180,7 +180,7 @@ def _tried(check: Any, family: Any) -> dict[str, Any]:
     except InputError as error:
         if family.head_note or "head: full" not in str(error):
             return {"state": "refused", "why": _text(error)}
-        family.options["head"], family.head_note = "full", f"with `head: full`: {_text(error)}"
+        family.loading["head"], family.head_note = "full", f"with `head: full`: {_text(error)}"
         return _tried(check, family)
     except Wrong as error:
         return {"state": "wrong", "why": _text(error)}

@@ -50,7 +50,7 @@ class Family:
 
         self.folder = folder
         self.note = self.head_note = ""
-        self.options: dict[str, Any] = {}
+        self.loading: dict[str, Any] = {}
         config = tiny_config(name)
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -73,10 +73,16 @@ class Family:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
         return model.train()
 
-    def module(self, **options: Any) -> CausalLMModule:
-        given = {"loss": DFTLoss(), "learning_rate": _RATE, "eps": _EPS, "weight_decay": 0.0}
+    def module(self, peft: dict[str, Any] | None = None, **loading: Any) -> CausalLMModule:
         torch.manual_seed(0)
-        return CausalLMModule(str(self.folder), lr_schedule="constant", **{**given, **self.options, **options})
+        return CausalLMModule(
+            str(self.folder),
+            loss=DFTLoss(),
+            optimizer={"lr": _RATE, "eps": _EPS, "weight_decay": 0.0},
+            schedule={"decay": "constant"},
+            loading={**self.loading, **loading},
+            peft=peft,
+        )
 
     def logits(self, model: nn.Module, ids: list[int]) -> Tensor:
         """``[T, V]`` of one row without padding."""

@@ -49,4 +49,4 @@ def rows_of(num_rows: int, batch_size: int, empty: tuple[int, ...] = ()) -> Data
 
 def make(loss: TokenLoss, **options: Any) -> CausalLMModule:
     pl.seed_everything(0)
-    return CausalLMModule(TINY_ARITHMETIC, loss=loss, **{"learning_rate": 0.01, "weight_decay": 0.1, **options})
+    return CausalLMModule(TINY_ARITHMETIC, loss=loss, optimizer={"lr": 0.01, "weight_decay": 0.1}, **options)

@@ -61,9 +61,9 @@ def steps(
     module = GradientRecorder(
         str(folder / "base"),
         loss=loss,
-        dtype="float64",
-        learning_rate=0.003,
-        lr_schedule="constant",
+        loading={"dtype": "float64"},
+        optimizer={"lr": 0.003},
+        schedule={"decay": "constant"},
         peft=peft,
     )
     data_options = dict(SPLITS[split])

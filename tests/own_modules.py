@@ -28,7 +28,7 @@ class OwnModule(CausalLMModule):
         return model
 
     def generate_tokens(self, input_ids, attention_mask, options):
-        said = [self.tokenizer.convert_tokens_to_ids("2"), *self._stop_token_ids()[:1]]
+        said = [self.tokenizer.convert_tokens_to_ids("2"), *self.stop_token_ids[:1]]
         return torch.tensor([said] * len(input_ids))
 
     def token_output(self, *args, **kwargs):

@@ -74,7 +74,12 @@ def fit(
     pl.seed_everything(1, verbose=False)
     if ckpt_path is not None:
         torch.rand(7)  # the state is the checkpoint's, not what a new process begins with
-    module = CausalLMModule(model, loss=DFTLoss(), learning_rate=0.01, warmup_steps=2, generation={"max_new_tokens": 8})
+    module = CausalLMModule(
+        model,
+        loss=DFTLoss(),
+        evaluation={"generation": {"max_new_tokens": 8}},
+        **{"optimizer": {"lr": 0.01}, "schedule": {"warmup": 2}, **module_options},
+    )
     records = Records()
     run = trainer(
         **{"logger": records, "log_every_n_steps": 2, "gradient_clip_val": 1.0, **options}, callbacks=list(callbacks)

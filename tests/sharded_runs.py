@@ -55,7 +55,7 @@ class WholeSequence(TokenLoss):
 
 
 class LossRecorder(GradientRecorder):
-    """Keeps the loss of each micro-batch as well."""
+    """Keeps the summed loss of each micro-batch as well."""
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -63,7 +63,7 @@ class LossRecorder(GradientRecorder):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
-        self.losses.append(float(outputs["loss"].detach()))
+        self.losses.append(float(outputs["loss"]) * int((batch["labels"][:, 1:] != -100).sum()))
 
 
 def three_steps(
@@ -73,14 +73,14 @@ def three_steps(
     peft: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """Losses and gradients of the first three steps from a checkpoint."""
+    """Summed losses and gradients of the first three steps from a checkpoint."""
     pl.seed_everything(0)
     module = LossRecorder(
         str(folder),
         loss=DFTLoss(),
-        dtype="float64",
-        learning_rate=0.01,
-        lr_schedule="constant",
+        loading={"dtype": "float64"},
+        optimizer={"lr": 0.01},
+        schedule={"decay": "constant"},
         sharding=sharding or {},
         peft=peft,
     )
@@ -96,8 +96,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "recomputing head": ({"loss": WholeSequence()},) * 2,
     "recomputing head, untied": ({"loss": WholeSequence(), "model": {**TINY_ARITHMETIC, "tie_word_embeddings": False}},)
     * 2,
-    "full head": ({"head": "full"},) * 2,
-    "gradient checkpointing": ({"gradient_checkpointing": True}, {}),
+    "full head": ({"loading": {"dtype": "float64", "head": "full"}},) * 2,
+    "gradient checkpointing": ({"loading": {"dtype": "float64", "gradient_checkpointing": True}}, {}),
     "blocks by class path": ({"sharding": {"blocks": [BLOCK]}}, {}),
     "weights kept after forward": ({"sharding": {"reshard_after_forward": False}}, {}),
     "every micro-batch reduced": ({"sharding": {"sync_micro_batches": True}}, {}),
@@ -111,7 +111,8 @@ def one_step(batch_size: int, accumulate: int, options: dict[str, Any], trainer_
     pl.seed_everything(0)
     options = dict(options)
     beforehand = options.pop("beforehand", None)
-    module = GradientRecorder(**{"model": TINY_ARITHMETIC, "loss": DFTLoss(), "dtype": "float64", **options})
+    options = {"model": TINY_ARITHMETIC, "loss": DFTLoss(), "loading": {"dtype": "float64"}, **options}
+    module = GradientRecorder(**options)
     if beforehand == "configure_model":
         module.configure_model()
     elif beforehand == "build_model":  # as a subclass may in its __init__
@@ -158,7 +159,7 @@ def lora(folder: Path) -> None:
         "whole": {"strategy": adapter_strategy(), "sharding": {"load": "whole"}},
     }.items():
         found[name] = three_steps(base, 2, peft=LORA, devices=2, **options).gradients
-    options = {"peft": LORA, "loss": DFTLoss(), "learning_rate": 0.01}
+    options = {"peft": LORA, "loss": DFTLoss(), "optimizer": {"lr": 0.01}}
     module, data = CausalLMModule(str(base), **options), arithmetic_data(16, batch_size=4, shuffle=False)
     each_epoch = pl.callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1, every_n_epochs=1)
     callbacks = [each_epoch, HuggingFaceExport(str(folder / "merged"), merge=True)]
@@ -174,7 +175,7 @@ def lora(folder: Path) -> None:
         trainer(strategy=adapter_strategy(), **four).fit(other, datamodule=data, ckpt_path=folder / "epoch=0.ckpt")
     except InputError as error:
         found["refused"] = gather_lists([str(error)], 2)
-    half = CausalLMModule(str(base), dtype="bfloat16", **options)
+    half = CausalLMModule(str(base), loading={"dtype": "bfloat16"}, **options)
     trainer(devices=2, strategy=adapter_strategy(), precision="bf16-mixed").fit(half, datamodule=data)
     found["dtypes"] = {name: p.dtype for name, p in half.named_parameters()}
     save(found, folder / "out.pt")
@@ -215,7 +216,7 @@ class Generate(pl.Callback):
     def on_train_start(self, trainer: Any, module: Any) -> None:
         longest = GenerationOptions(max_new_tokens=3 + 5 * trainer.global_rank)
         prompts = torch.tensor([[3, 4, 5], [6, 7, 8]])
-        module._stop_token_ids = lambda: [19]
+        module._completions.stop_token_ids = lambda *_: [19]
         texts = module.generate(prompts, torch.ones_like(prompts), longest)
         self.lengths = [len(text) for text in texts]
 
@@ -246,7 +247,7 @@ def again(folder: Path) -> None:
     for strategy in ("ddp", "fsdp2"):
         data = arithmetic_data(16, batch_size=2, shuffle=False)
         pl.seed_everything(0)
-        module = GradientRecorder(TINY_ARITHMETIC, loss=DFTLoss(), dtype="float64")
+        module = GradientRecorder(TINY_ARITHMETIC, loss=DFTLoss(), loading={"dtype": "float64"})
         options = {"devices": 2, "accumulate_grad_batches": 4}
         run = trainer(**options, strategy=strategy_of(strategy), callbacks=[StopAfter()], min_epochs=0, max_steps=9)
         run.fit(module, datamodule=data)
@@ -256,7 +257,9 @@ def again(folder: Path) -> None:
 
         for validated in (True, False):
             pl.seed_everything(0)
-            module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), dtype="float64", learning_rate=0.01)
+            module = CausalLMModule(
+                TINY_ARITHMETIC, loss=DFTLoss(), loading={"dtype": "float64"}, optimizer={"lr": 0.01}
+            )
             data.sources["validation"] = data.sources["train"]
             if validated:
                 trainer(devices=2, strategy=strategy_of(strategy)).validate(module, datamodule=data, verbose=False)
@@ -284,7 +287,7 @@ def buffers(folder: Path) -> None:
 def seeded_run(**options: Any) -> torch.Tensor:
     """Weights after four steps with dropout, shuffling and accumulation."""
     pl.seed_everything(3)
-    module = CausalLMModule({**TINY_ARITHMETIC, "resid_pdrop": 0.3}, loss=DFTLoss(), learning_rate=1e-2)
+    module = CausalLMModule({**TINY_ARITHMETIC, "resid_pdrop": 0.3}, loss=DFTLoss(), optimizer={"lr": 1e-2})
     run = trainer(max_steps=4, accumulate_grad_batches=2, **options)
     run.fit(module, datamodule=arithmetic_data(32, batch_size=2))
     return torch.cat([whole(p.detach()).flatten() for p in module.parameters()])
@@ -307,7 +310,7 @@ def behaviour(folder: Path) -> None:
         path = folder / f"distributed-{distributed}.ckpt"
         strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=distributed)
         pl.seed_everything(3)
-        module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), learning_rate=1e-2)
+        module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), optimizer={"lr": 1e-2})
         export = HuggingFaceExport(str(folder / f"exported-{distributed}"))
         run = trainer(devices=2, strategy=strategy, max_steps=2, callbacks=[export])
         data = arithmetic_data(8, batch_size=4)
@@ -338,7 +341,7 @@ class RateRecorder(CausalLMModule):
 OPTIONS: dict[str, dict[str, Any]] = {
     "whole": {},
     "same": {},
-    "other": {"learning_rate": 0.002, "betas": (0.8, 0.9), "weight_decay": 0.5},
+    "other": {"lr": 0.002, "betas": (0.8, 0.9), "weight_decay": 0.5},
 }
 
 
@@ -356,7 +359,7 @@ def options(folder: Path) -> None:
             if name == "fsdp1":  # whose whole state dict torch cannot gather on the CPU
                 strategy = FSDP1OnCPU(auto_wrap_policy={GPT2Block}, state_dict_type="sharded")
             saved = {"callbacks": [every], "enable_checkpointing": True} if run == "whole" else {}
-            module = RateRecorder(TINY_ARITHMETIC, **{"learning_rate": 0.01, **given})
+            module = RateRecorder(TINY_ARITHMETIC, optimizer={"lr": 0.01, **given})
             fit = trainer(devices=2, strategy=strategy, max_steps=4, **saved)
             fit.fit(module, datamodule=data, ckpt_path=None if run == "whole" else path, weights_only=True)
             groups = [{k: v for k, v in g.items() if k != "params"} for g in fit.optimizers[0].param_groups]
@@ -401,7 +404,7 @@ def loading(folder: Path) -> None:
     found = {}
     for load in ("shards", "whole"):
         # Another dtype than the checkpoint's: what is mapped from a file is in nobody's account.
-        module = Profiled(str(folder / "model"), dtype="float64", sharding={"load": load})
+        module = Profiled(str(folder / "model"), loading={"dtype": "float64"}, sharding={"load": load})
         data = arithmetic_data(2, batch_size=1)
         data.sources["validation"] = data.sources["train"]
         trainer(**two(limit_val_batches=1)).validate(module, datamodule=data, verbose=False)
@@ -415,7 +418,7 @@ def training_memory(trace: Path, ranks: int, sizes: dict[str, int], tokens: int,
     module = CausalLMModule(
         {**LLAMA, **sizes, "tie_word_embeddings": False, "max_position_embeddings": tokens},
         loss=DFTLoss(),
-        gradient_checkpointing=checkpointing,
+        loading={"gradient_checkpointing": checkpointing},
         sharding={"sync_micro_batches": True} if ranks == 2 else {},
     )
     ids = torch.arange(tokens // 2) % sizes["vocab_size"]

@@ -133,7 +133,7 @@ def step_gradient(
     """Gradient of the first step of a fit on arithmetic rows, before and after clipping."""
     pl.seed_everything(0)
     loss_options = {"class_path": f"dft_lightning.{loss}"}
-    module = GradientRecorder(TINY_ARITHMETIC, loss=loss_options, dtype="float64", **options)
+    module = GradientRecorder(TINY_ARITHMETIC, loss=loss_options, loading={"dtype": "float64"}, **options)
     module.rounded = getattr(torch, dtype)
     data = arithmetic_data(num_rows, batch_size=batch_size, shuffle=False)
     run = trainer(

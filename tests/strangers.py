@@ -98,8 +98,11 @@ def saved(module: CausalLMModule, path: Path) -> Path:
 
 
 def changed(path: Path, target: Path, key: str = "hyper_parameters", **values: Any) -> Path:
-    """A checkpoint with other values below a key of it."""
+    """A checkpoint with other values below a key of it; of a group of options with these of its fields."""
     content = torch.load(path, weights_only=True)
+    old = content.get(key) or content.get("hyper_parameters", {})
+    groups = {name for name in ("loading", "evaluation", "step") if isinstance(values.get(name), dict)}
+    values |= {name: {**old.get(name, {}), **values[name]} for name in groups}
     content[key] = {**content.get(key, {}), **values}
     torch.save(content, target)
     return target

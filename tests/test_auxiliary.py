@@ -9,7 +9,7 @@ import torch
 from conftest import TINY_LLAMA
 from dft_lightning import CausalLMModule
 from dft_lightning.errors import InputError
-from dft_lightning.modules import auxiliary, causal_lm
+from dft_lightning.modules import building, size
 from small_runs import TINY_ARITHMETIC, arithmetic_data, trainer
 from test_module import loader
 
@@ -21,9 +21,9 @@ OTHERS = {
 }
 
 
-def gradient(head="fused", model=MIXTRAL, **options):
+def gradient(head="fused", model=MIXTRAL, **step):
     torch.manual_seed(0)
-    module = CausalLMModule(model, head=head, **options)
+    module = CausalLMModule(model, loading={"head": head}, step=step)
     module.configure_model()
     output = module.token_output(next(iter(loader())))
     output.loss.backward()
@@ -50,11 +50,11 @@ def test_the_option_puts_it_in_with_its_coefficient(kind, head):
 
 
 def test_it_is_refused_where_there_is_none():
-    with pytest.raises(InputError, match=r"model.router_aux_loss_coef: LlamaForCausalLM has no auxiliary loss"):
-        CausalLMModule(TINY_LLAMA, router_aux_loss_coef=0.1).configure_model()
+    with pytest.raises(InputError, match=r"model.step.router_aux_loss_coef: LlamaForCausalLM has no auxiliary loss"):
+        CausalLMModule(TINY_LLAMA, step={"router_aux_loss_coef": 0.1}).configure_model()
     with pytest.raises(ValueError, match="router_aux_loss_coef must be a number from 0 on, got -1"):
-        CausalLMModule(MIXTRAL, router_aux_loss_coef=-1)
-    module = CausalLMModule(MIXTRAL, router_aux_loss_coef=0.1, attn_implementation="documents")
+        CausalLMModule(MIXTRAL, step={"router_aux_loss_coef": -1})
+    module = CausalLMModule(MIXTRAL, step={"router_aux_loss_coef": 0.1}, loading={"attn_implementation": "documents"})
     module.configure_model()
     ids = torch.arange(6)[None]
     with pytest.raises(InputError, match="the auxiliary loss of experts reads"):
@@ -62,19 +62,20 @@ def test_it_is_refused_where_there_is_none():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("step", "said"),
     [
         (
             {},
-            "not in the objective (output_router_logits: false in its config); model.router_aux_loss_coef: 0.001 puts",
+            "not in the objective (output_router_logits: false in its config); model.step.router_aux_loss_coef: 0.001 "
+            "puts",
         ),
         ({"router_aux_loss_coef": 0.5}, "in the objective, with coefficient 0.5"),
     ],
 )
-def test_the_run_says_whether_it_is_there(options, said, monkeypatch):
+def test_the_run_says_whether_it_is_there(step, said, monkeypatch):
     lines = []
-    monkeypatch.setattr(causal_lm, "rank_zero_info", lines.append)
-    trainer().fit(CausalLMModule(MIXTRAL, **options), loader())
+    monkeypatch.setattr(size, "rank_zero_info", lines.append)
+    trainer().fit(CausalLMModule(MIXTRAL, step=step), loader())
     assert sum(said in line for line in lines) == 1, lines
     lines.clear()
     trainer().fit(CausalLMModule(TINY_LLAMA), loader())
@@ -82,18 +83,16 @@ def test_the_run_says_whether_it_is_there(options, said, monkeypatch):
 
 
 def test_a_loss_that_was_asked_for_and_is_not_computed_ends_the_run(monkeypatch):
-    monkeypatch.setattr(auxiliary, "set_auxiliary_loss", lambda *_: None)
-    monkeypatch.setattr(causal_lm, "set_auxiliary_loss", lambda *_: None)
+    monkeypatch.setattr(building, "set_auxiliary_loss", lambda *_: None)
     with pytest.raises(InputError, match="computes no auxiliary loss"):
         gradient(router_aux_loss_coef=0.1)
 
 
-@pytest.mark.parametrize("options", [{"precision": "16-true"}, {"precision": "32-true", "dtype": "float16"}])
-def test_float16_without_a_scaler_is_named(options):
-    precision = options.pop("precision")
+@pytest.mark.parametrize(("precision", "dtype"), [("16-true", "float32"), ("32-true", "float16")])
+def test_float16_without_a_scaler_is_named(precision, dtype):
     with pytest.warns(UserWarning, match="in float16 without a gradient scaler: gradients below 6e-8 are lost"):
         trainer(precision=precision).fit(
-            CausalLMModule(TINY_ARITHMETIC, **options), datamodule=arithmetic_data(4, batch_size=2)
+            CausalLMModule(TINY_ARITHMETIC, loading={"dtype": dtype}), datamodule=arithmetic_data(4, batch_size=2)
         )
 
 

@@ -29,7 +29,7 @@ def config(tmp_path):
     """A complete small config; returns its path."""
     rows = {"class_path": "ArithmeticRows", "init_args": {"num_rows": 6, "min_digits": 1, "max_digits": 2}}
     values = {
-        "model": {"model": TINY, "loss": "DFTLoss", "generation": {"max_new_tokens": 5}},
+        "model": {"model": TINY, "loss": "DFTLoss", "evaluation": {"generation": {"max_new_tokens": 5}}},
         "data": {
             "train": rows,
             "validation": rows,
@@ -71,7 +71,7 @@ def fails(capfd, *args, lines=3):
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["--model.learning_rat", "1"], "unknown key model.learning_rat; did you mean model.learning_rate?"),
+        (["--model.optimzer", "SGD"], "unknown key model.optimzer; did you mean model.optimizer?"),
         (["--data.batchsize", "1"], "unknown key data.batchsize; did you mean data.batch_size?"),
         (["--trainer.max_stepz", "1"], "unknown key trainer.max_stepz; did you mean trainer.max_steps?"),
         (["--model.loss", "DFTLos"], "model.loss: unknown class 'DFTLos'; did you mean DFTLoss?\n"),
@@ -83,17 +83,19 @@ def fails(capfd, *args, lines=3):
         (["--model.loss", "PowerLoss", "--model.loss.q", "-1"], "q must be finite and not negative"),
         (["--model.loss", "torch.nn.Linear"], "model.loss: torch.nn.Linear is not a subclass of TokenLoss"),
         (["--model.loss", "DFTLoss", "--model.loss.gamma", "1"],
-         "model.loss.gamma: DFTLoss has no option 'gamma'; it has ignore_index, reduction"),
+         "model.loss.gamma: DFTLoss has no option 'gamma'; it has none"),
         (["--model.loss", "FocalLoss", "--model.loss.gamma", "much"],
          "model.loss.gamma: expected float. Got value: much"),
         (["--model.loss", "FocalLoss", "--model.loss.gamma", "-1"], "gamma must be finite and not negative, got -1.0"),
         (["--model.loss", "no_such_module.Loss"],
          "model.loss: cannot import 'no_such_module.Loss': No module named 'no_such_module'"),
         (["--model.loss", "dft_lightning.losses.Nope"], "has no attribute 'Nope'"),
-        (["--model.answer_extractor", "LastNumbr"], "model.answer_extractor: unknown class 'LastNumbr'"),
-        (["--model.dtype", "float31"], "model.dtype: expected one of 'auto', 'float32'"),
-        (["--model.learning_rate", "fast"], "model.learning_rate: expected float. Got value: fast"),
-        (["--model.warmup_ratio", "0.1", "--model.warmup_steps", "3"], "give warmup_steps (3) or warmup_ratio (0.1)"),
+        (["--model.evaluation.answer_extractor", "LastNumbr"],
+         "model.evaluation.answer_extractor: unknown class 'LastNumbr'"),
+        (["--model.loading.dtype", "float31"], "model.loading.dtype: expected one of 'auto', 'float32'"),
+        (["--model.optimizer.lr", "fast"], "model.optimizer.lr: expected float"),
+        (["--model.schedule.warmup", "1.5"], "schedule.warmup must be a whole number of steps or, as a share of"),
+        (["--model.schedule.warmup", "-3"], "schedule.warmup must not be negative, got -3"),
         (["--model.model", "./nowhere"], "no such folder: ./nowhere"),
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--data.train", "LocalRows"], "data.train.path: required, but not given"),
@@ -129,14 +131,14 @@ def test_flags(capfd, config, args, expected):
         ("model: {loss: {class_path: DFTLos}}", "model.loss: unknown class 'DFTLos'"),
         ("data: {train: {class_path: ArithmeticRowz}}", "data.train: unknown class 'ArithmeticRowz'"),
         ("data: {train: {class_path: ArithmeticRows, init_args: {num_rowz: 3}}}",
-         "data.train.num_rowz: ArithmeticRows has no option 'num_rowz'; it has num_rows"),
+         "data.train.num_rowz: ArithmeticRows has no option 'num_rowz'; did you mean num_rows? It has num_rows"),
         ("trainer: {callbacks: [{class_path: GenerationEvaluation, init_args: {every: 3}}]}",
          "trainer.callbacks.every: GenerationEvaluation has no option 'every'; it has at_start"),
         ("model: [", "config: broken YAML"),
         ("", "config: expected a file of keys and values, got one of nothing"),
         ("- 1", "config: expected a file of keys and values"),
-        ("fit: {model: {learning_rate: 0.1}}", "take it out of its fit: level"),
-        ("model: {generation: {max_new: 3}}", "unknown key model.generation.max_new"),
+        ("fit: {model: {peft: null}}", "take it out of its fit: level"),
+        ("model: {evaluation: {generation: {max_new: 3}}}", "unknown key model.evaluation.generation.max_new"),
     ],
 )  # fmt: skip
 def test_configs(capfd, config, tmp_path, text, expected):
@@ -150,7 +152,7 @@ def test_configs(capfd, config, tmp_path, text, expected):
     [
         ("PL_TRAINER_MAX_STEPS", "trainer.max_steps"),
         ("PL_TRAINER__MAX_EPOCHS", "trainer.max_epochs"),
-        ("PL_FIT__MODEL__LEARNING_RATE", "model.learning_rate"),
+        ("PL_FIT__MODEL__OPTIMIZER__LR", "model.optimizer.lr"),
     ],
 )
 def test_options_in_the_environment_are_not_passed_over(capfd, config, monkeypatch, tmp_path, name, key):
@@ -194,7 +196,7 @@ def test_help_names_every_command(capfd):
 def test_bad_rows_end_the_run_before_a_model_is_loaded(capfd, config, tmp_path, monkeypatch):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "1+1=", "completion": ""}\n' * 12)
-    monkeypatch.setattr("dft_lightning.modules.causal_lm.load_causal_lm", lambda *a, **k: pytest.fail("model loaded"))
+    monkeypatch.setattr("dft_lightning.modules.building.load_causal_lm", lambda *a, **k: pytest.fail("model loaded"))
     message = fails(capfd, "fit", "--config", config, "--data.train", str(rows), lines=12)
     assert message.startswith(f"{rows}: 12 of 12 rows are bad\n  row 1: completion: empty")
     assert message.endswith("... and 2 more")

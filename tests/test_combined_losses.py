@@ -136,8 +136,9 @@ def test_training_follows_the_schedule(head):
 
     def gradients(loss):
         pl.seed_everything(0)
-        options = {"dtype": "float64", "learning_rate": 0.0, "head": head}  # the weights stay: only the loss changes
-        module = GradientRecorder(TINY_ARITHMETIC, loss=loss, **options)
+        loading = {"dtype": "float64", "head": head}
+        still = {"lr": 0.0}  # the weights stay: only the loss changes
+        module = GradientRecorder(TINY_ARITHMETIC, loss=loss, loading=loading, optimizer=still)
         data = arithmetic_data(16, batch_size=16, shuffle=False)
         trainer(max_steps=4, max_epochs=-1, precision="64-true").fit(module, datamodule=data)
         return module.gradients
@@ -152,7 +153,7 @@ def test_a_checkpoint_knows_how_far_the_schedule_is(tmp_path):
     """A trainer that only tests counts its steps from 0: the objective must still be that of the last step."""
     loss = ScheduledLoss(CrossEntropyLoss(), DFTLoss(), begin_step=0, end_step=4)
     short = GenerationOptions(max_new_tokens=2)
-    module = CausalLMModule(TINY_ARITHMETIC, loss=loss, learning_rate=1e-3, generation=short)
+    module = CausalLMModule(TINY_ARITHMETIC, loss=loss, optimizer={"lr": 1e-3}, evaluation={"generation": short})
     rows = {"test": arithmetic_data().sources["train"]}
     fitting = trainer(max_steps=2, max_epochs=-1)
     fitting.fit(module, datamodule=arithmetic_data(batch_size=4))
@@ -167,7 +168,9 @@ def test_a_checkpoint_knows_how_far_the_schedule_is(tmp_path):
 
     here = objective(module)
     assert here["test/loss"] == pytest.approx((here["test/nll"] + dft_objective(module)) / 2, rel=1e-5)
-    loaded = objective(CausalLMModule(TINY_ARITHMETIC, loss=loss, generation=short), ckpt_path=path, weights_only=True)
+    loaded = objective(
+        CausalLMModule(TINY_ARITHMETIC, loss=loss, evaluation={"generation": short}), ckpt_path=path, weights_only=True
+    )
     assert loaded["test/loss"] == here["test/loss"]
     again = CausalLMModule.load_from_checkpoint(path, weights_only=True)
     assert objective(again)["test/loss"] == here["test/loss"]

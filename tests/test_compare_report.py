@@ -247,11 +247,14 @@ def test_a_difference_in_config_is_no_comparison(tmp_path):
     whole_comparison(tmp_path)
     path = tmp_path / "runs" / "ce-lr0.001-seed0" / "config.yaml"
     config = yaml.safe_load(path.read_text())
-    config["model"]["weight_decay"] = 0.5
+    config["model"]["optimizer"]["init_args"]["weight_decay"] = 0.5
     path.write_text(yaml.safe_dump(config))
     (check,) = [check for check in findings_of(tmp_path).checks if not check.agrees]
     assert check.what == "config but for loss, learning rate and seed"
-    assert check.note in ("(model.weight_decay: not set, 0.5)", "(model.weight_decay: 0.5, not set)")
+    assert check.note in (
+        "(model.optimizer.init_args.weight_decay: not set, 0.5)",
+        "(model.optimizer.init_args.weight_decay: 0.5, not set)",
+    )
 
 
 def test_other_test_problems_are_no_comparison(tmp_path):

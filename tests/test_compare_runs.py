@@ -52,7 +52,9 @@ def fit(
 ):  # fmt: skip
     pl.seed_everything(seed)
     short = GenerationOptions(max_new_tokens=6)
-    module = CausalLMModule(model, loss=loss, learning_rate=1e-2, generation=short, dtype=dtype)
+    module = CausalLMModule(
+        model, loss=loss, optimizer={"lr": 1e-2}, evaluation={"generation": short}, loading={"dtype": dtype}
+    )
     identity = RunIdentity("run", "loss", 1e-2, seed)
     recorder = RunRecorder(str(folder), identity, EVALUATION)
     run = trainer(
@@ -136,7 +138,7 @@ def test_hashes_tell_starts_rows_and_targets_apart(tmp_path):
 
 def test_what_is_recorded_of_a_test(tmp_path):
     """Of the base that half knows addition, so that some answers are right, and others with another temperature."""
-    module = CausalLMModule("asset://arithmetic-base", generation=GenerationOptions(max_new_tokens=70))
+    module = CausalLMModule("asset://arithmetic-base", evaluation={"generation": GenerationOptions(max_new_tokens=70)})
     data = rows_of()
     data.sources["test"] = ArithmeticRows(12, min_digits=4, part="held_out", seed=3)
     evaluation = Evaluation(num_samples=3, temperatures=(0.0, 0.5, 1.0), curve_samples=2)
@@ -165,7 +167,9 @@ def test_what_is_recorded_of_a_test(tmp_path):
 
 def test_the_last_weights_are_those_that_are_tested(tmp_path):
     module, recorder = fit(tmp_path, DFTLoss())
-    again = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), generation=GenerationOptions(max_new_tokens=6))
+    again = CausalLMModule(
+        TINY_ARITHMETIC, loss=DFTLoss(), evaluation={"generation": GenerationOptions(max_new_tokens=6)}
+    )
     path = tmp_path / "last.ckpt"
     trainer(callbacks=[recorder]).test(again, datamodule=rows_of(), verbose=False, ckpt_path=path, weights_only=True)
     record = read(tmp_path)
@@ -194,7 +198,7 @@ def test_forgetting_rows_without_answers(tmp_path):
                 yield number, {"prompt": "1+1=", "completion": "||"}
 
     def run(**options):
-        module = CausalLMModule(TINY_ARITHMETIC, generation=GenerationOptions(max_new_tokens=3))
+        module = CausalLMModule(TINY_ARITHMETIC, evaluation={"generation": GenerationOptions(max_new_tokens=3)})
         data = rows_of()
         data.sources["forgetting"] = NoAnswers(3)
         evaluation = Evaluation(num_samples=1, limit=2, probability_rows=2, **options)
@@ -402,9 +406,10 @@ def test_a_second_call_runs_what_is_new_and_nothing_twice(compared):
 def test_a_changed_config_is_noticed(compared, capsys):
     path, out, _, times = compared
     config = yaml.safe_load(path.read_text())
-    path.write_text(yaml.safe_dump({**config, "overrides": {"model": {"weight_decay": 0.25}}}))
+    path.write_text(yaml.safe_dump({**config, "overrides": {"model": {"optimizer": {"weight_decay": 0.25}}}}))
     message = fails(capsys, "--config", path, "--output", out)
-    assert "was run with another config (model.weight_decay: 0.01 there, 0.25 now): choose another --output" in message
+    key = "model.optimizer.init_args.weight_decay"
+    assert f"was run with another config ({key}: 0.01 there, 0.25 now): choose another --output" in message
     assert {file: file.stat().st_mtime_ns for file in times} == times
     path.write_text(yaml.safe_dump(config))
 

@@ -22,7 +22,11 @@ from test_compare_report import fails
 
 ROWS = {"class_path": "ArithmeticRows", "init_args": {"num_rows": 6, "min_digits": 1, "max_digits": 2}}
 BASE = {
-    "model": {"model": {**TINY_LLAMA, "vocab_size": 20}, "loss": "FocalLoss", "generation": {"max_new_tokens": 3}},
+    "model": {
+        "model": {**TINY_LLAMA, "vocab_size": 20},
+        "loss": "FocalLoss",
+        "evaluation": {"generation": {"max_new_tokens": 3}},
+    },
     "data": {"train": ROWS, "validation": ROWS, "test": ROWS, "tokenizer": "asset://arithmetic-base", "batch_size": 3},
     "trainer": {"max_steps": 2, "accelerator": "cpu", "devices": 1, "log_every_n_steps": 1, "logger": False},
 }
@@ -48,7 +52,8 @@ def grid(path, output):
 
 
 def test_the_grid(tmp_path):
-    path = write(tmp_path, seeds=[3, 4], overrides={"model": {"weight_decay": 0.5, "renormalize": True}})
+    overrides = {"model": {"optimizer": {"weight_decay": 0.5}, "step": {"renormalize": True}}}
+    path = write(tmp_path, seeds=[3, 4], overrides=overrides)
     runs = grid(path, tmp_path / "out")
     assert [run.identity.name for run in runs] == ["base"] + [
         f"{loss}-lr{rate}-seed{seed}" for seed in (3, 4) for rate in (0.001, 0.01) for loss in ("ce", "sharp-dft")
@@ -56,7 +61,8 @@ def test_the_grid(tmp_path):
     run = next(run for run in runs if run.identity.name == "sharp-dft-lr0.01-seed4")
     model, data, trainer = (run.config[key] for key in ("model", "data", "trainer"))
     assert model["loss"]["class_path"] == "dft_lightning.DFTLoss"
-    assert (model["learning_rate"], model["weight_decay"], model["renormalize"]) == (0.01, 0.5, True)
+    optimizer = model["optimizer"]["init_args"]
+    assert (optimizer["lr"], optimizer["weight_decay"], model["step"]["renormalize"]) == (0.01, 0.5, True)
     assert (run.config["seed_everything"], data["seed"]) == (4, 4)
     assert trainer["default_root_dir"] == str(tmp_path / "out" / "runs" / "sharp-dft-lr0.01-seed4")
     assert [c["class_path"] for c in trainer["callbacks"]] == ["dft_lightning.compare.RunRecorder"]
@@ -96,8 +102,9 @@ def test_another_way_to_the_same_folder_is_no_other_config(tmp_path, monkeypatch
     (runs[1].folder / "fit.log").write_text("begun\n")
     (same,) = [run for run in grid(tmp_path / "compare.yaml", Path("out")) if run.identity == runs[1].identity]
     write_config(same)
-    same.config["model"]["weight_decay"] = 0.5
-    with pytest.raises(InputError, match=r"another config \(model.weight_decay: 0.01 there, 0.5 now\)"):
+    same.config["model"]["optimizer"]["init_args"]["weight_decay"] = 0.5
+    message = r"another config \(model.optimizer.init_args.weight_decay: 0.01 there, 0.5 now\)"
+    with pytest.raises(InputError, match=message):
         write_config(same)
 
 
@@ -144,6 +151,8 @@ def test_print_commands_writes_configs_and_runs_nothing(tmp_path, capsys):
     [
         ({"losses": {}}, "losses: name at least one loss to compare"),
         ({"losses": None}, "losses: name at least one loss to compare"),
+        ({"losses": {"a": {"class_path": "DFTLoss", "init_args": {"reduction": "sum"}}}},
+         "losses.reduction: DFTLoss has no option 'reduction'; it has none"),
         ({"losses": {"a b": "DFTLoss", "A-B": "DFTLoss"}}, "'a b' gives its runs the name 'a-b'; 'A-B' has the same"),
         ({"losses": {"base": "DFTLoss"}}, "'base' gives its runs the name 'base'"),
         ({"losses": {"?": "DFTLoss"}}, "neither letters nor digits"),
@@ -228,7 +237,7 @@ def test_a_mistake_in_the_data_ends_it_before_the_first_run(
 
 
 def test_an_extractor_that_finds_nothing_ends_it_before_the_first_run(tmp_path, capsys):
-    model = {**BASE["model"], "answer_extractor": "HashAnswer"}
+    model = {**BASE["model"], "evaluation": {"answer_extractor": "HashAnswer"}}
     arguments = ["--config", write(tmp_path, {**BASE, "model": model}), "--output", tmp_path / "out"]
     for more in ([], ["--print-commands"]):
         assert "row 1: HashAnswer() finds no answer in the reference" in fails(capsys, *arguments, *more)
@@ -281,7 +290,7 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
 
 def test_files_compose(tmp_path):
     data = {"train": {"class_path": "ArithmeticRows", "init_args": {"num_rows": 9, "seed": 3}}, "forgetting": ROWS}
-    overrides = {"model": {"weight_decay": 0.5}, "trainer": {"max_steps": 5}, "data": data}
+    overrides = {"model": {"optimizer": {"weight_decay": 0.5}}, "trainer": {"max_steps": 5}, "data": data}
     path = write(tmp_path, overrides=overrides)
     above = tmp_path / "above.yaml"
     local = {"class_path": "LocalRows", "init_args": {"path": "rows.jsonl"}}
@@ -296,7 +305,7 @@ def test_files_compose(tmp_path):
     assert (settings.evaluation["limit"], settings.evaluation["num_samples"]) == (1, 2)
     data["train"]["init_args"]["seed"] = 4
     assert settings.overrides == {
-        "model": {"weight_decay": 0.5},
+        "model": {"optimizer": {"weight_decay": 0.5}},
         "trainer": {"max_steps": 6},
         "data": {"train": data["train"], "forgetting": local},
     }

@@ -53,7 +53,11 @@ def test_config_runs(path, tmp_path):
     small.write_text(
         yaml.safe_dump(
             {
-                "model": {"model": model, "gradient_checkpointing": False, "generation": {"max_new_tokens": 4}},
+                "model": {
+                    "model": model,
+                    "loading": {"gradient_checkpointing": False},
+                    "evaluation": {"generation": {"max_new_tokens": 4}},
+                },
                 "data": {"train": str(rows), "test": str(rows), "tokenizer": "asset://arithmetic-base"},
                 "trainer": {
                     "max_steps": 2,
@@ -126,7 +130,7 @@ def test_trainer_overlay_runs(tmp_path):
     strategy["init_args"]["data_parallel_size"] = 2
     small = tmp_path / "small.yaml"
     content = {
-        "model": {"model": TINY, "generation": {"max_new_tokens": 4}},
+        "model": {"model": TINY, "evaluation": {"generation": {"max_new_tokens": 4}}},
         "data": {"train": str(rows), "test": str(rows), "tokenizer": "asset://arithmetic-base"}
         | {"batch_size": 4, "global_batch_size": 16},
         "trainer": {"accelerator": "cpu", "devices": 2, "num_nodes": 1, "strategy": strategy, "max_steps": 2}

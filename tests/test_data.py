@@ -712,7 +712,7 @@ def test_global_batch_size_sets_the_accumulation():
     gradients = []
     for options in ({"batch_size": 3, "global_batch_size": 12}, {"batch_size": 12}):
         pl.seed_everything(0)
-        module = GradientRecorder(TINY_ARITHMETIC, dtype="float64")
+        module = GradientRecorder(TINY_ARITHMETIC, loading={"dtype": "float64"})
         run = trainer()
         run.fit(module, datamodule=arithmetic_data(24, shuffle=False, **options))
         gradients.append(module.gradients[0])

@@ -21,7 +21,7 @@ from dft_lightning.errors import InputError
 from dft_lightning.export.command import main
 from dft_lightning.export.model import _config_of
 from dft_lightning.modules import GenerationOptions
-from dft_lightning.modules.record import describe
+from dft_lightning.modules.resume.record import describe
 from small_runs import TINY_ARITHMETIC, arithmetic_data, trainer
 
 CHAT = (
@@ -32,7 +32,7 @@ CHAT = (
 
 def trained(model, path, data=None, steps=2, **options):
     """A module after some steps, whose checkpoint is at ``path``."""
-    module = CausalLMModule(model, loss=DFTLoss(), learning_rate=1e-2, lr_schedule="constant", **options)
+    module = CausalLMModule(model, loss=DFTLoss(), optimizer={"lr": 1e-2}, schedule={"decay": "constant"}, **options)
     run = trainer(max_steps=steps, default_root_dir=path.parent)
     run.fit(module, datamodule=data or arithmetic_data(16, batch_size=4))
     run.save_checkpoint(path)
@@ -107,7 +107,7 @@ LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 20, 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tied_or_not_in_the_dtype_of_training(tmp_path, tied, dtype):
-    module = trained({**LLAMA, "tie_word_embeddings": tied}, tmp_path / "a.ckpt", dtype=dtype)
+    module = trained({**LLAMA, "tie_word_embeddings": tied}, tmp_path / "a.ckpt", loading={"dtype": dtype})
     output = exported(tmp_path / "a.ckpt", tmp_path / "out")
     assert ("lm_head.weight" in load_file(output / "model.safetensors")) != tied
     assert_same_tensors(module, output)
@@ -157,7 +157,7 @@ def test_the_card_says_what_was_trained(tmp_path):
         "tags": ["dft-lightning", "DFTLoss"],
     }
     settings = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
-    assert settings["model"]["learning_rate"] == 1e-2
+    assert settings["model"]["optimizer"]["init_args"]["lr"] == 1e-2
     assert settings["data"]["train"]["init_args"]["num_rows"] == 16
     assert settings["trainer"]["max_steps"] == 4
     nll = module.trainer.callback_metrics["val/nll"]
@@ -412,7 +412,7 @@ def test_what_cannot_be_exported_is_said_before_training(tmp_path):
         (HuggingFaceExport(str(taken)), "is not empty", CausalLMModule),
         (HuggingFaceExport(str(tmp_path / "new")), "Wrapper is no model class of transformers", OwnModel),
     ):
-        module = kind(TINY_ARITHMETIC, loss=DFTLoss(), head="full")
+        module = kind(TINY_ARITHMETIC, loss=DFTLoss(), loading={"head": "full"})
         run = trainer(callbacks=[callback])
         with pytest.raises(InputError, match=words):
             run.fit(module, datamodule=data)

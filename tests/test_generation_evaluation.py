@@ -24,7 +24,9 @@ def data(num_rows=32, **options):
 
 def fit(callbacks, model=TINY_ARITHMETIC, max_steps=4, **options):
     pl.seed_everything(0)
-    module = CausalLMModule(model, loss=DFTLoss(), learning_rate=1e-3, generation=GenerationOptions(max_new_tokens=80))
+    module = CausalLMModule(
+        model, loss=DFTLoss(), optimizer={"lr": 1e-3}, evaluation={"generation": GenerationOptions(max_new_tokens=80)}
+    )
     trainer(max_steps=max_steps, callbacks=callbacks, limit_val_batches=0, **options).fit(module, datamodule=data())
     return module
 
@@ -112,7 +114,7 @@ def test_base_is_small_and_half_knows_the_skill():
         sizes = [weights_file.get_tensor(name).numel() for name in weights_file.keys()]  # noqa: SIM118
     assert 250_000 < sum(sizes) < 375_000  # float32: at most 1.5 MB
     problems = ArithmeticRows(400, part="held_out", seed=77)
-    module = CausalLMModule("asset://arithmetic-base", generation=GenerationOptions(max_new_tokens=80))
+    module = CausalLMModule("asset://arithmetic-base", evaluation={"generation": GenerationOptions(max_new_tokens=80)})
     rows = InstructionDataModule(test=problems, tokenizer="asset://arithmetic-base", eval_batch_size=200)
     (values,) = trainer().test(module, datamodule=rows, verbose=False)
     assert 0.65 <= values["test/exact_match"] <= 0.85
@@ -124,7 +126,9 @@ def test_base_is_small_and_half_knows_the_skill():
 )
 def test_the_other_bases_know_what_their_names_say(name, digits, least, most):
     problems = ArithmeticRows(100, min_digits=digits[0], max_digits=digits[1], part="held_out", seed=78)
-    module = CausalLMModule(f"asset://arithmetic-{name}", generation=GenerationOptions(max_new_tokens=80))
+    module = CausalLMModule(
+        f"asset://arithmetic-{name}", evaluation={"generation": GenerationOptions(max_new_tokens=80)}
+    )
     rows = InstructionDataModule(test=problems, tokenizer="asset://arithmetic-base", eval_batch_size=100)
     (values,) = trainer().test(module, datamodule=rows, verbose=False)
     assert least <= values["test/exact_match"] <= most
@@ -186,7 +190,7 @@ def test_references_that_cannot_be_scored_end_the_run_before_training():
         def on_train_batch_start(self, *args):
             seen.append(1)
 
-    module = CausalLMModule("asset://arithmetic-base", answer_extractor=HashAnswer())
+    module = CausalLMModule("asset://arithmetic-base", evaluation={"answer_extractor": HashAnswer()})
     with pytest.raises(InputError, match=r"HashAnswer\(\) finds no answer in the reference"):
         trainer(callbacks=[GenerationEvaluation(at_start=False), Watch()]).fit(module, datamodule=data())
     assert seen == []

@@ -73,12 +73,12 @@ ARCHITECTURES = {
 }
 
 
-def both(config, batch, **options):
+def both(config, batch, loading=None, **options):
     """Output and whole gradient with the fused head and with the model's own logits."""
     results = []
     for kind in ("fused", "full"):
         pl.seed_everything(0, verbose=False)
-        module = CausalLMModule(config, head=kind, **options)
+        module = CausalLMModule(config, loading={"head": kind, **(loading or {})}, **options)
         module.configure_model()
         torch.manual_seed(1)  # dropout
         output = module.token_output(batch, statistics=["entropy"])
@@ -114,14 +114,14 @@ def test_scale_and_cap_matter_in_the_test_above(name, monkeypatch):
     config = known_here(name)
     monkeypatch.setattr(head_module, "_SCALE", {})
     monkeypatch.setattr(head_module, "_SOFTCAP", {})
-    with pytest.raises(InputError, match=rf"reproduce {name}'s own log-probabilities.*model.head: full"):
+    with pytest.raises(InputError, match=rf"reproduce {name}'s own log-probabilities.*model.loading.head: full"):
         assert_agree(config, loss=FocalLoss(2.0))
 
 
-@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"dtype": "float64"}], ids=str)
+@pytest.mark.parametrize("loading", [{"gradient_checkpointing": True}, {"dtype": "float64"}], ids=str)
 @pytest.mark.parametrize("loss", [CrossEntropyLoss(0.1), DFTLoss()], ids=repr)
-def test_options_of_the_module(loss, options):
-    assert_agree(SMALL, loss=loss, **options)
+def test_options_of_the_module(loss, loading):
+    assert_agree(SMALL, loss=loss, loading=loading)
 
 
 def test_dropout_is_the_same_with_and_without_the_check():
@@ -151,9 +151,9 @@ MIXTRAL = {**SMALL, "model_type": "mixtral", "num_local_experts": 4, "router_aux
 
 @pytest.mark.parametrize("kind", ["fused", "full"])
 def test_auxiliary_loss_is_added_as_the_model_defines_it(kind):
-    module = CausalLMModule({**MIXTRAL, "output_router_logits": True}, head=kind)
+    module = CausalLMModule({**MIXTRAL, "output_router_logits": True}, loading={"head": kind})
     module.configure_model()
-    plain = CausalLMModule(MIXTRAL, head=kind)
+    plain = CausalLMModule(MIXTRAL, loading={"head": kind})
     plain.model = module.model
     batch = next(iter(loader()))
     expected = module.model(**batch)
@@ -185,7 +185,7 @@ class Losses(CausalLMModule):
 
 def losses_of(folder, kind, steps, dtype):
     pl.seed_everything(0, verbose=False)
-    module = Losses(folder, loss=DFTLoss(), head=kind, dtype=dtype, learning_rate=1e-3)
+    module = Losses(folder, loss=DFTLoss(), loading={"head": kind, "dtype": dtype}, optimizer={"lr": 1e-3})
     module.seen = []
     precision = "64-true" if dtype == "float64" else "32-true"
     trainer(max_steps=steps, max_epochs=-1, precision=precision).fit(module, loader(vocabulary=500))
@@ -208,7 +208,7 @@ def test_frozen_head_and_frozen_backbone():
         gradients = []
         for kind in ("fused", "full"):
             pl.seed_everything(0, verbose=False)
-            module = CausalLMModule(config, loss=DFTLoss(), head=kind)
+            module = CausalLMModule(config, loss=DFTLoss(), loading={"head": kind})
             module.configure_model()
             module.model.requires_grad_(config is SMALL)
             module.model.lm_head.weight.requires_grad_(config is not SMALL)
@@ -252,8 +252,8 @@ def test_a_head_that_does_something_else_is_refused():
             model.forward = with_bonus
             return model
 
-    refused(r"does not reproduce llama's own log-probabilities.*set model.head: full", Own("own"))
-    module = Own("own", head="full")
+    refused(r"does not reproduce llama's own log-probabilities.*set model.loading.head: full", Own("own"))
+    module = Own("own", loading={"head": "full"})
     module.configure_model()
     assert module.token_output(next(iter(loader()))).loss > 0
 
@@ -339,8 +339,10 @@ def test_a_head_of_another_shape_is_refused():
     config = {**UNTIED, "model_type": "inkling_text", "unpadded_vocab_size": 90}
     if config["model_type"] not in CONFIG_MAPPING:
         pytest.skip("this transformers has no such model")
-    refused(r"output layer is given \[.*\] and .* logits are \[.*\].*set model.head: full", CausalLMModule(config))
-    module = CausalLMModule(config, head="full")
+    refused(
+        r"output layer is given \[.*\] and .* logits are \[.*\].*set model.loading.head: full", CausalLMModule(config)
+    )
+    module = CausalLMModule(config, loading={"head": "full"})
     module.configure_model()
     ids = torch.arange(3, 12).view(1, -1)
     assert module.token_output({"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}).loss > 0
@@ -380,15 +382,15 @@ def test_an_overridden_forward_is_refused():
     outputs = []
     for cls in (Own, CausalLMModule):
         pl.seed_everything(0, verbose=False)
-        module = cls(SMALL, head="full")
+        module = cls(SMALL, loading={"head": "full"})
         module.configure_model()
         outputs.append(module.token_output(batch).loss)
     assert outputs[0] != outputs[1]
 
 
 def test_unknown_head_is_refused():
-    with pytest.raises(ValueError, match="head must be 'fused' or 'full', got 'liger'"):
-        CausalLMModule(SMALL, head="liger")
+    with pytest.raises(ValueError, match="head must be one of fused, full, got 'liger'"):
+        CausalLMModule(SMALL, loading={"head": "liger"})
 
 
 def test_the_model_is_as_it_was_after_the_fused_head():

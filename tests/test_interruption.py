@@ -147,7 +147,7 @@ def test_a_loader_of_ones_own_loses_no_batch(tmp_path):
         rows = [{"input_ids": torch.full((5,), i), "labels": torch.full((5,), i)} for i in range(12)]
         options = {"max_steps": -1, "max_epochs": 1, "enable_checkpointing": True, "default_root_dir": tmp_path}
         loader = StatefulDataLoader(rows, batch_size=2)
-        module = Seen(TINY_ARITHMETIC, lr_schedule="constant")
+        module = Seen(TINY_ARITHMETIC, schedule={"decay": "constant"})
         trainer(**options, callbacks=[*callbacks]).fit(module, loader, ckpt_path=ckpt_path, weights_only=True)
 
     seen: list[list[int]] = []

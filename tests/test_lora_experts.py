@@ -82,7 +82,7 @@ def trained(model):
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_experts_are_adapted_as_by_peft(kind, folder_of):
     """The same parameters, and the same gradient where A and B are none of them 0."""
-    module = made(folder_of(kind), ALL, dtype="float64", loss=CrossEntropyLoss())
+    module = made(folder_of(kind), ALL, loading={"dtype": "float64"}, loss=CrossEntropyLoss())
     module.configure_model()
     reference = by_peft(folder_of(kind))
     own, theirs = trained(module.model), trained(reference.base_model.model)
@@ -110,7 +110,7 @@ def test_experts_are_adapted_as_by_peft(kind, folder_of):
 def test_trained_resumed_exported_and_merged(kind, folder_of, tmp_path):
     folder = folder_of(kind)
     rows = arithmetic_data(8, batch_size=4, shuffle=False)
-    module, second = (made(folder, ALL, gradient_checkpointing=flag) for flag in (False, True))
+    module, second = (made(folder, ALL, loading={"gradient_checkpointing": flag}) for flag in (False, True))
     each_epoch = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1)
     trainer(max_steps=4, enable_checkpointing=True, callbacks=[each_epoch]).fit(module, datamodule=rows)
     assert module.state_dict().keys() == {f"model.{name}" for name in trained(module.model)}

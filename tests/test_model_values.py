@@ -117,8 +117,10 @@ def test_a_config_object_that_cannot_be_is_refused():
     ids=lambda values: values["model_type"],
 )
 def test_gradient_checkpointing_where_there_is_none(values):
-    with pytest.raises(InputError, match=r"^model.gradient_checkpointing: \w+ does not support it .*: set false$"):
-        built(values, gradient_checkpointing=True)
+    with pytest.raises(
+        InputError, match=r"^model.loading.gradient_checkpointing: \w+ does not support it .*: set false$"
+    ):
+        built(values, loading={"gradient_checkpointing": True})
 
 
 def test_gradient_checkpointing_of_a_model_of_ones_own():
@@ -126,14 +128,16 @@ def test_gradient_checkpointing_of_a_model_of_ones_own():
         def build_model(self):
             return torch.nn.Linear(2, 2)
 
-    module = Own("own", gradient_checkpointing=True)
-    with pytest.raises(InputError, match=r"^model.gradient_checkpointing: Linear does not support it"):
+    module = Own("own", loading={"gradient_checkpointing": True})
+    with pytest.raises(InputError, match=r"^model.loading.gradient_checkpointing: Linear does not support it"):
         module.configure_model()
 
 
 @pytest.mark.parametrize("from_folder", [True, False])
 def test_documents_on_a_model_that_chooses_among_attentions_of_its_own(tmp_path, from_folder):
     load_causal_lm(FALCON).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"^model.attn_implementation: .*none called documents: set sdpa or eager$"):
+    with pytest.raises(
+        InputError, match=r"^model.loading.attn_implementation: .*none called documents: set sdpa or eager$"
+    ):
         load_causal_lm(str(tmp_path) if from_folder else FALCON, attn_implementation="documents")
     load_causal_lm(str(tmp_path) if from_folder else FALCON, attn_implementation="sdpa")

@@ -11,12 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import (
-    LlamaConfig,
-    get_constant_schedule_with_warmup,
-    get_cosine_schedule_with_warmup,
-    get_linear_schedule_with_warmup,
-)
+from transformers import LlamaConfig
 
 from conftest import TINY_LLAMA, TINY_QWEN2, shared
 from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss, TokenLoss
@@ -25,7 +20,7 @@ from dft_lightning.data.batches import Collator
 from dft_lightning.errors import InputError
 from dft_lightning.modules.generation import GenerationOptions, decode_completions
 from dft_lightning.modules.loading import load_causal_lm
-from dft_lightning.modules.optimization import learning_rate_factor, total_optimizer_steps
+from dft_lightning.modules.schedules import total_optimizer_steps
 from small_runs import TINY_ARITHMETIC, TINY_GPT2, arithmetic_data, trainer
 
 
@@ -146,7 +141,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     gradients = []
     for checkpointing in (False, True):
         pl.seed_everything(0)
-        module = CausalLMModule(TINY_LLAMA, gradient_checkpointing=checkpointing)
+        module = CausalLMModule(TINY_LLAMA, loading={"gradient_checkpointing": checkpointing})
         module.configure_model()
         assert module.model.is_gradient_checkpointing == checkpointing
         module.token_output(next(iter(loader()))).loss.backward()
@@ -166,16 +161,20 @@ def test_tokenizer_of_another_model_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"warmup_steps": 3, "warmup_ratio": 0.1}, "not both"),
-        ({"warmup_ratio": 1.5}, r"warmup_ratio must lie in \[0, 1\]"),
-        ({"min_lr_ratio": -1.0}, r"min_lr_ratio must lie in \[0, 1\]"),
-        ({"warmup_steps": -1}, "warmup_steps must not be negative"),
-        ({"weight_decay": -1.0}, "weight_decay must not be negative"),
-        ({"betas": (2.0, 3.0)}, r"betas must be two numbers in \[0, 1\)"),
-        ({"learning_rate": float("nan")}, "learning_rate must not be negative"),
+        ({"schedule": {"warmup": -1}}, r"schedule\.warmup must not be negative"),
+        ({"optimizer": {"lr": float("nan")}}, r"optimizer\.lr must not be negative"),
+        (
+            {"loading": {"hed": "full"}},
+            "loading: LoadingOptions has no hed; it has dtype, attn_implementation, revision",
+        ),
+        ({"step": {1: True}}, "step: StepOptions has no 1; it has renormalize, on_non_finite"),
+        (
+            {"evaluation": GenerationOptions()},
+            "evaluation: expected EvaluationOptions or a dict of its fields, got Gen",
+        ),
         ({"loss": DFTLoss(reduction="sum")}, "leave ignore_index and reduction of DFTLoss"),
         ({"loss": DFTLoss(ignore_index=0)}, "leave ignore_index and reduction of DFTLoss"),
-        ({"generation": {"temperature": 0.0}}, "temperature must be more than 0"),
+        ({"evaluation": {"generation": {"temperature": 0.0}}}, "temperature must be more than 0"),
     ],
 )
 def test_bad_options(options, message):
@@ -201,7 +200,7 @@ def test_default_loss_is_not_shared_between_modules():
 
 
 def test_no_weight_decay_on_norms_and_biases():
-    module = CausalLMModule(TINY_QWEN2, weight_decay=0.3)
+    module = CausalLMModule(TINY_QWEN2, optimizer={"weight_decay": 0.3})
     module.configure_model()
     decayed, plain = module.build_parameter_groups()
     names = {id(p): name for name, p in module.named_parameters()}
@@ -210,25 +209,6 @@ def test_no_weight_decay_on_norms_and_biases():
     assert all(names[id(p)].endswith("weight") and "norm" not in names[id(p)] for p in decayed["params"])
     assert len(names) == len(decayed["params"]) + len(plain["params"])
     assert any(names[id(p)].endswith("bias") for p in plain["params"])
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_schedule_is_transformers_own(schedule):
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    make = {
-        "cosine": lambda: get_cosine_schedule_with_warmup(optimizer, 5, 20),
-        "linear": lambda: get_linear_schedule_with_warmup(optimizer, 5, 20),
-        "constant": lambda: get_constant_schedule_with_warmup(optimizer, 5),
-    }[schedule]
-    expected = make().lr_lambdas[0]
-    options = {"schedule": schedule, "warmup_steps": 5, "total_steps": 20}
-    for step in range(21):
-        assert learning_rate_factor(step, min_ratio=0.0, **options) == pytest.approx(expected(step), abs=1e-12)
-    if schedule != "constant":
-        # min_ratio: 0.1 + 0.9 * shape, by hand at the middle of the decay and at its end and beyond
-        assert learning_rate_factor(12, min_ratio=0.1, **options) == pytest.approx(0.1 + 0.9 * expected(12))
-        assert learning_rate_factor(20, min_ratio=0.1, **options) == pytest.approx(0.1)
-        assert learning_rate_factor(99, min_ratio=0.1, **options) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +246,7 @@ def test_number_of_steps(options, expected, monkeypatch):
 )
 def test_steps_of_epochs_that_accumulate_differently_are_all_counted(schedule, expected):
     """The cosine ends at 0 with the last of them, and not before."""
-    module = CausalLMModule(TINY_LLAMA, learning_rate=1e-3)
+    module = CausalLMModule(TINY_LLAMA, optimizer={"lr": 1e-3})
     run = trainer(max_steps=-1, max_epochs=3, callbacks=[pl.callbacks.GradientAccumulationScheduler(schedule)])
     run.fit(module, loader(10))
     assert run.global_step == expected
@@ -314,8 +294,8 @@ class Growing(pl.LightningDataModule):
 def test_a_run_of_another_length_than_its_schedule_says_so(options, data, epoch, end, recwarn):
     rows = {"datamodule": data()} if data else {"train_dataloaders": loader()}
     trainer(max_steps=-1, max_epochs=3, **options).fit(CausalLMModule(TINY_LLAMA), **rows)
-    said = [str(each.message) for each in recwarn if "model.lr_schedule" in str(each.message)]
-    assert any("model.lr_schedule: epoch" in each for each in said) == (epoch is not None)
+    said = [str(each.message) for each in recwarn if "model.schedule:" in str(each.message)]
+    assert any("model.schedule: epoch" in each for each in said) == (epoch is not None)
     assert any("the run ended" in each for each in said) == (end is not None)
     for text in (epoch, end):
         assert text is None or any(text in each for each in said), said
@@ -331,7 +311,7 @@ def test_unknown_number_of_steps_is_said():
     with pytest.raises(InputError, match=r"trainer.max_steps is not set and the training data has no length"):
         trainer(max_steps=-1, max_epochs=1).fit(CausalLMModule(TINY_LLAMA), endless)
     trainer(max_steps=2).fit(CausalLMModule(TINY_LLAMA), endless)
-    trainer(max_steps=-1, max_epochs=1).fit(CausalLMModule(TINY_LLAMA, lr_schedule="constant"), endless)
+    trainer(max_steps=-1, max_epochs=1).fit(CausalLMModule(TINY_LLAMA, schedule={"decay": "constant"}), endless)
 
 
 def test_learning_rate_follows_the_schedule():
@@ -341,7 +321,7 @@ def test_learning_rate_follows_the_schedule():
         def on_before_optimizer_step(self, trainer, module, optimizer):
             rates.append([group["lr"] for group in optimizer.param_groups])
 
-    module = CausalLMModule(TINY_LLAMA, learning_rate=1.0, warmup_ratio=0.5, lr_schedule="linear")
+    module = CausalLMModule(TINY_LLAMA, optimizer={"lr": 1.0}, schedule={"warmup": 0.5, "decay": "linear"})
     trainer(max_steps=4, callbacks=[Watch()]).fit(module, loader(8))
     assert rates == [[0.0] * 2, [0.5] * 2, [1.0] * 2, [0.5] * 2]
 
@@ -373,9 +353,9 @@ def test_subclass_may_build_any_model():
             return Bigram()
 
     run = trainer()
-    run.fit(Own("bigram", loss=DFTLoss(), head="full"), loader())
+    run.fit(Own("bigram", loss=DFTLoss(), loading={"head": "full"}), loader())
     assert run.global_step == 1
-    with pytest.raises(InputError, match="set model.head: full"):  # a table has no last matrix product
+    with pytest.raises(InputError, match="set model.loading.head: full"):  # a table has no last matrix product
         trainer().fit(Own("bigram", loss=DFTLoss()), loader())
 
 
@@ -390,12 +370,12 @@ def fit_and_save(module, folder):
 
 @pytest.mark.parametrize("loss", [FocalLoss(gamma=1.5), DFTLoss(), CrossEntropyLoss(0.1), Surprise(3.0)], ids=repr)
 def test_checkpoint_loads_with_weights_only_and_keeps_the_loss(tmp_path, loss):
-    module = CausalLMModule(TINY_LLAMA, loss=loss, generation=GenerationOptions(max_new_tokens=7))
+    module = CausalLMModule(TINY_LLAMA, loss=loss, evaluation={"generation": GenerationOptions(max_new_tokens=7)})
     path = fit_and_save(module, tmp_path)
     assert torch.load(path, weights_only=True)["hyper_parameters"]["loss"] == to_plain(loss)
     loaded = CausalLMModule.load_from_checkpoint(path, weights_only=True)
     assert repr(loaded.loss) == repr(loss)
-    assert loaded.generation.max_new_tokens == 7
+    assert loaded.evaluation.generation.max_new_tokens == 7
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.parameters(), strict=True))
     other = CausalLMModule.load_from_checkpoint(path, weights_only=True, loss=CrossEntropyLoss())
     assert repr(other.loss) == "CrossEntropyLoss()"
@@ -502,7 +482,7 @@ def test_validate_then_fit_in_one_process_with_inference_mode():
 def test_learning_rate_finder_trains_before_every_hook(tmp_path):
     finder = pl.callbacks.LearningRateFinder(num_training_steps=5, update_attr=False)
     run = trainer(callbacks=[finder], max_steps=2, enable_checkpointing=True, default_root_dir=tmp_path)
-    module = CausalLMModule(TINY_LLAMA, lr_schedule="constant")
+    module = CausalLMModule(TINY_LLAMA, schedule={"decay": "constant"})
     module.learning_rate = 1e-3
     run.fit(module, loader(40))
     assert run.global_step == 2
@@ -520,11 +500,11 @@ def test_rotary_frequencies_keep_their_digits(precision):
 
 def test_numpy_options_and_losses_within_losses_survive_a_checkpoint(tmp_path):
     loss = Weighted(FocalLoss(gamma=np.float64(1.5)), share=np.float32(0.25))
-    module = CausalLMModule(TINY_LLAMA, loss=loss, learning_rate=np.logspace(-4, -3, 2)[0])
+    module = CausalLMModule(TINY_LLAMA, loss=loss, optimizer={"lr": np.logspace(-4, -3, 2)[0]})
     loaded = CausalLMModule.load_from_checkpoint(fit_and_save(module, tmp_path), weights_only=True)
     assert isinstance(loaded.loss.inner, FocalLoss)
     assert (loaded.loss.inner.gamma, loaded.loss.share) == (1.5, 0.25)
-    assert type(loaded.hparams["learning_rate"]) is float
+    assert type(loaded.hparams["optimizer"]["init_args"]["lr"]) is float
 
 
 def test_rope_theta_of_older_configs_is_taken():

@@ -29,7 +29,7 @@ def run(*callbacks, module=CausalLMModule, steps=4, validation=True, **options):
         log_every_n_steps=1,
         **options,
     )
-    ended.fit(module(TINY_ARITHMETIC, generation=GenerationOptions(max_new_tokens=4)), datamodule=data)
+    ended.fit(module(TINY_ARITHMETIC, evaluation={"generation": GenerationOptions(max_new_tokens=4)}), datamodule=data)
     return ended
 
 
@@ -106,10 +106,10 @@ def test_what_checkpoints_and_generation_have(name, tmp_path):
 def test_names_are_those_of_a_run_that_logs_all_it_can():
     parts = {name: ArithmeticRows(8, seed=seed) for seed, name in enumerate(("easy", "hard"))}
     rows = {"train": MixedRows(parts), "validation": MixedRows(parts), "forgetting": MixedRows(parts)}
-    module = CausalLMModule(TINY_ARITHMETIC, log_train_entropy=True)
+    module = CausalLMModule(TINY_ARITHMETIC, step={"log_train_entropy": True})
     ended = trainer(max_steps=4, log_every_n_steps=1, max_epochs=-1)
     ended.fit(module, datamodule=InstructionDataModule(**rows, tokenizer="asset://arithmetic-base", batch_size=8))
-    assert {*ended.callback_metrics, "train/skipped_steps"} == {*logged_by_module(module)}
+    assert {*ended.callback_metrics, "train/skipped_steps"} == {*logged_by_module(ended, module.loss, module.step)}
 
 
 def test_names_of_an_evaluation_are_those_it_logs():

@@ -18,6 +18,8 @@ from dft_lightning.modules import non_finite
 from non_finite_losses import At, make, rows_of
 from small_runs import run_two_processes, trainer
 
+SKIP = {"on_non_finite": "skip"}
+
 
 class Watch(pl.Callback):
     """Weights, the optimizer's moments and what was logged after each step."""
@@ -56,17 +58,17 @@ def fit(module, rows, folder=None, **options):
     ("what", "options"),
     [
         ("nan", {}),
-        ("inf", {"head": "full"}),
-        ("gradient", {"renormalize": True}),
-        ("nan", {"head": "full", "renormalize": True}),
-        ("gradient", {"head": "full"}),
+        ("inf", {"loading": {"head": "full"}}),
+        ("gradient", {"step": {"renormalize": True}}),
+        ("nan", {"loading": {"head": "full"}, "step": {"renormalize": True}}),
+        ("gradient", {"loading": {"head": "full"}}),
     ],
 )
 def test_a_skipped_step_is_one_without_targets(what, options, tmp_path, monkeypatch):
     """Weights, moments and schedule, bit for bit, through two micro-batches of a step, of which one is not finite."""
     logged = []
     monkeypatch.setattr(CSVLogger, "log_metrics", lambda self, metrics, step=None: logged.append(metrics))
-    skipping = make(At((1,), what), on_non_finite="skip", **options)
+    skipping = make(At((1,), what), **{**options, "step": {**SKIP, **options.get("step", {})}})
     found = fit(skipping, rows_of(16, 2), tmp_path, accumulate_grad_batches=2)
     expected = fit(make(At(), **options), rows_of(16, 2, empty=(4, 5, 6, 7)), accumulate_grad_batches=2)
     for name in ("weights", "moments"):
@@ -90,7 +92,7 @@ def test_a_skipped_step_is_one_without_targets(what, options, tmp_path, monkeypa
 def test_a_logged_window_is_that_of_its_other_steps(tmp_path, monkeypatch):
     logged = []
     monkeypatch.setattr(CSVLogger, "log_metrics", lambda self, metrics, step=None: logged.append(metrics))
-    fit(make(At((1, 2)), on_non_finite="skip"), rows_of(8, 2), tmp_path, log_every_n_steps=4)
+    fit(make(At((1, 2)), step=SKIP), rows_of(8, 2), tmp_path, log_every_n_steps=4)
     fit(make(At()), rows_of(8, 2, empty=(2, 3, 4, 5)), tmp_path, log_every_n_steps=4)
     (found, expected) = (metrics for metrics in logged if "train/loss" in metrics)
     assert found.pop("train/skipped_steps") == 2
@@ -105,14 +107,14 @@ def test_a_logged_window_is_that_of_its_other_steps(tmp_path, monkeypatch):
 def test_by_default_the_run_ends_before_the_step(what, head, tmp_path):
     watch = Watch()
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1)
-    module = make(At((2,), what), head=head)
+    module = make(At((2,), what), loading={"head": head})
     run = {"enable_checkpointing": True, "callbacks": [watch, keep]}
     with pytest.raises(InputError) as caught:
         fit(module, rows_of(16, 2), **run)
     message = str(caught.value)
     assert "is NaN or infinite at global step 2, learning rate 0.005; the optimizer has not taken the step" in message
     assert ("the loss (At) is" in message) == (what != "gradient")
-    assert "lower model.learning_rate, set trainer.gradient_clip_val, look at the data, or leave" in message
+    assert "lower model.optimizer.lr, set trainer.gradient_clip_val, look at the data, or leave" in message
     assert message.endswith(f"go on with --ckpt_path {tmp_path / 'step=2.ckpt'}")
     assert len(watch.weights) == 2
     assert torch.equal(flat(module.parameters()), watch.weights[1])
@@ -140,16 +142,16 @@ def test_the_rows_of_the_micro_batch_are_named():
 def test_dft_of_weights_that_are_nan_and_too_many_skipped_steps(monkeypatch):
     monkeypatch.setattr(non_finite, "SKIPPED_IN_A_ROW", 3)
     for head in ("fused", "full"):
-        module = make(DFTLoss(), on_non_finite="skip", head=head)
+        module = make(DFTLoss(), step=SKIP, loading={"head": head})
         module.configure_model()
         with torch.no_grad():
             module.model.transformer.ln_f.weight[0] = float("nan")
         with pytest.raises(InputError, match=r"^3 steps in a row were not finite; of the last, the loss \(DFTLoss\)"):
             fit(module, rows_of(16, 2))
-        assert (module._skipped_steps, module._skipped_in_a_row) == (2, 3)
+        assert (module._steps.non_finite.skipped, module._steps.non_finite.in_a_row) == (2, 3)
     # Not in a row.
-    found = fit(make(At((0, 1, 3, 4)), on_non_finite="skip"), rows_of(16, 2), max_steps=6)
-    assert found.run.lightning_module._skipped_steps == 4
+    found = fit(make(At((0, 1, 3, 4)), step=SKIP), rows_of(16, 2), max_steps=6)
+    assert found.run.lightning_module._steps.non_finite.skipped == 4
 
 
 def test_gradients_that_overflow_are_a_scalers_to_skip():
@@ -174,7 +176,7 @@ def test_validation_shows_what_it_is():
 
 def test_other_words_are_refused():
     with pytest.raises(ValueError, match="on_non_finite must be one of raise, skip, got 'ignore'"):
-        make(At(), on_non_finite="ignore")
+        make(At(), step={"on_non_finite": "ignore"})
 
 
 def test_two_ranks_decide_alike(tmp_path):

@@ -27,6 +27,7 @@ from small_runs import (
 SPLITS = [(16, 1), (4, 4), (1, 16), (3, 6)]
 LOSSES = [CrossEntropyLoss(), DFTLoss(), FocalLoss()]
 TOLERANCE = {"float64": 1e-10, "float32": 1e-6}
+RENORMALIZED = {"renormalize": True}
 
 
 def reference_gradient(loss, num_rows=16, renormalize=False):
@@ -35,7 +36,7 @@ def reference_gradient(loss, num_rows=16, renormalize=False):
     Renormalised: over the sum of the weights -dL/dl, by the derivatives written out.
     """
     pl.seed_everything(0)
-    module = CausalLMModule(TINY_ARITHMETIC, loss=loss, dtype="float64")
+    module = CausalLMModule(TINY_ARITHMETIC, loss=loss, loading={"dtype": "float64"})
     module.configure_model()
     data = arithmetic_data(num_rows, batch_size=1, shuffle=False)
     data.prepare_data()
@@ -69,7 +70,7 @@ def test_every_split_gives_the_same_gradient(loss, dtype):
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_renormalised_gradients_are_over_the_sum_of_weights(loss, dtype):
-    gradients = [step_gradient(*split, dtype, type(loss).__name__, renormalize=True)[0] for split in SPLITS]
+    gradients = [step_gradient(*split, dtype, type(loss).__name__, step=RENORMALIZED)[0] for split in SPLITS]
     for split, gradient in zip(SPLITS, gradients, strict=True):
         assert relative(gradient, gradients[0]) < TOLERANCE[dtype], split
     reference = reference_gradient(loss, renormalize=True)
@@ -80,13 +81,13 @@ def test_renormalised_gradients_are_over_the_sum_of_weights(loss, dtype):
 
 # Rows, rows of a micro-batch on each of two ranks, micro-batches.
 TWO_PROCESS_SPLITS = [(16, 8, 1), (16, 2, 4), (15, 4, 2)]
-OBJECTIVES = [("CrossEntropyLoss", False), ("DFTLoss", False), ("DFTLoss", True)]
+OBJECTIVES = [("CrossEntropyLoss", {}), ("DFTLoss", {}), ("DFTLoss", RENORMALIZED)]
 CASES = [
-    {"strategy": strategy, "dtype": dtype, "loss": loss, "renormalize": renormalize}
+    {"strategy": strategy, "dtype": dtype, "loss": loss, "step": step}
     | {"num_rows": num_rows, "batch_size": batch_size, "accumulate": accumulate}
     for strategy in ("ddp", "fsdp1", "fsdp2")
     for dtype in TOLERANCE
-    for loss, renormalize in OBJECTIVES
+    for loss, step in OBJECTIVES
     for num_rows, batch_size, accumulate in TWO_PROCESS_SPLITS
     # Lightning has FSDP1 compute in float32. Of the others one split is tried in it, the uneven one.
     if dtype == ("float32" if strategy == "fsdp1" else "float64") or (dtype == "float32" and num_rows == 15)
@@ -124,19 +125,18 @@ def test_two_processes_give_the_same_gradient(two_process_gradients, index):
 def test_weights_that_cannot_be_divided_by():
     normalizer = TokenNormalizer(lambda total: total, world_size=1)
     parameter = torch.nn.Parameter(torch.ones(2))
-    normalizer.count(torch.tensor(2))
-    normalizer.weigh(torch.tensor([-1.0, 0.5]))
+    normalizer.divisor_of(torch.tensor(2))
+    normalizer.count(torch.tensor(2), torch.tensor(-0.5, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="sum of the tokens' weights -dL/dl, which is -0.5 in this step"):
         normalizer.rescale([parameter], accumulate_grad_batches=1)
     parameter.grad = torch.zeros(2)
-    normalizer.count(torch.tensor(2))
-    normalizer.weigh(torch.zeros(2))  # nothing was learnt from: as with no target at all
+    # Nothing was learnt from: as with no target at all.
+    normalizer.count(torch.tensor(2), torch.tensor(0.0, dtype=torch.float64))
     normalizer.rescale([parameter], accumulate_grad_batches=1)
     assert parameter.grad is None
     # What is not finite stays visible, and a gradient scaler can skip it.
     parameter.grad = torch.ones(2)
-    normalizer.count(torch.tensor(2))
-    normalizer.weigh(torch.tensor([float("nan"), 1.0]))
+    normalizer.count(torch.tensor(2), torch.tensor(float("nan"), dtype=torch.float64))
     normalizer.rescale([parameter], accumulate_grad_batches=1)
     assert parameter.grad.isnan().all()
 
@@ -152,7 +152,9 @@ def row(length, targets):
 
 def fit(rows, batch_size, accumulate=1, loss=None, **options):
     pl.seed_everything(0)
-    module = GradientRecorder(TINY_GPT2, loss=loss or DFTLoss(), dtype="float64", lr_schedule="constant")
+    module = GradientRecorder(
+        TINY_GPT2, loss=loss or DFTLoss(), loading={"dtype": "float64"}, schedule={"decay": "constant"}
+    )
     run = trainer(accumulate_grad_batches=accumulate, **{"precision": "64-true", **options})
     run.fit(module, plain_loader(rows, batch_size))
     return module
@@ -175,7 +177,9 @@ def test_a_step_without_any_target_leaves_the_weights_alone():
         def on_train_batch_end(self, trainer, module, *args):
             states.append(torch.cat([p.detach().flatten().clone() for p in module.parameters()]))
 
-    module = CausalLMModule(TINY_GPT2, loss=DFTLoss(), learning_rate=1e-2, weight_decay=0.1, lr_schedule="constant")
+    module = CausalLMModule(
+        TINY_GPT2, loss=DFTLoss(), optimizer={"lr": 1e-2, "weight_decay": 0.1}, schedule={"decay": "constant"}
+    )
     trainer(max_steps=3, callbacks=[Watch()]).fit(module, plain_loader(rows, 1))
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[1], states[2])
@@ -190,7 +194,7 @@ def test_a_subclass_with_its_own_training_step_is_left_alone():
             return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     pl.seed_everything(0)
-    own = Own(TINY_GPT2, dtype="float64")
+    own = Own(TINY_GPT2, loading={"dtype": "float64"})
     trainer(precision="64-true").fit(own, plain_loader(rows, 2))
     expected = fit(rows, 2, loss=CrossEntropyLoss()).gradients[0]
     torch.testing.assert_close(own.gradients[0], expected, rtol=1e-10, atol=1e-14)
@@ -220,7 +224,7 @@ def test_fp16_keeps_its_range():
     plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
     expected = fit(rows, 16, loss=CrossEntropyLoss(), precision="32-true").gradients[0]
     pl.seed_everything(0)
-    module = GradientRecorder(TINY_GPT2, loss=CrossEntropyLoss(), dtype="float64")
+    module = GradientRecorder(TINY_GPT2, loss=CrossEntropyLoss(), loading={"dtype": "float64"})
     module.configure_model()
     module.float()
     scales = Scales()
@@ -229,10 +233,17 @@ def test_fp16_keeps_its_range():
     assert relative(module.gradients[0], expected) < 0.02
 
 
+def divided_by(normalizer, targets):
+    """The divisor of a micro-batch, which is counted."""
+    divisor = normalizer.divisor_of(torch.tensor(targets))
+    normalizer.count(torch.tensor(targets))
+    return divisor
+
+
 def test_divisor_is_a_power_of_two_shared_by_ranks():
     normalizer = TokenNormalizer(lambda count: count * 4, world_size=4)
-    assert normalizer.count(torch.tensor(0)) == 1.0  # nothing to scale by yet
-    assert normalizer.count(torch.tensor(100)) == 128.0
+    assert divided_by(normalizer, 0) == 1.0  # nothing to scale by yet
+    assert divided_by(normalizer, 100) == 128.0
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.tensor([3.0])
     normalizer.rescale([parameter], accumulate_grad_batches=2)
@@ -245,11 +256,11 @@ def test_fp16_recovers_its_range_after_an_unusual_first_micro_batch():
     rows = [row(100, 1), *(row(100, 95) for _ in range(15)), *(row(100, 95) for _ in range(48))]
     pl.seed_everything(0)
     plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**16))
-    module = GradientRecorder(TINY_GPT2, loss=CrossEntropyLoss(), lr_schedule="constant")
+    module = GradientRecorder(TINY_GPT2, loss=CrossEntropyLoss(), schedule={"decay": "constant"})
     trainer(plugins=[plugin], max_steps=8, accumulate_grad_batches=8).fit(module, plain_loader(rows, 1))
     assert all(gradient.isfinite().all() for gradient in module.gradients[2:])
     normalizer = TokenNormalizer(lambda count: count, world_size=1)
-    normalizer.count(torch.tensor(1))
-    normalizer.count(torch.tensor(255))
+    divided_by(normalizer, 1)
+    divided_by(normalizer, 255)
     normalizer.rescale([], accumulate_grad_batches=2)
-    assert normalizer.count(torch.tensor(100)) == 128.0  # 128 a micro-batch in the last step
+    assert divided_by(normalizer, 100) == 128.0  # 128 a micro-batch in the last step

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(300)
 def scored(folder, rows=ROWS):
     """Rows with the log-probs of a base that lies in the folder."""
     arguments = [
-        f"--model.model={folder / 'base'}", "--model.dtype=float64", "--data.train.class_path=ArithmeticRows",
+        f"--model.model={folder / 'base'}", "--model.loading.dtype=float64", "--data.train.class_path=ArithmeticRows",
         f"--data.train.init_args.num_rows={rows}", "--data.train.init_args.max_digits=7",
         "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", f"--output={folder / 'scored'}",
     ]  # fmt: skip
@@ -31,7 +31,7 @@ def tiny(tmp_path_factory):
     """A GPT-2 of random weights: it computes in float64 throughout."""
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    module = CausalLMModule({**TINY_ARITHMETIC, "initializer_range": 0.3}, dtype="float64")
+    module = CausalLMModule({**TINY_ARITHMETIC, "initializer_range": 0.3}, loading={"dtype": "float64"})
     module.configure_model()
     module.model.save_pretrained(folder / "base")
     load_tokenizer("asset://arithmetic-base").save_pretrained(folder / "base")

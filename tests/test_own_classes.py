@@ -47,7 +47,11 @@ def config(tmp_path):
         "default_root_dir": str(tmp_path / "run"),
     }
     trainer |= {"enable_progress_bar": False, "enable_model_summary": False}
-    values = {"model": {"model": TINY, "generation": {"max_new_tokens": 3}}, "data": OPTIONS, "trainer": trainer}
+    values = {
+        "model": {"model": TINY, "evaluation": {"generation": {"max_new_tokens": 3}}},
+        "data": OPTIONS,
+        "trainer": trainer,
+    }
     return written(tmp_path / "config.yaml", values)
 
 
@@ -392,7 +396,7 @@ def test_the_example_in_every_command(tmp_path, runs_here, capfd):
     small = {split: {"class_path": "ArithmeticRows", "init_args": {"num_rows": 2}} for split in ("train", "validation")}
     trainer = {"max_steps": 1, "callbacks": [], "enable_progress_bar": False, "default_root_dir": str(tmp_path / "run")}
     values = {"data": {**small, "test": small["train"]}, "trainer": trainer}
-    values["model"] = {"generation": {"max_new_tokens": 3}}
+    values["model"] = {"evaluation": {"generation": {"max_new_tokens": 3}}}
     given = ["--config", quickstart, "--config", written(tmp_path / "small.yaml", values)]
 
     def run(command, *args):

@@ -121,9 +121,10 @@ def test_a_packed_batch_by_hand():
     }
 
 
-def packed_result(model, attention, padding_free, data, **options):
+def packed_result(model, attention, padding_free, data, loading=None, **options):
     torch.manual_seed(0)
-    module = CausalLMModule(model, attn_implementation=attention, **{"loss": DFTLoss(), **options})
+    loading = {"attn_implementation": attention, **(loading or {})}
+    module = CausalLMModule(model, loading=loading, **{"loss": DFTLoss(), **options})
     module.configure_model()
     batch = Collator(0, padding_free=padding_free)(items(data, (2, 3)))
     output = module.token_output(batch, statistics=["entropy"])
@@ -136,10 +137,10 @@ def packed_result(model, attention, padding_free, data, **options):
     [
         *((model, attention, False, {}) for model in (LLAMA, QWEN2, GPT2, GEMMA3) for attention in ("sdpa", "eager")),
         (LLAMA, "documents", True, {}),
-        (LLAMA, "sdpa", False, {"head": "full"}),
+        (LLAMA, "sdpa", False, {"loading": {"head": "full"}}),
         (LLAMA, "sdpa", False, {"loss": SequenceMean()}),
-        (LLAMA, "sdpa", False, {"loss": SequenceMean(), "head": "full"}),
-        (LLAMA, "documents", True, {"loss": SequenceMean(), "head": "full"}),
+        (LLAMA, "sdpa", False, {"loss": SequenceMean(), "loading": {"head": "full"}}),
+        (LLAMA, "documents", True, {"loss": SequenceMean(), "loading": {"head": "full"}}),
     ],
 )
 def test_losses_and_gradients_are_those_of_the_same_rows_padded(model, attention, padding_free, options):
@@ -181,7 +182,7 @@ def test_documents_attention_takes_one_row():
 
 def run(num_workers=0, max_steps=4, **options):
     torch.manual_seed(0)
-    module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), dtype="float64")
+    module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), loading={"dtype": "float64"})
     data = arithmetic_data(40, batch_size=2, packing="bfd", max_length=256, num_workers=num_workers, **options)
     one = trainer(max_steps=max_steps, precision="64-true", log_every_n_steps=1)
     one.fit(module, datamodule=data)
@@ -201,7 +202,7 @@ def test_an_epoch_is_the_same_tokens_packed_or_not():
     gradients = []
     for options in ({"packing": "bfd", "max_length": 256}, {}, {"packing": "bfd_split", "max_length": 2000}):
         torch.manual_seed(0)
-        module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), dtype="float64")
+        module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), loading={"dtype": "float64"})
         data = arithmetic_data(24, batch_size=24, **options)
         data.setup("fit")
         module.configure_model()
@@ -276,7 +277,7 @@ def test_weights_multiply_the_loss_and_leave_the_divisor(head, packed):
         for i, row in enumerate(rows())
     ]
     torch.manual_seed(0)
-    module = CausalLMModule(LLAMA, loss=DFTLoss(), dtype="float64", head=head)
+    module = CausalLMModule(LLAMA, loss=DFTLoss(), loading={"dtype": "float64", "head": head})
     module.configure_model()
     output = module.token_output(Collator(0)(items(data, (2, 3)) if packed else data))
     expected, slopes = [], []
@@ -300,7 +301,7 @@ def test_each_source_is_logged_by_name(options):
     """The means of a mixture are those of its parts, weighed by their targets; each part's is that of it alone."""
     parts = {"easy": ArithmeticRows(7, max_digits=3), "hard": ArithmeticRows(5, min_digits=5, seed=2)}
     torch.manual_seed(0)
-    module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), dtype="float64", learning_rate=0.0)
+    module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), loading={"dtype": "float64"}, optimizer={"lr": 0.0})
 
     def train_and_validate(source):
         data = InstructionDataModule(source, source, tokenizer="asset://arithmetic-base", batch_size=12, **options)
@@ -387,7 +388,7 @@ def test_flex_attention_keeps_documents_apart():
     results = []
     for attention in ("eager", "uncompiled"):
         torch.manual_seed(0)
-        module = CausalLMModule(LLAMA, attn_implementation=attention)
+        module = CausalLMModule(LLAMA, loading={"attn_implementation": attention})
         module.configure_model()
         with torch.compiler.set_stance("force_eager"):  # of the mask, which takes half a minute to compile
             results.append(module.token_output(Collator(0)(items(rows(), (2, 3)))).log_prob)

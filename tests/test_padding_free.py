@@ -45,9 +45,10 @@ def rows(vocabulary=97, lengths=LENGTHS):
     return made
 
 
-def loss_and_gradient(model, padding_free, attention=None, data=None, **options):
+def loss_and_gradient(model, padding_free, attention=None, data=None, loading=None, **options):
     torch.manual_seed(0)
-    module = CausalLMModule(model, attn_implementation=attention, **{"loss": DFTLoss(), **options})
+    loading = {"attn_implementation": attention, **(loading or {})}
+    module = CausalLMModule(model, loading=loading, **{"loss": DFTLoss(), **options})
     module.configure_model()
     batch = Collator(0, padding_free=padding_free)(data or rows())
     output = module.token_output(batch, statistics=["entropy"])
@@ -85,13 +86,16 @@ def test_losses_and_gradients_are_those_of_the_same_rows_padded(model, attention
     assert_equal_to_padded(model, attention)
 
 
-@pytest.mark.parametrize("options", [{"head": "full"}, {"loss": SequenceMean()}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{"loading": {"head": "full"}}, {"loss": SequenceMean()}, {"loading": {"gradient_checkpointing": True}}],
+)
 def test_with_every_head_and_kind_of_loss(options):
     assert_equal_to_padded(LLAMA, "documents", **options)
 
 
 def test_exact_in_float64():
-    assert_equal_to_padded(GPT2, "documents", tolerance=1e-10, dtype="float64")
+    assert_equal_to_padded(GPT2, "documents", tolerance=1e-10, loading={"dtype": "float64"})
 
 
 def test_a_real_model():
@@ -105,7 +109,9 @@ def test_whole_runs_take_the_same_steps():
     for padding_free in (False, True):
         torch.manual_seed(0)
         attention = "documents" if padding_free else "sdpa"
-        module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), dtype="float64", attn_implementation=attention)
+        module = CausalLMModule(
+            TINY_ARITHMETIC, loss=DFTLoss(), loading={"dtype": "float64", "attn_implementation": attention}
+        )
         data = arithmetic_data(batch_size=4, validation_fraction=0.25, padding_free=padding_free)
         run = trainer(max_steps=6, precision="64-true", accumulate_grad_batches=2, log_every_n_steps=1)
         run.fit(module, data)
@@ -122,7 +128,11 @@ def test_test_and_generation_go_on_with_padding_free_batches():
     for padding_free in (False, True):
         torch.manual_seed(0)
         attention = "documents" if padding_free else None
-        module = CausalLMModule(TINY_ARITHMETIC, attn_implementation=attention, generation={"max_new_tokens": 4})
+        module = CausalLMModule(
+            TINY_ARITHMETIC,
+            loading={"attn_implementation": attention},
+            evaluation={"generation": {"max_new_tokens": 4}},
+        )
         data = InstructionDataModule(
             test=arithmetic_data().sources["train"],
             tokenizer="asset://arithmetic-base",

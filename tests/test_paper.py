@@ -25,6 +25,7 @@ MODELS = {
     "llama3.1_8b": ("meta-llama/Llama-3.1-8B", 2e-5),
     "deepseekmath_7b": ("deepseek-ai/deepseek-math-7b-base", 5e-5),
 }
+ADAMW, WARMUP = "torch.optim.AdamW", "dft_lightning.modules.WarmupSchedule"
 LOSSES = {"dft": "DFTLoss", "ce": "CrossEntropyLoss", "focal": "FocalLoss"}
 
 
@@ -38,14 +39,16 @@ def test_what_a_recipe_says(name):
     overlays = [PAPER / f"{part}.yaml" for part in ("recipe", name, "focal")]
     config = read_fit_config([*overlays, ROOT / "configs" / "trainer" / "fsdp2_8gpus.yaml"], {})
     model, data, run = config["model"], config["data"], config["trainer"]
-    assert (model["model"], model["learning_rate"]) == MODELS[name]
-    assert (list(model["betas"]), model["weight_decay"]) == ([0.9, 0.95], 0.01)
-    assert (model["lr_schedule"], model["warmup_ratio"], model["min_lr_ratio"]) == ("cosine", 0.1, 0.0)
+    assert (model["optimizer"]["class_path"], model["schedule"]["class_path"]) == (ADAMW, WARMUP)
+    optimizer, schedule = (model[kind]["init_args"] for kind in ("optimizer", "schedule"))
+    assert (model["model"], optimizer["lr"]) == MODELS[name]
+    assert (list(optimizer["betas"]), optimizer["weight_decay"]) == ([0.9, 0.95], 0.01)
+    assert (schedule["decay"], schedule["warmup"], schedule["minimum"]) == ("cosine", 0.1, 0.0)
     assert (run["gradient_clip_val"], run["max_epochs"], run["max_steps"]) == (1.0, 1, -1)
     assert (data["global_batch_size"], data["max_length"]) == (256, 2048)
     assert data["train"]["init_args"]["num_rows"] == 100_000
     assert data["prompt_suffix"] == "\nPlease reason step by step, and put your final answer within \\boxed{}."
-    assert model["generation"]["max_new_tokens"] == 4096
+    assert model["evaluation"]["generation"]["max_new_tokens"] == 4096
     (evaluation,) = run["callbacks"]
     values = evaluation["init_args"]
     assert (values["num_samples"], values["temperature"], values["limit"]) == (16, 1.0, None)
@@ -110,7 +113,7 @@ def test_one_of_them_runs(tmp_path, monkeypatch, capsys):
     lines = "\n".join([json.dumps({"problem": "1+1?", "solution": "\\boxed{2}"})] * 6)
     (tmp_path / "rows.jsonl").write_text(lines)
     values = {
-        "model": {"model": {**TINY_LLAMA, "vocab_size": 300}, "generation": {"max_new_tokens": 4}},
+        "model": {"model": {**TINY_LLAMA, "vocab_size": 300}, "evaluation": {"generation": {"max_new_tokens": 4}}},
         "data": {"train": "rows.jsonl", "test": "rows.jsonl", "tokenizer": "tokenizer", "global_batch_size": 4}
         | {"batch_size": 2},
         "trainer": {"max_steps": 2, "accelerator": "cpu", "devices": 1, "default_root_dir": "run"}

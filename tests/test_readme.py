@@ -133,7 +133,7 @@ def quickstart_passages() -> Iterator[str]:
     yield f"addition with DFT on {rows} demonstrations, {10 * wrong_tenths(config)}% of them wrong"
     assert len({exact(run, "before") for run in runs}) == 1
     assert {found["steps"] for found in runs.values()} == {config["trainer"]["max_steps"]}
-    learning_rate = f"{config['model']['learning_rate']:.0e}".replace("e-0", "e-")
+    learning_rate = f"{config['model']['optimizer']['lr']:.0e}".replace("e-0", "e-")
     yield (
         f"at its one rate ({learning_rate}, {config['trainer']['max_steps']} steps of {config['data']['batch_size']} "
         f"rows, one seed) goes from {exact('DFT', 'before')} to {exact('DFT', 'after')} with DFT, "

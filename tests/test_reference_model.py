@@ -35,7 +35,7 @@ def moved(module):
 
 
 def built(**options):
-    module = CausalLMModule(BASE, **{"loss": AnchoredLoss(0.7), "dtype": "float64", **options})
+    module = CausalLMModule(BASE, **{"loss": AnchoredLoss(0.7), "loading": {"dtype": "float64"}, **options})
     module.configure_model()
     return module
 
@@ -70,7 +70,7 @@ def documents(batch):
 @pytest.mark.parametrize("data", [{}, {"padding_free": True}, {"packing": "bfd", "max_length": 256}], ids=repr)
 @pytest.mark.parametrize("head", ["fused", "full"])
 def test_the_start_is_what_it_compares_with(head, data):
-    module = moved(built(head=head))
+    module = moved(built(loading={"dtype": "float64", "head": head}))
     start = built(loss=DFTLoss()).model
     for batch in batches(**data):
         output = module.token_output(batch)
@@ -117,7 +117,7 @@ def test_a_reference_is_neither_trained_nor_saved(tmp_path):
 
     def run(max_steps, **options):
         pl.seed_everything(1)
-        module = CausalLMModule(BASE, loss=AnchoredLoss(0.7), learning_rate=1e-3, lr_schedule="constant")
+        module = CausalLMModule(BASE, loss=AnchoredLoss(0.7), optimizer={"lr": 1e-3}, schedule={"decay": "constant"})
         checkpoints = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
         data = arithmetic_data(16, batch_size=4)
         run = trainer(max_steps=max_steps, callbacks=[checkpoints], enable_checkpointing=True)
@@ -137,9 +137,9 @@ def test_a_reference_is_neither_trained_nor_saved(tmp_path):
 
 
 def test_a_run_goes_on_with_the_reference_that_it_began_with(tmp_path):
-    other = moved(built(loss=DFTLoss(), dtype="float32")).model
+    other = moved(built(loss=DFTLoss(), loading={"dtype": "float32"})).model
     other.save_pretrained(tmp_path / "other")
-    options = {"loss": AnchoredLoss(0.7), "learning_rate": 1e-3}
+    options = {"loss": AnchoredLoss(0.7), "optimizer": {"lr": 1e-3}}
     checkpoints = pl.callbacks.ModelCheckpoint(tmp_path, "last")
     data = arithmetic_data(8, batch_size=4)
     first = trainer(callbacks=[checkpoints], enable_checkpointing=True)
@@ -235,7 +235,9 @@ def test_a_reference_that_sees_the_future_is_refused(tmp_path):
     other.configure_model()
     other.model.save_pretrained(tmp_path)
     for head in ("fused", "full"):
-        module = CausalLMModule(TINY_ARITHMETIC, loss=AnchoredLoss(), reference_model=str(tmp_path), head=head)
+        module = CausalLMModule(
+            TINY_ARITHMETIC, loss=AnchoredLoss(), reference_model=str(tmp_path), loading={"head": head}
+        )
         module.configure_model()
         with pytest.raises(InputError, match="BertLMHeadModel sees the tokens that it is to predict"):
             module.token_output(batches()[0])

@@ -42,6 +42,23 @@ def test_a_run_goes_on_from_every_hook(case, tmp_path):
         goes_on_alike(path, data, options, expected, logged)
 
 
+OTHERS = {
+    "SGD": ({"lr": 0.1, "momentum": 0.9, "nesterov": True}, {"class_path": "OneCycleLR", "init_args": {"max_lr": 0.2}}),
+    "Muon": ({"lr": 1e-3}, {"warmup": 0.3, "decay": "linear", "minimum": 0.1}),
+    "Adafactor": ({"lr": 1e-2}, {"class_path": "CosineAnnealingWarmRestarts", "init_args": {"T_0": 3}}),
+    "RMSprop": ({"lr": 1e-3}, {"class_path": "StepLR", "init_args": {"step_size": 2}}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_optimizers_and_schedules_go_on(name, tmp_path):
+    chosen, schedule = OTHERS[name]
+    options = {"optimizer": {"class_path": name, "init_args": chosen}, "schedule": schedule}
+    whole, logged = fit({}, {"max_steps": 5}, SaveAt(tmp_path, "on_train_batch_end"), **options)
+    assert len({value for (_, key), value in logged.items() if key == "train/lr"}) > 1
+    goes_on_alike(tmp_path / "on_train_batch_end-2.ckpt", {}, {"max_steps": 5}, result(whole), logged, **options)
+
+
 def assert_close(one, other, above):
     """Logged values of the steps above one, to what the issue of other sums of float32 leaves."""
     assert {key for key in one if key[0] > above} == {key for key in other if key[0] > above}
@@ -129,7 +146,7 @@ def test_batches_of_another_size_and_rows_in_another_order_are_said(tmp_path):
 
 def test_a_run_that_its_number_of_steps_ended_goes_on_within_the_epoch(tmp_path):
     """With more steps, on the rows that were left: by the checkpoint that ModelCheckpoint writes at the very end."""
-    options = {"lr_schedule": "constant"}
+    options = {"schedule": {"warmup": 2, "decay": "constant"}}
     whole, logged = fit({}, {"max_steps": 9}, **options)
     expected = result(whole)
     fit({}, {"max_steps": 3}, SaveAt(tmp_path, "on_train_epoch_end"), **options)

@@ -18,7 +18,7 @@ from dft_lightning.cli import DFTLightningCLI, cli_options, main
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.errors import InputError
 from dft_lightning.losses import DFTLoss, FocalLoss
-from dft_lightning.modules.restored import KEY
+from dft_lightning.modules.resume.restored import KEY
 from small_runs import TINY_ARITHMETIC, arithmetic_data, trainer
 
 HEADING = "options, beside those of "
@@ -62,13 +62,14 @@ def command(tmp_path_factory):
     return run
 
 
+WARMUP = "dft_lightning.modules.schedules.WarmupSchedule"
 GIVEN = {
     "loss": "FocalLoss",
     "loss.gamma": 3.0,
-    "learning_rate": 0.001,
-    "warmup_steps": 2,
-    "generation.max_new_tokens": 4,
-    "generation.top_k": 3,
+    "optimizer.lr": 0.001,
+    "schedule.warmup": 2,
+    "evaluation.generation.max_new_tokens": 4,
+    "evaluation.generation.top_k": 3,
     "tag": 7,
 }
 
@@ -109,16 +110,16 @@ def test_options_not_given_are_the_checkpoints(command, whole, log):
     before, path = whole
     cli = command("fit", "--ckpt_path", path)
     assert isinstance(cli.model.loss, FocalLoss)
-    assert (cli.model.loss.gamma, cli.model.hparams.tag, cli.model.generation.top_k) == (3.0, 7, 3)
+    assert (cli.model.loss.gamma, cli.model.hparams.tag, cli.model.evaluation.generation.top_k) == (3.0, 7, 3)
     assert cli.model.hparams == before.model.hparams
     assert cli.model.rates == before.model.rates[3:]
     assert printed(log) == [
         "model.tag: 7, as the checkpoint's run had it (not given; it would be 1)",
         "model.loss: FocalLoss(gamma=3.0), as the checkpoint's run had it (not given; it would be CrossEntropyLoss)",
-        "model.learning_rate: 0.001, as the checkpoint's run had it (not given; it would be 5e-05)",
-        "model.warmup_steps: 2, as the checkpoint's run had it (not given; it would be 0)",
-        "model.generation.max_new_tokens: 4, as the checkpoint's run had it (not given; it would be 256)",
-        "model.generation.top_k: 3, as the checkpoint's run had it (not given; it would be 0)",
+        "model.optimizer.lr: 0.001, as the checkpoint's run had it (not given; it would be 5e-05)",
+        "model.schedule.warmup: 2, as the checkpoint's run had it (not given; it would be 0)",
+        "model.evaluation.generation.max_new_tokens: 4, as the checkpoint's run had it (not given; it would be 256)",
+        "model.evaluation.generation.top_k: 3, as the checkpoint's run had it (not given; it would be 0)",
     ]
     saved = yaml.safe_load(cli.parser.dump(cli.config))["fit"]["model"]  # what a run's config.yaml is written from
     assert saved["loss"]["init_args"]["gamma"] == 3.0
@@ -127,20 +128,23 @@ def test_options_not_given_are_the_checkpoints(command, whole, log):
 
 def test_options_given_count_and_so_do_those_of_the_data(command, whole, log):
     _, path = whole
-    given = {"learning_rate": 0.0004, "betas": "[0.8, 0.9]", "weight_decay": 0.5, "loss": "FocalLoss", "tag": 1}
-    cli = command("fit", "--ckpt_path", path, "--data.batch_size", 4, *flags(**given), "--model.generation.top_k", 5)
+    given = {"optimizer.lr": 0.0004, "optimizer.betas": "[0.8, 0.9]", "optimizer.weight_decay": 0.5}
+    given |= {"loss": "FocalLoss", "tag": 1}
+    cli = command(
+        "fit", "--ckpt_path", path, "--data.batch_size", 4, *flags(**given), "--model.evaluation.generation.top_k", 5
+    )
     assert (cli.model.loss.gamma, cli.model.hparams.tag) == (3.0, 1)
-    assert (cli.model.generation.max_new_tokens, cli.model.generation.top_k) == (4, 5)
-    taken = ["model.loss.gamma", "model.warmup_steps", "model.generation.max_new_tokens"]
+    assert (cli.model.evaluation.generation.max_new_tokens, cli.model.evaluation.generation.top_k) == (4, 5)
+    taken = ["model.loss.gamma", "model.schedule.warmup", "model.evaluation.generation.max_new_tokens"]
     lines = printed(log)
     assert [line.partition(":")[0] for line in lines[:3]] == taken
     assert sorted(lines[3:]) == [
         "data.batch_size: 4 (the checkpoint's run had 3)",
-        "model.betas: [0.8, 0.9] (the checkpoint's run had [0.9, 0.95])",
-        "model.generation.top_k: 5 (the checkpoint's run had 3)",
-        "model.learning_rate: 0.0004 (the checkpoint's run had 0.001)",
+        "model.evaluation.generation.top_k: 5 (the checkpoint's run had 3)",
+        "model.optimizer.betas: [0.8, 0.9] (the checkpoint's run had [0.9, 0.95])",
+        "model.optimizer.lr: 0.0004 (the checkpoint's run had 0.001)",
+        "model.optimizer.weight_decay: 0.5 (the checkpoint's run had 0.01)",
         "model.tag: 1 (the checkpoint's run had 7)",
-        "model.weight_decay: 0.5 (the checkpoint's run had 0.01)",
     ]
     # Two steps of warm-up, then a cosine over four, by hand.
     assert cli.model.rates == pytest.approx([0.0004 * (1 + math.cos(math.pi * t / 4)) / 2 for t in (1, 2, 3)])
@@ -168,11 +172,33 @@ def test_options_given_as_a_dict(whole, log):
     assert len(printed(log)) == 6
 
 
+def test_another_optimizer_and_schedule_go_on(command, tmp_path, log):
+    """Named by flags, and named by the checkpoint alone."""
+    named = {"optimizer": "SGD", "optimizer.lr": 0.1, "optimizer.momentum": 0.9, "schedule": "StepLR"}
+    named |= {"schedule.step_size": 2}
+    path = tmp_path / "a.ckpt"
+    whole = command("fit", *flags(**named))
+    weights = [parameter.clone() for parameter in whole.model.parameters()]
+    command("fit", *flags(**named), "--trainer.max_steps", 3).trainer.save_checkpoint(path)
+    for given in (named, {}):
+        log.clear()
+        cli = command("fit", "--ckpt_path", path, *flags(**given))
+        assert type(cli.trainer.optimizers[0]) is torch.optim.SGD
+        assert type(cli.trainer.lr_scheduler_configs[0].scheduler) is StepLR
+        assert all(map(torch.equal, weights, cli.model.parameters()))
+        lines = [line.partition(",")[0] for line in printed(log)]
+        assert not given or lines == []
+    assert lines[:2] == [
+        "model.optimizer: torch.optim.SGD(lr=0.1",
+        "model.schedule: torch.optim.lr_scheduler.StepLR(step_size=2)",
+    ]
+
+
 @pytest.mark.parametrize("name", ["validate", "test", "predict"])
 def test_other_commands(command, whole, log, name):
     cli = command(name, "--ckpt_path", whole[1], "--model.loss", "DFTLoss", "--model.tag", 8)
     assert isinstance(cli.model.loss, DFTLoss)
-    assert cli.model.generation.max_new_tokens == 4
+    assert cli.model.evaluation.generation.max_new_tokens == 4
     assert "model.loss: DFTLoss (the checkpoint's run had FocalLoss(gamma=3.0))" in printed(log)
     assert "model.tag: 8 (the checkpoint's run had 7)" in printed(log)
 
@@ -192,14 +218,16 @@ def changed(whole, tmp_path):
 
 def test_options_of_another_version_and_those_that_no_checkpoint_gives(command, whole, changed, log):
     path = changed(
-        gone=[1, 2], sharding={**whole[0].model.hparams["sharding"], "load": "whole"}, trust_remote_code=True
+        gone=[1, 2],
+        sharding={**whole[0].model.hparams["sharding"], "load": "whole"},
+        loading={**whole[0].model.hparams["loading"], "trust_remote_code": True},
     )
     cli = command("validate", "--ckpt_path", path, *flags(**GIVEN))
-    assert not cli.model.hparams["trust_remote_code"]
+    assert not cli.model.loading.trust_remote_code
     assert sorted(printed(log)) == [
         "model.gone: no such option here (the checkpoint's run had [1, 2])",
+        "model.loading.trust_remote_code: false (the checkpoint's run had true)",
         "model.sharding.load: shards (the checkpoint's run had whole)",
-        "model.trust_remote_code: false (the checkpoint's run had true)",
     ]
 
 
@@ -210,14 +238,15 @@ def test_options_of_another_version_and_those_that_no_checkpoint_gives(command, 
          "model.loss: not given, and the checkpoint holds only that its run had mine.Loss, whose options were not"),
         ({"loss": {"class_path": "no_such_module.Loss", "init_args": {}}},
          "model.loss: no_such_module.Loss is not imported because a file names it: give it (--model.loss no_such_mod"),
-        ({"dtype": "float31"}, "model.dtype: expected one of 'auto', 'float32'"),
+        ({"loading": {"dtype": "float31"}}, "model.loading.dtype: expected one of 'auto', 'float32'"),
         # It is not the flags alone that contradict each other: what they meet is named as well.
-        ({"warmup_steps": 0, "warmup_ratio": 0.5}, "model.warmup_ratio: 0.5, as the checkpoint's run had it"),
+        ({"schedule": {"class_path": WARMUP, "init_args": {"decay": "linear", "minimum": 2.0}}},
+         "model.schedule.minimum: 2.0, as the checkpoint's run had it"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_taken_is_named(command, changed, capfd, values, message):
     with pytest.raises(SystemExit):
-        command("validate", "--ckpt_path", changed(**values), "--model.warmup_steps", 1)
+        command("validate", "--ckpt_path", changed(**values), "--model.schedule.warmup", 1)
     assert message in capfd.readouterr().err
 
 
@@ -282,7 +311,7 @@ class Scheduled(Tagged):
 
 
 def fit(kind, path=None, steps=3, save=None, **options):
-    module = kind(TINY_ARITHMETIC, **{"learning_rate": 0.001, **options})
+    module = kind(TINY_ARITHMETIC, **{"optimizer": {"lr": 0.001}, **options})
     run = trainer(max_steps=steps, log_every_n_steps=1)
     run.fit(module, datamodule=arithmetic_data(batch_size=4), ckpt_path=path, weights_only=True)
     if save is not None:
@@ -294,7 +323,9 @@ SCHEDULES = {
     "none": lambda optimizer, options: None,
     "lambda": lambda optimizer, options: LambdaLR(optimizer, lambda step: 0.9**step),
     "cosine": lambda optimizer, options: CosineAnnealingLR(optimizer, T_max=10 * options["tag"]),
-    "one cycle": lambda optimizer, options: OneCycleLR(optimizer, options["learning_rate"], total_steps=9),
+    "one cycle": lambda optimizer, options: OneCycleLR(
+        optimizer, options["optimizer"]["init_args"]["lr"], total_steps=9
+    ),
     "sequence": lambda optimizer, options: SequentialLR(
         optimizer, [StepLR(optimizer, 1, gamma=0.5), StepLR(optimizer, 1, gamma=0.9)], milestones=[2]
     ),
@@ -302,17 +333,32 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_a_schedule_goes_on_by_this_runs_options(name, tmp_path):
-    """Bit for bit as an uninterrupted run where nothing changed; with another peak and length as one that had them."""
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("none", None),
+        ("lambda", None),
+        ("cosine", r"model\.schedule\.T_max: 20 here, and the checkpoint's run had 10"),
+        ("one cycle", r"model\.schedule\.max_lr: 0\.0003 here, and the checkpoint's run had 0\.001"),
+        ("sequence", r"model\.optimizer\.lr: 0\.0003 here, and the checkpoint's run had 0\.001"),
+        ("plateau", r"model\.optimizer\.lr: 0\.0003 here, and the checkpoint's run had 0\.001"),
+    ],
+)
+def test_a_schedule_goes_on_by_this_runs_options(name, key, tmp_path):
+    """Bit for bit as an uninterrupted run where nothing changed; with another peak and length as one that had them, or
+    refused by name."""
     kind = type("Kind", (Scheduled,), {"make": staticmethod(SCHEDULES[name])})
     fit(kind, save=tmp_path / "a.ckpt")
     same = fit(kind, steps=5)
     assert fit(kind, tmp_path / "a.ckpt", steps=5).rates == same.rates[3:]
-    other = {"learning_rate": 0.0003, "tag": 2}
+    other = {"optimizer": {"lr": 0.0003}, "tag": 2}
+    if key is not None:
+        with pytest.raises(InputError, match=key):
+            fit(kind, tmp_path / "a.ckpt", steps=5, **other)
+        return
     expected = fit(kind, steps=5, **other).rates[3:]
     assert expected != same.rates[3:]
-    assert fit(kind, tmp_path / "a.ckpt", steps=5, **other).rates == pytest.approx(expected, rel=1e-9)
+    assert fit(kind, tmp_path / "a.ckpt", steps=5, **other).rates == expected
 
 
 def test_a_longer_run_has_its_own_schedule(tmp_path):
@@ -339,7 +385,7 @@ class Counting(Tagged):
 
 def test_state_in_groups_is_kept_and_options_are_this_runs(tmp_path):
     fit(Counting, save=tmp_path / "a.ckpt")
-    module = fit(Counting, tmp_path / "a.ckpt", steps=5, tag=2, weight_decay=0.3, eps=1e-5)
+    module = fit(Counting, tmp_path / "a.ckpt", steps=5, tag=2, optimizer={"weight_decay": 0.3, "eps": 1e-5})
     for group, decay in zip(module.optimizers().param_groups, (0.3, 0.0), strict=True):
         assert (group["count"], group["seen"], group["momentum"]) == (5, "at a step", (2, 0.5))
         assert (group["weight_decay"], group["eps"], tuple(group["betas"])) == (decay, 1e-5, (0.9, 0.95))
@@ -350,9 +396,9 @@ def test_a_checkpoint_that_does_not_say_what_its_options_were(tmp_path):
     content = torch.load(tmp_path / "a.ckpt", weights_only=True)
     del content[KEY]
     torch.save(content, tmp_path / "a.ckpt")
-    module = fit(Counting, tmp_path / "a.ckpt", steps=5, weight_decay=0.3, learning_rate=0.0002)
-    assert module.rates == pytest.approx([rate_at(step, 0.0002, 5) for step in (3, 4)])
-    assert [group["weight_decay"] for group in module.optimizers().param_groups] == [0.3, 0.0]
+    with pytest.warns(UserWarning, match="the checkpoint does not say what its run's optimizer options were"):
+        module = fit(Counting, tmp_path / "a.ckpt", steps=5, optimizer={"weight_decay": 0.3, "lr": 0.0002})
+    assert [group["weight_decay"] for group in module.optimizers().param_groups] == [0.01, 0.0]
     assert [group["count"] for group in module.optimizers().param_groups] == [5, 5]
 
 

@@ -43,11 +43,11 @@ LLAMA4 |= {"intermediate_size_mlp": 32, "num_local_experts": 2, "layer_types": [
 @pytest.mark.parametrize("head", ["fused", "full"])
 def test_an_encoder_is_refused_unless_it_is_a_decoder(kind, head):
     batch = {"input_ids": torch.arange(12).view(2, 6) + 5, "labels": torch.arange(12).view(2, 6) + 5}
-    module = CausalLMModule({**ENCODER, "model_type": kind}, head=head)
+    module = CausalLMModule({**ENCODER, "model_type": kind}, loading={"head": head})
     module.configure_model()
     with pytest.raises(InputError, match=r"sees the tokens that it is to predict: .*set is_decoder: true"):
         module.token_output(batch)
-    module = CausalLMModule({**ENCODER, "model_type": kind, "is_decoder": True}, head="full")
+    module = CausalLMModule({**ENCODER, "model_type": kind, "is_decoder": True}, loading={"head": "full"})
     module.configure_model()
     module.token_output(batch)
     assert module.training
@@ -123,7 +123,7 @@ def test_documents_are_tried_that_are_longer_than_a_window():
 def test_documents_beyond_a_chunk_are_refused():
     """sdpa keeps Llama 4's chunks within each document; one call for each document knows of none."""
     check_documents(load_causal_lm(LLAMA4))
-    module = CausalLMModule(LLAMA4, attn_implementation="documents")
+    module = CausalLMModule(LLAMA4, loading={"attn_implementation": "documents"})
     module.configure_model()
     ids, positions = torch.arange(12)[None], torch.arange(12)[None]
     with pytest.raises(InputError, match="one of 12 tokens is longer than the model's window of attention, 8"):

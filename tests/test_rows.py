@@ -272,8 +272,8 @@ def test_an_advantage_multiplies_the_messages_weights(tmp_path):
         ({"mine": -1}, {"weight": "mine"}, "mine: expected a number from 0 to 3.4e38, got -1$"),
         (
             {"advantage": -1},
-            {"unsigned": "model.renormalize divides by the sum of the weights"},
-            "advantage: -1, and model.renormalize divides by the sum of the weights",
+            {"unsigned": "model.step.renormalize divides by the sum of the weights"},
+            "advantage: -1, and model.step.renormalize divides by the sum of the weights",
         ),
         ({"advantage": 2}, {"weighted": False}, "advantage: 2, and data.train_on_prompts"),
     ],
@@ -326,7 +326,9 @@ def test_gradients_of_rewards_and_advantages_by_hand(tmp_path, loss, head):
         {"prompt": "4+4=", "completion": "88"},
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    module = GradientRecorder(TINY_ARITHMETIC, loss={"class_path": f"dft_lightning.{loss}"}, dtype="float64", head=head)
+    module = GradientRecorder(
+        TINY_ARITHMETIC, loss={"class_path": f"dft_lightning.{loss}"}, loading={"dtype": "float64", "head": head}
+    )
     module.rounded = torch.float64
     module.configure_model()
     before = [parameter.detach().clone() for parameter in module.parameters()]
@@ -358,8 +360,10 @@ def test_renormalize_takes_no_negative_weights(tmp_path):
         data = InstructionDataModule(
             str(tmp_path / "rows.jsonl"), tokenizer="asset://arithmetic-base", batch_size=1, streaming=streaming
         )
-        module = CausalLMModule(TINY_ARITHMETIC, renormalize=True)
-        with pytest.raises(InputError, match="row 1: advantage: -1, and model.renormalize divides by the sum of the"):
+        module = CausalLMModule(TINY_ARITHMETIC, step={"renormalize": True})
+        with pytest.raises(
+            InputError, match="row 1: advantage: -1, and model.step.renormalize divides by the sum of the"
+        ):
             trainer().fit(module, datamodule=data)
     data = InstructionDataModule(str(tmp_path / "rows.jsonl"), tokenizer="asset://arithmetic-base", batch_size=1)
     trainer().fit(CausalLMModule(TINY_ARITHMETIC), datamodule=data)

@@ -355,7 +355,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(arguments, tmp_path, mo
         (["--temperature", "0.5"], "was begun with --temperature 1.0, and it is 0.5 now"),
         (["--seed", "1"], "was begun with --seed 0, and it is 1 now"),
         (["--data.prompt_suffix", "1"], "was begun with other prompts (rows, tokenizer or template): give them again"),
-        (["--model.dtype", "bfloat16"], "was begun with model.dtype float32, and it is bfloat16 now"),
+        (["--model.loading.dtype", "bfloat16"], "was begun with model.loading.dtype float32, and it is bfloat16 now"),
     ],
 )
 def test_a_partial_file_of_other_options_is_refused(arguments, tmp_path, capsys, partial_of_two, change, expected):
@@ -453,7 +453,7 @@ def test_a_partial_file_that_is_none_or_in_use(arguments, tmp_path, capsys):
         (["--data.prompt_column", "reference"], "data.prompt_column: reference is another column of the samples"),
         (["--data.text_column", "prompt", "--data.row_form", "text"], "plain text has no prompt to generate from"),
         (
-            ["--model.answer_extractor", "HashAnswer"],
+            ["--model.evaluation.answer_extractor", "HashAnswer"],
             "train row 1: HashAnswer() finds no answer in the reference 'x|579'",
         ),
         (["--trainer.precision", "16-mixed"], "trainer.precision: 16-mixed needs a GPU"),

@@ -456,7 +456,7 @@ def test_scored_rows_are_scored_again(llama, of_llama, tmp_path):
 
 
 def test_a_checkpoint_is_scored_with(llama, tmp_path):
-    module = CausalLMModule(llama, learning_rate=1e-2, lr_schedule="constant")
+    module = CausalLMModule(llama, optimizer={"lr": 1e-2}, schedule={"decay": "constant"})
     run = trainer(max_steps=2)
     run.fit(module, datamodule=data_of(write(tmp_path / "rows.jsonl")))
     run.save_checkpoint(tmp_path / "a.ckpt")

@@ -159,7 +159,14 @@ def test_data_of_generated_rows(tmp_path, capsys):
 def test_quickstart(tmp_path):
     output = tmp_path / "out.json"
     sizes = ["--trainer.max_steps", 1, "--trainer.enable_progress_bar", "false", "--data.train.num_rows", 4]
-    sizes += ["--data.batch_size", 4, "--data.validation.num_rows", 2, "--model.generation.max_new_tokens", 2]
+    sizes += [
+        "--data.batch_size",
+        4,
+        "--data.validation.num_rows",
+        2,
+        "--model.evaluation.generation.max_new_tokens",
+        2,
+    ]
     run_script("benchmarks/quickstart.py", "--output", output, *sizes)
     runs = json.loads(output.read_text())["runs"]
     assert set(runs) == {"DFT", "cross-entropy", "focal"}

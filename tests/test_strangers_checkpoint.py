@@ -42,12 +42,14 @@ ESCAPED = '{class_path: "\\x73trangers_code.Loss"}'  # YAML, whose text has no s
         lambda s: {"loss": f"{MODULE}.Loss"},
         lambda s: {"loss": ESCAPED},
         lambda s: {"loss": {"class_path": "dft_lightning.WeightedSumLoss", "init_args": {"losses": [s.loss]}}},
-        lambda s: {"answer_extractor": s.loss},
+        lambda s: {"evaluation": {"answer_extractor": s.loss}},
+        lambda s: {"optimizer": s.loss},
+        lambda s: {"schedule": s.process},
         lambda s: {"model": {"model_type": s.process}},
         lambda s: {"peft": {"r": s.process}},
-        lambda s: {"attn_implementation": "a-stranger/kernel"},
+        lambda s: {"loading": {"attn_implementation": "a-stranger/kernel"}},
     ],
-    ids=["class", "text", "escaped", "nested", "extractor", "model", "peft", "kernel"],
+    ids=["class", "text", "escaped", "nested", "extractor", "optimizer", "schedule", "model", "peft", "kernel"],
 )
 def test_classes_that_a_checkpoint_names(whole, stranger, tmp_path, wish, key, maker):  # noqa: F811
     path = changed(changed(whole, tmp_path / "a.ckpt", **maker), tmp_path / "a.ckpt", key, **wish(stranger))
@@ -92,11 +94,13 @@ def test_rows_that_a_checkpoint_names(whole, stranger, tmp_path, maker):  # noqa
 def test_options_of_another_file(whole, stranger, tmp_path):  # noqa: F811
     options = torch.load(whole, weights_only=True)["hyper_parameters"]
     file = tmp_path / "hparams.yaml"
-    file.write_text(yaml.safe_dump({**options, "trust_remote_code": True, "loss": stranger.loss}))
+    file.write_text(
+        yaml.safe_dump({**options, "loading": {**options["loading"], "trust_remote_code": True}, "loss": stranger.loss})
+    )
     with pytest.raises(InputError, match=f"{MODULE}.Loss is not imported"):
         CausalLMModule.load_from_checkpoint(whole, hparams_file=file)
-    file.write_text(yaml.safe_dump({**options, "trust_remote_code": True}))
-    assert not CausalLMModule.load_from_checkpoint(whole, hparams_file=file).hparams["trust_remote_code"]
+    file.write_text(yaml.safe_dump({**options, "loading": {**options["loading"], "trust_remote_code": True}}))
+    assert not CausalLMModule.load_from_checkpoint(whole, hparams_file=file).loading.trust_remote_code
     assert not stranger.ran()
 
 
@@ -138,7 +142,7 @@ def with_code(base, target, code, repository=""):
 
 def test_a_checkpoints_trust_is_not_ours(adapter, whole, stranger, tmp_path, capsys):  # noqa: F811
     base = with_code(adapter[1], tmp_path / "base", stranger.code)
-    path = changed(adapter[0], tmp_path / "a.ckpt", trust_remote_code=True, model=base)
+    path = changed(adapter[0], tmp_path / "a.ckpt", loading={"trust_remote_code": True}, model=base)
     path = changed(path, path, "dft_lightning", base=base)
     output = tmp_path / "out"
     assert export(["--checkpoint", str(path), "--output", str(output), "--merge"]) == 2
@@ -146,7 +150,7 @@ def test_a_checkpoints_trust_is_not_ours(adapter, whole, stranger, tmp_path, cap
     assert f"{base} wants code of its own to be run (strange.StrangeConfig, strange.StrangeModel)" in message
     assert "--trust_remote_code" in message
     assert len(message.strip().splitlines()) == 1
-    for load in (path, changed(whole, tmp_path / "b.ckpt", trust_remote_code=True, model=base)):
+    for load in (path, changed(whole, tmp_path / "b.ckpt", loading={"trust_remote_code": True}, model=base)):
         with pytest.raises(InputError, match=r"wants code of its own .* load_from_checkpoint: trust_remote_code=True"):
             CausalLMModule.load_from_checkpoint(load)
     assert not stranger.ran()
@@ -160,7 +164,7 @@ def test_a_checkpoints_trust_is_not_ours(adapter, whole, stranger, tmp_path, cap
 
 def test_code_in_another_repository_is_named(adapter, stranger, tmp_path):  # noqa: F811
     base = with_code(adapter[1], tmp_path / "base", stranger.code, "a-stranger/code--")
-    path = changed(adapter[0], tmp_path / "a.ckpt", trust_remote_code=True, model=base)
+    path = changed(adapter[0], tmp_path / "a.ckpt", loading={"trust_remote_code": True}, model=base)
     with pytest.raises(InputError, match=r"run \(a-stranger/code: strange.StrangeConfig"):
         CausalLMModule.load_from_checkpoint(path)
 
@@ -199,14 +203,20 @@ def resume(whole, tmp_path, monkeypatch):  # noqa: F811
         ),
         (lambda s: {"loss": f"{MODULE}.Loss"}, "model.loss"),
         (lambda s: {"loss": ESCAPED}, "model.loss"),
-        (lambda s: {"answer_extractor": s.process}, "model.answer_extractor: logging.FileHandler is not imported"),
+        (
+            lambda s: {"evaluation": {"answer_extractor": s.process}},
+            "model.evaluation.answer_extractor: logging.FileHandler is not imported",
+        ),
         (lambda s: {"peft": {"r": s.process}}, "model.peft.r: logging.FileHandler is not imported"),
         (lambda s: {"peft": {"r": str(s.process)}}, "model.peft"),
         (
             lambda s: {"peft": {"r": f"{{class_path: {OF_THE_TRAINER}}}"}},
             f"model.peft.r: {OF_THE_TRAINER} is not imported",
         ),
-        (lambda s: {"attn_implementation": "a-stranger/kernel"}, "wants attention code of a-stranger/kernel to be run"),
+        (
+            lambda s: {"loading": {"attn_implementation": "a-stranger/kernel"}},
+            "wants attention code of a-stranger/kernel to be run",
+        ),
     ],
     ids=["class", "text", "escaped", "extractor", "any", "any text", "of the trainer", "kernel"],
 )
@@ -244,7 +254,7 @@ def test_what_is_printed_tells_a_terminal_nothing(whole, resume, tmp_path, caplo
 
 def test_trust_is_not_gone_on_with(adapter, resume, stranger, tmp_path, capfd):  # noqa: F811
     base = with_code(adapter[1], tmp_path / "base", stranger.code)
-    path = changed(adapter[0], tmp_path / "a.ckpt", trust_remote_code=True, model=base)
+    path = changed(adapter[0], tmp_path / "a.ckpt", loading={"trust_remote_code": True}, model=base)
     with pytest.raises(SystemExit):
         resume(path, "--model.model", base)
     assert "wants code of its own to be run (strange.StrangeConfig" in capfd.readouterr().err

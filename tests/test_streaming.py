@@ -140,7 +140,7 @@ def test_a_stream_goes_on_at_the_exact_row(source, options):
 def test_a_resumed_run_ends_with_the_same_weights(source, tmp_path):
     def fit(max_steps, ckpt_path=None):
         torch.manual_seed(0)
-        module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), learning_rate=1e-3, lr_schedule="constant")
+        module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), optimizer={"lr": 1e-3}, schedule={"decay": "constant"})
         data = InstructionDataModule(source, tokenizer="asset://arithmetic-base", streaming=True, batch_size=4)
         run = trainer(max_steps=max_steps, accumulate_grad_batches=2)
         run.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
@@ -162,7 +162,7 @@ def test_an_epoch_begins_where_the_last_one_ended(source, num_workers):
                 seen.append(batch["input_ids"].tolist())
 
         seen = []
-        trainer(**options).fit(Recorder(TINY_ARITHMETIC, lr_schedule="constant"), datamodule=data)
+        trainer(**options).fit(Recorder(TINY_ARITHMETIC, schedule={"decay": "constant"}), datamodule=data)
         return seen
 
     def module():
@@ -286,7 +286,7 @@ def test_the_modules_own_hook_is_called(source, streaming):
 
     seen = []
     data = InstructionDataModule(source, tokenizer="asset://arithmetic-base", streaming=streaming, batch_size=3)
-    trainer(max_steps=2).fit(Hooked(TINY_ARITHMETIC, lr_schedule="constant"), datamodule=data)
+    trainer(max_steps=2).fit(Hooked(TINY_ARITHMETIC, schedule={"decay": "constant"}), datamodule=data)
     assert seen == [["attention_mask", "input_ids", "labels"]] * 2
 
 

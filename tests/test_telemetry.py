@@ -122,7 +122,7 @@ def test_train_numbers_cover_the_whole_window(tmp_path):
             self.outputs.append(output)
             return output
 
-    module = Watch(TINY_ARITHMETIC, loss=DFTLoss(), learning_rate=1e-3, log_train_entropy=True)
+    module = Watch(TINY_ARITHMETIC, loss=DFTLoss(), optimizer={"lr": 1e-3}, step={"log_train_entropy": True})
     run = trainer(
         logger=Keep(tmp_path), max_steps=4, accumulate_grad_batches=2, log_every_n_steps=2, gradient_clip_val=0.5
     )
@@ -173,7 +173,7 @@ def test_clipping_by_value_is_the_trainers():
 def test_a_clip_value_of_0_or_below_is_off(clip, algorithm):
     def weights(**options):
         pl.seed_everything(0)
-        module = CausalLMModule(TINY_ARITHMETIC, learning_rate=1e-2)
+        module = CausalLMModule(TINY_ARITHMETIC, optimizer={"lr": 1e-2})
         run = trainer(max_steps=4, log_every_n_steps=1, **options)
         run.fit(module, datamodule=arithmetic_data(8, batch_size=2))
         return run, torch.cat([p.detach().flatten() for p in module.parameters()])
@@ -191,11 +191,14 @@ def test_a_clip_value_of_nan_is_refused():
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
 def test_sums_stay_float64_under_any_precision(precision):
-    module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), dtype="float64" if precision == "64-true" else "float32")
+    module = CausalLMModule(
+        TINY_ARITHMETIC, loss=DFTLoss(), loading={"dtype": "float64" if precision == "64-true" else "float32"}
+    )
     data = validation_data(batch_size=4)
     trainer(precision=precision, limit_val_batches=2).fit(module, datamodule=data)
-    assert module.val_metrics.nll_sum.dtype == torch.float64
-    assert module.val_metrics.targets.dtype == torch.int64
+    tokens = module.eval_metrics.telemetry("val").tokens
+    assert tokens.nll_sum.dtype == torch.float64
+    assert tokens.targets.dtype == torch.int64
 
 
 def test_metrics_by_hand():
@@ -249,7 +252,7 @@ def test_windows_after_a_resume_are_those_that_loggers_see(tmp_path):
             logger=Keep(tmp_path), max_steps=max_steps, log_every_n_steps=4, enable_checkpointing=True,
             callbacks=[checkpoint],
         )  # fmt: skip
-        fit.fit(Watch(TINY_ARITHMETIC, learning_rate=1e-3), datamodule=arithmetic_data(16, batch_size=2), **options)
+        fit.fit(Watch(TINY_ARITHMETIC, optimizer={"lr": 1e-3}), datamodule=arithmetic_data(16, batch_size=2), **options)
         return checkpoint.best_model_path
 
     path = run(8)

@@ -63,7 +63,9 @@ def run(strategy: str, **options: Any) -> dict[str, Any]:
 if __name__ == "__main__":
     out = {}
     for strategy, on_non_finite in itertools.product(("ddp", "fsdp1", "fsdp2"), ("skip", "raise")):
-        options = {"head": "full", "renormalize": True} if strategy == "ddp" else {}
-        out[strategy, on_non_finite] = run(strategy, on_non_finite=on_non_finite, **options)
+        step, loading = {"on_non_finite": on_non_finite}, {}
+        if strategy == "ddp":
+            step, loading = {**step, "renormalize": True}, {"head": "full"}
+        out[strategy, on_non_finite] = run(strategy, step=step, loading=loading)
     if torch.distributed.get_rank() == 0:
         torch.save(out, Path(sys.argv[1]) / "out.pt")

@@ -24,7 +24,7 @@ from test_telemetry import validation_data
 def make() -> CausalLMModule:
     pl.seed_everything(0)
     generation = GenerationOptions(max_new_tokens=8)
-    return CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), learning_rate=0.0, generation=generation)
+    return CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), optimizer={"lr": 0.0}, evaluation={"generation": generation})
 
 
 def predict(path: str, **options: Any) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 from dft_lightning.distributed import gather_lists
 from dft_lightning.errors import InputError
 from dft_lightning.metrics import ExactMatch, TokenMetrics, pass_at_k, reported_k
-from dft_lightning.modules.causal_lm import CausalLMModule, count_tokens
+from dft_lightning.modules.causal_lm import CausalLMModule
 from dft_lightning.modules.generation import GenerationOptions
 from dft_lightning.modules.row_checks import evaluating
+from dft_lightning.modules.telemetry import count_tokens
 
 
 def check_prompts(trainer: pl.Trainer, module: CausalLMModule, split: str, limit: int | None) -> None:
@@ -27,7 +28,7 @@ def check_prompts(trainer: pl.Trainer, module: CausalLMModule, split: str, limit
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
     data.generation_dataloader(limit, split)
-    ExactMatch(module.answer_extractor).check(data.references(split, limit), split)
+    ExactMatch(module.evaluation.answer_extractor).check(data.references(split, limit), split)
 
 
 @contextmanager
@@ -55,7 +56,7 @@ def count_correct(
     A collective: call it on every rank. Every rank gets the counts of all rows, in the rows' order. ``after_batch`` may
     raise, on every rank alike.
     """
-    metric = ExactMatch(module.answer_extractor)
+    metric = ExactMatch(module.evaluation.answer_extractor)
     counts: list[tuple[int, int]] = []
     with measuring(trainer, module, seed):
         for batch in trainer.datamodule.generation_dataloader(limit, split):  # type: ignore[attr-defined]

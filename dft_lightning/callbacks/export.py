@@ -94,7 +94,7 @@ class HuggingFaceExport(Callback):
                 overwrite=self.overwrite,
                 max_shard_size=self.max_shard_size,
                 merge=self.merge,
-                trust_remote_code=pl_module.hparams["trust_remote_code"],  # this run's own
+                trust_remote_code=pl_module.loading.trust_remote_code,  # this run's own
             )
             rank_zero_info(f"the trained model is in {output}")
 

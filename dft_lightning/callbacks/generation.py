@@ -185,7 +185,7 @@ class GenerationEvaluation(Callback):
         split: str = "validation",
         gives_up: bool = False,
     ) -> list[int]:
-        options = at_temperature(module.generation, temperature)
+        options = at_temperature(module.evaluation.generation, temperature)
         return count_correct(
             trainer,
             module,

@@ -85,13 +85,13 @@ def _compare(given: argparse.Namespace, classes: Classes | None) -> int:
     from dft_lightning.compare.grid import base_run, runs_at_best, started_by, sweep_runs, write_config
     from dft_lightning.compare.inputs import check_inputs
     from dft_lightning.compare.report import write_report
-    from dft_lightning.compare.settings import read_settings
+    from dft_lightning.compare.settings import fit_overrides, read_settings
     from dft_lightning.fit_config import read_fit_config
     from dft_lightning.own_classes import PACKAGE
 
     classes = classes or PACKAGE
     settings = read_settings(given.config)
-    fit_config = read_fit_config(settings.base, settings.overrides, classes)
+    fit_config = read_fit_config(settings.base, fit_overrides(settings), classes)
     _check_fit_config(fit_config, settings.path)
     check_jobs(given.jobs, fit_config["trainer"])
     output = given.output

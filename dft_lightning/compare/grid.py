@@ -21,7 +21,7 @@ from dft_lightning.files import refuse_link, write_text
 
 RUNS = "runs"
 _PATHS = {"trainer": {"default_root_dir", "logger"}}
-_PLACE = {"model": {"loss", "learning_rate"}, "data": {"seed"}}  # of a run in the grid
+_PLACE = {"model": {"loss"}, "data": {"seed"}}  # of a run in the grid, with its learning rate
 _REPLACED = ("GenerationEvaluation", "ModelCheckpoint", "RunRecorder")
 
 
@@ -103,7 +103,8 @@ def _run(settings: Settings, fit_config: dict[str, Any], output: Path, run: RunI
     folder = output / RUNS / run.name
     config = copy.deepcopy(fit_config)
     if run.loss is not None:
-        config["model"] |= {"loss": settings.losses[run.loss], "learning_rate": run.learning_rate}
+        config["model"]["loss"] = settings.losses[run.loss]
+        config["model"]["optimizer"]["init_args"]["lr"] = run.learning_rate
     if config["data"]["split_seed"] is None:  # a seed is another order of rows and not another split
         config["data"]["split_seed"] = config["data"]["seed"]
     config["seed_everything"] = config["data"]["seed"] = run.seed
@@ -174,6 +175,7 @@ def common_part(config: dict[str, Any]) -> dict[str, Any]:
     """What the configs of all runs of a comparison share: all but loss, learning rate, seed and paths."""
     plain = _without(config, {**_PATHS, **_PLACE}, {"folder", "run"})
     plain.pop("seed_everything", None)
+    plain.get("model", {}).get("optimizer", {}).get("init_args", {}).pop("lr", None)
     return plain
 
 

@@ -224,7 +224,7 @@ class RunRecorder(Callback):
         return count_correct(
             trainer,
             module,
-            at_temperature(module.generation, temperature),
+            at_temperature(module.evaluation.generation, temperature),
             split=split,
             limit=self._limit(split),
             num_samples=num_samples,

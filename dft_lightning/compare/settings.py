@@ -12,13 +12,13 @@ from typing import Any
 
 import yaml
 
-from dft_lightning.cli import Parser
 from dft_lightning.compare.measures import check_measures, default_measures
 from dft_lightning.compare.names import slug_of
 from dft_lightning.compare.recorder import Evaluation
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.losses import TokenLoss
 from dft_lightning.own_classes import GROUPS, flat
+from dft_lightning.parser import Parser
 from dft_lightning.shipped_configs import hint
 
 
@@ -186,14 +186,27 @@ def _check(settings: Settings) -> None:
     check_measures([*settings.best_by, *settings.measures], settings.evaluation["num_samples"], str(where))
 
 
+def fit_overrides(settings: Settings) -> dict[str, Any]:
+    """The overrides with a learning rate, which an optimizer that is named needs; each run sets its own."""
+    rate, model = settings.learning_rates[0], dict(settings.overrides.get("model") or {})
+    optimizer = model.get("optimizer") or {}
+    optimizer = {"class_path": optimizer} if isinstance(optimizer, str) else optimizer
+    if "class_path" in optimizer:
+        model["optimizer"] = {**optimizer, "init_args": {**(optimizer.get("init_args") or {}), "lr": rate}}
+    else:
+        model["optimizer"] = {**optimizer, "lr": rate}
+    return {**settings.overrides, "model": model}
+
+
 def _check_overrides(settings: Settings) -> None:
     """What the grid sets for each run cannot be overridden for all of them."""
-    for keys in (("seed_everything",), ("model", "loss"), ("model", "learning_rate"), ("data", "seed")):
+    rates = (("model", "optimizer", "lr"), ("model", "optimizer", "init_args", "lr"))
+    for keys in (("seed_everything",), ("model", "loss"), *rates, ("data", "seed")):
         below: Any = settings.overrides
         for key in keys:
             below = below.get(key) if isinstance(below, dict) else None
         if below is not None:
-            name = {"loss": "losses", "learning_rate": "learning_rates"}.get(keys[-1], "seeds")
+            name = {"loss": "losses", "lr": "learning_rates"}.get(keys[-1], "seeds")
             raise InputError(f"{settings.path}: overrides: {'.'.join(keys)} is set for each run: use {name}")
 
 

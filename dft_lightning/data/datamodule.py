@@ -100,7 +100,8 @@ class InstructionDataModule(pl.LightningDataModule):
         eval_batch_size: the same as ``batch_size`` in validation, test and predict; ``None`` takes it.
         pad_to_multiple_of: batch lengths are rounded up to a multiple of this.
         padding_free: join the rows of a micro-batch into one instead of padding them; they stay separate documents to
-            the model, which is checked. ``model.attn_implementation`` should be ``documents`` or a flash attention.
+            the model, which is checked. ``model.loading.attn_implementation`` should be ``documents`` or a flash
+            attention.
         packing: pack the training rows into rows of ``max_length`` tokens, best-fit decreasing: ``"bfd"`` cuts longer
             rows off, ``"bfd_split"`` into pieces. ``batch_size`` then counts packed rows. They stay separate documents.
         group_by_length: let training batches have rows of about the same length.
@@ -324,7 +325,8 @@ class InstructionDataModule(pl.LightningDataModule):
             if not isinstance(hparams.get("model"), str):
                 raise InputError("data.tokenizer is not set, and the model has no name to take it from")
             name, key = hparams["model"], "model.model"
-            options = {key: hparams[key] for key in ("revision", "trust_remote_code") if key in hparams}
+            loading = hparams.get("loading") or {}
+            options = {key: loading[key] for key in ("revision", "trust_remote_code") if key in loading}
         return load_tokenizer(name, chat_template=self.chat_template, key=key, **options)
 
     def load_tokenizer(self) -> None:
@@ -412,8 +414,8 @@ class InstructionDataModule(pl.LightningDataModule):
         return replace(self.columns, unsigned=self._why_unsigned() if split == "train" else "")
 
     def _why_unsigned(self) -> str:
-        if self._model_hparams().get("renormalize"):
-            return "model.renormalize divides by the sum of the weights: leave that out"
+        if (self._model_hparams().get("step") or {}).get("renormalize"):
+            return "model.step.renormalize divides by the sum of the weights: leave that out"
         loss = getattr(getattr(self.trainer, "lightning_module", None), "loss", None)
         if not getattr(loss, "takes_negative_weights", True):
             return (

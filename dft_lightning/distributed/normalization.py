@@ -12,18 +12,19 @@ from torch import Tensor
 class TokenNormalizer:
     """Makes the step's gradient that of the token mean, however the step is split into micro-batches and ranks.
 
-    Each micro-batch backpropagates the *sum* of its token losses over what :meth:`count` returns. Before the
-    optimizer steps, :meth:`rescale` divides by the target tokens that all micro-batches and ranks counted, and undoes
-    the divisions by the number of micro-batches (Lightning) and of ranks (data parallelism), which know no tokens.
+    Each micro-batch backpropagates the *sum* of its token losses over what :meth:`divisor_of` returns, and is counted
+    where it does (:meth:`count`). Before the optimizer steps, :meth:`rescale` divides by the target tokens that all
+    micro-batches and ranks counted, and undoes the divisions by the number of micro-batches (Lightning) and of ranks
+    (data parallelism), which know no tokens.
 
     Sums of thousands of tokens would overflow a fp16 gradient scaler. So sums are divided by a power of two near the
     expected count of a micro-batch: that of the last step, and of the first micro-batch before there is one. Powers
     of two change no digits, and :meth:`rescale` multiplies it back. It is constant within a step and equal on all
     ranks, taken from the mean over ranks.
 
-    Where :meth:`weigh` was called for the step, the divisor is the sum of the tokens' weights in place of their number.
+    Where weights are counted, the step's divisor is their sum in place of the targets' number.
 
-    Losses that are not finite are counted on the way (:meth:`watch`), in the same exchange, so that all ranks know.
+    Losses that are not finite are counted on the way, in the same exchange, so that all ranks know.
 
     Args:
         all_reduce: sums a tensor over ranks.
@@ -46,9 +47,11 @@ class TokenNormalizer:
         """Whether micro-batches were counted since the last :meth:`rescale`."""
         return self._count is not None
 
-    def count(self, num_targets: Tensor) -> float:
-        """Count a micro-batch's targets (a scalar int64 tensor) and return what to divide its summed loss by."""
-        self._count = num_targets if self._count is None else self._count + num_targets
+    def divisor_of(self, num_targets: Tensor) -> float:
+        """What to divide a micro-batch's summed loss by, of its number of targets (a scalar int64 tensor).
+
+        The first call is a collective.
+        """
         if self.divisor is None:
             mean = int(self._all_reduce(num_targets.clone())) / self._world_size
             if mean == 0:
@@ -56,15 +59,20 @@ class TokenNormalizer:
             self.divisor = _power_of_two(mean)
         return self.divisor
 
-    def weigh(self, weights: Tensor) -> None:
-        """Count a micro-batch's weights (``-dL/dl`` of each target): the step is divided by their sum over all."""
-        total = weights.detach().double().sum()
-        self._weight = total if self._weight is None else self._weight + total
+    def count(self, num_targets: Tensor, weight: Tensor | None = None, finite: Tensor | None = None) -> None:
+        """Count a micro-batch that is backpropagated; nothing waits for the device.
 
-    def watch(self, loss: Tensor) -> None:
-        """Count a micro-batch's loss if it is NaN or infinite; nothing waits for the device."""
-        non_finite = (~loss.detach().isfinite()).long()
-        self._non_finite = non_finite if self._non_finite is None else self._non_finite + non_finite
+        Args:
+            num_targets: a scalar int64 tensor.
+            weight: the sum of its targets' weights ``-dL/dl``, a scalar in float64, where the step is divided by these.
+            finite: whether its loss is, a scalar bool tensor; ``None`` for yes.
+        """
+        self._count = num_targets if self._count is None else self._count + num_targets
+        if weight is not None:
+            self._weight = weight if self._weight is None else self._weight + weight
+        if finite is not None:
+            non_finite = (~finite).long()
+            self._non_finite = non_finite if self._non_finite is None else self._non_finite + non_finite
 
     @torch.no_grad()
     def rescale(self, parameters: Iterable[Tensor], accumulate_grad_batches: int) -> int:

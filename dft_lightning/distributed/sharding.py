@@ -134,7 +134,9 @@ def shard(
     dtypes = {parameter.dtype for parameter in counted}
     if len(dtypes) > 1:
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))
-        raise InputError(f"model: FSDP2 shards parameters of one dtype, and these are of {names}: set model.dtype")
+        raise InputError(
+            f"model: FSDP2 shards parameters of one dtype, and these are of {names}: set model.loading.dtype"
+        )
     policy = _precision_policy(options, precision, dtypes.pop())
     # Pinned memory is for copies to a GPU; without one there is none to pin.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if options.cpu_offload else OffloadPolicy()
@@ -191,6 +193,18 @@ def is_sharded(module: nn.Module) -> bool:
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: all of one that is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def synchronise(root: nn.Module, options: ShardingOptions, steps: bool) -> None:
+    """Have a sharded module exchange gradients after a micro-batch: the last of a step, or each if asked for.
+
+    Args:
+        root: what is trained.
+        options: of the sharding.
+        steps: whether an optimizer step comes after the micro-batch.
+    """
+    if is_sharded(root):
+        synchronise_gradients(root, steps or options.sync_micro_batches)
 
 
 def synchronise_gradients(root: nn.Module, synchronise: bool) -> None:

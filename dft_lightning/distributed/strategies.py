@@ -67,8 +67,8 @@ def check_adapter_strategy(trainer: pl.Trainer | None, quantized: bool) -> None:
         return
     if quantized:
         raise InputError(
-            "model.quantization_config: ModelParallelStrategy (FSDP2) does not shard quantized weights: use DDP, or "
-            "leave it out"
+            "model.loading.quantization_config: ModelParallelStrategy (FSDP2) does not shard quantized weights: use "
+            "DDP, or leave it out"
         )
     if strategy._save_distributed_checkpoint:
         raise InputError(

@@ -76,9 +76,9 @@ def merged_model(
             adapter each that share a weight.
     """
     record, hyper = trained.record, trained.hyper_parameters
-    options: dict[str, Any] = {"dtype": hyper["dtype"], "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": hyper["loading"]["dtype"], "trust_remote_code": trust_remote_code}
     if base is None:
-        options["revision"] = hyper["revision"]
+        options["revision"] = hyper["loading"]["revision"]
     model: Any = load_causal_lm(_name_of_base(trained, base), **options)
     if record["trainer"].get("precision") in _ROUNDED:
         model.to(_ROUNDED[record["trainer"]["precision"]])

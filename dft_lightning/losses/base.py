@@ -12,6 +12,9 @@ from dft_lightning.component import Component
 from dft_lightning.losses.checks import check_logits_and_targets, check_reduction, flattened
 from dft_lightning.losses.statistics import Statistic, TokenStats, normalise_needs, statistics_from_logits
 
+#: Options of :class:`TokenLoss` for direct calls, which a module owns itself.
+FORWARD_OPTIONS = ("ignore_index", "reduction")
+
 
 class TokenLoss(Component, nn.Module):
     """Base class of token losses: a drop-in criterion on logits and the strategy inside ``CausalLMModule``.

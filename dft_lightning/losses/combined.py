@@ -165,7 +165,8 @@ class ScheduledLoss(_CombinedLoss):
 class ThresholdLoss(_CombinedLoss):
     """Another loss where ``p >= threshold`` (or, with ``above=False``, where ``p < threshold``), and 0 elsewhere.
 
-    The divisor is still the number of all target tokens; ``model.renormalize`` divides by the weights of those kept.
+    The divisor is still the number of all target tokens; ``model.step.renormalize`` divides by the weights of those
+    that are kept.
 
     Source: ProFit, arXiv 2601.09195 (cross-entropy at and above the threshold, divided by all targets, as here), and
     the thresholded objectives of "Beyond Log Likelihood", arXiv 2510.00526 (``1 - p`` on either side:

@@ -27,8 +27,8 @@ def set_auxiliary_loss(model: nn.Module, coefficient: float | None) -> None:
     config, holders = text_config(model), _holders(model)
     if not hasattr(config, "output_router_logits") or not holders:
         raise InputError(
-            f"model.router_aux_loss_coef: {type(model).__name__} has no auxiliary loss of a router in transformers: "
-            "leave it out"
+            f"model.step.router_aux_loss_coef: {type(model).__name__} has no auxiliary loss of a router in "
+            "transformers: leave it out"
         )
     config.output_router_logits = coefficient > 0
     for holder, name in holders:
@@ -50,7 +50,7 @@ def auxiliary_loss(model: nn.Module, output: Any, required: bool = False) -> Ten
     if not isinstance(loss, Tensor):  # models with the loss switched off leave None or 0
         if required:
             raise InputError(
-                f"model.router_aux_loss_coef: {type(model).__name__} computes no auxiliary loss: leave it out"
+                f"model.step.router_aux_loss_coef: {type(model).__name__} computes no auxiliary loss: leave it out"
             )
         return None
     for holder, name in _holders(model):
@@ -68,7 +68,7 @@ def auxiliary_line(model: nn.Module) -> str | None:
         return f"auxiliary loss of the experts' router: in the objective, with coefficient {coefficient:g}"
     return (
         "auxiliary loss of the experts' router: not in the objective (output_router_logits: false in its config); "
-        f"model.router_aux_loss_coef: {coefficient:g} puts it in with the model's own coefficient"
+        f"model.step.router_aux_loss_coef: {coefficient:g} puts it in with the model's own coefficient"
     )
 
 

@@ -14,12 +14,65 @@ from dft_lightning.losses import TokenLoss
 from dft_lightning.losses.base import sequence_index_of
 from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.modules.auxiliary import auxiliary_loss
+from dft_lightning.modules.checks import ModelChecks
 from dft_lightning.modules.documents import document_index, model_inputs
-from dft_lightning.modules.head import LanguageModelHead, run_without_head
+from dft_lightning.modules.head import WAY_OUT, LanguageModelHead, run_without_head
+from dft_lightning.modules.options import Head, StepOptions
 from dft_lightning.modules.reference import ReferenceModel
 from dft_lightning.ops import TokenOutput, linear_token_loss, logits_token_loss
 
 _IGNORE_INDEX = -100
+
+
+class BatchObjective:
+    """From batches to their losses: the place where model and loss meet.
+
+    Args:
+        head: ``"fused"`` or ``"full"``.
+        step: of whose options those of the objective are read.
+        own_forward: whether the module overrides ``forward``.
+        name: of the module's class, for messages.
+
+    Raises:
+        ValueError: the fused head would not run what the module overrides.
+    """
+
+    def __init__(self, head: Head, step: StepOptions, own_forward: bool, name: str) -> None:
+        if head == "fused" and own_forward:
+            raise ValueError(f"{name} overrides forward, which the fused head does not call: {WAY_OUT}")
+        self._head, self._step = head, step
+        self._checks = ModelChecks()
+
+    def output(
+        self,
+        model: nn.Module,
+        forward: Callable[..., Tensor],
+        batch: dict[str, Any],
+        loss: TokenLoss,
+        reference: ReferenceModel | None,
+        max_length: int | None,
+        **options: Any,
+    ) -> TokenOutput:
+        """Summed loss and per-token statistics of a batch.
+
+        Args:
+            model: the language model, tried at its first batch.
+            forward: gives its logits, for the full head.
+            batch: as :class:`~dft_lightning.modules.CausalLMModule` takes it.
+            loss: any token loss.
+            reference: the model that ``reference_kl`` is taken from, where the loss needs it.
+            max_length: of documents, where that is known.
+            options: ``normalizer``, ``statistics`` and ``step`` of :func:`~dft_lightning.ops.linear_token_loss`.
+
+        Raises:
+            InputError: the model, the head or the batch is none for what is asked.
+        """
+        options["auxiliary_by_weight"] = self._step.renormalize
+        options["auxiliary_required"] = bool(self._step.router_aux_loss_coef)
+        self._checks.before_batch(model, batch, max_length)
+        if self._head == "full":
+            return full_batch_loss(model, forward, batch, loss, options, reference)
+        return fused_batch_loss(model, self._checks.head_of(model), batch, loss, options, reference)
 
 
 def fused_batch_loss(

@@ -66,7 +66,7 @@ def model_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
         if getattr(text_config(model), "output_router_logits", False):
             raise InputError(
                 "attn_implementation: documents puts documents' lengths in place of a mask, which the auxiliary loss "
-                "of experts reads: use sdpa or flash_attention_2, or set model.router_aux_loss_coef: 0"
+                "of experts reads: use sdpa or flash_attention_2, or set model.step.router_aux_loss_coef: 0"
             )
         lengths, span = document_lengths(positions), attention_span(model)
         if span is not None and max(lengths) > span:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from dft_lightning.distributed.strategies import gathered_root, shards_parameters
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.modules.row_checks import apart, evaluating, rounding, trying, vocabulary_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,61 @@ def _own_generation_config(model: Any, config: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = saved
+
+
+class Completions:
+    """Completes prompts with the tokenizer and the stop tokens of a run.
+
+    Args:
+        load_tokenizer: gives the tokenizer beside the model, or ``None``.
+    """
+
+    def __init__(self, load_tokenizer: Callable[[], PreTrainedTokenizerBase | None]) -> None:
+        self._load_tokenizer = load_tokenizer
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def find_tokenizer(self, datamodule: pl.LightningDataModule | None) -> PreTrainedTokenizerBase | None:
+        """The data's tokenizer, or the one beside the model, which is loaded once."""
+        of_data: PreTrainedTokenizerBase | None = getattr(datamodule, "tokenizer", None)
+        if of_data is None and self._tokenizer is None:
+            self._tokenizer = self._load_tokenizer()
+        return of_data if of_data is not None else self._tokenizer
+
+    def tokenizer(self, datamodule: pl.LightningDataModule | None) -> PreTrainedTokenizerBase:
+        """As :meth:`find_tokenizer`. Raises ``InputError`` where there is none."""
+        if (tokenizer := self.find_tokenizer(datamodule)) is None:
+            raise InputError("no tokenizer: a model made from a config has none, set data.tokenizer")
+        return tokenizer
+
+    def stop_token_ids(self, model: nn.Module | None, datamodule: pl.LightningDataModule | None) -> list[int]:
+        """What ends a generated text."""
+        return stop_token_ids(model, self.tokenizer(datamodule), getattr(datamodule, "end_of_turn_ids", []))
+
+    def tokens(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        options: GenerationOptions,
+        trainer: pl.Trainer | None,
+    ) -> Tensor:
+        """Completions ``[B, S]`` of prompts ``[B, T]``; see :func:`generate`."""
+        datamodule = getattr(trainer, "datamodule", None)
+        stops, pad = self.stop_token_ids(model, datamodule), self.tokenizer(datamodule).pad_token_id
+        with gathered_root(trainer):
+            return generate(
+                model,
+                input_ids,
+                attention_mask,
+                options,
+                stop_token_ids=stops,
+                pad_token_id=int(cast(int, pad)) if pad is not None else (stops[0] if stops else 0),
+                ranks_together=shards_parameters(trainer),
+            )
+
+    def texts(self, tokens: Tensor, model: nn.Module | None, datamodule: pl.LightningDataModule | None) -> list[str]:
+        """Text of each completion ``[B, S]`` up to, and without, its stop token."""
+        return decode_completions(self.tokenizer(datamodule), tokens, self.stop_token_ids(model, datamodule))
 
 
 def generate(

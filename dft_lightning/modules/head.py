@@ -15,7 +15,7 @@ from dft_lightning.modules.row_checks import trying
 from dft_lightning.ops import linear_token_statistics
 from dft_lightning.ops.transform import LogitTransform
 
-WAY_OUT = "set model.head: full, which trains on the model's own logits"
+WAY_OUT = "set model.loading.head: full, which trains on the model's own logits"
 
 # What a model does to its head's output, by model_type: the config's value that scales or caps it. What is not here
 # is checked against the model's own log-probabilities all the same.

@@ -128,8 +128,9 @@ def empty_causal_lm(
         in_float32 |= set(getattr(made, "_keep_in_fp32_modules", None) or ())
     if in_float32 and wanted in (torch.float16, torch.bfloat16):
         raise InputError(
-            f"model.dtype: {type(made).__name__} keeps some parameters in float32 ({', '.join(sorted(in_float32))}), "
-            "and FSDP2 shards parameters of one dtype: set model.dtype: float32 and trainer.precision: bf16-mixed"
+            f"model.loading.dtype: {type(made).__name__} keeps some parameters in float32 "
+            f"({', '.join(sorted(in_float32))}), and FSDP2 shards parameters of one dtype: set model.loading.dtype: "
+            "float32 and trainer.precision: bf16-mixed"
         )
     _check_attention(made, attn_implementation)
     return made.train(), files
@@ -288,7 +289,8 @@ def checkpoint_activations(model: nn.Module) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     except (AttributeError, NotImplementedError, ValueError) as error:
         raise InputError(
-            f"model.gradient_checkpointing: {type(model).__name__} does not support it ({one_line(error)}): set false"
+            f"model.loading.gradient_checkpointing: {type(model).__name__} does not support it ({one_line(error)}): "
+            "set false"
         ) from error
 
 
@@ -296,8 +298,8 @@ def _check_interface(error: Exception, name: str, attn_implementation: str | Non
     """Some models choose among attentions of their own, where a name that transformers knows may be missing."""
     if isinstance(error, KeyError) and error.args == (attn_implementation,):
         raise InputError(
-            f"model.attn_implementation: {name} has attentions of its own, and none called {attn_implementation}: "
-            "set sdpa or eager"
+            f"model.loading.attn_implementation: {name} has attentions of its own, and none called "
+            f"{attn_implementation}: set sdpa or eager"
         ) from error
 
 
@@ -305,5 +307,6 @@ def _check_attention(model: nn.Module, attn_implementation: str | None) -> None:
     """What transformers checks of its own names: that a model's attention is one that sdpa can compute."""
     if attn_implementation == ATTENTION and not getattr(model, "_supports_sdpa", False):
         raise InputError(
-            f"model.attn_implementation: documents is made of sdpa calls, which {type(model).__name__} does not support"
+            "model.loading.attn_implementation: documents is made of sdpa calls, which "
+            f"{type(model).__name__} does not support"
         )

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dft_lightning.errors import InputError
+from dft_lightning.losses import TokenLoss
 from dft_lightning.losses.statistics import normalise_needs
-
-if TYPE_CHECKING:
-    from dft_lightning.modules.causal_lm import CausalLMModule
+from dft_lightning.modules.options import StepOptions
 
 _TOKENS = ("loss", "nll", "perplexity", "token_accuracy", "mean_weight", "target_tokens")
 _TRAINING = (*_TOKENS, "tokens_per_second", "grad_norm", "clipped_steps", "lr", "skipped_steps")
+# Whose classes log what is known here, or nothing.
+_KNOWN = ("dft_lightning", "lightning", "torch", "builtins")
 # What a subclass may override and log nothing in: Lightning refuses to log there, or it is called for no run.
 _LOG_NOTHING = {
     "__init__",
@@ -31,19 +32,24 @@ _LOG_NOTHING = {
 }
 
 
-def check_monitors(module: CausalLMModule) -> None:
+def check_monitors(trainer: pl.Trainer, cls: type, loss: TokenLoss, step: StepOptions) -> None:
     """What is monitored against what the run logs, before it begins.
 
     Where a subclass or a callback of another's may log as well, any name may be right: see
     :func:`check_monitors_by_validation`.
 
+    Args:
+        trainer: of the run, with the data module set up.
+        cls: the module's class.
+        loss: the objective.
+        step: options of the step.
+
     Raises:
         InputError: something is monitored that the run never logs.
     """
-    trainer = module.trainer
-    if _others_log(module):
+    if _others_log(trainer, cls):
         return
-    names = [*logged_by_module(module), *(name for each in trainer.callbacks for name in _logged_by(each))]  # type: ignore[attr-defined]
+    names = [*logged_by_module(trainer, loss, step), *(name for each in trainer.callbacks for name in _logged_by(each))]  # type: ignore[attr-defined]
     names += [config.name for config in trainer.lr_scheduler_configs if config.name]
     for owner, name in _monitored(trainer):
         of_rates = name.startswith("lr-") and any(isinstance(each, LearningRateMonitor) for each in trainer.callbacks)  # type: ignore[attr-defined]
@@ -52,12 +58,17 @@ def check_monitors(module: CausalLMModule) -> None:
             raise InputError(f"{owner}.monitor: this run never logs {name}{_instead(name, names)}")
 
 
-def check_monitors_by_validation(module: CausalLMModule) -> None:
-    """Warn of a monitored name that begins with ``val`` and that the validation before training did not log."""
-    if not _others_log(module):
+def check_monitors_by_validation(trainer: pl.Trainer, cls: type) -> None:
+    """Warn of a monitored name that begins with ``val`` and that the validation before training did not log.
+
+    Args:
+        trainer: of the run.
+        cls: the module's class.
+    """
+    if not trainer.sanity_checking or not _others_log(trainer, cls):
         return
-    logged = list(module.trainer.callback_metrics)
-    for owner, name in _monitored(module.trainer):
+    logged = list(trainer.callback_metrics)
+    for owner, name in _monitored(trainer):
         if name.startswith("val") and name not in logged:
             rank_zero_warn(
                 f"{owner}.monitor: the validation before training did not log {name}{_instead(name, logged)}"
@@ -85,12 +96,10 @@ def _monitored(trainer: pl.Trainer) -> Iterator[tuple[str, str]]:
             yield type(config.scheduler).__name__, config.monitor
 
 
-def _others_log(module: CausalLMModule) -> bool:
-    from dft_lightning.modules.causal_lm import CausalLMModule
-
-    own = [cls for cls in type(module).__mro__ if cls not in CausalLMModule.__mro__]
-    overridden = {name for cls in own for name, value in vars(cls).items() if callable(value) or _is_wrapped(value)}
-    return bool(overridden - _LOG_NOTHING) or any(_may_log_anything(each) for each in module.trainer.callbacks)  # type: ignore[attr-defined]
+def _others_log(trainer: pl.Trainer, cls: type) -> bool:
+    own = [each for each in cls.__mro__ if each.__module__.partition(".")[0] not in _KNOWN]
+    overridden = {name for each in own for name, value in vars(each).items() if callable(value) or _is_wrapped(value)}
+    return bool(overridden - _LOG_NOTHING) or any(_may_log_anything(each) for each in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _is_wrapped(value: Any) -> bool:
@@ -107,12 +116,12 @@ def _logged_by(callback: Callback) -> list[str]:
     return getattr(callback, "logged_names", list)()
 
 
-def logged_by_module(module: CausalLMModule) -> list[str]:
-    """Every name that the module itself may log in its trainer's ``fit``, with the data module set up."""
-    trainer, data = module.trainer, module._datamodule
+def logged_by_module(trainer: pl.Trainer, loss: TokenLoss, step: StepOptions) -> list[str]:
+    """Every name that the module itself may log in a trainer's ``fit``, with the data module set up."""
+    data = getattr(trainer, "datamodule", None)
     names = {"train": [*_TRAINING]} if trainer.log_every_n_steps > 0 else {}  # type: ignore[attr-defined]
-    needs = {need.name for need in normalise_needs(module.loss.needs)}
-    if names and (module.hparams["log_train_entropy"] or "entropy" in needs):
+    needs = {need.name for need in normalise_needs(loss.needs)}
+    if names and (step.log_train_entropy or "entropy" in needs):
         names["train"].append("entropy")
     has_split = getattr(data, "has_split", lambda split: split == "validation")
     if trainer.limit_val_batches != 0:

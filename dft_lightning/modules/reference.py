@@ -14,9 +14,10 @@ from dft_lightning.errors import InputError
 from dft_lightning.losses import TokenLoss
 from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.modules.adapter import adapter_off, base_name, fingerprint, first_difference, trained_names
-from dft_lightning.modules.documents import check_documents, model_inputs
-from dft_lightning.modules.head import check_head, ends_of, find_head, run_without_head
-from dft_lightning.modules.row_checks import check_rows, evaluating
+from dft_lightning.modules.checks import ModelChecks
+from dft_lightning.modules.documents import model_inputs
+from dft_lightning.modules.head import ends_of, run_without_head
+from dft_lightning.modules.row_checks import evaluating
 from dft_lightning.ops import ReferenceHead
 
 _REFERENCE = "dft_lightning_reference"
@@ -39,7 +40,7 @@ class ReferenceModel:
 
     def __init__(self, model: nn.Module | None) -> None:
         self._model = None if model is None else model.eval().requires_grad_(False)
-        self._rows_checked = self._head_checked = self._documents_checked = False
+        self._checks = ModelChecks()
 
     def remember(self, checkpoint: dict[str, Any]) -> None:
         """Write into a checkpoint what tells the reference from others. Of an adapter's base that is there already."""
@@ -88,10 +89,7 @@ class ReferenceModel:
             InputError: the reference's head or attention is none that the fused head or packed rows can take.
         """
         with self._running(trained, batch) as model:
-            head = find_head(model)
-            if not self._head_checked:
-                check_head(model, head)
-                self._head_checked = True
+            head = self._checks.head_of(model)
             hidden, _ = run_without_head(model, head, **model_inputs(model, batch))
             options = head.options
             weight = options.pop("weight").detach()
@@ -108,12 +106,7 @@ class ReferenceModel:
         model = trained if self._model is None else self._placed(trained)
         off = adapter_off(trained) if self._model is None else nullcontext()
         with off, evaluating(model):
-            if not self._rows_checked:
-                check_rows(model)
-                self._rows_checked = True
-            if "position_ids" in batch and not self._documents_checked:
-                check_documents(model, len(batch["position_ids"]))
-                self._documents_checked = True
+            self._checks.before_batch(model, batch)
             yield model
 
     def _placed(self, trained: nn.Module) -> nn.Module:
@@ -131,7 +124,8 @@ class ReferenceModel:
 
 def reference_of(
     model: nn.Module,
-    options: dict[str, Any],
+    reference_model: str | None,
+    peft: dict[str, Any] | None,
     loss: TokenLoss,
     starts_from_checkpoint: bool,
     load: Callable[[str], nn.Module],
@@ -140,7 +134,8 @@ def reference_of(
 
     Args:
         model: the model as it starts.
-        options: ``reference_model`` and ``peft`` of the module.
+        reference_model: name of another model, or ``None``.
+        peft: options of an adapter that will be trained, or ``None``.
         loss: what needs it.
         starts_from_checkpoint: whether the start can be made again at any time, when a run is resumed. What a
             ``build_model`` of one's own makes of a checkpoint has to be the same each time.
@@ -150,12 +145,12 @@ def reference_of(
         InputError: there is none to be had, or one of another vocabulary.
     """
     name = type(loss).__name__
-    if options["reference_model"] is not None:
-        reference = load(options["reference_model"])
+    if reference_model is not None:
+        reference = load(reference_model)
         _check_vocabulary(model, reference)
         return _second(reference)
-    if options["peft"] is not None:
-        if options["peft"].get("bias", "none") != "none":
+    if peft is not None:
+        if peft.get("bias", "none") != "none":
             raise InputError(
                 f"{name} compares with the base below the adapter, and model.peft.bias changes it: set bias: none, or "
                 "model.reference_model"

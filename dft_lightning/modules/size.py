@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import AdamW, Optimizer
 
 from dft_lightning.distributed.sharding import local_part
+from dft_lightning.modules.auxiliary import auxiliary_line
+from dft_lightning.modules.optimizers import describe
+from dft_lightning.modules.training import scales_gradients
 
 _MIB = 2**20
 
@@ -39,6 +46,29 @@ def training_size(module: nn.Module, optimizers: Iterable[Optimizer], counted: s
             sizes["AdamW8bit"] = 2 * sum(p.numel() if p.numel() >= 4096 else 4 * p.numel() for p in own)
     shown = ", ".join(f"{name} {size / _MIB:,.4g} MiB" for name, size in sizes.items())
     return f"training {count:,} of {total:,} {counted} ({100 * count / max(total, 1):.3g}%); on each rank: {shown}"
+
+
+def announce(module: nn.Module, model: nn.Module, trainer: pl.Trainer) -> None:
+    """Say at the start of a run what it trains and how.
+
+    Args:
+        module: the whole of it.
+        model: the language model in it.
+        trainer: of the run, with its optimizers made.
+    """
+    # FSDP1 has cut the parameters themselves.
+    counted = "parameters" if not isinstance(trainer.model, FullyShardedDataParallel) else "values on rank 0"
+    lines = [training_size(module, trainer.optimizers, counted), *map(describe, trainer.optimizers)]
+    for line in [*lines, auxiliary_line(model)]:
+        if line is not None:
+            rank_zero_info(line)
+    in_float16 = any(p.dtype == torch.float16 and p.requires_grad for p in module.parameters())
+    if in_float16 and not scales_gradients(trainer):
+        rank_zero_warn(
+            f"trainer.precision: {trainer.precision} trains parameters in float16 without a gradient scaler: gradients "
+            "below 6e-8 are lost and updates are rounded to three digits, so that it may learn little or diverge. Use "
+            "bf16-mixed, or 16-mixed on a GPU, with model.loading.dtype: float32"
+        )
 
 
 def _bytes(parameter: Tensor) -> int:

@@ -1,35 +1,92 @@
-"""What a training run logs, gathered between two logged steps."""
+"""What is measured of the tokens of a stage, and of training between two logged steps."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from dft_lightning.metrics import GradientMetrics, TokenMetrics
+from dft_lightning.losses import TokenLoss
+from dft_lightning.metrics import GradientMetrics, SourceMetrics, TokenMetrics
+from dft_lightning.metrics.exact_sums import ExactSums
 from dft_lightning.ops import TokenOutput
 
 
-class TrainTelemetry(nn.Module):
-    """Token metrics, gradient norm, share of clipped steps and speed since the last :meth:`collect`.
+class StageTelemetry(nn.Module):
+    """Token metrics of a stage, of all its targets and of each source of a mixture.
 
     Device tensors are only added up; nothing waits for the device until :meth:`collect`.
-
-    Attributes:
-        seconds: of training since then.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.tokens = TokenMetrics()
+        self.sources = SourceMetrics()
+
+    def metrics(self) -> dict[str, ExactSums]:
+        """All of them by name."""
+        return {name: cast(ExactSums, metric) for name, metric in self.named_children()}
+
+    def update(self, output: TokenOutput, batch: Mapping[str, Any], loss: TokenLoss) -> None:
+        """Count a batch.
+
+        Args:
+            output: of the batch.
+            batch: as the module takes it.
+            loss: the objective.
+        """
+        self.tokens.update(output, count_tokens(batch))
+        if "source" not in batch:
+            return
+        kept = batch["labels"][:, 1:] != -100
+        with torch.no_grad():
+            losses = loss.token_loss(output)
+        if "token_weight" in batch:
+            losses = losses * batch["token_weight"][:, 1:][kept]
+        self.sources.update(batch["source"][:, 1:][kept], losses, -output.log_prob)
+
+    def collect(self, source_names: Sequence[str]) -> dict[str, Any]:
+        """All values since the last call, reduced over ranks; none where nothing was counted. A collective.
+
+        Args:
+            source_names: of a mixture, for ``loss/NAME`` and ``nll/NAME`` of each source that had targets.
+        """
+        values: dict[str, Any] = {}
+        if self.tokens.update_called:
+            values = self.tokens.compute()
+            self.tokens.reset()
+        if source_names and self.sources.update_called:
+            of_sources = self.sources.compute()
+            self.sources.reset()
+            values |= {
+                f"{kind}/{name}": of_sources[kind][i]
+                for i, name in enumerate(source_names)
+                for kind in ("loss", "nll")
+                if of_sources["targets"][i] > 0
+            }
+        return values
+
+    def reset(self) -> None:
+        """Forget everything counted."""
+        for metric in self.metrics().values():
+            metric.reset()
+
+
+class TrainTelemetry(StageTelemetry):
+    """Beside the tokens' metrics the gradient's norm, the share of clipped steps and the speed.
+
+    Attributes:
+        seconds: of training since the last :meth:`collect`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
         self.gradients = GradientMetrics()
         self.seconds = 0.0
         self._mark: float | None = None
-
-    def update(self, output: TokenOutput, tokens: Tensor | int) -> None:
-        """Count a micro-batch."""
-        self.tokens.update(output, tokens)
 
     def update_gradient(self, norm: Tensor, clip_val: float | int | None, skips_non_finite: bool = False) -> None:
         """Count an optimizer step by its gradient norm before clipping."""
@@ -45,19 +102,29 @@ class TrainTelemetry(nn.Module):
             self.seconds += time.perf_counter() - self._mark
             self._mark = None
 
-    def collect(self) -> dict[str, Any]:
-        """All values since the last call, reduced over ranks. A collective: call it on every rank."""
+    def collect(self, source_names: Sequence[str]) -> dict[str, Any]:
+        """As :meth:`StageTelemetry.collect`, with ``tokens_per_second``, ``grad_norm`` and ``clipped_steps``."""
+        if not self.tokens.update_called:  # all steps since the last call were skipped
+            return {}
         self.stop_clock()
-        values: dict[str, Any] = self.tokens.compute()
+        values = super().collect(source_names)
         values["tokens_per_second"] = values.pop("tokens") / max(self.seconds, 1e-9)
         if self.gradients.update_called:
             values |= self.gradients.compute()
-        self.reset()
+            self.gradients.reset()
+        self.seconds = 0.0
         self.start_clock()
         return values
 
     def reset(self) -> None:
-        """Forget everything gathered."""
-        self.tokens.reset()
-        self.gradients.reset()
+        """Forget everything counted, and the time."""
+        super().reset()
         self.seconds = 0.0
+
+
+def count_tokens(batch: Mapping[str, Any]) -> Tensor | int:
+    """Tokens of a batch that are no padding."""
+    if "num_tokens" in batch:
+        return cast(Tensor, batch["num_tokens"])
+    mask = batch.get("attention_mask")
+    return cast(int, batch["input_ids"].numel()) if mask is None else cast(Tensor, mask.sum())

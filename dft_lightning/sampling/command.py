@@ -7,6 +7,8 @@ import math
 import sys
 import time
 from dataclasses import asdict
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,13 @@ SPLITS = ("train", "validation", "forgetting", "test", "predict")
 # What of the model decides its answers and which of them are right.
 _OF_THE_MODEL = (
     "model",
-    "revision",
-    "dtype",
-    "attn_implementation",
-    "head",
     "peft",
-    "quantization_config",
-    "answer_extractor",
+    "loading.revision",
+    "loading.dtype",
+    "loading.attn_implementation",
+    "loading.head",
+    "loading.quantization_config",
+    "evaluation.answer_extractor",
 )
 
 
@@ -83,7 +85,10 @@ def _arguments(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--top_p", type=float, default=1.0, metavar="P", help="of the likeliest tokens that have it (default: 1)"
     )
     parser.add_argument(
-        "--max_new_tokens", type=int, metavar="N", help="longest answer (default: model.generation.max_new_tokens)"
+        "--max_new_tokens",
+        type=int,
+        metavar="N",
+        help="longest answer (default: model.evaluation.generation.max_new_tokens)",
     )
     parser.add_argument(
         "--batch_size", type=int, metavar="N", help="answers at once (default: data.eval_batch_size, or batch_size)"
@@ -137,10 +142,10 @@ def sample(options: argparse.Namespace, config: dict[str, Any], classes: Classes
     data, prompts = read_prompts(config, options.split, options.limit, classes)
     # Sampling needs no loss, and one may read what rows do not have.
     module = module_of({**config, "model": {**config["model"], "loss": _NO_LOSS, "reference_model": None}}, classes)
-    scorer = ExactMatch(module.answer_extractor)
+    scorer = ExactMatch(module.evaluation.answer_extractor)
     scorer.check(prompts.references(), options.split)
     generation = GenerationOptions(
-        options.max_new_tokens or module.generation.max_new_tokens, True, options.temperature, options.top_p
+        options.max_new_tokens or module.evaluation.generation.max_new_tokens, True, options.temperature, options.top_p
     )
     batch_size = options.batch_size or data.eval_batch_size
     batches = jobs_by_length([len(ids) for ids in prompts.ids], options.k, batch_size)
@@ -148,10 +153,10 @@ def sample(options: argparse.Namespace, config: dict[str, Any], classes: Classes
     asked = {f"--{name}": getattr(options, name) for name in ("split", "limit", "k", "seed")}
     asked |= {f"--{name}": asdict(generation)[name] for name in ("temperature", "top_p", "max_new_tokens")}
     asked |= {"--batch_size": batch_size, "trainer.precision": config["trainer"]["precision"]}
-    asked |= {f"model.{name}": config["model"][name] for name in _OF_THE_MODEL}
+    asked |= {f"model.{name}": reduce(getitem, name.split("."), config["model"]) for name in _OF_THE_MODEL}
     asked["model.class_path"] = config["model"].get("class_path")
     asked |= {"the prompts (rows, tokenizer or template)": prompts.digest, "the weights": hash_weights(module)}
-    sampler = Sampler(module, trainer, generation, module._stop_token_ids(), data._pad_token_id(), options.seed)
+    sampler = Sampler(module, trainer, generation, module.stop_token_ids, data._pad_token_id(), options.seed)
     file = PartialFile(options.output, asked, batches, options.overwrite)
     print(f"{options.output}: {_written(file, sampler, prompts, scorer, options.k)}")
 

@@ -111,10 +111,10 @@ class ScoringCLI(DFTLightningCLI):
         versions = {"dft_lightning": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
         return {
             "model": model["model"],
-            "revision": model["revision"],
+            "revision": model["loading"]["revision"],
             "peft": model["peft"] is not None,
             "checkpoint": self._checkpoint,
-            "dtype": model["dtype"],
+            "dtype": model["loading"]["dtype"],
             "precision": self.trainer.precision,
             "tokenizer": data.tokenizer_name or model["model"],
             "max_length": data.max_length,

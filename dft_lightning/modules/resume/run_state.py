@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from dft_lightning.distributed.gather import gather_lists
 from dft_lightning.metrics.exact_sums import ExactSums
-from dft_lightning.modules.optimization import num_training_batches
-from dft_lightning.modules.random_state import random_state, restore_random_state
+from dft_lightning.modules.resume.random_state import random_state, restore_random_state
+from dft_lightning.modules.schedules import num_training_batches
+from dft_lightning.modules.telemetry import TrainTelemetry
+from dft_lightning.modules.training import OptimizerSteps
 from dft_lightning.progress import Progress, batches_done, count_logged_steps, go_on_from, last_step
-
-if TYPE_CHECKING:
-    from dft_lightning.modules.saved import SavedModule
 
 RUN_STATE = "dft_lightning_run"
 """Its key in a checkpoint."""
@@ -30,47 +30,55 @@ class RunState:
     or of a validation. So each step is noted, as what comes after it changes random states and metrics.
 
     Args:
-        module: of the run; what it has in flight is what its ``in_flight_metrics`` and ``in_flight_values`` say.
+        steps: of the run.
+        telemetry: metrics that are updated at each step and logged later: checkpoints hold every rank's.
+        name: of the module's class, for messages.
     """
 
-    def __init__(self, module: SavedModule) -> None:
-        self._module = module
-        self._step: dict[str, Any] | None = None
+    def __init__(self, steps: OptimizerSteps, telemetry: TrainTelemetry, name: str) -> None:
+        self._steps, self._telemetry, self._name = steps, telemetry, name
+        self._noted: dict[str, Any] | None = None
         self._step_number = -1
         self._loaded: dict[str, Any] | None = None
         self._validated_at: int | None = None
 
-    def reset(self) -> None:
-        """Before a fit."""
-        self._step, self._step_number = None, -1
-        self._validated_at = None
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Before the first batch of a fit, which may go on from a checkpoint."""
+        self._noted, self._step_number, self._validated_at = None, -1, None
+        self._restore(trainer)
+        self.note_step(trainer)
 
-    def note_step(self) -> None:
+    def note_step(self, trainer: pl.Trainer) -> None:
         """An optimizer step is done, and what was due after it."""
-        self._step, self._step_number = self._now(), self._module.global_step
+        self._noted, self._step_number = self._now(), trainer.global_step
 
-    def note_validation(self) -> None:
+    def note_validation(self, trainer: pl.Trainer) -> None:
         """Validation has run."""
-        self._validated_at = batches_done(self._module.trainer)
+        self._validated_at = batches_done(trainer)
+
+    def after_validation(self, trainer: pl.Trainer) -> None:
+        """Within a fit: what was noted of a step gets the random numbers that validation took."""
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if fitting and not trainer.fit_loop._should_accumulate():
+            self.note_step(trainer)
 
     def _now(self) -> dict[str, Any]:
-        metrics = {name: metric.snapshot() for name, metric in self._module.in_flight_metrics().items()}
-        return {"random": random_state(), "metrics": metrics, "values": self._module.in_flight_values()}
+        metrics = {name: metric.snapshot() for name, metric in self._telemetry.metrics().items()}
+        return {"random": random_state(), "metrics": metrics, "values": self._steps.in_flight()}
 
-    def save(self, checkpoint: dict[str, Any]) -> None:
+    def save(self, checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
         """Add the state to a checkpoint that is written along a fit. A collective."""
-        trainer = self._module.trainer
         progress = last_step(trainer, self._validated_at)
         own = self._now()
         done_again = progress.micro_batches > 0 or (trainer.validating and not progress.validated)
-        if done_again and self._step is not None:
-            if self._step_number != self._module.global_step:
+        if done_again and self._noted is not None:
+            if self._step_number != trainer.global_step:
                 rank_zero_warn(
-                    f"{type(self._module).__name__} overrides on_train_batch_end without calling super(): checkpoints "
+                    f"{self._name} overrides on_train_batch_end without calling super(): checkpoints "
                     "within a step have random numbers and metrics of an earlier one"
                 )
-            own = self._step
-        elif self._step_number != self._module.global_step and self._module.window_ends():
+            own = self._noted
+        elif self._step_number != trainer.global_step and window_ends(trainer):
             own["metrics"] = {}  # logged as soon as this is written
         rows = rows_of_batch(trainer) if positions(trainer) else None
         checkpoint[RUN_STATE] = {
@@ -82,8 +90,8 @@ class RunState:
         if rows is not None:  # the loader's own state is where it has read to, and of this rank
             checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
 
-    def load(self, checkpoint: dict[str, Any]) -> None:
-        """Have the loops of a fit, and :meth:`restore`, go on from a checkpoint."""
+    def load(self, checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
+        """Have the loops of a fit, and :meth:`begin`, go on from a checkpoint."""
         saved = checkpoint.get(RUN_STATE)
         self._loaded = saved
         if saved is None:
@@ -93,22 +101,22 @@ class RunState:
             )
         if saved is None or "loops" not in checkpoint:
             return
-        progress, rows = Progress(**saved["progress"]), rows_of_batch(self._module.trainer)
+        progress, rows = Progress(**saved["progress"]), rows_of_batch(trainer)
         if rows is None or saved["rows_of_batch"] is None:
             return  # batches of a loader that does not say what they are: Lightning's own count
         of_epoch = None
         if rows != saved["rows_of_batch"] and progress.epoch_full:
-            of_epoch = num_training_batches(self._module.trainer)
+            of_epoch = num_training_batches(trainer)
         found = progress.in_batches_of(rows, saved["rows_of_batch"], of_epoch)
         checkpoint["loops"] = go_on_from(found, checkpoint["loops"])
         self._loaded = {**saved, "validated_at": found.total_batches if found.validated else None}
 
-    def restore(self) -> None:
-        """Before the first batch after :meth:`load`: random states and metrics of this rank."""
+    def _restore(self, trainer: pl.Trainer) -> None:
+        """After :meth:`load`: random states and metrics of this rank."""
         saved, self._loaded = self._loaded, None
         if saved is None:
             return
-        ranks, trainer = saved["ranks"], self._module.trainer
+        ranks = saved["ranks"]
         self._validated_at = saved.get("validated_at")
         if len(ranks) != trainer.world_size:
             rank_zero_info(
@@ -117,9 +125,9 @@ class RunState:
             )
         else:
             restore_random_state(ranks[trainer.global_rank]["random"])
-        for name, metric in self._module.in_flight_metrics().items():
+        for name, metric in self._telemetry.metrics().items():
             load_metric(metric, [rank["metrics"].get(name) for rank in ranks], trainer)
-        self._module.load_in_flight_values(ranks[min(trainer.global_rank, len(ranks) - 1)]["values"])
+        self._steps.load_in_flight(ranks[min(trainer.global_rank, len(ranks) - 1)]["values"])
         for name, value in saved["callback_metrics"].items():  # what callbacks look for at the end of the epoch
             trainer._logger_connector._callback_metrics[name] = torch.tensor(value, dtype=torch.float64)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -127,6 +135,12 @@ class RunState:
                 trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         if positions(trainer):
             count_logged_steps(trainer)
+
+
+def window_ends(trainer: pl.Trainer) -> bool:
+    """Whether what was gathered is logged after this step."""
+    # Lightning's own criterion: another would collect at steps that the loggers never see.
+    return bool(trainer._logger_connector.should_update_logs)
 
 
 def positions(trainer: pl.Trainer) -> bool:

@@ -1,0 +1,49 @@
+"""jsonargparse, where it has no option for what this command needs. Other programs' parsers stay as they are."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from jsonargparse import ArgumentParser, _common, _typehints, _util
+
+
+def change_for(kind: type[ArgumentParser], packages: tuple[str, ...]) -> None:
+    """Change it for one kind of parser.
+
+    A class that is named anew takes no option of the class before it over: jsonargparse keeps those of the same name,
+    so that SGD would get AdamW's weight decay and a focal loss another one's ``gamma``, which no config says.
+
+    A short name that several classes have is that of the first of ``packages`` that has one, instead of an error:
+    torch has a ``Muon``, bitsandbytes an ``AdamW`` once it is imported, and Lightning a ``ReduceLROnPlateau``.
+
+    Args:
+        kind: the parser's class.
+        packages: prefixes of import paths.
+    """
+    discard, resolve = _typehints.discard_init_args_on_class_path_change, _typehints.resolve_class_path_by_name
+
+    def discard_all(parser_or_action: Any, prev_val: Any, value: Any) -> None:
+        if not isinstance(_common.parent_parser.get(), kind):
+            discard(parser_or_action, prev_val, value)  # type: ignore[no-untyped-call]
+        elif prev_val and "init_args" in prev_val and prev_val["class_path"] != value["class_path"]:
+            prev_val.pop("init_args")
+
+    def resolve_first(cls: Any, name: str) -> str:
+        found = []
+        if "." not in name and not isinstance(cls, tuple) and isinstance(_common.parent_parser.get(), kind):
+            paths = _typehints.get_all_subclass_paths(cls)
+            found = [path for path in paths if path.rpartition(".")[2] == name]
+        for package in packages if len(found) > 1 else ():
+            if chosen := [path for path in found if path.startswith(f"{package}.")]:
+                return chosen[0]
+        return resolve(cls, name)
+
+    _typehints.discard_init_args_on_class_path_change = discard_all
+    _typehints.resolve_class_path_by_name = resolve_first
+
+
+def class_and_options(factory: functools.partial[Any]) -> dict[str, Any]:
+    """A partial of a class as a config says it. As a default jsonargparse would take it for a function, which has no
+    options to change; the path is the one that it gives the class itself, or the two would count as different."""
+    return {"class_path": _util.get_import_path(factory.func), "init_args": dict(factory.keywords)}

@@ -1,0 +1,249 @@
+"""The language model of a run: made, checked, given its adapter, and ready to be sharded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from dft_lightning.checkpoints.shards import guard_loading
+from dft_lightning.component import from_plain
+from dft_lightning.distributed.shard_loading import allocate_shards, read_shards
+from dft_lightning.distributed.sharding import ShardingOptions, is_sharded, kept_on_cpu, shard
+from dft_lightning.distributed.strategies import (
+    check_adapter_strategy,
+    data_parallel_mesh,
+    prepare_fsdp1,
+    shards_parameters,
+)
+from dft_lightning.errors import InputError
+from dft_lightning.losses import TokenLoss, require_default_forward_options
+from dft_lightning.modules.adapter import attach, base_name, lora_config, raise_to_float32
+from dft_lightning.modules.auxiliary import set_auxiliary_loss
+from dft_lightning.modules.batch_loss import check_top_k
+from dft_lightning.modules.head import ends_of, find_head
+from dft_lightning.modules.loading import checkpoint_activations, empty_causal_lm, load_causal_lm
+from dft_lightning.modules.options import LoadingOptions, StepOptions
+from dft_lightning.modules.quantization import is_quantized
+from dft_lightning.modules.reference import ReferenceModel, needs_reference_model, reference_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class ModelBuilder:
+    """Makes the model and what the loss compares it with.
+
+    Args:
+        model: name of a checkpoint, or the values of a config.
+        loss: the objective; a later one is given with the model.
+        loading: how checkpoints are read.
+        sharding: how FSDP2 shards the model.
+        step: of whose options that of the auxiliary loss is read.
+        peft: options of an adapter, or ``None``.
+        reference_model: name of the model that the loss compares with, or ``None``.
+
+    Raises:
+        ValueError: options that contradict each other.
+    """
+
+    def __init__(
+        self,
+        model: str | dict[str, Any],
+        loss: TokenLoss,
+        loading: LoadingOptions,
+        sharding: ShardingOptions,
+        step: StepOptions,
+        peft: dict[str, Any] | None,
+        reference_model: str | None,
+    ) -> None:
+        self._model, self._loading, self._sharding, self._peft = model, loading, sharding, peft
+        self._reference_model, self._router_aux_loss_coef = reference_model, step.router_aux_loss_coef
+        if peft is None and loading.quantization_config is not None:
+            raise ValueError("quantization_config is for a base that is frozen: set peft as well")
+        if peft is not None and isinstance(model, dict):
+            raise ValueError("peft: an adapter needs a pretrained model, for its checkpoints do not hold the base")
+        if reference_model is not None and not needs_reference_model(loss):
+            raise ValueError(f"{type(loss).__name__} compares with no model: leave reference_model out")
+
+    def load(self) -> nn.Module:
+        """The model with its weights."""
+        quantized = self._loading.quantization_config
+        return load_causal_lm(self._model, **self._loading.of_a_model, quantization_config=quantized)
+
+    def empty(self) -> tuple[nn.Module, list[Path]]:
+        """The model without its weights, and the files that have them."""
+        assert isinstance(self._model, str)
+        return empty_causal_lm(self._model, **self._loading.of_a_model)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer beside the model; ``None`` for one that is made of a config."""
+        from dft_lightning.data.tokenizer import load_tokenizer
+
+        name, loading = self._model, self._loading
+        if not isinstance(name, str):
+            return None
+        return load_tokenizer(name, loading.revision, trust_remote_code=loading.trust_remote_code)
+
+    def mesh(self, trainer: pl.Trainer | None) -> DeviceMesh | None:
+        """What the model is sharded over; ``None`` where it is not."""
+        if trainer is not None:
+            guard_loading(trainer.strategy)  # what it unpickles of a checkpoint itself is looked at first
+        return data_parallel_mesh(trainer, self._sharding)
+
+    def reads_shards(self, mesh: DeviceMesh | None) -> bool:
+        """Whether each rank reads its own part of a checkpoint, once the model is sharded."""
+        return mesh is not None and self._sharding.load == "shards" and isinstance(self._model, str)
+
+    def check_strategy(self, loss: TokenLoss, trainer: pl.Trainer | None) -> None:
+        """Raise ``InputError`` where a second model would have to be sharded, which strategies do with one alone."""
+        own = self._peft is not None and self._reference_model is None
+        if _compares(loss, trainer) and shards_parameters(trainer) and not own:
+            assert trainer is not None
+            raise InputError(
+                f"{type(loss).__name__} needs a second model, and {type(trainer.strategy).__name__} shards one alone: "
+                "train an adapter (model.peft), whose base it compares with, or use DDP"
+            )
+
+    def prepare(
+        self, model: nn.Module, loss: TokenLoss, tokenizer: Any, trainer: pl.Trainer | None
+    ) -> ReferenceModel | None:
+        """Check a model that was just made, and give it what the options say; returns the reference, if there is one.
+
+        Args:
+            model: changed in place.
+            loss: the objective.
+            tokenizer: of the data, if it has one.
+            trainer: of the run, if there is one.
+
+        Raises:
+            InputError: the model is none for the tokenizer or the options.
+        """
+        set_auxiliary_loss(model, self._router_aux_loss_coef)
+        check_vocabulary(model, tokenizer)
+        if (head := ends_of(model)[1]) is not None:
+            check_top_k(loss, head.weight.shape[0])
+        reference = self._reference_of(model, loss) if _compares(loss, trainer) else None
+        if self._peft is not None:
+            attach(model, lora_config(self._peft))
+            if self._loading.head == "fused":
+                find_head(model)  # an adapter on it is refused before the data is prepared
+        if self._loading.gradient_checkpointing:
+            checkpoint_activations(model)
+        return reference
+
+    def wrap(
+        self,
+        root: nn.Module,
+        model: nn.Module,
+        files: list[Path],
+        mesh: DeviceMesh | None,
+        trainer: pl.Trainer | None,
+        methods: tuple[str, ...],
+    ) -> None:
+        """Make a model ready for the trainer's strategy; shard it where that does not do so itself.
+
+        Args:
+            root: what is trained, with the model in it.
+            model: the language model.
+            files: of the weights, for a model that was made without.
+            mesh: of :meth:`mesh`.
+            trainer: of the run, if there is one.
+            methods: of ``root`` that run the model.
+
+        Raises:
+            InputError: the strategy or the precision cannot train the model.
+        """
+        if self._peft is not None:
+            check_adapter_strategy(trainer, is_quantized(model))
+            self._raise_to_float32(model, trainer)
+        prepare_fsdp1(trainer, model)
+        if mesh is None:
+            return
+        assert trainer is not None
+        shard(root, model, mesh, self._sharding, trainer.precision, methods)
+        if files:  # each rank reads its own
+            allocate_shards(root, trainer.strategy.root_device)
+            read_shards(model, files, str if self._peft is None else base_name)
+
+    @contextmanager
+    def moving(self, root: nn.Module, model: nn.Module | None, fn: Any) -> Iterator[Any]:
+        """Around ``_apply`` of what is trained, which moves and casts it.
+
+        The model's non-persistent buffers keep their dtype: ``precision: bf16-true`` would round rotary frequencies to
+        three digits, and transformers keeps them in float32 under every dtype.
+
+        Args:
+            root: what is trained, with the model in it.
+            model: the language model.
+            fn: what moves a tensor.
+
+        Yields:
+            What is to move a tensor: parameters that are offloaded stay on the CPU.
+        """
+        kept = [
+            (module, name, module._buffers[name])
+            for module in (model.modules() if model is not None else ())
+            for name in module._non_persistent_buffers_set
+        ]
+        yield kept_on_cpu(fn) if is_sharded(root) and self._sharding.cpu_offload else fn
+        for module, name, buffer in kept:
+            if buffer is not None and buffer.is_floating_point() and not buffer.is_meta:
+                module._buffers[name] = buffer.to(module._buffers[name].device)  # type: ignore[union-attr]
+
+    def _raise_to_float32(self, model: nn.Module, trainer: pl.Trainer | None) -> None:
+        """What is trained beside LoRA's matrices, which peft has seen to."""
+        raised = raise_to_float32(model)
+        if raised and trainer is not None and trainer.precision == "32-true":
+            raise InputError(
+                f"model.peft: {raised[0]} of a base in half precision is trained beside the adapter, and its updates "
+                "would be rounded away there: set trainer.precision: bf16-mixed, or model.loading.dtype: float32"
+            )
+
+    def _reference_of(self, model: nn.Module, loss: TokenLoss) -> ReferenceModel:
+        """What the loss compares with, of the model as it is built: before an adapter and a checkpoint's weights."""
+        loading = {**self._loading.of_a_model, "revision": None}
+        load: Callable[[str], nn.Module] = lambda name: load_causal_lm(name, **loading)  # noqa: E731
+        return reference_of(model, self._reference_model, self._peft, loss, isinstance(self._model, str), load)
+
+
+def _compares(loss: TokenLoss, trainer: pl.Trainer | None) -> bool:
+    predicts = trainer is not None and trainer.state.fn == TrainerFn.PREDICTING
+    return needs_reference_model(loss) and not predicts
+
+
+def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
+    """Raise ``InputError`` for a token id beyond the embedding: it would end in an index error far from its cause."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if tokenizer is None or embedding is None:
+        return
+    rows, highest = embedding.weight.shape[0], max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise InputError(
+            f"data.tokenizer has token ids up to {highest}, but the model's embedding has {rows} rows: use the model's "
+            "own tokenizer"
+        )
+
+
+def objective_of(given: TokenLoss | dict[str, Any], name: str) -> TokenLoss:
+    """A module's objective: a copy, which may keep state.
+
+    Args:
+        given: the loss, or its class path and options.
+        name: of the module's class, for messages.
+
+    Raises:
+        ValueError: it has options that a module has itself, or trainable parameters.
+    """
+    loss = copy.deepcopy(from_plain(given, TokenLoss))
+    require_default_forward_options(loss, name)
+    if any(parameter.requires_grad for parameter in loss.parameters()):
+        raise ValueError(f"{type(loss).__name__} has trainable parameters; a token loss must have none")
+    return loss

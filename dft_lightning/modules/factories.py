@@ -1,0 +1,191 @@
+"""What makes optimizers and schedules: a class and its options, as Python and configs give them and as checkpoints hold
+them."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from dft_lightning.component import NotPlainError, class_path, to_plain
+from dft_lightning.errors import one_line
+
+Values = dict[str, Any]  # {"class_path": ..., "init_args": {...}}
+
+
+@dataclass(frozen=True)
+class Names:
+    """Classes that need no dotted path.
+
+    Attributes:
+        own: of this package, by name; they come first.
+        public: the module that has torch's.
+    """
+
+    own: Mapping[str, type]
+    public: str
+
+    def find(self, name: str) -> Any:
+        """The class of a name; ``None`` where there is none."""
+        return self.own.get(name, getattr(import_module(self.public), name, None))
+
+    def known(self, base: type) -> list[str]:
+        """All names of subclasses of ``base``."""
+        theirs = vars(import_module(self.public)).items()
+        return sorted(
+            {*self.own, *(name for name, each in theirs if isinstance(each, type) and issubclass(each, base))}
+        )
+
+
+def factory_values(
+    given: Any,
+    base: type,
+    key: str,
+    default: functools.partial[Any] | type,
+    names: Names,
+    check: Callable[[Any], None],
+) -> Values:
+    """A class and its options in the plain form ``{"class_path": ..., "init_args": {...}}``.
+
+    Args:
+        given: a class, a ``functools.partial`` of one, or a dict of that form or of options of the default's class. A
+            dict that names the default's class keeps the default's options that it does not give, and a class or
+            partial the class's own.
+        base: what the class has to be a subclass of.
+        key: what messages call the option.
+        default: as the option's default is.
+        names: of the classes that need no dotted path.
+        check: raises ``ValueError`` for a class that is not taken, whatever its options.
+
+    Raises:
+        ValueError: there is no such class, it has no such option, or something has no plain form.
+    """
+    default_class, default_options = _opened(default, key)
+    if isinstance(given, dict):
+        cls, options = _of_dict(given, default_class, base, key, names)
+        if cls is default_class:
+            options = {**default_options, **options}
+    else:
+        cls, options = _opened(given, key)
+        if cls is default_class:  # said, as the dict that this makes is to mean the same
+            own = parameters_of(cls)
+            options = {**{name: own[name].default for name in default_options}, **options}
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise ValueError(f"{key}: {getattr(cls, '__name__', cls)} is not a subclass of {base.__name__}")
+    if "<locals>" in cls.__qualname__:
+        raise ValueError(f"{key}: {cls.__name__} is made inside a function, where no checkpoint finds it: move it out")
+    check(cls)
+    _check_names(cls, options, key)
+    return {"class_path": class_path(cls), "init_args": _plain(options, key)}
+
+
+def class_of(values: Values) -> Any:
+    """The class that values in plain form name."""
+    module, _, name = values["class_path"].rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def options_of(values: Values) -> dict[str, Any]:
+    """The options for the class's constructor: lists are tuples there."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values["init_args"].items()}
+
+
+def parameters_of(cls: type) -> dict[str, inspect.Parameter]:
+    """A class's own options, those that it hands on by ``**kwargs`` included; the first argument is none of them."""
+    found: dict[str, inspect.Parameter] = {}
+    for each in cls.__mro__:
+        if "__init__" not in vars(each) or each is object:
+            continue
+        parameters = list(inspect.signature(vars(each)["__init__"]).parameters.values())
+        for parameter in parameters[2:]:
+            found.setdefault(parameter.name, parameter)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return {name: p for name, p in found.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    return found
+
+
+def tried(values: Values, key: str, *arguments: Any, **options: Any) -> None:
+    """Have a class check its options, by making one of it.
+
+    Args:
+        values: of :func:`factory_values`.
+        key: what messages call the option.
+        arguments: of the constructor, before its options.
+        options: beside those of ``values``.
+
+    Raises:
+        ValueError: it refuses them.
+    """
+    cls = class_of(values)
+    try:
+        cls(*arguments, **options_of(values), **options)
+    except Exception as error:  # whatever a constructor stumbles on
+        own = isinstance(error, ValueError) and cls.__module__.startswith("dft_lightning.")  # begins with the option
+        raise ValueError(f"{key}{'.' if own else ': '}{one_line(error)}") from error
+
+
+def _opened(given: Any, key: str) -> tuple[Any, dict[str, Any]]:
+    """Class and options. What jsonargparse makes has the class behind functions that call it."""
+    if not isinstance(given, functools.partial):
+        if not isinstance(given, type):
+            raise ValueError(
+                f"{key} must be a class, a functools.partial of one or a dict with class_path and init_args, got "
+                f"{type(given).__name__}"
+            )
+        return given, {}
+    parts = [given.func, *given.args]
+    classes = [part for part in parts if isinstance(part, type)]
+    if len(classes) != 1 or parts[-1] is not classes[0]:
+        raise ValueError(f"{key}: give a functools.partial of a class and of options by name alone")
+    return classes[0], dict(given.keywords)
+
+
+def _of_dict(given: dict[str, Any], default: type, base: type, key: str, names: Names) -> tuple[Any, dict[str, Any]]:
+    if "class_path" not in given:
+        return default, dict(given)
+    if unknown := set(given) - {"class_path", "init_args"}:
+        raise ValueError(f"{key}: beside class_path there is init_args alone, got {', '.join(sorted(unknown))}")
+    options = given.get("init_args") or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"{key}: init_args must be a dict of options, got {options!r}")
+    return _named(str(given["class_path"]), base, key, names), dict(options)
+
+
+def _named(path: str, base: type, key: str, names: Names) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name, None) if module else names.find(name)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{key}: cannot import {path!r}: {error}") from error
+    if found is None:
+        near = difflib.get_close_matches(name, names.known(base), n=1)
+        raise ValueError(f"{key}: unknown class {path!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    return found
+
+
+def _check_names(cls: type, options: dict[str, Any], key: str) -> None:
+    parameters = parameters_of(cls)
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name in options:
+        if name not in parameters and not open_ended:
+            near = difflib.get_close_matches(name, parameters, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(parameters)}"
+            raise ValueError(f"{key}.{name}: {cls.__name__} has no option {name!r}; {hint}")
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and parameter.kind in by_name and name not in options:
+            raise ValueError(f"{key}.{name}: required, but not given")
+
+
+def _plain(options: dict[str, Any], key: str) -> dict[str, Any]:
+    plain = {}
+    for name, value in options.items():
+        try:
+            plain[name] = to_plain(value)
+        except NotPlainError as error:
+            raise ValueError(f"{key}.{name}: no config and no checkpoint can hold it: {error}") from error
+    return plain

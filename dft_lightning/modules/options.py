@@ -1,0 +1,151 @@
+"""The groups of options of the module; their docstrings are their documentation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Literal, TypeVar, get_args
+
+from dft_lightning.component import from_plain
+from dft_lightning.distributed.sharding import ShardingOptions
+from dft_lightning.metrics import AnswerExtractor, LastNumber
+from dft_lightning.modules.generation import GenerationOptions
+from dft_lightning.modules.loading import DType
+from dft_lightning.modules.optimizers import optimizer_values
+from dft_lightning.modules.schedules import schedule_values
+
+Head = Literal["fused", "full"]
+OnNonFinite = Literal["raise", "skip"]
+
+G = TypeVar("G")
+
+
+@dataclass(frozen=True)
+class LoadingOptions:
+    """How the model is loaded and run.
+
+    Attributes:
+        dtype: of the parameters as loaded; ``"auto"`` takes the checkpoint's own.
+        attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` ...; ``"documents"`` calls ``sdpa`` for
+            each document of a padding-free batch.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the checkpoint.
+        quantization_config: options of transformers' ``BitsAndBytesConfig``: keeps the base below an adapter in 4 or
+            8 bits.
+        gradient_checkpointing: recompute activations in backward to save memory.
+        head: ``"fused"`` computes loss and gradients from the last hidden states, without holding logits; ``"full"``
+            takes the model's own logits, for models whose head the fused one does not know.
+    """
+
+    dtype: DType = "float32"
+    attn_implementation: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    quantization_config: dict[str, Any] | None = None
+    gradient_checkpointing: bool = False
+    head: Head = "fused"
+
+    def __post_init__(self) -> None:
+        _check_choice("head", self.head, Head)
+
+    @property
+    def of_a_model(self) -> dict[str, Any]:
+        """What decides how a checkpoint is read, whatever is quantized."""
+        names = ("dtype", "attn_implementation", "revision", "trust_remote_code")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What an optimizer step is.
+
+    Attributes:
+        renormalize: divide a step's gradient by the sum of its tokens' weights ``-dL/dl`` over all micro-batches and
+            ranks, in place of their number. Weights then have mean one, so that clipping acts alike on every loss.
+            What is logged stays the mean per target token.
+        on_non_finite: what becomes of an optimizer step in which the loss of a micro-batch on any rank, or the norm of
+            the gradient, is NaN or infinite: ``"raise"`` ends the run before the optimizer steps; ``"skip"`` leaves
+            parameters and optimizer as they are, goes on and logs ``skipped_steps``, until 100 are skipped in a row.
+            fp16's gradient scaler goes on skipping gradients that overflow: there the loss alone counts.
+        log_train_entropy: compute the entropy in training as well; it is always there in validation.
+        router_aux_loss_coef: coefficient of the auxiliary loss of a mixture of experts, which is added to the mean of
+            each micro-batch; 0 leaves it out. ``None`` goes by the model's config, in which most leave it out
+            (``output_router_logits: false``); the run says which it is. It is a mean over the tokens of a micro-batch,
+            so that it depends on how a step is split.
+    """
+
+    renormalize: bool = False
+    on_non_finite: OnNonFinite = "raise"
+    log_train_entropy: bool = False
+    router_aux_loss_coef: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("on_non_finite", self.on_non_finite, OnNonFinite)
+        coefficient = self.router_aux_loss_coef
+        if coefficient is not None and not 0 <= coefficient < math.inf:
+            raise ValueError(f"router_aux_loss_coef must be a number from 0 on, got {coefficient}")
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How ``predict`` and ``test`` generate and score.
+
+    Attributes:
+        generation: how completions are generated.
+        answer_extractor: finds the answer that ``test`` compares.
+    """
+
+    generation: GenerationOptions = GenerationOptions()  # noqa: RUF009 (frozen)
+    answer_extractor: AnswerExtractor = LastNumber()  # noqa: RUF009 (stateless)
+
+    def __post_init__(self) -> None:
+        """Take in Python what a config says, too: dicts of options."""
+        generation = group_of(GenerationOptions, self.generation, "generation")
+        object.__setattr__(self, "generation", generation)
+        object.__setattr__(self, "answer_extractor", from_plain(self.answer_extractor, AnswerExtractor))
+
+
+def group_of(cls: type[G], given: G | Mapping[str, Any], key: str) -> G:
+    """A group of options, from itself or from a dict of its fields.
+
+    Raises:
+        ValueError: the dict has a key that is no field, or ``given`` is neither.
+    """
+    if isinstance(given, cls):
+        return given
+    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{key}: expected {cls.__name__} or a dict of its fields, got {type(given).__name__}")
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"{key}: {cls.__name__} has no {', '.join(map(str, unknown))}; it has {', '.join(known)}")
+    return cls(**given)
+
+
+def whole_options(values: dict[str, Any]) -> dict[str, Any]:
+    """A module's arguments as they are kept, with all that was left out of a group, an optimizer or a schedule."""
+    whole: dict[str, Callable[[Any], Any]] = {
+        "optimizer": optimizer_values,
+        "schedule": schedule_values,
+        "loading": partial(group_of, LoadingOptions, key="loading"),
+        "sharding": partial(group_of, ShardingOptions, key="sharding"),
+        "step": partial(group_of, StepOptions, key="step"),
+        "evaluation": partial(group_of, EvaluationOptions, key="evaluation"),
+    }
+    return {name: whole[name](value) if name in whole else value for name, value in values.items()}
+
+
+def plain_group(given: Any) -> dict[str, Any]:
+    """The fields of a group of options that are given, from the group itself, a dict or nothing."""
+    if given is None:
+        return {}
+    return (
+        dict(given) if isinstance(given, Mapping) else {each.name: getattr(given, each.name) for each in fields(given)}
+    )
+
+
+def _check_choice(name: str, value: object, choices: Any) -> None:
+    """In Python nothing else does."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")

@@ -1,0 +1,1 @@
+"""What a run's checkpoints hold, and how a run goes on from one."""

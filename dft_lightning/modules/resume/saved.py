@@ -1,0 +1,219 @@
+"""What a checkpoint holds: beside the weights a record of model and run; of a model with an adapter that alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from dft_lightning.distributed.strategies import check_wrapped, on_first_rank
+from dft_lightning.errors import InputError, one_line, shortened
+from dft_lightning.modules.adapter import adapter_record, check_adapter, check_tensors, fingerprint, trained_names
+from dft_lightning.modules.generation import Completions
+from dft_lightning.modules.reference import ReferenceModel
+from dft_lightning.modules.resume.record import RECORD, describe, files_of
+from dft_lightning.modules.resume.restored import OptimizerOptions
+from dft_lightning.modules.resume.run_state import RunState
+
+
+class Checkpoints:
+    """What a run's checkpoints hold, and how it goes on from one.
+
+    Args:
+        base: name of the model that the run starts from, or the values of a config.
+        peft: options of the adapter, or ``None``.
+        run_state: what the run has in flight.
+    """
+
+    def __init__(self, base: str | dict[str, Any], peft: dict[str, Any] | None, run_state: RunState) -> None:
+        self._base, self._peft, self._run_state = base, peft, run_state
+        self._optimizer_options = OptimizerOptions()
+        self._tokenizer_files: dict[str, bytes] | None = None
+        self._base_fingerprint: dict[str, str] | None = None
+        self._trained: set[str] = set()
+
+    # -- a run -------------------------------------------------------------------------------------------------
+
+    def remember_base(self, model: nn.Module) -> None:
+        """What is trained and what is not, when the model is built and before training touches it."""
+        self._trained = trained_names(model)
+        if self._peft is not None and self._base_fingerprint is None:
+            self._base_fingerprint = fingerprint(model)
+
+    def before_fit(self, trainer: pl.Trainer) -> None:
+        """When the optimizers are made and nothing is restored."""
+        self._optimizer_options.remember(trainer)
+
+    def begin(self, model: nn.Module, trainer: pl.Trainer) -> None:
+        """Before a run's first step: go on from the checkpoint, if there is one.
+
+        Raises:
+            InputError: what is trained is not what the strategy saw when it wrapped the model.
+        """
+        self._optimizer_options.put_back(trainer)
+        self._tokenizer_files = None  # this run's data may have another
+        self._run_state.begin(trainer)
+        if changed := sorted(self._trained ^ trained_names(model)):
+            check_wrapped(trainer, changed)
+            self._trained |= set(changed)
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        checkpoint: dict[str, Any],
+        record: Callable[[], dict[str, Any]],
+        reference: ReferenceModel | None,
+        trainer: pl.Trainer | None,
+    ) -> None:
+        """Add what ``export`` needs beside the weights, and what a run has in flight.
+
+        Args:
+            checkpoint: as Lightning makes it.
+            record: gives what :meth:`record` does.
+            reference: the model that the loss compares with.
+            trainer: of the run, if there is one.
+        """
+        self._optimizer_options.save(checkpoint)
+        try:
+            checkpoint[RECORD] = record()
+        except Exception as error:  # a model's own config may fail to be written: no reason to lose its weights
+            rank_zero_warn(f"this checkpoint cannot be exported: {one_line(error)}")
+        if reference is not None:
+            reference.remember(checkpoint)
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._run_state.save(checkpoint, trainer)
+
+    def record(
+        self,
+        model: nn.Module,
+        completions: Completions,
+        trainer: pl.Trainer | None,
+    ) -> dict[str, Any]:
+        """What a checkpoint says of the model and its run; see :mod:`dft_lightning.modules.resume.record`.
+
+        Args:
+            model: the language model.
+            completions: knows the tokenizer and what ends a text.
+            trainer: of the run, if there is one.
+        """
+        datamodule = getattr(trainer, "datamodule", None)
+        if self._tokenizer_files is None:
+            self._tokenizer_files = _files_of(completions, datamodule)
+        stops = completions.stop_token_ids(model, datamodule) if self._tokenizer_files else []
+        values, of_base = self._peft, self._base_fingerprint
+        adapter = None if values is None or of_base is None else adapter_record(values, of_base)
+        return describe(model, self._base, adapter, self._tokenizer_files, stops, trainer)
+
+    def keep_adapter(self, state: dict[str, Any], model: nn.Module | None, prefix: str) -> None:
+        """Of the state of a model with an adapter that alone, which is what is saved.
+
+        Args:
+            state: of the whole module, changed in place.
+            model: the language model.
+            prefix: of its names there.
+        """
+        if self._peft is None or model is None:
+            return
+        self._trained |= trained_names(model)  # whatever ever was: it is no longer the base's
+        kept = {prefix + name for name in self._trained}
+        for name in [name for name in state if name.startswith(prefix) and name not in kept]:
+            del state[name]
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    def load(
+        self,
+        checkpoint: dict[str, Any],
+        model: nn.Module | None,
+        reference: ReferenceModel | None,
+        trainer: pl.Trainer | None,
+    ) -> None:
+        """Hold a checkpoint against this run before it is loaded, and go on from what it has in flight.
+
+        Args:
+            checkpoint: as it was saved.
+            model: the language model.
+            reference: the model that the loss compares with.
+            trainer: of the run, if there is one.
+
+        Raises:
+            InputError: it is of another adapter, base, reference or optimizer.
+        """
+        self._optimizer_options.load(checkpoint)
+        self._check_adapter(checkpoint, model, trainer)
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if reference is not None:
+            reference.check_remembered(checkpoint)
+        check_paths(trainer, checkpoint)
+        self._run_state.load(checkpoint, trainer)
+
+    def _check_adapter(self, checkpoint: dict[str, Any], model: nn.Module | None, trainer: pl.Trainer | None) -> None:
+        saved, values = checkpoint.get(RECORD, {}).get("adapter"), self._peft
+        state = checkpoint.get("state_dict", {})
+        names = [name.removeprefix("model.") for name in state if name.startswith("model.")]
+        if saved is None and values is not None and any("lora_" in name for name in names):
+            rank_zero_warn("the checkpoint does not say how its adapter was made: neither alpha nor base are compared")
+        else:
+            # On rank 0: others may hold other rows of the base.
+            on_first_rank(trainer, lambda: check_adapter(saved, values, self._base_fingerprint))
+        if values is not None and names and model is not None:
+            check_tensors(names, model)
+
+    def leave_out_the_base(self, module: nn.Module, keys: Any) -> None:
+        """Of what a checkpoint lacks for a module with an adapter: the base is where it belongs already.
+
+        A hook of ``load_state_dict``.
+        """
+        model = module.model
+        if self._peft is None or not isinstance(model, nn.Module):
+            return
+        frozen = {f"model.{name}" for name in model.state_dict()} - {f"model.{name}" for name in self._trained}
+        keys.missing_keys[:] = [
+            name for name in keys.missing_keys if not any(f".{name}".endswith(f".{each}") for each in frozen)
+        ]
+
+
+def _files_of(completions: Completions, datamodule: pl.LightningDataModule | None) -> dict[str, bytes]:
+    try:
+        tokenizer = completions.find_tokenizer(datamodule)
+        return {} if tokenizer is None else files_of(tokenizer)
+    except Exception as error:  # whatever it is, the weights are to be saved
+        rank_zero_warn(f"checkpoints will not hold the tokenizer: {one_line(error)}")
+        return {}
+
+
+def check_paths(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Refuse paths of older checkpoints, which ``ModelCheckpoint`` deletes in time, that are not in its folder.
+
+    Lightning deletes those below the folder alone, but takes ``FOLDER/../..`` for one, and addresses wherever they are.
+    """
+    states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict)]
+    named = {state.get(name) for state in states for name in _DELETED}
+    named |= {path for state in states for path in state.get("best_k_models") or {}}
+    for callback in trainer.checkpoint_callbacks:
+        folder = str(getattr(callback, "dirpath", None) or trainer.default_root_dir)
+        for path in sorted(filter(None, named), key=str):
+            if not _may_be_deleted(str(path), folder):
+                raise InputError(
+                    f"--ckpt_path: the checkpoint has {shortened(str(path), 300)} for an older one: refused"
+                )
+
+
+_DELETED = ("best_model_path", "kth_best_model_path", "last_model_path")  # with best_k_models, of a callback's state
+
+
+def _may_be_deleted(path: str, folder: str) -> bool:
+    """Whether what Lightning would delete is in the folder; of what it would not, too."""
+    if not _is_local_file_protocol(path):
+        return path.startswith(folder.rstrip("/") + "/") and ".." not in path.split("/")
+    seems = Path(folder).absolute() in Path(path).absolute().parents
+    return not seems or Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents

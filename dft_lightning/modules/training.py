@@ -1,0 +1,331 @@
+"""The optimizer step: its micro-batches counted, its gradient normalised, checked, clipped and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dft_lightning.distributed import TokenNormalizer
+from dft_lightning.distributed.gradients import clip_by_norm, clips_at
+from dft_lightning.distributed.normalization import remove_gradients
+from dft_lightning.errors import InputError
+from dft_lightning.losses import TokenLoss
+from dft_lightning.metrics.exact_sums import ExactSums
+from dft_lightning.modules.non_finite import NonFiniteSteps
+from dft_lightning.modules.options import StepOptions
+from dft_lightning.modules.telemetry import TrainTelemetry
+from dft_lightning.ops import TokenOutput
+
+
+@dataclass
+class _Mean:
+    """What is to be counted of a batch whose mean was handed out, when it comes to ``backward``.
+
+    Attributes:
+        batch_idx: of the micro-batch.
+        targets: of the batch, a scalar.
+        weight: the sum of their weights, where the step is divided by these.
+        share: targets, or their weight, over the divisor of the step's sums: what the mean is multiplied by.
+        has_gradient: whether anything was backpropagated through it.
+    """
+
+    batch_idx: int
+    targets: Tensor
+    weight: Tensor | None
+    share: Tensor
+    has_gradient: bool = False
+
+    def note_gradient(self, gradient: Tensor) -> None:
+        """A hook of the mean."""
+        self.has_gradient = True
+
+
+@dataclass
+class OptimizerStep:
+    """What is known of one optimizer step.
+
+    Attributes:
+        number: optimizer steps done before it.
+        before: metrics of the window that is logged next, with their states before this step.
+        means: handed out and not come to ``backward`` yet.
+        rows: of each micro-batch whether its loss was finite, and the indices of its rows.
+        unweighted: micro-batches that came to ``backward`` without such a mean.
+        ended: whether its gradient is whole.
+        skipped: whether it is left out.
+        learning_rate: of the first group of parameters.
+        loss_name: of the objective, for messages.
+    """
+
+    number: int
+    before: list[tuple[ExactSums, dict[str, Tensor | int]]]
+    means: list[_Mean] = field(default_factory=list)
+    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    unweighted: int = 0
+    ended: bool = False
+    skipped: bool = False
+    learning_rate: float = 0.0
+    loss_name: str = "loss"
+
+
+class OptimizerSteps:
+    """Makes the gradient of each optimizer step that of the mean over its target tokens.
+
+    ``training_step`` returns the mean over a micro-batch (:meth:`mean_of`). ``backward`` multiplies what has become of
+    it by the micro-batch's share of the targets (:meth:`weighted`), and before the optimizer steps the sum over
+    micro-batches and ranks is divided by all of them (:meth:`normalise`). So a term that is added to the mean counts at
+    its own strength. Micro-batches without such a mean are left to Lightning, which takes the mean over them.
+
+    Args:
+        options: of the step.
+        telemetry: where steps are measured.
+        name: of the module's class, for messages.
+
+    Attributes:
+        non_finite: the steps that were left out.
+    """
+
+    def __init__(self, options: StepOptions, telemetry: TrainTelemetry, name: str) -> None:
+        self._renormalize = options.renormalize
+        self._telemetry, self._name = telemetry, name
+        self._normalizer: TokenNormalizer | None = None
+        self._done = 0
+        self._step: OptimizerStep | None = None
+        self.non_finite = NonFiniteSteps(options.on_non_finite)
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Before a run's first step: this trainer's ranks, and nothing left over from an interrupted step."""
+        self._normalizer, self._step = _normalizer_of(trainer), None
+        self._telemetry.reset()
+        self.non_finite.load_counts([0, 0, -1])
+
+    def done(self, trainer: pl.Trainer | None) -> int:
+        """Optimizer steps behind the weights: those of this ``fit``, of the last one, or of the checkpoint.
+
+        A trainer that only tests counts from 0 again, which would take a scheduled loss back to its beginning.
+        """
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._done = trainer.global_step
+        return self._done
+
+    def begin_at(self, steps: int) -> None:
+        """The weights are those of a checkpoint after so many steps."""
+        self._done = steps
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last step."""
+        return 0.0 if self._step is None else self._step.learning_rate
+
+    @property
+    def are_whole(self) -> bool:
+        """Whether no micro-batch was counted since the last step."""
+        return self._step is not None and self._step.ended
+
+    def in_flight(self) -> dict[str, Any]:
+        """Numbers of this rank that go into checkpoints."""
+        divisor = None if self._normalizer is None else self._normalizer.divisor
+        return {"seconds": self._telemetry.seconds, "divisor": divisor, "skipped": self.non_finite.counts()}
+
+    def load_in_flight(self, values: dict[str, Any]) -> None:
+        """Go on from what :meth:`in_flight` returned."""
+        assert self._normalizer is not None
+        self._telemetry.seconds, self._normalizer.divisor = values["seconds"], values["divisor"]
+        self.non_finite.load_counts(values["skipped"])
+
+    # -- micro-batches -----------------------------------------------------------------------------------------
+
+    def divisor_of(self, num_targets: Tensor, batch_idx: int, trainer: pl.Trainer) -> float:
+        """What a batch's summed loss is to be divided by, for the range of half precision.
+
+        Args:
+            num_targets: of the batch, a scalar int64 tensor.
+            batch_idx: of the micro-batch.
+            trainer: of the run.
+
+        Raises:
+            RuntimeError: the module overrides one of the methods that this leans on, and does not call ``super()``.
+        """
+        step = self._at_hand(trainer)
+        self._forget_means(step, batch_idx)
+        return cast(TokenNormalizer, self._normalizer).divisor_of(num_targets)
+
+    def mean_of(
+        self,
+        output: TokenOutput,
+        num_targets: Tensor,
+        divisor: float,
+        batch: Mapping[str, Any],
+        batch_idx: int,
+        loss: TokenLoss,
+    ) -> Tensor:
+        """The mean objective of a batch over its targets; with ``renormalize`` over their weights. 0 without any.
+
+        Args:
+            output: of the batch, its loss over ``divisor``.
+            num_targets: as for :meth:`divisor_of`.
+            divisor: what :meth:`divisor_of` returned.
+            batch: as the module takes it.
+            batch_idx: of the micro-batch.
+            loss: the objective.
+        """
+        step = cast(OptimizerStep, self._step)
+        self._telemetry.update(output, batch, loss)
+        step.loss_name = type(loss).__name__
+        if "index" in batch:
+            step.rows.append((output.loss.detach().isfinite(), batch["index"]))
+        weight = output.weight.detach().double().sum() if self._renormalize else None
+        share = ((num_targets if weight is None else weight) / divisor).to(output.loss.dtype)
+        counted = _Mean(batch_idx, num_targets, weight, share)
+        step.means.append(counted)
+        # A quotient by the same tensor that backward multiplies by: the sum's own gradient comes back to the last bit.
+        # A weight that is not finite is no fault of the loss, and comes to the gradient there.
+        mean = output.loss / torch.where(share.isfinite() & (share != 0), share, torch.ones_like(share))
+        if mean.requires_grad:
+            mean.register_hook(counted.note_gradient)  # type: ignore[no-untyped-call]
+        return mean
+
+    def weighted(self, loss: Tensor, trainer: pl.Trainer) -> Tensor:
+        """What to backpropagate for the loss of a micro-batch, which is counted with it."""
+        step = self._at_hand(trainer)
+        means, step.means = step.means, []
+        if not means:
+            step.unweighted += 1
+            return loss
+        targets, shares, weights = ([getattr(each, of) for each in means] for of in ("targets", "share", "weight"))
+        weight = sum(weights) if self._renormalize else None
+        cast(TokenNormalizer, self._normalizer).count(sum(targets), weight, loss.detach().isfinite())
+        return cast(Tensor, loss * sum(shares))
+
+    # -- the whole step ----------------------------------------------------------------------------------------
+
+    def normalise(self, parameters: Iterable[Tensor], optimizer: Optimizer, trainer: pl.Trainer) -> None:
+        """Divide the gradient of the whole step, or leave the step out. A collective.
+
+        Called after fp16's unscaling and before clipping: the one place where the whole step's gradient is at hand.
+
+        Raises:
+            RuntimeError: the module overrides one of the methods that this leans on, and does not call ``super()``.
+            InputError: a loss is not finite, and such steps are not to be left out.
+        """
+        step, parameters = self._at_hand(trainer), list(parameters)
+        self._forget_means(step, None)
+        normalizer = cast(TokenNormalizer, self._normalizer)
+        if step.unweighted and normalizer.pending:
+            raise RuntimeError(
+                f"{self._name}.training_step calls super().training_step for some micro-batches of an optimizer step "
+                "and not for others, so that their gradients have no common divisor: call it for all, or for none"
+            )
+        step.ended, step.learning_rate = True, float(optimizer.param_groups[0]["lr"])
+        if normalizer.rescale(parameters, trainer.accumulate_grad_batches):
+            self._leave_out(step, "loss", parameters, trainer)
+
+    def clip(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None,
+        algorithm: str | None,
+        trainer: pl.Trainer,
+        clip_by_value: Callable[[], None],
+    ) -> None:
+        """Clip as the trainer says, with the gradient's norm taken once; or leave the step out. A collective.
+
+        Args:
+            optimizer: has the parameters.
+            gradient_clip_val: of the trainer.
+            algorithm: of the trainer.
+            trainer: of the run.
+            clip_by_value: the trainer's own clipping.
+
+        Raises:
+            InputError: the norm is not finite, and such steps are not to be left out; or there is no way to clip.
+        """
+        step = cast(OptimizerStep, self._step)
+        if step.skipped:
+            return
+        scales = scales_gradients(trainer)
+        if scales and getattr(optimizer, "_step_supports_amp_scaling", False):
+            # Gradients are still scaled here: the norm would be another, in the log as well as for clipping.
+            raise InputError(
+                "a fused optimizer unscales its gradients only while it steps, too late for clipping and the log under "
+                "16-mixed precision: build it with fused=False"
+            )
+        clip_val = clips_at(gradient_clip_val)
+        by_norm = clip_val if algorithm in (None, "norm") else None
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = clip_by_norm(parameters, by_norm, root=trainer.model)
+        if norm is None:
+            return
+        # On a GPU this waits a second time in a step, after the normaliser: the optimizer must not step before it is
+        # known. The norm is the same on all ranks. A gradient scaler looks by itself.
+        if not scales and not norm.isfinite():
+            self._leave_out(step, "gradient", parameters, trainer)
+            return
+        if clip_val is not None and by_norm is None:
+            clip_by_value()
+        self._telemetry.update_gradient(norm, by_norm, skips_non_finite=scales)
+
+    def collect(self, source_names: Sequence[str]) -> dict[str, Any]:
+        """What is logged of the steps since the last call. A collective."""
+        skipped = self.non_finite.skipped
+        values: dict[str, Any] = {"skipped_steps": float(skipped)} if skipped else {}
+        if measured := self._telemetry.collect(source_names):
+            values |= {**measured, "lr": self.learning_rate}
+        return values
+
+    def _at_hand(self, trainer: pl.Trainer) -> OptimizerStep:
+        """The step that has not ended, or a new one."""
+        if self._normalizer is None:  # a learning-rate finder trains before every hook
+            self._normalizer = _normalizer_of(trainer)
+        step = self._step
+        if step is not None and not step.ended:
+            if step.number != trainer.global_step:
+                raise RuntimeError(
+                    f"{self._name} overrides on_before_optimizer_step without calling super(): the step's gradient was "
+                    "never divided by its number of target tokens"
+                )
+            return step
+        window = self._telemetry.metrics().values() if self.non_finite.skips else ()
+        self._step = OptimizerStep(trainer.global_step, [(metric, metric.snapshot()) for metric in window])
+        return self._step
+
+    def _forget_means(self, step: OptimizerStep, batch_idx: int | None) -> None:
+        """Means of other micro-batches, which returned no loss."""
+        others = [each for each in step.means if each.batch_idx != batch_idx]
+        if any(each.has_gradient for each in others):
+            raise RuntimeError(
+                f"{self._name} overrides backward without calling super(): the micro-batch's gradient was not weighted "
+                "by its number of target tokens"
+            )
+        step.means = [each for each in step.means if each.batch_idx == batch_idx]
+
+    def _leave_out(
+        self,
+        step: OptimizerStep,
+        what: Literal["loss", "gradient"],
+        parameters: Iterable[Tensor],
+        trainer: pl.Trainer,
+    ) -> None:
+        remove_gradients(parameters)
+        self.non_finite.refuse(what, trainer, step.loss_name, step.learning_rate, step.rows)
+        for metric, before in step.before:
+            metric.restore(before)
+        step.skipped = True
+
+
+def scales_gradients(trainer: pl.Trainer) -> bool:
+    """Whether a gradient scaler keeps fp16 in range."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
+def _normalizer_of(trainer: pl.Trainer) -> TokenNormalizer:
+    def sum_over_ranks(tensor: Tensor) -> Tensor:
+        return cast(Tensor, trainer.strategy.reduce(tensor, reduce_op="sum"))
+
+    return TokenNormalizer(sum_over_ranks, trainer.world_size)

@@ -1,0 +1,88 @@
+"""The parser of the command and of configs: one mistake, one message; classes with their own options alone."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser
+from torch.optim import Optimizer
+
+from dft_lightning.cli_errors import shorten
+from dft_lightning.component import Component, to_plain
+from dft_lightning.foreign.jsonargparse import change_for, class_and_options
+from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss
+from dft_lightning.own_classes import GROUPS, text_without_classes
+
+
+class Parser(LightningArgumentParser):
+    """One mistake, one message: no usage wall. Keys are written out: an abbreviation may mean another key one day.
+
+    A class that is named has its own options and defaults alone, an optimizer's learning rate has to be given, and a
+    loss's options for direct calls are none here.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.class_paths: dict[str, list[str]] = {group: [] for group in GROUPS}  # that it is built for
+
+    def add_class_arguments(self, class_type: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_kind(class_type, TokenLoss):
+            kwargs["skip"] = {*(kwargs.get("skip") or ()), *FORWARD_OPTIONS}
+        # With sub-configs, jsonargparse reads any file that a flag names as YAML first: data files, too.
+        added = super().add_class_arguments(class_type, *args, **{**kwargs, "sub_configs": False})
+        for action in self._actions:
+            if isinstance(action.default, functools.partial):
+                self.set_defaults({action.dest: class_and_options(action.default)})
+            elif isinstance(action.default, Component):  # of a group of options: it could not be written to a config
+                self.set_defaults({action.dest: to_plain(action.default)})
+            if action.dest == "lr" and _is_kind(class_type, Optimizer):
+                action.required, action.default = True, None
+        return added
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        with _outermost(kwargs):
+            return super().parse_args(*args, **kwargs)
+
+    def parse_object(self, *args: Any, **kwargs: Any) -> Any:
+        with _outermost(kwargs):
+            return super().parse_object(*args, **kwargs)
+
+    def validate(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["skip_required"] = kwargs.get("skip_required", False) or _defaults.get() is False
+        super().validate(*args, **kwargs)
+
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
+        return super().parse_string(text_without_classes(content, self.class_paths), *args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        if not self.exit_on_error:  # a parser for a class's options: the outer one adds the key
+            super().error(message, ex)
+        sys.stderr.write(f"error: {shorten(message, self)}\n")
+        raise SystemExit(2)
+
+
+# Whether the parse that is going on is to have defaults: without them, what is required may be missing. The parsers for
+# a class's options, which run within it, never have them.
+_defaults: contextvars.ContextVar[bool | None] = contextvars.ContextVar("defaults", default=None)
+
+
+@contextlib.contextmanager
+def _outermost(options: dict[str, Any]) -> Iterator[None]:
+    token = _defaults.set(options.get("defaults", True)) if _defaults.get() is None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _defaults.reset(token)
+
+
+def _is_kind(cls: Any, base: type) -> bool:
+    return isinstance(cls, type) and issubclass(cls, base)
+
+
+change_for(Parser, ("dft_lightning", "torch"))
