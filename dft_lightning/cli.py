@@ -33,7 +33,7 @@ from dft_lightning.distributed.strategies import check_precision
 from dft_lightning.errors import InputError, printable
 from dft_lightning.modules import CausalLMModule
 from dft_lightning.own_classes import GROUPS, Classes, check_known, read_classes, this_script
-from dft_lightning.parser import Parser
+from dft_lightning.parser import Parser, refuse_nulls
 from dft_lightning.processes import RunProcesses, is_of_a_lost_process
 from dft_lightning.saved_config import RunConfig
 from dft_lightning.trust import check_classes, check_kernel, import_paths, importing_only
@@ -107,6 +107,7 @@ class DFTLightningCLI(LightningCLI):
         # Lightning's own warns of args beside sys.argv, which every in-process caller (a test, a notebook) has.
         self._args = args
         self.config = self._parse(parser)
+        refuse_nulls(self._parser(self.config.subcommand), self.config[self.config.subcommand])
         for group, paths in self._class_paths.items():  # a file of a group alone is not looked at before
             check_known(group, (self.config.get(self.config.subcommand) or {}).get(f"{group}.class_path"), paths[-1:])
 

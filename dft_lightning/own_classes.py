@@ -142,7 +142,7 @@ def _without_flags(args: list[str], found: dict[str, list[str]]) -> Iterator[str
         elif rest == "class_path" or (not rest and _is_class_path(value)):
             found[group].append(value)
             if not equals:
-                next(left)
+                next(left, None)
         else:
             yield arg.replace(".init_args.", ".", 1) if rest.startswith("init_args.") else arg
 
@@ -193,7 +193,17 @@ def text_without_classes(text: str, known: dict[str, list[str]]) -> str:
     for group, paths in found.items():
         for path in paths:
             check_known(group, path, known[group])
-    return text if plain == content else yaml.safe_dump(plain, sort_keys=False)
+    return text if plain == content else yaml.dump(plain, Dumper=_QuotingDumper, sort_keys=False)
+
+
+class _QuotingDumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Texts in quotes: one that looks like a number would be read as one."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"')
+
+
+_QuotingDumper.add_representer(str, _QuotingDumper.represent_text)
 
 
 def check_known(group: str, path: str | None, known: list[str]) -> None:

@@ -7,15 +7,17 @@ import contextvars
 import functools
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from lightning.pytorch.cli import LightningArgumentParser
 from torch.optim import Optimizer
 
 from dft_lightning.cli_errors import shorten
 from dft_lightning.component import Component, to_plain
+from dft_lightning.errors import InputError
 from dft_lightning.foreign.jsonargparse import change_for, class_and_options
 from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss
+from dft_lightning.modules.optimizers import DEFAULT_OPTIMIZER
 from dft_lightning.own_classes import GROUPS, text_without_classes
 
 
@@ -42,6 +44,9 @@ class Parser(LightningArgumentParser):
                 self.set_defaults({action.dest: to_plain(action.default)})
             if action.dest == "lr" and _is_kind(class_type, Optimizer):
                 action.required, action.default = True, None
+        if class_type is DEFAULT_OPTIMIZER.func:  # by name, too, and after another class
+            self.set_defaults(DEFAULT_OPTIMIZER.keywords)
+            next(action for action in self._actions if action.dest == "lr").required = False
         return added
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
@@ -86,3 +91,20 @@ def _is_kind(cls: Any, base: type) -> bool:
 
 
 change_for(Parser, ("dft_lightning", "torch"))
+
+
+def refuse_nulls(parser: Any, options: Any) -> None:
+    """Raise ``InputError`` for a null where there has to be a class or a group of options: jsonargparse lets it pass.
+
+    Args:
+        parser: of the options.
+        options: of ``model`` and ``data``, as it parsed them.
+    """
+    actions = [action for action in parser._actions if hasattr(action, "_typehint")]
+    typed = {action.dest: action for action in actions if action.dest.partition(".")[0] in GROUPS}
+    groups = {key.rpartition(".")[0] for key in typed}
+    for key in sorted({*typed, *groups} - {*GROUPS}):
+        action = typed.get(key)
+        optional = action is not None and (action.default is None or type(None) in get_args(action._typehint))
+        if not optional and key in options and options[key] is None:
+            raise InputError(f"{key}: null is none of its values: leave it out for the default")

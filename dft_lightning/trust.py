@@ -10,6 +10,7 @@ called with arguments of its choice.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -162,8 +163,10 @@ def loading_options(
         The options that the caller gives; a group of which a part is given has the rest from the checkpoint.
 
     Raises:
-        InputError: the checkpoint cannot be read, or names a class that would have to be imported.
+        InputError: the checkpoint cannot be read, or names a class that would have to be imported; or there is no such
+            argument.
     """
+    _check_arguments(cls, given)
     try:
         content = _content(checkpoint_path, weights_only is not False)
         keys = (cls.CHECKPOINT_HYPER_PARAMS_KEY, *CHECKPOINT_PAST_HPARAMS_KEYS)
@@ -178,7 +181,9 @@ def loading_options(
         yield whole
         return
     left = {name: _left(value, given.get(name)) for name, value in options.items()}
-    named = import_paths(given) | check_classes(left, cls.__name__, _IMPORT_IT)
+    # By the caller; what is given in part may still have its class from the file.
+    named = import_paths(given) | {path for _, path in _class_paths(given, cls.__name__)}
+    named |= check_classes({**left, **whole}, cls.__name__, _IMPORT_IT, named)
     check_kernel(left, f"{cls.__name__}.loading.attn_implementation", "pass it to load_from_checkpoint if you trust it")
     try:
         with importing_only(named):
@@ -190,9 +195,27 @@ def loading_options(
 _IMPORT_IT = "import its module first, or pass the option to load_from_checkpoint, if you trust it"
 
 
+def _check_arguments(cls: type, given: dict[str, Any]) -> None:
+    """Raise ``InputError`` for an argument that neither a class nor one above it has: Lightning would drop it."""
+    known: set[str] = set()
+    for each in cls.__mro__:
+        if "__init__" in vars(each):
+            known |= set(inspect.signature(vars(each)["__init__"]).parameters)
+    if unknown := sorted(set(given) - known):
+        raise InputError(f"{cls.__name__} has no argument {', '.join(unknown)}")
+
+
 def _with_rest(given: Any, saved: Any) -> Any:
     """A group of options of which a part is given, whole."""
-    return {**saved, **given} if _is_group(given) and _is_group(saved) else given
+    if not isinstance(given, dict) or not isinstance(saved, dict):
+        return given
+    if _is_group(saved) and _is_group(given):
+        return {**saved, **{name: _with_rest(value, saved.get(name)) for name, value in given.items()}}
+    named, path = given.get("class_path"), str(saved.get("class_path"))
+    if not isinstance(saved.get("init_args"), dict) or not (named is None or f".{path}".endswith(f".{named}")):
+        return given
+    options = given.get("init_args") or {} if "class_path" in given else given  # of the same class
+    return {"class_path": path, "init_args": {**saved["init_args"], **options}}
 
 
 def _left(saved: Any, given: Any) -> Any:

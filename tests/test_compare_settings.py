@@ -38,6 +38,9 @@ COMPARISON = {
 }
 
 
+ONE_CYCLE = {"class_path": "OneCycleLR", "init_args": {"max_lr": 0.1}}
+
+
 def write(folder, fit_config=BASE, **changes):
     (folder / "base.yaml").write_text(yaml.safe_dump(fit_config))
     path = folder / "compare.yaml"
@@ -171,6 +174,8 @@ def test_print_commands_writes_configs_and_runs_nothing(tmp_path, capsys):
         ({"losses": {"_x": "DFTLoss"}}, "begins with an underscore"),
         ({"losses": {"Base model": "DFTLoss"}}, "'Base model' gives its runs the name 'base-model'"),
         ({"losses": {"bad": "failing_loss.UnbuildableLoss"}}, "this loss cannot be built"),
+        ({"overrides": {"model": {"optimizer": {"lr": 1}}}}, "model.optimizer.lr is set for each run: use learning_ra"),
+        ({"overrides": {"model": {"schedule": ONE_CYCLE}}}, "OneCycleLR sets the learning rate by its max_lr, so that"),
         ({"overrides": {"model": {"loss": "DFTLoss"}}}, "overrides: model.loss is set for each run: use losses"),
         ({"overrides": {"seed_everything": 3}}, "overrides: seed_everything is set for each run: use seeds"),
         ({"overrides": {"trainer": {"limit_test_batches": 1}}}, "limit_test_batches: every loss is tested on all"),

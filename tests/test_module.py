@@ -1,8 +1,8 @@
 """CausalLMModule: loading, the training step, optimizer, checkpoints, generation."""
 
-from __future__ import annotations
-
+import copy
 import math
+import pickle
 import time
 
 import lightning.pytorch as pl
@@ -386,6 +386,43 @@ def test_loss_that_a_checkpoint_cannot_hold_is_never_replaced_in_silence(tmp_pat
     with pytest.raises(ValueError, match=r"the options of test_module.Surprise were not saved.*pass the TokenLoss"):
         CausalLMModule.load_from_checkpoint(path, weights_only=True)
     assert isinstance(CausalLMModule.load_from_checkpoint(path, loss=Surprise()).loss, Surprise)
+
+
+def test_options_over_those_of_a_checkpoint(tmp_path):
+    """Of a group, or of the same class, in part: the rest is the checkpoint's."""
+    sgd = {"class_path": "SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}
+    made = CausalLMModule(
+        TINY_LLAMA,
+        optimizer=sgd,
+        loading={"head": "full"},
+        evaluation={
+            "generation": {"max_new_tokens": 7},
+            "answer_extractor": {"class_path": "dft_lightning.metrics.BoxedAnswer"},
+        },
+    )
+    path = fit_and_save(made, tmp_path)
+    given = {"loading": {"dtype": "float64"}, "evaluation": {"generation": {"top_k": 3}}, "optimizer": {"lr": 0.2}}
+    loaded = CausalLMModule.load_from_checkpoint(path, **given)
+    assert (loaded.loading.head, loaded.loading.dtype) == ("full", "float64")
+    assert loaded.evaluation.generation == GenerationOptions(max_new_tokens=7, top_k=3)
+    assert type(loaded.evaluation.answer_extractor).__name__ == "BoxedAnswer"
+    assert loaded.hparams["optimizer"] == {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.2, "momentum": 0.9}}
+    again = CausalLMModule.load_from_checkpoint(path, optimizer={"class_path": "SGD", "init_args": {"lr": 0.3}})
+    assert again.hparams["optimizer"]["init_args"] == {"lr": 0.3, "momentum": 0.9}
+    other = CausalLMModule.load_from_checkpoint(path, optimizer={"class_path": "RMSprop", "init_args": {"lr": 0.3}})
+    assert "momentum" not in other.hparams["optimizer"]["init_args"]
+    for name in ("learning_rate", "dtype"):
+        with pytest.raises(InputError, match=f"CausalLMModule has no argument {name}"):
+            CausalLMModule.load_from_checkpoint(path, **{name: 1})
+
+
+def test_a_module_can_be_pickled_after_a_fit():
+    module = CausalLMModule(TINY_LLAMA, loss=DFTLoss())
+    trainer().fit(module, loader())
+    again = pickle.loads(pickle.dumps(module))
+    assert all(map(torch.equal, module.parameters(), again.parameters()))
+    trainer().fit(again, loader())
+    trainer().fit(copy.deepcopy(module), loader())
 
 
 def test_subclass_arguments_are_in_the_checkpoint(tmp_path):

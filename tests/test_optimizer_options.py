@@ -99,6 +99,10 @@ PLAIN_SGD = {"class_path": "SGD", "init_args": {"lr": 0.1, "momentum": 0.5}}
         ([{"optimizer": PLAIN_SGD}, {"optimizer": {"class_path": SGD, "init_args": {"lr": 0.2}}}], SGD,
          {"lr": 0.2, "momentum": 0.5}),
         ([{"optimizer": PLAIN_SGD}, "--model.optimizer.lr=0.2"], SGD, {"lr": 0.2, "momentum": 0.5}),
+        # AdamW has this package's defaults wherever it is named.
+        ([{"optimizer": PLAIN_SGD}, "--model.optimizer=AdamW"], ADAMW, DEFAULTS),
+        ([{"optimizer": PLAIN_SGD}, {"optimizer": {"class_path": ADAMW, "init_args": {"lr": 1e-4}}}], ADAMW,
+         {**DEFAULTS, "lr": 1e-4}),
         # Of several classes of a name, this package's; then torch's.
         (["--model.optimizer=Muon", "--model.optimizer.lr=0.1"], "dft_lightning.modules.optimizers.Muon", {"lr": 0.1}),
         (["--model.optimizer=AdamW8bit", "--model.optimizer.lr=0.1"], "dft_lightning.modules.optimizers.AdamW8bit",

@@ -41,6 +41,30 @@ class Own(SGD):
         super().__init__(params, **kwargs)
 
 
+ON_CPU = {"device": torch.device("cpu"), "scales_gradients": False}
+
+
+class TakesAny(torch.optim.Optimizer):
+    """Its options are its own, whatever they are called."""
+
+    def __init__(self, params, lr: float, **options) -> None:
+        super().__init__(params, {"lr": lr, **options})
+
+
+def test_a_class_with_options_of_any_name():
+    path = f"{__name__}.TakesAny"
+    values = optimizer_values({"class_path": path, "init_args": {"lr": 0.1, "zap": 3}})
+    assert values == {"class_path": path, "init_args": {"lr": 0.1, "zap": 3}}
+    made = build_optimizer(values, [{"params": [torch.nn.Parameter(torch.ones(2))]}], **ON_CPU)
+    assert made.param_groups[0]["zap"] == 3
+
+
+def test_pairs_are_tuples_as_torch_has_them():
+    values = optimizer_values({"betas": [0.8, 0.9]})
+    made = build_optimizer(values, [{"params": [torch.nn.Parameter(torch.ones(2))]}], **ON_CPU)
+    assert made.param_groups[0]["betas"] == (0.8, 0.9)
+
+
 class Rerun(SGD):
     def step(self, closure):
         raise NotImplementedError

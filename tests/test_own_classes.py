@@ -178,9 +178,21 @@ def test_a_checkpoint_has_no_class_imported(config, tmp_path, capfd):
     assert status_of("export", "--checkpoint", tmp_path / "named.ckpt", "--output", tmp_path / "exported") == 0
 
 
+def test_texts_of_a_config_stay_texts(config, tmp_path, capfd):
+    """Also where it is written anew without its class."""
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        'model: {class_path: own_modules.OwnModule, loading: {revision: "1234e56"}}\ndata: {system_prompt: "1e5"}'
+    )
+    assert status_of("fit", "--config", config, "--config", overlay, "--print_config") == 0
+    printed = yaml.safe_load(capfd.readouterr().out)
+    assert (printed["model"]["loading"]["revision"], printed["data"]["system_prompt"]) == ("1234e56", "1e5")
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
+        (["--model.class_path"], "model.class_path: unknown class ''"),
         (["--model", "no_such_module.Own"],
          "model.class_path: cannot import 'no_such_module.Own': No module named 'no_such_module'"),
         (["--model", "own_modules.Nope"], "has no attribute 'Nope'"),

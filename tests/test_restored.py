@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import (
 
 from dft_lightning.errors import InputError
 from dft_lightning.modules.resume.restored import KEY, OptimizerOptions
-from dft_lightning.modules.schedules import WarmupSchedule
+from dft_lightning.modules.schedules import WarmupSchedule, schedule_values
 
 
 class Power:
@@ -67,7 +67,7 @@ class Run:
 
 def resumed(before, after, steps=3, forget=False):
     """Steps of ``before`` until a checkpoint, and what ``after`` makes of it."""
-    options, again = OptimizerOptions(), OptimizerOptions()
+    options, again = (OptimizerOptions(schedule_values({})) for _ in range(2))
     options.remember(before)
     checkpoint: dict = {}
     options.save(checkpoint)
@@ -132,12 +132,12 @@ def test_options_of_groups_count_and_their_state_is_kept():
     )
     for run in (before, after):
         run.optimizers[0].param_groups[0]["count"] = 0
-    options = OptimizerOptions()
+    options = OptimizerOptions(schedule_values({}))
     options.remember(before)
     before.optimizers[0].param_groups[0]["count"] = 7
     kept: dict = {}
     options.save(kept)
-    again = OptimizerOptions()
+    again = OptimizerOptions(schedule_values({}))
     again.load(kept)
     again.remember(after)
     for each, state in zip(after.states(), [x.state_dict() for x in before.step(0, 2).states()], strict=True):

@@ -361,6 +361,19 @@ def test_a_schedule_goes_on_by_this_runs_options(name, key, tmp_path):
     assert fit(kind, tmp_path / "a.ckpt", steps=5, **other).rates == expected
 
 
+@pytest.mark.parametrize(
+    ("option", "had", "has"), [("div_factor", 25.0, 20.0), ("final_div_factor", 1e4, 1e3), ("pct_start", 0.3, 0.4)]
+)
+def test_an_option_of_a_named_schedule_is_refused_by_its_name(tmp_path, option, had, has):
+    named = {"class_path": "OneCycleLR", "init_args": {"max_lr": 0.01, "total_steps": 9}}
+    fit(Tagged, save=tmp_path / "a.ckpt", schedule=named)
+    same = fit(Tagged, steps=5, schedule=named)
+    assert fit(Tagged, tmp_path / "a.ckpt", steps=5, schedule=named).rates == same.rates[3:]
+    other = {**named, "init_args": {**named["init_args"], option: has}}
+    with pytest.raises(InputError, match=rf"model\.schedule\.{option}: {has} here, and the checkpoint's run had {had}"):
+        fit(Tagged, tmp_path / "a.ckpt", steps=5, schedule=other)
+
+
 def test_a_longer_run_has_its_own_schedule(tmp_path):
     fit(Tagged, steps=3, save=tmp_path / "a.ckpt")
     resumed = fit(Tagged, tmp_path / "a.ckpt", steps=8)

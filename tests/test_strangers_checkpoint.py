@@ -67,6 +67,16 @@ def test_classes_that_a_checkpoint_names(whole, stranger, tmp_path, wish, key, m
     assert not stranger.ran()
 
 
+def test_a_class_of_the_files_with_options_of_the_callers(whole, stranger, tmp_path):  # noqa: F811
+    path = changed(whole, tmp_path / "a.ckpt", optimizer={"class_path": f"{MODULE}.Loss", "init_args": {}})
+    with pytest.raises(InputError, match=rf"optimizer: {MODULE}.Loss is not imported because a file names it"):
+        CausalLMModule.load_from_checkpoint(path, optimizer={"lr": 0.1})
+    path = changed(whole, tmp_path / "a.ckpt", evaluation={"answer_extractor": stranger.loss})
+    with pytest.raises(InputError, match=rf"answer_extractor: {MODULE}.Loss is not imported because a file names it"):
+        CausalLMModule.load_from_checkpoint(path, evaluation={"generation": {"top_k": 1}})
+    assert not stranger.ran()
+
+
 def test_a_class_is_named_and_taken_when_the_caller_has_it(whole, stranger, tmp_path):  # noqa: F811
     path = changed(whole, tmp_path / "a.ckpt", loss=stranger.loss)
     with pytest.raises(InputError, match=rf"loss: {MODULE}.Loss is not imported because a file names it: import its"):

@@ -125,6 +125,8 @@ def _compare(given: argparse.Namespace, classes: Classes | None) -> int:
 
 def _check_fit_config(fit_config: dict[str, Any], path: Path) -> None:
     """What the runs need and a plain ``fit`` may do without."""
+    from dft_lightning.modules.schedules import sets_rates_itself
+
     data = fit_config["data"]
     if data["train"] is None or data["test"] is None:
         missing = "train" if data["train"] is None else "test"
@@ -133,6 +135,11 @@ def _check_fit_config(fit_config: dict[str, Any], path: Path) -> None:
         raise InputError(f"{path}: the base config has no data.validation: learning rates are chosen on those rows")
     if data["streaming"]:
         raise InputError(f"{path}: data.streaming: training rows are measured before and after; read them at once")
+    if sets_rates_itself(fit_config["model"]["schedule"]):
+        raise InputError(
+            f"{path}: model.schedule: {fit_config['model']['schedule']['class_path']} sets the learning rate by its "
+            "max_lr, so that learning_rates would change nothing: take another"
+        )
     if fit_config["trainer"]["limit_test_batches"] is not None:
         raise InputError(
             f"{path}: trainer.limit_test_batches: every loss is tested on all of data.test; take fewer rows"

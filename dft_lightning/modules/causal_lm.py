@@ -128,7 +128,7 @@ class CausalLMModule(pl.LightningModule):
         self._optimization = OptimizerBuilder(optimizer, schedule)
         self._steps = OptimizerSteps(self.step, self.train_telemetry, name)
         self._run_state = RunState(self._steps, self.train_telemetry, name)
-        self._checkpoints = Checkpoints(model, peft, self._run_state)
+        self._checkpoints = Checkpoints(model, peft, self._optimization.schedule_values, self._run_state)
         self.register_load_state_dict_post_hook(self._checkpoints.leave_out_the_base)  # type: ignore[no-untyped-call]
         self._reference: ReferenceModel | None = None
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
 from dft_lightning.component import NotPlainError, class_path, to_plain
 from dft_lightning.errors import one_line
 
@@ -98,7 +101,9 @@ def parameters_of(cls: type) -> dict[str, inspect.Parameter]:
     """A class's own options, those that it hands on by ``**kwargs`` included; the first argument is none of them."""
     found: dict[str, inspect.Parameter] = {}
     for each in cls.__mro__:
-        if "__init__" not in vars(each) or each is object:
+        if each in (object, Optimizer, LRScheduler):  # whose own arguments are no options
+            break
+        if "__init__" not in vars(each):
             continue
         parameters = list(inspect.signature(vars(each)["__init__"]).parameters.values())
         for parameter in parameters[2:]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -25,6 +25,7 @@ from dft_lightning.modules.schedules import (
     build_schedule,
     needs_total_steps,
     schedule_values,
+    sets_rates_itself,
     steps_of_epochs,
     total_optimizer_steps,
 )
@@ -38,13 +39,16 @@ class OptimizerBuilder:
         optimizer: as :class:`~dft_lightning.modules.CausalLMModule` takes it.
         schedule: as :class:`~dft_lightning.modules.CausalLMModule` takes it.
 
+    Attributes:
+        schedule_values: the schedule's class path and options.
+
     Raises:
         ValueError: there is no such class or option, or it cannot be used here.
     """
 
     def __init__(self, optimizer: Any, schedule: Any) -> None:
         self._optimizer: Values = optimizer_values(optimizer)
-        self._schedule: Values = schedule_values(schedule)
+        self.schedule_values: Values = schedule_values(schedule)
         self._matrices: frozenset[str] = frozenset()
         self._steps: tuple[int, list[int] | None] | None = None
 
@@ -67,8 +71,13 @@ class OptimizerBuilder:
 
     def schedule(self, optimizer: Optimizer, trainer: pl.Trainer) -> LRScheduler:
         """The schedule of an optimizer, which is stepped once per optimizer step."""
-        total = self._count(trainer) if needs_total_steps(self._schedule) else None
-        return build_schedule(self._schedule, optimizer, total)
+        if sets_rates_itself(self.schedule_values):
+            rank_zero_info(
+                f"model.schedule: {self.schedule_values['class_path']} sets the learning rate by its max_lr: "
+                "model.optimizer.lr counts for nothing"
+            )
+        total = self._count(trainer) if needs_total_steps(self.schedule_values) else None
+        return build_schedule(self.schedule_values, optimizer, total)
 
     # -- the run's length, which data that is loaded anew, callbacks and early stops may change ------------------
 

@@ -80,10 +80,14 @@ def _check_warmup_options(warmup: Any, decay: Any, minimum: Any, total_steps: An
         raise ValueError(f"decay must be 'cosine', 'linear' or 'constant', got {decay!r}")
     if not 0 <= minimum <= 1:
         raise ValueError(f"minimum must lie in [0, 1], got {minimum}")
+    if decay == "constant" and minimum:
+        raise ValueError(f"minimum is where a decay ends, and decay: constant has none: leave it out, got {minimum}")
     if total_steps is None and (decay != "constant" or isinstance(warmup, float)):
         raise ValueError("total_steps: required where the decay or the warmup goes by it")
     if total_steps is not None and (not isinstance(total_steps, int) or isinstance(total_steps, bool)):
         raise ValueError(f"total_steps must be a whole number, got {total_steps!r}")
+    if total_steps is not None and total_steps < 0:
+        raise ValueError(f"total_steps must not be negative, got {total_steps}")
 
 
 def learning_rate_factor(
@@ -150,6 +154,11 @@ def _check_class(cls: type) -> None:
             f"schedule: {cls.__name__} takes functions or schedules, which no config and no checkpoint can hold: name "
             "a subclass of your own that makes them from numbers, or override configure_optimizers"
         )
+
+
+def sets_rates_itself(values: Values) -> bool:
+    """Whether a schedule goes by rates of its own, so that the optimizer's ``lr`` counts for nothing."""
+    return "max_lr" in parameters_of(class_of(values))
 
 
 def needs_total_steps(values: Values) -> bool:

@@ -99,6 +99,9 @@ class OptimizerSteps:
         self._step: OptimizerStep | None = None
         self.non_finite = NonFiniteSteps(options.on_non_finite)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_normalizer": None, "_step": None}  # of a trainer, which stays where it is
+
     def begin(self, trainer: pl.Trainer) -> None:
         """Before a run's first step: this trainer's ranks, and nothing left over from an interrupted step."""
         self._normalizer, self._step = _normalizer_of(trainer), None

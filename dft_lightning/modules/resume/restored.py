@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dft_lightning.component import class_path
 from dft_lightning.errors import InputError, shortened
-from dft_lightning.modules.factories import parameters_of
+from dft_lightning.modules.factories import Values, class_of, parameters_of
 
 KEY = "optimizer_options"  # of a checkpoint
 
@@ -32,9 +32,15 @@ _ANEW = "or begin anew, with model.model as the exported checkpoint"
 
 
 class OptimizerOptions:
-    """The options of a run's optimizers and schedules, to be put back over those that a checkpoint restores."""
+    """The options of a run's optimizers and schedules, to be put back over those that a checkpoint restores.
 
-    def __init__(self) -> None:
+    Args:
+        schedule: class path and options of the schedule, as the module has them.
+    """
+
+    def __init__(self, schedule: Values) -> None:
+        self._schedule = schedule
+        self._schedule_before: Any = None
         self._own: dict[str, Any] | None = None
         self._before: dict[str, Any] | None = None
 
@@ -53,6 +59,9 @@ class OptimizerOptions:
                         f"model.{kind}: {own} here, and the checkpoint's run had {before}, whose state it cannot take: "
                         f"give that, {_ANEW}"
                     )
+            for config in trainer.lr_scheduler_configs:
+                if not _is_function(config.scheduler) and type(config.scheduler) is class_of(self._schedule):
+                    _check_options(self._schedule, self._schedule_before)
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Add them to a checkpoint."""
@@ -62,6 +71,7 @@ class OptimizerOptions:
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Take from a checkpoint what its run had."""
         self._before = checkpoint.get(KEY)
+        self._schedule_before = (checkpoint.get("hyper_parameters") or {}).get("schedule")
 
     def put_back(self, trainer: pl.Trainer) -> None:
         """Change restored optimizers and schedules where this run's options are not those of the checkpoint's run.
@@ -147,6 +157,24 @@ def _set_function(schedule: LambdaLR, before: dict[str, Any], own: dict[str, Any
     schedule._last_lr = [copy.copy(group["lr"]) for group in schedule.optimizer.param_groups]
 
 
+def _check_options(own: Values, before: Any) -> None:
+    """Raise ``InputError`` for an option of a schedule that the checkpoint's run had otherwise."""
+    if not isinstance(before, dict) or not isinstance(before.get("init_args"), dict):
+        return
+    for name, parameter in parameters_of(class_of(own)).items():
+        had, has = (each["init_args"].get(name, parameter.default) for each in (before, own))
+        if not _same(had, has):
+            raise _refused(f"model.schedule.{name}", has, had, class_of(own).__name__)
+
+
+def _refused(key: str, has: Any, had: Any, schedule: str) -> InputError:
+    has, had = (shortened(str(_one(value)), 100) for value in (has, had))
+    return InputError(
+        f"{key}: {has} here, and the checkpoint's run had {had}, with which the state of its {schedule} goes on: give "
+        f"that, {_ANEW}"
+    )
+
+
 def _check_unchanged(
     schedule: Any, before: dict[str, Any], own: dict[str, Any], old: list[dict[str, Any]], new: list[dict[str, Any]]
 ) -> None:
@@ -170,11 +198,8 @@ def _check_unchanged(
         of_rate = [name for name in found if name in ("lr", "initial_lr") or name.endswith("base_lrs")]
         named = of_rate[0] if of_rate else next(iter(found))
         key = "model.optimizer.lr" if of_rate else f"{type(schedule).__name__}'s {named}"
-    had, has = (shortened(str(_one(value)), 100) for value in found[named])
-    raise InputError(
-        f"{key}: {has} here, and the checkpoint's run had {had}, with which the state of its "
-        f"{type(schedule).__name__} goes on: give that, {_ANEW}"
-    )
+    had, has = found[named]
+    raise _refused(key, has, had, type(schedule).__name__)
 
 
 def _differing(before: Any, own: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

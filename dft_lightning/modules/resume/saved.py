@@ -16,6 +16,7 @@ from torch import nn
 from dft_lightning.distributed.strategies import check_wrapped, on_first_rank
 from dft_lightning.errors import InputError, one_line, shortened
 from dft_lightning.modules.adapter import adapter_record, check_adapter, check_tensors, fingerprint, trained_names
+from dft_lightning.modules.factories import Values
 from dft_lightning.modules.generation import Completions
 from dft_lightning.modules.reference import ReferenceModel
 from dft_lightning.modules.resume.record import RECORD, describe, files_of
@@ -29,12 +30,15 @@ class Checkpoints:
     Args:
         base: name of the model that the run starts from, or the values of a config.
         peft: options of the adapter, or ``None``.
+        schedule: class path and options of the schedule.
         run_state: what the run has in flight.
     """
 
-    def __init__(self, base: str | dict[str, Any], peft: dict[str, Any] | None, run_state: RunState) -> None:
+    def __init__(
+        self, base: str | dict[str, Any], peft: dict[str, Any] | None, schedule: Values, run_state: RunState
+    ) -> None:
         self._base, self._peft, self._run_state = base, peft, run_state
-        self._optimizer_options = OptimizerOptions()
+        self._optimizer_options = OptimizerOptions(schedule)
         self._tokenizer_files: dict[str, bytes] | None = None
         self._base_fingerprint: dict[str, str] | None = None
         self._trained: set[str] = set()
