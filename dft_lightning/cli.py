@@ -28,6 +28,7 @@ from dft_lightning.callbacks import InterruptionCheckpoint, PredictionWriter
 from dft_lightning.checkpoint_options import SavedOptions, differing, options_to_take, read_options, taken
 from dft_lightning.checkpoints import keep_whole, refused_write, resolve_checkpoint
 from dft_lightning.cli_errors import OF_A_FIT, OTHER_COMMANDS, shorten
+from dft_lightning.component import named_class
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.distributed.strategies import check_precision
 from dft_lightning.errors import InputError, printable
@@ -160,10 +161,12 @@ class DFTLightningCLI(LightningCLI):
         """Put what the checkpoint's run had in place of ``model`` options that are not given; say what changes."""
         if not saved.model:
             return []
+        self._check_configs_are_files()
         options = self._options(self.config)
         before = _without_class(options.model)
-        new = options_to_take(before, self._given_options(), saved.model)
         named = import_paths(options.model)  # by the command and its configs
+        self._take_classes(saved, named)
+        new = options_to_take(_without_class(options.model), self._given_options(), saved.model)
         check_kernel(new, "model.loading.attn_implementation", "give it if you trust it")
         taken_classes = check_classes(new, "model", _GIVE_IT, named)
         parser = self._parser(self.subcommand)
@@ -180,11 +183,30 @@ class DFTLightningCLI(LightningCLI):
         check_classes(after, "model", _GIVE_IT, named)  # a text may have named one that the trainer has
         return taken(before, after)
 
-    def _given_options(self) -> Any:
-        """The ``model`` options that config files, flags and environment give."""
+    def _take_classes(self, saved: SavedOptions, named: set[str]) -> None:
+        """Have the checkpoint's optimizer and schedule in place of the defaults, so that options which are given
+        without a class are theirs."""
+        parser, options = self._parser(self.subcommand), self._options(self.config)
+        found = {}
+        for name in ("optimizer", "schedule"):
+            spec, default = saved.model.get(name), parser.get_default(f"model.{name}")
+            if isinstance(spec, dict) and named_class(str(spec.get("class_path"))) is not named_class(
+                default["class_path"]
+            ):
+                found[name] = spec
+        if found:
+            allowed = import_paths(options) | check_classes(found, "model", _GIVE_IT, named)
+            parser.set_defaults({f"model.{name}": spec for name, spec in found.items()})
+            with importing_only(allowed):
+                options["model"] = self._options(self._parse(self.parser))["model"]
+
+    def _check_configs_are_files(self) -> None:
         for path in self._get(self.config, "config") or []:
             if not Path(path).is_file():
                 raise InputError(f"--config: {path} can be read but once, and --ckpt_path takes two: give a file")
+
+    def _given_options(self) -> Any:
+        """The ``model`` options that config files, flags and environment give."""
         return self._options(self._parse(self.parser, defaults=False)).get("model") or {}
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

@@ -180,14 +180,15 @@ def test_another_optimizer_and_schedule_go_on(command, tmp_path, log):
     whole = command("fit", *flags(**named))
     weights = [parameter.clone() for parameter in whole.model.parameters()]
     command("fit", *flags(**named), "--trainer.max_steps", 3).trainer.save_checkpoint(path)
-    for given in (named, {}):
+    alone = {"optimizer.lr": 0.1}  # without its class, which is not the default's
+    for given in (named, alone, {}):
         log.clear()
         cli = command("fit", "--ckpt_path", path, *flags(**given))
         assert type(cli.trainer.optimizers[0]) is torch.optim.SGD
         assert type(cli.trainer.lr_scheduler_configs[0].scheduler) is StepLR
         assert all(map(torch.equal, weights, cli.model.parameters()))
         lines = [line.partition(",")[0] for line in printed(log)]
-        assert not given or lines == []
+        assert given is not named or lines == []
     assert lines[:2] == [
         "model.optimizer: torch.optim.SGD(lr=0.1",
         "model.schedule: torch.optim.lr_scheduler.StepLR(step_size=2)",
