@@ -6,7 +6,6 @@ and not its default. Every difference is printed.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from dft_lightning.checkpoints.whole import META, content_of, unreadable
-from dft_lightning.component import NotPlainError, class_path, named_class, to_plain
+from dft_lightning.component import NotPlainError, class_path, init_parameters, named_class, to_plain
 from dft_lightning.errors import InputError, shortened
 from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss
 
@@ -207,14 +206,6 @@ def _filled(value: Any) -> Any:
 
 def _defaults_of(cls: type | None) -> dict[str, Any]:
     """A class's options and their defaults, as far as they have a plain form."""
-    found: dict[str, Any] = {}
-    for each in cls.__mro__ if cls is not None else ():
-        if "__init__" not in vars(each) or each is object:
-            continue
-        parameters = inspect.signature(vars(each)["__init__"]).parameters.values()
-        for parameter in parameters:
-            if parameter.default is not parameter.empty and (default := _normal(parameter.default)) is not _NONE:
-                found.setdefault(parameter.name, default)
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            break
-    return found
+    parameters = {} if cls is None else init_parameters(cls)
+    defaults = {name: _normal(each.default) for name, each in parameters.items() if each.default is not each.empty}
+    return {name: default for name, default in defaults.items() if default is not _NONE}

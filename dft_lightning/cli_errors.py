@@ -8,9 +8,9 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
+from dft_lightning.component import imported
 from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss
 
 if TYPE_CHECKING:
@@ -157,8 +157,7 @@ def _bad_option(match: re.Match[str], message: str, parser: ArgumentParser) -> s
 
 def _no_option(key: str, class_path: str, name: str, left_out: int) -> str:
     """``left_out``: how many of the constructor's arguments are no options."""
-    module, _, class_name = class_path.rpartition(".")
-    cls = getattr(import_module(module), class_name)
+    cls, class_name = imported(class_path), class_path.rpartition(".")[2]
     options = list(inspect.signature(cls.__init__).parameters)[left_out:]
     if issubclass(cls, TokenLoss):
         options = [each for each in options if each not in FORWARD_OPTIONS]

@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -147,6 +147,34 @@ def _plain_init_args(component: Component) -> dict[str, Any] | str:
         return f"not saved: {error}"
 
 
+def imported(path: str) -> Any:
+    """What a dotted path names. Raises ``ImportError``, ``AttributeError`` or ``ValueError`` where it names nothing."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def init_parameters(cls: type, first: int = 0, bases: Collection[type] = (object,)) -> dict[str, inspect.Parameter]:
+    """A class's arguments by name, with those of the classes above it that it hands on by ``**kwargs``.
+
+    Args:
+        cls: the class.
+        first: leave out so many of each constructor's arguments.
+        bases: classes whose own arguments are none of it.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for each in cls.__mro__:
+        if each in bases:
+            break
+        if "__init__" not in vars(each):
+            continue
+        parameters = list(inspect.signature(vars(each)["__init__"]).parameters.values())[1:]
+        for parameter in parameters[first:]:
+            found.setdefault(parameter.name, parameter)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return {name: p for name, p in found.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    return found
+
+
 def from_plain(value: T | dict[str, Any], base: type[T]) -> T:
     """Make a component from ``{"class_path": ..., "init_args": {...}}``; an instance is returned as it is.
 
@@ -162,9 +190,8 @@ def from_plain(value: T | dict[str, Any], base: type[T]) -> T:
         raise TypeError(
             f"expected a {base.__name__} or a dict with class_path and init_args, got {type(value).__name__}: {value!r}"
         )
-    module, _, name = str(value["class_path"]).rpartition(".")
     try:
-        cls = getattr(import_module(module), name)
+        cls = imported(str(value["class_path"]))
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"cannot import {value['class_path']!r} ({error}); make it importable, or pass the {base.__name__} itself"

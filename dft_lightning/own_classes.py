@@ -11,14 +11,13 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace, get_loader
 
-from dft_lightning.component import class_path
+from dft_lightning.component import class_path, imported
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.modules import CausalLMModule
@@ -84,7 +83,7 @@ def _imported(path: str, base: type, key: str) -> Any:
     if module == "__main__" and not hasattr(sys.modules[module], name):
         raise InputError(f"{key}: {path} is of a script: run that with this config, or move the class into a module")
     try:
-        found = getattr(import_module(module), name)
+        found = imported(path)
     except Exception as error:  # whatever the module's own code raises
         raise InputError(f"{key}: cannot import {path!r}: {one_line(error)}") from error
     if not (isinstance(found, type) and issubclass(found, base)):

@@ -42,11 +42,10 @@ class Parser(LightningArgumentParser):
                 self.set_defaults({action.dest: class_and_options(action.default)})
             elif isinstance(action.default, Component):  # of a group of options: it could not be written to a config
                 self.set_defaults({action.dest: to_plain(action.default)})
-            if action.dest == "lr" and _is_kind(class_type, Optimizer):
+            if action.dest == "lr" and _is_kind(class_type, Optimizer) and class_type is not DEFAULT_OPTIMIZER.func:
                 action.required, action.default = True, None
         if class_type is DEFAULT_OPTIMIZER.func:  # by name, too, and after another class
             self.set_defaults(DEFAULT_OPTIMIZER.keywords)
-            next(action for action in self._actions if action.dest == "lr").required = False
         return added
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:

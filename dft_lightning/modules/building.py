@@ -92,10 +92,13 @@ class ModelBuilder:
             return None
         return load_tokenizer(name, loading.revision, trust_remote_code=loading.trust_remote_code)
 
+    def guard(self, trainer: pl.Trainer | None) -> None:
+        """Before a strategy is asked to load a checkpoint: what it unpickles itself is looked at first."""
+        if trainer is not None:
+            guard_loading(trainer.strategy)
+
     def mesh(self, trainer: pl.Trainer | None) -> DeviceMesh | None:
         """What the model is sharded over; ``None`` where it is not."""
-        if trainer is not None:
-            guard_loading(trainer.strategy)  # what it unpickles of a checkpoint itself is looked at first
         return data_parallel_mesh(trainer, self._sharding)
 
     def reads_shards(self, mesh: DeviceMesh | None) -> bool:

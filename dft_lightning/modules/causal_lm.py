@@ -148,6 +148,7 @@ class CausalLMModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Build the model, once, and shard it. Lightning calls this when device, precision and strategy are known."""
         builder, trainer = self._builder, self._trainer
+        builder.guard(trainer)
         mesh = builder.mesh(trainer)
         if is_sharded(self):
             return

@@ -14,7 +14,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dft_lightning.component import NotPlainError, class_path, to_plain
+from dft_lightning.component import NotPlainError, class_path, imported, init_parameters, to_plain
 from dft_lightning.errors import one_line
 
 Values = dict[str, Any]  # {"class_path": ..., "init_args": {...}}
@@ -88,8 +88,7 @@ def factory_values(
 
 def class_of(values: Values) -> Any:
     """The class that values in plain form name."""
-    module, _, name = values["class_path"].rpartition(".")
-    return getattr(import_module(module), name)
+    return imported(values["class_path"])
 
 
 def options_of(values: Values) -> dict[str, Any]:
@@ -99,18 +98,7 @@ def options_of(values: Values) -> dict[str, Any]:
 
 def parameters_of(cls: type) -> dict[str, inspect.Parameter]:
     """A class's own options, those that it hands on by ``**kwargs`` included; the first argument is none of them."""
-    found: dict[str, inspect.Parameter] = {}
-    for each in cls.__mro__:
-        if each in (object, Optimizer, LRScheduler):  # whose own arguments are no options
-            break
-        if "__init__" not in vars(each):
-            continue
-        parameters = list(inspect.signature(vars(each)["__init__"]).parameters.values())
-        for parameter in parameters[2:]:
-            found.setdefault(parameter.name, parameter)
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return {name: p for name, p in found.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    return found
+    return init_parameters(cls, 1, (object, Optimizer, LRScheduler))
 
 
 def tried(values: Values, key: str, *arguments: Any, **options: Any) -> None:
