@@ -189,10 +189,11 @@ class DFTLightningCLI(LightningCLI):
         parser, options = self._parser(self.subcommand), self._options(self.config)
         found = {}
         for name in ("optimizer", "schedule"):
-            spec, default = saved.model.get(name), parser.get_default(f"model.{name}")
-            if isinstance(spec, dict) and named_class(str(spec.get("class_path"))) is not named_class(
-                default["class_path"]
-            ):
+            if name not in options.model:  # a class of one's own takes none
+                continue
+            own, spec = parser.get_default(f"model.{name}")["class_path"], saved.model.get(name)
+            path = str(spec.get("class_path")) if isinstance(spec, dict) else own
+            if named_class(path) is not named_class(own):
                 found[name] = spec
         if found:
             allowed = import_paths(options) | check_classes(found, "model", _GIVE_IT, named)

@@ -10,7 +10,6 @@ called with arguments of its choice.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dft_lightning.checkpoints.whole import unreadable
-from dft_lightning.component import Component, class_path, named_class
+from dft_lightning.component import Component, class_path, init_parameters, named_class
 from dft_lightning.errors import InputError, one_line, shortened
 
 
@@ -148,7 +147,12 @@ def importing_only(paths: Collection[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading_options(
-    cls: Any, checkpoint_path: Any, hparams_file: Any, weights_only: bool | None, given: dict[str, Any]
+    cls: Any,
+    checkpoint_path: Any,
+    hparams_file: Any,
+    weights_only: bool | None,
+    given: dict[str, Any],
+    groups: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """For ``load_from_checkpoint`` of a module or data module: it makes objects of a file's options meanwhile.
 
@@ -158,9 +162,11 @@ def loading_options(
         hparams_file: see there.
         weights_only: see there; with ``False`` the caller lets the file run any code as it is.
         given: options that the caller gives.
+        groups: names of those that are groups of options; other dicts are taken as they are given.
 
     Yields:
-        The options that the caller gives; a group of which a part is given has the rest from the checkpoint.
+        The options that the caller gives; of a group, or of the same class, of which a part is given, with the rest
+        from the checkpoint.
 
     Raises:
         InputError: the checkpoint cannot be read, or names a class that would have to be imported; or there is no such
@@ -176,11 +182,11 @@ def loading_options(
     if hparams_file is not None:
         load = load_hparams_from_tags_csv if str(hparams_file).lower().endswith(".csv") else load_hparams_from_yaml
         options |= load(hparams_file)
-    whole = {name: _with_rest(value, options.get(name)) for name, value in given.items()}
+    whole = {name: _with_rest(name, value, options.get(name), groups) for name, value in given.items()}
     if weights_only is False:
         yield whole
         return
-    left = {name: _left(value, given.get(name)) for name, value in options.items()}
+    left = _of_the_file(options, given, groups)
     # By the caller; what is given in part may still have its class from the file.
     named = import_paths(given) | {path for _, path in _class_paths(given, cls.__name__)}
     named |= check_classes({**left, **whole}, cls.__name__, _IMPORT_IT, named)
@@ -196,37 +202,35 @@ _IMPORT_IT = "import its module first, or pass the option to load_from_checkpoin
 
 
 def _check_arguments(cls: type, given: dict[str, Any]) -> None:
-    """Raise ``InputError`` for an argument that neither a class nor one above it has: Lightning would drop it."""
-    known: set[str] = set()
-    for each in cls.__mro__:
-        if "__init__" in vars(each):
-            known |= set(inspect.signature(vars(each)["__init__"]).parameters)
-    if unknown := sorted(set(given) - known):
+    """Raise ``InputError`` for an argument that a class does not take: Lightning would drop it."""
+    if unknown := sorted(set(given) - set(init_parameters(cls))):
         raise InputError(f"{cls.__name__} has no argument {', '.join(unknown)}")
 
 
-def _with_rest(given: Any, saved: Any) -> Any:
-    """A group of options of which a part is given, whole."""
+def _with_rest(name: str, given: Any, saved: Any, groups: Collection[str]) -> Any:
+    """A group of options, or the options of a class, of which a part is given, whole."""
     if not isinstance(given, dict) or not isinstance(saved, dict):
         return given
-    if _is_group(saved) and _is_group(given):
-        return {**saved, **{name: _with_rest(value, saved.get(name)) for name, value in given.items()}}
-    named, path = given.get("class_path"), str(saved.get("class_path"))
-    if not isinstance(saved.get("init_args"), dict) or not (named is None or f".{path}".endswith(f".{named}")):
+    if name in groups:
+        return {**saved, **{each: _with_rest(each, value, saved.get(each), groups) for each, value in given.items()}}
+    if not isinstance(saved.get("class_path"), str) or not isinstance(saved.get("init_args"), dict):
+        return given
+    path, named = saved["class_path"], given.get("class_path")
+    if named is not None and not f".{path}".endswith(f".{named}"):
         return given
     options = given.get("init_args") or {} if "class_path" in given else given  # of the same class
     return {"class_path": path, "init_args": {**saved["init_args"], **options}}
 
 
-def _left(saved: Any, given: Any) -> Any:
-    """What is the file's of an option: of a group, what is not given."""
-    if _is_group(given) and _is_group(saved):
-        return {name: value for name, value in saved.items() if name not in given}
-    return saved if given is None else None
-
-
-def _is_group(value: Any) -> bool:
-    return isinstance(value, dict) and "class_path" not in value and "model_type" not in value
+def _of_the_file(options: dict[str, Any], given: dict[str, Any], groups: Collection[str]) -> dict[str, Any]:
+    """What is not given, of groups as well."""
+    left = {}
+    for name, saved in options.items():
+        if name not in given:
+            left[name] = saved
+        elif name in groups and isinstance(given[name], dict) and isinstance(saved, dict):
+            left[name] = {each: value for each, value in saved.items() if each not in given[name]}
+    return left
 
 
 def _content(path: Any, weights_only: bool) -> dict[str, Any]:

@@ -425,6 +425,17 @@ def test_a_module_can_be_pickled_after_a_fit():
     trainer().fit(copy.deepcopy(module), loader())
 
 
+def test_a_class_that_takes_few_arguments_is_loaded(tmp_path):
+    class Narrow(CausalLMModule):
+        def __init__(self, bonus: float = 0.0):
+            super().__init__(TINY_LLAMA, optimizer={"class_path": "SGD", "init_args": {"lr": 0.1}})
+
+    path = fit_and_save(Narrow(2.5), tmp_path)
+    assert Narrow.load_from_checkpoint(path).hparams["bonus"] == 2.5
+    with pytest.raises(InputError, match="Narrow has no argument loss"):  # Lightning would drop it
+        Narrow.load_from_checkpoint(path, loss=DFTLoss())
+
+
 def test_subclass_arguments_are_in_the_checkpoint(tmp_path):
     class Own(CausalLMModule):
         def __init__(self, bonus: float = 0.0, **kwargs):

@@ -22,6 +22,8 @@ from dft_lightning.cli import DFTLightningCLI
 from dft_lightning.cli import main as command
 from dft_lightning.errors import InputError
 from dft_lightning.export.command import main as export
+from dft_lightning.modules.options import GROUPS
+from dft_lightning.trust import _with_rest
 from small_runs import FSDP1OnCPU, arithmetic_data, trainer
 from strangers import MODULE, changed, saved, stranger, whole  # noqa: F401 (fixtures)
 
@@ -437,3 +439,14 @@ def test_names_in_a_card_are_text(whole, tmp_path):  # noqa: F811
     fence, *lines = block.splitlines()
     assert fence == "````yaml"
     assert [line for line in lines if line.startswith("````")] == [lines[-1]]
+
+
+def test_only_groups_of_options_are_put_together():
+    """A dict of another library's options is taken as it is given."""
+    saved = {"loading": {"head": "full", "quantization_config": {"load_in_4bit": True}}, "peft": {"r": 8}}
+    given = {"loading": {"quantization_config": {"load_in_8bit": True}}, "peft": {"lora_alpha": 4}}
+    put = {name: _with_rest(name, value, saved[name], GROUPS) for name, value in given.items()}
+    assert put == {
+        "loading": {"head": "full", "quantization_config": {"load_in_8bit": True}},
+        "peft": {"lora_alpha": 4},
+    }

@@ -141,8 +141,8 @@ class InstructionDataModule(pl.LightningDataModule):
         Raises:
             InputError: the checkpoint names a class that is neither this package's nor imported already.
         """
-        with loading_options(cls, checkpoint_path, hparams_file, weights_only, kwargs):
-            return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, weights_only, **kwargs)
+        with loading_options(cls, checkpoint_path, hparams_file, weights_only, kwargs) as options:
+            return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, weights_only, **options)
 
     def __init__(
         self,

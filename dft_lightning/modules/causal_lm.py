@@ -26,7 +26,7 @@ from dft_lightning.modules.loading import config_values
 from dft_lightning.modules.monitors import check_monitors, check_monitors_by_validation
 from dft_lightning.modules.optimizer_building import OptimizerBuilder
 from dft_lightning.modules.optimizers import DEFAULT_OPTIMIZER, OptimizerCallable
-from dft_lightning.modules.options import EvaluationOptions, LoadingOptions, StepOptions, plain_group, whole_options
+from dft_lightning.modules.options import EvaluationOptions, LoadingOptions, StepOptions, over_checkpoint, whole_options
 from dft_lightning.modules.reference import ReferenceModel
 from dft_lightning.modules.resume.run_state import RunState, window_ends
 from dft_lightning.modules.resume.saved import Checkpoints
@@ -35,7 +35,6 @@ from dft_lightning.modules.size import announce
 from dft_lightning.modules.telemetry import TrainTelemetry
 from dft_lightning.modules.training import OptimizerSteps
 from dft_lightning.ops import TokenOutput
-from dft_lightning.trust import loading_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -373,8 +372,8 @@ class CausalLMModule(pl.LightningModule):
             InputError: the checkpoint names a class that is neither this package's nor imported already, or a model
                 that wants its own code to be run.
         """
-        given = {**kwargs, "loading": {"trust_remote_code": trust_remote_code, **plain_group(kwargs.get("loading"))}}
-        with loading_options(cls, checkpoint_path, hparams_file, weights_only, given) as options:
+        files = (checkpoint_path, hparams_file, weights_only)
+        with over_checkpoint(cls, files, kwargs, trust_remote_code) as options:
             return super().load_from_checkpoint(
                 checkpoint_path, map_location, hparams_file, strict, weights_only, **options
             )

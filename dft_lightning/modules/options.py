@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
-from dft_lightning.component import from_plain
+from dft_lightning.component import from_plain, init_parameters
 from dft_lightning.distributed.sharding import ShardingOptions
 from dft_lightning.metrics import AnswerExtractor, LastNumber
 from dft_lightning.modules.generation import GenerationOptions
 from dft_lightning.modules.loading import DType
 from dft_lightning.modules.optimizers import optimizer_values
 from dft_lightning.modules.schedules import schedule_values
+from dft_lightning.trust import loading_options
 
 Head = Literal["fused", "full"]
 OnNonFinite = Literal["raise", "skip"]
 
 G = TypeVar("G")
+
+GROUPS = ("loading", "sharding", "step", "evaluation", "generation")
+"""Names of the arguments that are groups of options, and of those within them."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,27 @@ def whole_options(values: dict[str, Any]) -> dict[str, Any]:
     return {name: whole[name](value) if name in whole else value for name, value in values.items()}
 
 
-def plain_group(given: Any) -> dict[str, Any]:
+@contextmanager
+def over_checkpoint(
+    cls: type, files: tuple[Any, Any, bool | None], given: Mapping[str, Any], trust_remote_code: bool
+) -> Iterator[dict[str, Any]]:
+    """For ``load_from_checkpoint`` of a module: the options that are given, and whether code is trusted.
+
+    Args:
+        cls: the module's class.
+        files: checkpoint, options in place of its own, and ``weights_only``, as for
+            :func:`~dft_lightning.trust.loading_options`.
+        given: options that the caller gives.
+        trust_remote_code: never the file's.
+    """
+    options = dict(given)
+    if "loading" in init_parameters(cls):  # a class of one's own may take no such option
+        options["loading"] = {"trust_remote_code": trust_remote_code, **_fields_of(given.get("loading"))}
+    with loading_options(cls, *files, options, GROUPS) as whole:
+        yield whole
+
+
+def _fields_of(given: Any) -> dict[str, Any]:
     """The fields of a group of options that are given, from the group itself, a dict or nothing."""
     if given is None:
         return {}
