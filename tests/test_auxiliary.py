@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from conftest import TINY_LLAMA
-from dft_lightning import CausalLMModule
+from dft_lightning import CausalLMModule, DFTLoss
+from dft_lightning.data.batches import Collator
 from dft_lightning.errors import InputError
 from dft_lightning.modules import building, size
 from small_runs import TINY_ARITHMETIC, arithmetic_data, trainer
@@ -47,6 +51,36 @@ def test_the_option_puts_it_in_with_its_coefficient(kind, head):
     assert (found - without).norm() > 1e-4 * without.norm()
     off = gradient(head, {**model, "output_router_logits": True}, router_aux_loss_coef=0)[2]
     assert torch.equal(off, without)
+
+
+class Kept(CausalLMModule):
+    def on_before_optimizer_step(self, optimizer):
+        super().on_before_optimizer_step(optimizer)
+        self.kept = torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_its_strength_is_its_own_over_ragged_micro_batches(renormalize):
+    """Each micro-batch's mean of DFT and its auxiliary loss, weighted as its targets (or their weights) are."""
+    lengths = (3, 11, 6)
+    rows = [{"input_ids": [*range(3, 4 + n)], "labels": [-100, *range(4, 4 + n)], "weights": None} for n in lengths]
+    torch.manual_seed(0)
+    step = {"router_aux_loss_coef": 0.5, "renormalize": renormalize}
+    module = Kept(MIXTRAL, loss=DFTLoss(), step=step, schedule={"decay": "constant"})
+    module.configure_model()
+    plain = copy.deepcopy(module.model)
+    loaded = DataLoader(rows, batch_size=1, collate_fn=Collator(0))
+    trainer(accumulate_grad_batches=3).fit(module, loaded)
+    objectives, shares = [], []
+    for batch in loaded:
+        output = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_router_logits=True)
+        log_p = output.logits[:, :-1].log_softmax(-1).gather(-1, batch["labels"][:, 1:, None]).flatten()
+        p = log_p.exp().detach()
+        shares.append(p.sum() if renormalize else torch.tensor(float(len(p))))
+        objectives.append(-(p * log_p).sum() / shares[-1] + 0.5 * output.aux_loss)
+    sum(share * each for share, each in zip(shares, objectives, strict=True)).div(sum(shares)).backward()
+    reference = torch.cat([p.grad.flatten() for p in plain.parameters() if p.grad is not None])
+    assert (module.kept - reference).norm() < 1e-5 * reference.norm()  # experts run in no float64
 
 
 def test_it_is_refused_where_there_is_none():
