@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import runpy
 import shutil
@@ -162,14 +163,14 @@ def run_two_processes(script: str, *args: str, timeout: float = 150) -> str:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        ranks = [_forked(rank, port, folder, path, args) for rank in range(2)]
+        ranks = [_forked(rank, port, folder, path, args, timeout) for rank in range(2)]
         statuses = _limited(ranks, timeout)
         said = [Path(folder, f"{rank}.{kind}").read_text() for rank in range(2) for kind in ("out", "err")]
     assert statuses == [0, 0], f"{statuses}\n" + "\n".join(text[-4000:] for text in said)
     return said[0]
 
 
-def _forked(rank: int, port: int, folder: str, path: str, args: tuple[str, ...]) -> int:
+def _forked(rank: int, port: int, folder: str, path: str, args: tuple[str, ...], timeout: float) -> int:
     number = os.fork()
     if number:
         return number
@@ -183,6 +184,7 @@ def _forked(rank: int, port: int, folder: str, path: str, args: tuple[str, ...])
         where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
         os.environ.update({name: str(value) for name, value in where.items()})
         torch.set_num_threads(1)  # threads of OpenMP are not forked
+        faulthandler.dump_traceback_later(timeout - 1, file=2)  # where it stands at the limit
         sys.argv = [path, *args]
         runpy.run_path(path, run_name="__main__")
         status = 0
