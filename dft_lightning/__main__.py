@@ -10,14 +10,14 @@ from importlib import import_module
 # percent faster. torch reads this at its first large tensor, which importing Lightning may make.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-from dft_lightning.cli_errors import OTHER_COMMANDS
+from dft_lightning.cli.errors import OTHER_COMMANDS
 
 
 def run() -> None:
     """The console script: exits with status 0 after a run, with 2 after a mistake."""
     if sys.argv[1:2] and sys.argv[1] in OTHER_COMMANDS:
         raise SystemExit(import_module(OTHER_COMMANDS[sys.argv[1]]).main(sys.argv[2:]))
-    from dft_lightning.cli import main  # Lightning and transformers, which not every command needs
+    from dft_lightning.fit.command import main  # Lightning and transformers, which not every command needs
 
     main()
 

@@ -178,7 +178,7 @@ def init_parameters(cls: type, first: int = 0, bases: Collection[type] = (object
 def from_plain(value: T | dict[str, Any], base: type[T]) -> T:
     """Make a component from ``{"class_path": ..., "init_args": {...}}``; an instance is returned as it is.
 
-    The class is imported: what a file says is to be looked at first, by :mod:`dft_lightning.trust`.
+    The class is imported: what a file says is to be looked at first, by :mod:`dft_lightning.checkpoints.trust`.
 
     Raises:
         TypeError: the class path names no subclass of ``base``, or ``value`` is neither form.

@@ -6,8 +6,8 @@ python examples/make_arithmetic_base.py --output FOLDER
 import argparse
 from pathlib import Path
 
-from dft_lightning.cli import main
 from dft_lightning.data import arithmetic_tokenizer
+from dft_lightning.fit.command import main
 
 CONFIG = Path(__file__).parents[1] / "configs" / "arithmetic_base.yaml"
 

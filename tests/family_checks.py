@@ -19,7 +19,7 @@ from dft_lightning.data.batches import Collator
 from dft_lightning.errors import InputError
 from dft_lightning.export.adapter import merged_model
 from dft_lightning.export.checkpoint import open_checkpoint
-from dft_lightning.modules.generation import GenerationOptions, generate
+from dft_lightning.models.generation import GenerationOptions, generate
 from family_configs import VOCABULARY, tiny_config
 
 # Float32 alone moves a step's gradient by 1e-7 to 1e-5 of these models, whose large weights enlarge what is rounded.

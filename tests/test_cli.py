@@ -17,8 +17,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from conftest import ROOT, TINY_LLAMA
 from dft_lightning.callbacks import InterruptionCheckpoint
-from dft_lightning.cli import main
-from dft_lightning.cli_errors import OTHER_COMMANDS
+from dft_lightning.cli.errors import OTHER_COMMANDS
+from dft_lightning.fit.command import main
 from dft_lightning.losses import LOSSES, CrossEntropyLoss, DFTLoss, FocalLoss
 
 TINY = {**TINY_LLAMA, "vocab_size": 20}

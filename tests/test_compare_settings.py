@@ -17,7 +17,7 @@ from dft_lightning.compare.grid import base_run, sweep_runs, write_config
 from dft_lightning.compare.inputs import check_inputs
 from dft_lightning.compare.settings import read_settings
 from dft_lightning.errors import InputError
-from dft_lightning.fit_config import read_fit_config
+from dft_lightning.fit.config import read_fit_config
 from test_compare_report import fails
 
 ROWS = {"class_path": "ArithmeticRows", "init_args": {"num_rows": 6, "min_digits": 1, "max_digits": 2}}

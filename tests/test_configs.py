@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from conftest import ROOT, TINY_LLAMA
-from dft_lightning.cli import main
 from dft_lightning.data.accumulation import micro_batches_of
-from dft_lightning.fit_config import read_fit_config
-from dft_lightning.modules.loading import load_causal_lm
+from dft_lightning.fit.command import main
+from dft_lightning.fit.config import read_fit_config
+from dft_lightning.models.loading import load_causal_lm
 from small_runs import run_two_processes
 
 # Comparisons are no fit configs; test_compare_settings has them.

@@ -15,11 +15,11 @@ import yaml
 
 import dft_lightning
 from conftest import ROOT
-from dft_lightning.cli import cli_options
+from dft_lightning.cli.own_classes import PACKAGE, read_classes
 from dft_lightning.data import InstructionDataModule, RowSource
-from dft_lightning.fit_config import _ConfigReader
+from dft_lightning.fit.command import cli_options
+from dft_lightning.fit.config import _ConfigReader
 from dft_lightning.modules import CausalLMModule
-from dft_lightning.own_classes import PACKAGE, read_classes
 
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.glob("*.md") if "```" in page.read_text(encoding="utf-8"))

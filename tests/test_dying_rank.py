@@ -14,10 +14,10 @@ import torch
 import yaml
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
-from dft_lightning import processes
 from dft_lightning.checkpoints import resolve_checkpoint
 from dft_lightning.errors import InputError
-from dft_lightning.processes import is_of_a_lost_process
+from dft_lightning.fit import processes
+from dft_lightning.fit.processes import is_of_a_lost_process
 from small_runs import TINY_ARITHMETIC, trainer
 
 LIMIT = 240.0

@@ -106,7 +106,7 @@ def leaking(module, query, key, value, attention_mask, **options):
 
 def breaks(monkeypatch, cell):
     """Break what the cell is to find out."""
-    from dft_lightning.modules import checks, documents
+    from dft_lightning.models import checks, documents
 
     monkeypatch.setattr(checks, "check_documents", lambda *args: None)
     if cell in ("padded", "packed", "padding-free", "LoRA"):

@@ -10,8 +10,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from conftest import TINY_LLAMA, TINY_QWEN2, shared
 from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss, TokenLoss
 from dft_lightning.errors import InputError
-from dft_lightning.modules import head as head_module
-from dft_lightning.modules.loading import load_causal_lm
+from dft_lightning.models import head as head_module
+from dft_lightning.models.loading import load_causal_lm
 from small_runs import TINY_GPT2, trainer
 from test_module import loader
 

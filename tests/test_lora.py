@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, pipeline
 
 from dft_lightning import CausalLMModule, DFTLoss, HuggingFaceExport
-from dft_lightning.compare.fingerprints import hash_weights
 from dft_lightning.distributed.strategies import check_adapter_strategy, check_wrapped
 from dft_lightning.errors import InputError
+from dft_lightning.evaluation.fingerprints import hash_weights
 from dft_lightning.export.command import main as export
-from dft_lightning.modules.adapter import base_name, lora_values
-from dft_lightning.modules.loading import load_causal_lm
+from dft_lightning.models.adapter import base_name, lora_values
+from dft_lightning.models.loading import load_causal_lm
 from dft_lightning.modules.size import training_size
 from family_configs import tiny_config
 from small_runs import TINY_ARITHMETIC, arithmetic_data, trainer

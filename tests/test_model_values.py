@@ -9,7 +9,7 @@ from transformers import AutoConfig, BartConfig, CLIPTextConfig, MoshiConfig, Mp
 from conftest import TINY_LLAMA
 from dft_lightning import CausalLMModule
 from dft_lightning.errors import InputError
-from dft_lightning.modules.loading import load_causal_lm
+from dft_lightning.models.loading import load_causal_lm
 
 SIZES = {key: value for key, value in TINY_LLAMA.items() if key != "model_type"}
 EXPERTS = {**SIZES, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}

@@ -18,8 +18,8 @@ from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss, 
 from dft_lightning.component import from_plain, to_plain
 from dft_lightning.data.batches import Collator
 from dft_lightning.errors import InputError
-from dft_lightning.modules.generation import GenerationOptions, decode_completions
-from dft_lightning.modules.loading import load_causal_lm
+from dft_lightning.models.generation import GenerationOptions, decode_completions
+from dft_lightning.models.loading import load_causal_lm
 from dft_lightning.modules.schedules import total_optimizer_steps
 from small_runs import TINY_ARITHMETIC, TINY_GPT2, arithmetic_data, trainer
 

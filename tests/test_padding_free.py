@@ -11,9 +11,9 @@ from conftest import TINY_LLAMA, TINY_QWEN2, shared
 from dft_lightning import CausalLMModule, DFTLoss, InstructionDataModule, TokenLoss
 from dft_lightning.data.batches import Collator
 from dft_lightning.errors import InputError
-from dft_lightning.modules import documents
-from dft_lightning.modules.documents import check_documents, document_index, document_lengths
-from dft_lightning.modules.loading import load_causal_lm
+from dft_lightning.models import documents
+from dft_lightning.models.documents import check_documents, document_index, document_lengths
+from dft_lightning.models.loading import load_causal_lm
 from small_runs import TINY_ARITHMETIC, TINY_GPT2, arithmetic_data, trainer
 
 # Large weights: attention must depend on what it sees.

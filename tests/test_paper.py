@@ -9,11 +9,11 @@ import yaml
 
 from conftest import ROOT, TINY_LLAMA
 from dft_lightning import CausalLMModule, GenerationEvaluation, InstructionDataModule
-from dft_lightning.cli import main
 from dft_lightning.data import HubRows
 from dft_lightning.data.accumulation import micro_batches_of
 from dft_lightning.errors import InputError
-from dft_lightning.fit_config import read_fit_config
+from dft_lightning.fit.command import main
+from dft_lightning.fit.config import read_fit_config
 from small_runs import TINY_ARITHMETIC, run_script, trainer
 from test_data import bytes_tokenizer
 

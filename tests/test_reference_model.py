@@ -189,7 +189,7 @@ def test_dropout_is_off_in_the_reference_alone():
     config = {**TINY_ARITHMETIC, "resid_pdrop": 0.5}
     module = CausalLMModule(config, loss=DFTLoss())
     module.configure_model()
-    from dft_lightning.modules.reference import ReferenceModel
+    from dft_lightning.models.reference import ReferenceModel
 
     batch = batches()[0]
     reference = ReferenceModel(copy.deepcopy(module.model))

@@ -13,10 +13,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, Re
 
 from conftest import TINY_LLAMA
 from dft_lightning import CausalLMModule
-from dft_lightning.checkpoint_options import SavedOptions, differing, read_options
-from dft_lightning.cli import DFTLightningCLI, cli_options, main
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.errors import InputError
+from dft_lightning.fit.checkpoint_options import SavedOptions, differing, read_options
+from dft_lightning.fit.command import DFTLightningCLI, cli_options, main
 from dft_lightning.losses import DFTLoss, FocalLoss
 from dft_lightning.modules.resume.restored import KEY
 from small_runs import TINY_ARITHMETIC, arithmetic_data, trainer

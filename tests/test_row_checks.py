@@ -12,10 +12,10 @@ from transformers.modeling_outputs import CausalLMOutput
 from conftest import TINY_LLAMA
 from dft_lightning import CausalLMModule
 from dft_lightning.errors import InputError
-from dft_lightning.modules import generation
-from dft_lightning.modules.documents import check_documents
-from dft_lightning.modules.loading import load_causal_lm
-from dft_lightning.modules.row_checks import check_rows
+from dft_lightning.models import generation
+from dft_lightning.models.documents import check_documents
+from dft_lightning.models.loading import load_causal_lm
+from dft_lightning.models.row_checks import check_rows
 
 ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 ENCODER |= {"vocab_size": 97, "max_position_embeddings": 64}

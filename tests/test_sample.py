@@ -18,12 +18,12 @@ import dft_lightning.sampling.command as command
 from conftest import ROOT
 from dft_lightning import InstructionDataModule
 from dft_lightning.assets import resolve
-from dft_lightning.cli import main as fit
 from dft_lightning.compare.settings import read_settings
 from dft_lightning.data.forms import Conversation, RowColumns
-from dft_lightning.fit_config import read_fit_config
+from dft_lightning.fit.command import main as fit
+from dft_lightning.fit.config import read_fit_config
 from dft_lightning.metrics import LastNumber
-from dft_lightning.modules.generation import GenerationOptions
+from dft_lightning.models.generation import GenerationOptions
 from dft_lightning.sampling.command import main
 from dft_lightning.sampling.completions import Sampler, seed_of
 from dft_lightning.sampling.prompts import KEYS, check_columns, jobs_by_length, question_of, read_prompts

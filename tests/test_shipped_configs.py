@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import dft_lightning.shipped_configs as shipped_configs
+import dft_lightning.cli.shipped_configs as shipped_configs
 from conftest import ROOT
-from dft_lightning.cli import main as fit
+from dft_lightning.cli.shipped_configs import main, shipped
 from dft_lightning.compare.settings import read_settings
-from dft_lightning.shipped_configs import main, shipped
+from dft_lightning.fit.command import main as fit
 
 pytestmark = pytest.mark.timeout(60)
 

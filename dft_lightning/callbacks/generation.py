@@ -9,7 +9,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from dft_lightning.callbacks.evaluation import (
+from dft_lightning.callbacks.interruption import asked_to_stop
+from dft_lightning.errors import InputError
+from dft_lightning.evaluation.completions import (
     at_temperature,
     check_prompts,
     count_correct,
@@ -17,8 +19,6 @@ from dft_lightning.callbacks.evaluation import (
     sampled_shares,
     shares,
 )
-from dft_lightning.callbacks.interruption import asked_to_stop
-from dft_lightning.errors import InputError
 from dft_lightning.metrics import reported_k
 from dft_lightning.modules.causal_lm import CausalLMModule
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from dft_lightning.compare.checks import Check, check_sameness
-from dft_lightning.compare.measures import Measure, measures_of
 from dft_lightning.compare.records import Record
 from dft_lightning.compare.statistics import Interval, Values, mean_interval, paired_bootstrap
 from dft_lightning.errors import InputError
+from dft_lightning.evaluation.measures import Measure, measures_of
 
 BASE = "base model"
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dft_lightning.cli_errors import CommandParser
+from dft_lightning.cli.errors import CommandParser
 from dft_lightning.compare.files import SETTINGS
 from dft_lightning.errors import InputError
 from dft_lightning.files import refuse_link, write_text
 
 if TYPE_CHECKING:
-    from dft_lightning.own_classes import Classes
+    from dft_lightning.cli.own_classes import Classes
 
 
 def _arguments(args: Sequence[str]) -> argparse.Namespace:
@@ -80,14 +80,14 @@ def _require_packages() -> None:
 
 
 def _compare(given: argparse.Namespace, classes: Classes | None) -> int:
+    from dft_lightning.cli.own_classes import PACKAGE
     from dft_lightning.compare.clock import Clock
     from dft_lightning.compare.execute import check_jobs, ending_on_signals, execute
     from dft_lightning.compare.grid import base_run, runs_at_best, started_by, sweep_runs, write_config
     from dft_lightning.compare.inputs import check_inputs
     from dft_lightning.compare.report import write_report
     from dft_lightning.compare.settings import fit_overrides, read_settings
-    from dft_lightning.fit_config import read_fit_config
-    from dft_lightning.own_classes import PACKAGE
+    from dft_lightning.fit.config import read_fit_config
 
     classes = classes or PACKAGE
     settings = read_settings(given.config)
@@ -151,8 +151,8 @@ def _best_rates(settings: Any, output: Path, losses: list[str]) -> dict[str, lis
     if not settings.seeds_at_best:
         return {}
     from dft_lightning.compare.analysis import choose, sort_records
-    from dft_lightning.compare.measures import measures_of
     from dft_lightning.compare.records import read_records
+    from dft_lightning.evaluation.measures import measures_of
 
     measures = measures_of(settings.evaluation["num_samples"])
     records, _ = sort_records(vars(settings), read_records(output))

@@ -20,7 +20,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
 
-from dft_lightning.callbacks.evaluation import (
+from dft_lightning.compare.files import CHECKPOINT, FIT, PROBABILITIES, TEST, write_json
+from dft_lightning.distributed import gather_lists
+from dft_lightning.distributed.strategies import shards_parameters
+from dft_lightning.errors import InputError
+from dft_lightning.evaluation.completions import (
     at_temperature,
     check_prompts,
     count_correct,
@@ -29,11 +33,7 @@ from dft_lightning.callbacks.evaluation import (
     target_log_probs,
     token_values,
 )
-from dft_lightning.compare.files import CHECKPOINT, FIT, PROBABILITIES, TEST, write_json
-from dft_lightning.compare.fingerprints import RowHasher, combined, hash_texts, hash_weights
-from dft_lightning.distributed import gather_lists
-from dft_lightning.distributed.strategies import shards_parameters
-from dft_lightning.errors import InputError
+from dft_lightning.evaluation.fingerprints import RowHasher, combined, hash_texts, hash_weights
 from dft_lightning.modules.causal_lm import CausalLMModule
 
 

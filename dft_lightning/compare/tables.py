@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from dft_lightning.compare.analysis import BASE, Choice, Findings, Pair
 from dft_lightning.compare.buckets import BUCKETS, bucket_means
-from dft_lightning.compare.measures import Measure
 from dft_lightning.compare.records import Record
 from dft_lightning.compare.statistics import Interval
+from dft_lightning.evaluation.measures import Measure
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from dft_lightning.checkpoints.trust import loading_options
 from dft_lightning.component import brief_values
 from dft_lightning.data.accumulation import accumulate_to
 from dft_lightning.data.batches import Collator, PackedRows, RowSampler, TokenizedRows
@@ -37,7 +38,6 @@ from dft_lightning.errors import InputError
 from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.metrics.sources import MAX_SOURCES
 from dft_lightning.progress import last_step
-from dft_lightning.trust import loading_options
 
 if TYPE_CHECKING:
     from datasets import Dataset

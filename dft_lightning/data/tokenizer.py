@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dft_lightning.assets import resolve
+from dft_lightning.checkpoints.trust import code_refused
 from dft_lightning.data.time_limit import EndlessTemplateError, limited
 from dft_lightning.errors import InputError, one_line
-from dft_lightning.trust import code_refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

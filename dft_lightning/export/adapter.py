@@ -14,7 +14,7 @@ from dft_lightning.distributed.shard_loading import parameters_on_meta
 from dft_lightning.errors import InputError
 from dft_lightning.export.checkpoint import TrainedCheckpoint
 from dft_lightning.export.model import converted, empty_model
-from dft_lightning.modules.adapter import (
+from dft_lightning.models.adapter import (
     adapter_tensors,
     attach,
     check_adapter,
@@ -22,7 +22,7 @@ from dft_lightning.modules.adapter import (
     fingerprint,
     lora_config,
 )
-from dft_lightning.modules.loading import load_causal_lm
+from dft_lightning.models.loading import load_causal_lm
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dft_lightning.cli import quiet, report
-from dft_lightning.cli_errors import CommandParser
+from dft_lightning.cli.errors import CommandParser
 from dft_lightning.export.checkpoint import open_checkpoint
 from dft_lightning.export.folder import DTYPES, OF_A_MODEL, check_shard_size, export_folder
 from dft_lightning.files import check_replaceable
+from dft_lightning.fit.command import quiet, report
 
 
 def main(args: list[str]) -> int:

@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dft_lightning.cli import quiet, report
-from dft_lightning.cli_errors import CommandParser
+from dft_lightning.cli.errors import CommandParser
+from dft_lightning.cli.own_classes import PACKAGE, Classes
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.data.sources import FirstRows, as_source
 from dft_lightning.errors import InputError
 from dft_lightning.files import write_text
-from dft_lightning.fit_config import data_of, read_arguments
+from dft_lightning.fit.command import quiet, report
+from dft_lightning.fit.config import data_of, read_arguments
 from dft_lightning.inspection.summary import summarise
-from dft_lightning.own_classes import PACKAGE, Classes
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,6 +11,7 @@ Example:
     FocalLoss: 0.0151
 """
 
+from dft_lightning.integrations.trainer import compute_loss_func, require_default_forward_options
 from dft_lightning.losses.base import TokenLoss, token_loss_and_weight
 from dft_lightning.losses.combined import MixtureLoss, ScheduledLoss, ThresholdLoss
 from dft_lightning.losses.cross_entropy import CrossEntropyLoss
@@ -21,7 +22,6 @@ from dft_lightning.losses.power import DEFTLoss, PowerLoss
 from dft_lightning.losses.reference import AnchoredLoss, ImportanceWeightedLoss, ProximalLoss
 from dft_lightning.losses.sequence import SequenceDFTLoss
 from dft_lightning.losses.statistics import Statistic, TokenStats, statistics_from_logits
-from dft_lightning.losses.trainer import compute_loss_func, require_default_forward_options
 from dft_lightning.losses.weighted import ChordPhiLoss, EAFTLoss
 
 #: Every loss of the package, by the name that a config gives as ``class_path``.

@@ -13,12 +13,12 @@ from dft_lightning.errors import InputError
 from dft_lightning.losses import TokenLoss
 from dft_lightning.losses.base import sequence_index_of
 from dft_lightning.losses.statistics import normalise_needs
-from dft_lightning.modules.auxiliary import auxiliary_loss
-from dft_lightning.modules.checks import ModelChecks
-from dft_lightning.modules.documents import document_index, model_inputs
-from dft_lightning.modules.head import WAY_OUT, LanguageModelHead, run_without_head
+from dft_lightning.models.auxiliary import auxiliary_loss
+from dft_lightning.models.checks import ModelChecks
+from dft_lightning.models.documents import document_index, model_inputs
+from dft_lightning.models.head import WAY_OUT, LanguageModelHead, run_without_head
+from dft_lightning.models.reference import ReferenceModel
 from dft_lightning.modules.options import Head, StepOptions
-from dft_lightning.modules.reference import ReferenceModel
 from dft_lightning.ops import TokenOutput, linear_token_loss, logits_token_loss
 
 _IGNORE_INDEX = -100

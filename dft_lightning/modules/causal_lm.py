@@ -16,18 +16,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from dft_lightning.component import plain_values
 from dft_lightning.distributed.sharding import ShardingOptions, discard_gradients, is_sharded, synchronise
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss
-from dft_lightning.modules.adapter import lora_values
+from dft_lightning.models.adapter import lora_values
+from dft_lightning.models.documents import model_inputs
+from dft_lightning.models.generation import Completions, GenerationOptions
+from dft_lightning.models.loading import config_values
+from dft_lightning.models.reference import ReferenceModel
 from dft_lightning.modules.batch_loss import BatchObjective
 from dft_lightning.modules.building import ModelBuilder, objective_of
-from dft_lightning.modules.documents import model_inputs
 from dft_lightning.modules.evaluation import Evaluation, check_prompts, records_of
-from dft_lightning.modules.generation import Completions, GenerationOptions
-from dft_lightning.modules.loading import config_values
 from dft_lightning.modules.monitors import check_monitors, check_monitors_by_validation
 from dft_lightning.modules.optimizer_building import OptimizerBuilder
 from dft_lightning.modules.optimizers import DEFAULT_OPTIMIZER, OptimizerCallable
 from dft_lightning.modules.options import EvaluationOptions, LoadingOptions, StepOptions, over_checkpoint, whole_options
-from dft_lightning.modules.reference import ReferenceModel
 from dft_lightning.modules.resume.run_state import RunState, window_ends
 from dft_lightning.modules.resume.saved import Checkpoints
 from dft_lightning.modules.schedules import ScheduleCallable, WarmupSchedule

@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dft_lightning.models.head import ends_of
 from dft_lightning.modules.factories import Values
-from dft_lightning.modules.head import ends_of
 from dft_lightning.modules.optimizers import (
     build_optimizer,
     check_sharding,

@@ -16,8 +16,8 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from dft_lightning.errors import InputError, one_line
+from dft_lightning.models.quantization import import_bitsandbytes
 from dft_lightning.modules.factories import Names, Values, class_of, factory_values, options_of, parameters_of, tried
-from dft_lightning.modules.quantization import import_bitsandbytes
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 DEFAULT_OPTIMIZER = partial(AdamW, lr=5e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)

@@ -9,14 +9,14 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
+from dft_lightning.checkpoints.trust import loading_options
 from dft_lightning.component import from_plain, init_parameters
 from dft_lightning.distributed.sharding import ShardingOptions
 from dft_lightning.metrics import AnswerExtractor, LastNumber
-from dft_lightning.modules.generation import GenerationOptions
-from dft_lightning.modules.loading import DType
+from dft_lightning.models.generation import GenerationOptions
+from dft_lightning.models.loading import DType
 from dft_lightning.modules.optimizers import optimizer_values
 from dft_lightning.modules.schedules import schedule_values
-from dft_lightning.trust import loading_options
 
 Head = Literal["fused", "full"]
 OnNonFinite = Literal["raise", "skip"]
@@ -150,7 +150,7 @@ def over_checkpoint(
     Args:
         cls: the module's class.
         files: checkpoint, options in place of its own, and ``weights_only``, as for
-            :func:`~dft_lightning.trust.loading_options`.
+            :func:`~dft_lightning.checkpoints.trust.loading_options`.
         given: options that the caller gives.
         trust_remote_code: never the file's.
     """

@@ -16,18 +16,18 @@ import lightning.pytorch as pl
 import torch
 from tqdm import tqdm
 
-from dft_lightning.callbacks.evaluation import sampled_shares
-from dft_lightning.cli import check_half_precision, quiet, report
-from dft_lightning.cli_errors import CommandParser
-from dft_lightning.compare.fingerprints import hash_weights
+from dft_lightning.cli.errors import CommandParser
+from dft_lightning.cli.own_classes import PACKAGE, Classes
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.distributed.strategies import check_precision
 from dft_lightning.errors import InputError
-from dft_lightning.fit_config import module_of, read_arguments
+from dft_lightning.evaluation.completions import sampled_shares
+from dft_lightning.evaluation.fingerprints import hash_weights
+from dft_lightning.fit.command import check_half_precision, quiet, report
+from dft_lightning.fit.config import module_of, read_arguments
 from dft_lightning.metrics import ExactMatch
+from dft_lightning.models.generation import GenerationOptions
 from dft_lightning.modules import CausalLMModule
-from dft_lightning.modules.generation import GenerationOptions
-from dft_lightning.own_classes import PACKAGE, Classes
 from dft_lightning.sampling.completions import Completion, Sampler
 from dft_lightning.sampling.partial_file import Job, PartialFile
 from dft_lightning.sampling.prompts import Prompts, jobs_by_length, read_prompts

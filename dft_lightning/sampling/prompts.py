@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
+from dft_lightning.cli.own_classes import PACKAGE, Classes
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.data.forms import Conversation, RowColumns, convert_row, recognise_form
 from dft_lightning.data.messages import Conversations, Problems, load_conversation
 from dft_lightning.data.sources import FirstRows, as_source
 from dft_lightning.data.tokens import ConversationEncoder, attempt
 from dft_lightning.errors import InputError
-from dft_lightning.fit_config import data_of
-from dft_lightning.own_classes import PACKAGE, Classes
+from dft_lightning.fit.config import data_of
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 # What a line has beside prompt, completion and tools.

@@ -12,10 +12,10 @@ from pathlib import Path
 from types import FrameType
 
 from dft_lightning.callbacks.interruption import Interrupted
-from dft_lightning.cli import quiet, report
-from dft_lightning.cli_errors import CommandParser
+from dft_lightning.cli.errors import CommandParser
+from dft_lightning.cli.own_classes import PACKAGE, Classes
 from dft_lightning.files import check_replaceable
-from dft_lightning.own_classes import PACKAGE, Classes
+from dft_lightning.fit.command import quiet, report
 from dft_lightning.scoring.run import RECORD, SPLITS, ScoringCLI
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -13,12 +13,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from dft_lightning import __version__
 from dft_lightning.callbacks import PredictionWriter
-from dft_lightning.cli import DFTLightningCLI, cli_options
+from dft_lightning.cli.own_classes import PACKAGE, Classes
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.errors import InputError
 from dft_lightning.files import replacing_folder
+from dft_lightning.fit.command import DFTLightningCLI, cli_options
 from dft_lightning.losses import CrossEntropyLoss
-from dft_lightning.own_classes import PACKAGE, Classes
 from dft_lightning.scoring.batches import ScoredWriter, ScoringBatches, ScoringData, target_log_probs
 from dft_lightning.scoring.rows import SplitRows
 

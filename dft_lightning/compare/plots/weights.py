@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dft_lightning.checkpoints.trust import check_classes
 from dft_lightning.compare.analysis import Findings
 from dft_lightning.compare.plots.style import Plot, Styles, add_legend, new_figure
 from dft_lightning.component import from_plain
 from dft_lightning.errors import one_line
 from dft_lightning.losses import TokenLoss, TokenStats, token_loss_and_weight
 from dft_lightning.losses.statistics import normalise_needs
-from dft_lightning.trust import check_classes
 
 # Of a schedule: dashed, for its ends lie on the lines of the losses it goes between.
 _DASHES = {"at first": ":", "at last": "--"}

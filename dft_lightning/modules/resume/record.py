@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from dft_lightning.component import brief_values, class_path
-from dft_lightning.modules.head import ends_of
+from dft_lightning.models.head import ends_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ def describe(
     Args:
         model: the language model.
         base: name or folder that it was loaded from, or the values of a config.
-        adapter: see :func:`~dft_lightning.modules.adapter.adapter_record`; ``None`` where all of the model is trained.
+        adapter: see :func:`~dft_lightning.models.adapter.adapter_record`; ``None`` where all of the model is trained.
         tokenizer_files: see :func:`files_of`; none where there is no tokenizer.
         stop_token_ids: what ends a generated text.
         trainer: of the run; ``None`` for none.

@@ -15,10 +15,10 @@ from torch import nn
 
 from dft_lightning.distributed.strategies import check_wrapped, on_first_rank
 from dft_lightning.errors import InputError, one_line, shortened
-from dft_lightning.modules.adapter import adapter_record, check_adapter, check_tensors, fingerprint, trained_names
+from dft_lightning.models.adapter import adapter_record, check_adapter, check_tensors, fingerprint, trained_names
+from dft_lightning.models.generation import Completions
+from dft_lightning.models.reference import ReferenceModel
 from dft_lightning.modules.factories import Values
-from dft_lightning.modules.generation import Completions
-from dft_lightning.modules.reference import ReferenceModel
 from dft_lightning.modules.resume.record import RECORD, describe, files_of
 from dft_lightning.modules.resume.restored import OptimizerOptions
 from dft_lightning.modules.resume.run_state import RunState

@@ -8,9 +8,9 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from dft_lightning.modules.documents import check_documents
-from dft_lightning.modules.head import LanguageModelHead, check_head, find_head, text_config
-from dft_lightning.modules.row_checks import check_rows, rotary_length
+from dft_lightning.models.documents import check_documents
+from dft_lightning.models.head import LanguageModelHead, check_head, find_head, text_config
+from dft_lightning.models.row_checks import check_rows, rotary_length
 
 
 class ModelChecks:

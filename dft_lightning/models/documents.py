@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dft_lightning.errors import InputError, one_line
-from dft_lightning.modules.head import text_config
-from dft_lightning.modules.row_checks import apart, rounding, trying, vocabulary_of
+from dft_lightning.models.head import text_config
+from dft_lightning.models.row_checks import apart, rounding, trying, vocabulary_of
 
 ATTENTION = "documents"
 WAY_OUT = "train on padded rows (data.padding_free: false, no data.packing)"

@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from dft_lightning.distributed.sharding import local_part
 from dft_lightning.errors import InputError, one_line
-from dft_lightning.modules.head import ends_of
+from dft_lightning.models.head import ends_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig, LoraModel

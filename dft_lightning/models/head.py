@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dft_lightning.errors import InputError, one_line
-from dft_lightning.modules.row_checks import trying
+from dft_lightning.models.row_checks import trying
 from dft_lightning.ops import linear_token_statistics
 from dft_lightning.ops.transform import LogitTransform
 

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from dft_lightning.assets import resolve
+from dft_lightning.checkpoints.trust import code_refused
 from dft_lightning.checkpoints.whole import unreadable
 from dft_lightning.distributed.shard_loading import WAY_OUT as WHOLE
 from dft_lightning.distributed.shard_loading import parameters_on_meta, saved_dtype
 from dft_lightning.errors import InputError, one_line
-from dft_lightning.modules.documents import ATTENTION, register_documents_attention
-from dft_lightning.modules.quantization import bitsandbytes_config, check_quantized
-from dft_lightning.trust import code_refused
+from dft_lightning.models.documents import ATTENTION, register_documents_attention
+from dft_lightning.models.quantization import bitsandbytes_config, check_quantized
 
 # What transformers makes rope_parameters of, and what it writes into every config of its own.
 _ALSO_TAKEN = ("rope_theta", "rope_scaling", "transformers_version", "dtype")

@@ -14,9 +14,9 @@ from torch import Tensor
 from dft_lightning.distributed import gather_lists
 from dft_lightning.errors import InputError
 from dft_lightning.metrics import ExactMatch, TokenMetrics, pass_at_k, reported_k
+from dft_lightning.models.generation import GenerationOptions
+from dft_lightning.models.row_checks import evaluating
 from dft_lightning.modules.causal_lm import CausalLMModule
-from dft_lightning.modules.generation import GenerationOptions
-from dft_lightning.modules.row_checks import evaluating
 from dft_lightning.modules.telemetry import count_tokens
 
 

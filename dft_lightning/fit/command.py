@@ -25,19 +25,19 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.callbacks import InterruptionCheckpoint, PredictionWriter
-from dft_lightning.checkpoint_options import SavedOptions, differing, options_to_take, read_options, taken
 from dft_lightning.checkpoints import keep_whole, refused_write, resolve_checkpoint
-from dft_lightning.cli_errors import OF_A_FIT, OTHER_COMMANDS, shorten
+from dft_lightning.checkpoints.trust import check_classes, check_kernel, import_paths, importing_only
+from dft_lightning.cli.errors import OF_A_FIT, OTHER_COMMANDS, shorten
+from dft_lightning.cli.own_classes import GROUPS, Classes, check_known, read_classes, this_script
+from dft_lightning.cli.parser import Parser, refuse_nulls
 from dft_lightning.component import named_class
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.distributed.strategies import check_precision
 from dft_lightning.errors import InputError, printable
+from dft_lightning.fit.checkpoint_options import SavedOptions, differing, options_to_take, read_options, taken
+from dft_lightning.fit.processes import RunProcesses, is_of_a_lost_process
+from dft_lightning.fit.saved_config import RunConfig
 from dft_lightning.modules import CausalLMModule
-from dft_lightning.own_classes import GROUPS, Classes, check_known, read_classes, this_script
-from dft_lightning.parser import Parser, refuse_nulls
-from dft_lightning.processes import RunProcesses, is_of_a_lost_process
-from dft_lightning.saved_config import RunConfig
-from dft_lightning.trust import check_classes, check_kernel, import_paths, importing_only
 
 _DESCRIPTION = (
     "Fine-tune causal language models with a pluggable token loss. Six more commands have options of their own, "

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dft_lightning.errors import InputError
-from dft_lightning.modules.head import text_config
+from dft_lightning.models.head import text_config
 
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dft_lightning.distributed.strategies import gathered_root, shards_parameters
 from dft_lightning.errors import InputError, one_line
-from dft_lightning.modules.row_checks import apart, evaluating, rounding, trying, vocabulary_of
+from dft_lightning.models.row_checks import apart, evaluating, rounding, trying, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -191,7 +191,7 @@ def _required(match: re.Match[str], message: str, parser: ArgumentParser) -> str
 
 
 def _missing_file(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
-    from dft_lightning.shipped_configs import hint
+    from dft_lightning.cli.shipped_configs import hint
 
     return f"{_key_and_reasons(message)[0] or 'config'}: no such file: {match.group(1)}{hint(match.group(1))}"
 
@@ -212,7 +212,7 @@ OTHER_COMMANDS = {
     "score": "dft_lightning.scoring.command",
     "sample": "dft_lightning.sampling.command",
     "export": "dft_lightning.export.command",
-    "configs": "dft_lightning.shipped_configs",
+    "configs": "dft_lightning.cli.shipped_configs",
 }
 # Those that take the options of ``fit`` beside their own, and with them the classes of one's own.
 OF_A_FIT = ("compare", "inspect", "score", "sample")

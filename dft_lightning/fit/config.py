@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
-from dft_lightning.cli import DFTLightningCLI, cli_options
+from dft_lightning.cli.own_classes import PACKAGE, Classes
+from dft_lightning.cli.parser import Parser
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.errors import InputError
+from dft_lightning.fit.command import DFTLightningCLI, cli_options
 from dft_lightning.modules import CausalLMModule
-from dft_lightning.own_classes import PACKAGE, Classes
-from dft_lightning.parser import Parser
 
 
 class _ConfigReader(DFTLightningCLI):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from dft_lightning.cli_errors import CommandParser
+from dft_lightning.cli.errors import CommandParser
 from dft_lightning.errors import InputError
 from dft_lightning.files import write_text
 
@@ -23,7 +23,7 @@ def shipped() -> dict[str, Path]:
     Raises:
         FileNotFoundError: the package has none, which is a fault of its installation.
     """
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     # A wheel has them in the package. In a checkout they are beside it, and a folder of that name beside an installed
     # package may be anybody's.
     folders = [package / "configs"]

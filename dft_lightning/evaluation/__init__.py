@@ -1,0 +1,1 @@
+"""Measures and fingerprints that callbacks and commands share."""
