@@ -37,7 +37,7 @@ from linear_head import RESULTS, machine
 
 from dft_lightning.errors import InputError
 from dft_lightning.export.checkpoint import open_checkpoint
-from dft_lightning.fit.command import main as command
+from dft_lightning.fit import main as command
 
 MODEL = {"model_type": "gpt2", "n_embd": 96, "n_layer": 4, "n_head": 4, "vocab_size": 20, "n_positions": 256}
 MODEL |= {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}

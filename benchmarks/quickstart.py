@@ -17,7 +17,7 @@ from pathlib import Path
 from linear_head import RESULTS, machine
 
 import dft_lightning.__main__  # noqa: F401 (large tensors on huge pages, as the command has them)
-from dft_lightning.fit.command import main as command
+from dft_lightning.fit import main as command
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OVERLAYS = {"DFT": [], "cross-entropy": ["quickstart_ce.yaml"], "focal": ["quickstart_focal.yaml"]}

@@ -74,7 +74,7 @@ class Clock:
 def run_ours(options: argparse.Namespace, folder: str, padding_free: bool = False, packed: bool = False) -> dict:
     import dft_lightning.__main__  # noqa: F401 (large tensors on huge pages, as the command has them)
     from dft_lightning import CausalLMModule
-    from dft_lightning.fit.command import main
+    from dft_lightning.fit import main
 
     clock = Clock()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dft_lightning.integrations import compute_loss_func
 from dft_lightning.losses import (
     LOSSES,
     AnchoredLoss,
@@ -27,18 +28,16 @@ from dft_lightning.losses import (
     ThresholdLoss,
     TokenLoss,
     TokenStats,
-    compute_loss_func,
     dft_cross_entropy,
     focal_cross_entropy,
 )
+from dft_lightning.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from dft_lightning.callbacks import GenerationEvaluation as GenerationEvaluation
     from dft_lightning.callbacks import HuggingFaceExport as HuggingFaceExport
     from dft_lightning.data import InstructionDataModule as InstructionDataModule
     from dft_lightning.modules import CausalLMModule as CausalLMModule
-
-__version__ = "0.1.0"
 
 _LAZY = {
     "CausalLMModule": "dft_lightning.modules",

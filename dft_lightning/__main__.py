@@ -1,22 +1,22 @@
-"""``python -m dft_lightning fit|validate|test|predict --config ...`` and the commands of ``OTHER_COMMANDS``"""
+"""``python -m dft_lightning``: ``fit``, ``validate``, ``test``, ``predict``, and the commands of ``cli``."""
 
 from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
 
 # Large tensors on huge pages, where Linux gives them and the user has not decided: a training step on the CPU is some
 # percent faster. torch reads this at its first large tensor, which importing Lightning may make.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-from dft_lightning.cli.errors import OTHER_COMMANDS
+from dft_lightning.cli import COMMANDS
+from dft_lightning.cli.commands import run as run_command
 
 
 def run() -> None:
     """The console script: exits with status 0 after a run, with 2 after a mistake."""
-    if sys.argv[1:2] and sys.argv[1] in OTHER_COMMANDS:
-        raise SystemExit(import_module(OTHER_COMMANDS[sys.argv[1]]).main(sys.argv[2:]))
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        raise SystemExit(run_command(sys.argv[1], sys.argv[2:]))
     from dft_lightning.fit.command import main  # Lightning and transformers, which not every command needs
 
     main()

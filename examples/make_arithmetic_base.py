@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from dft_lightning.data import arithmetic_tokenizer
-from dft_lightning.fit.command import main
+from dft_lightning.fit import main
 
 CONFIG = Path(__file__).parents[1] / "configs" / "arithmetic_base.yaml"
 

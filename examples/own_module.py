@@ -8,7 +8,7 @@ and inspect, compare, score, sample and export likewise.
 from typing import Any
 
 from dft_lightning import CausalLMModule
-from dft_lightning.fit.command import main
+from dft_lightning.fit import main
 
 
 class FrozenEmbeddings(CausalLMModule):

@@ -29,7 +29,8 @@ from dft_lightning.checkpoints import writing as writing_module
 from dft_lightning.checkpoints.whole import META, WRITTEN, write_marker
 from dft_lightning.checkpoints.writing import clear_leftovers, partial_path, put_back, put_in_place, sync_files
 from dft_lightning.errors import InputError
-from dft_lightning.fit.command import main, quiet
+from dft_lightning.fit import main
+from dft_lightning.foreign.lightning import quiet
 from small_runs import TINY_ARITHMETIC, arithmetic_data, run_two_processes, trainer
 
 

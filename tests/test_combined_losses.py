@@ -6,8 +6,16 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss, MixtureLoss, ScheduledLoss, TokenLoss
-from dft_lightning.losses import compute_loss_func
+from dft_lightning import (
+    CausalLMModule,
+    CrossEntropyLoss,
+    DFTLoss,
+    FocalLoss,
+    MixtureLoss,
+    ScheduledLoss,
+    TokenLoss,
+    compute_loss_func,
+)
 from dft_lightning.modules import GenerationOptions
 from dft_lightning.ops import linear_token_loss, logits_token_loss
 from small_runs import TINY_ARITHMETIC, GradientRecorder, arithmetic_data, trainer

@@ -11,9 +11,9 @@ import sys
 import pytest
 import yaml
 
+from commands import compare as main
 from compare_records import LOSSES, whole_comparison, write_run, write_settings
 from dft_lightning.compare.analysis import analyse
-from dft_lightning.compare.command import main
 from dft_lightning.compare.records import read_records
 
 DRAWN = ("test_the_files", "test_names_are_text")
@@ -31,9 +31,7 @@ def findings_of(output):
 
 
 def fails(capsys, *args, lines=1):
-    with pytest.raises(SystemExit) as error:
-        main([str(arg) for arg in args])
-    assert error.value.code == 2
+    assert main([str(arg) for arg in args]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert len(message.strip().splitlines()) == lines
@@ -59,7 +57,7 @@ def test_of_equal_rates_the_one_with_lower_nll_is_taken_and_the_report_says_so(t
         write_run(tmp_path, "CE", rate, validation=(greedy, 0.5), nll=nll)
     choice = findings_of(tmp_path).choices["greedy"][0]
     assert (choice.learning_rate, choice.tied, choice.at_edge) == (1e-4, True, False)
-    main(["--report-only", str(tmp_path)])
+    main(["--report_only", str(tmp_path)])
     assert "| CE | 0.0001 = | 0.500 |" in (tmp_path / "report.md").read_text()
 
 
@@ -83,7 +81,7 @@ def test_a_rate_that_lost_a_seed_takes_no_part(tmp_path):
     assert findings.losses == ["CE"]
     assert findings.choices["greedy"][0].learning_rate == 1e-4
     assert findings.choices["greedy"][0].at_edge  # of the two that were asked for
-    assert main(["--report-only", str(tmp_path)]) == 0
+    assert main(["--report_only", str(tmp_path)]) == 0
     assert "DFT (all of it) | no learning rate has a finished run of each seed" in (tmp_path / "report.md").read_text()
 
 
@@ -120,7 +118,7 @@ def test_one_seed_among_several_is_judged_by_nothing(tmp_path):
         (pair,) = findings_of(out).pairs["greedy"]
         assert pair.over_problems.excludes_zero()
         assert pair.winner == (None if seeds_at_best else "DFT")
-        main(["--report-only", str(out)])
+        main(["--report_only", str(out)])
         text = (out / "report.md").read_text()
         assert ("(one seed: judged by nothing)" in text) == bool(seeds_at_best)
         assert ("There is one seed" in text) == (not seeds_at_best)
@@ -137,7 +135,7 @@ def test_no_winner_where_problems_leave_it_open(tmp_path):
 
 def test_the_files(tmp_path):
     whole_comparison(tmp_path)
-    assert main(["--report-only", str(tmp_path)]) == 0
+    assert main(["--report_only", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)  # one file, nothing beside it
     assert "<script" not in page
@@ -175,7 +173,7 @@ def test_minutes_in_sum_and_by_the_clock(tmp_path):
 
 
 def report_facts(output):
-    main(["--report-only", str(output)])
+    main(["--report_only", str(output)])
     return dict(re.findall(r"^- \*\*(.*?)\*\*: (.*)$", (output / "report.md").read_text(), re.MULTILINE))
 
 
@@ -186,7 +184,7 @@ def test_tables_are_no_wider_for_more_losses(tmp_path):
     for number, name in enumerate(losses):
         folder = write_run(tmp_path, name, 1e-3, folder=f"run{number}")
         (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"loss": LOSSES["CE"]}}))
-    main(["--report-only", str(tmp_path)])
+    main(["--report_only", str(tmp_path)])
     tables = re.findall(r"^\|.*\n\|[- |]+\|\n", (tmp_path / "report.md").read_text(), re.MULTILINE)
     assert len(tables) > 5
     assert max(table.splitlines()[0].count(" | ") + 1 for table in tables) <= 8
@@ -203,7 +201,7 @@ def test_a_difference_in_targets_is_no_comparison(tmp_path):
     write_run(tmp_path, "DFT", 1e-4, 1, targets="other")
     findings = findings_of(tmp_path)
     assert [check.what for check in findings.checks if not check.agrees] == ["targets per step"]
-    main(["--report-only", str(tmp_path)])
+    main(["--report_only", str(tmp_path)])
     text = (tmp_path / "report.md").read_text()
     assert "NOT COMPARABLE" in text
     assert "DIFFERENT they part at micro-batch 2" in text
@@ -239,7 +237,7 @@ def test_runs_that_are_no_part_of_the_comparison(tmp_path, place, config, reason
     findings = findings_of(tmp_path)
     assert findings.left_out == {folder.name: reason}
     assert {len(choice.records) for choice in findings.choices["greedy"]} == {1}
-    main(["--report-only", str(tmp_path)])
+    main(["--report_only", str(tmp_path)])
     assert reason in (tmp_path / "report.md").read_text().replace("\\", "")
 
 
@@ -281,7 +279,7 @@ def test_names_are_text(tmp_path):
         folder = write_run(tmp_path, name, 1e-3, folder=f"run{i}")
         assert folder.is_dir()
         del LOSSES[name]
-    assert main(["--report-only", str(tmp_path)]) == 0
+    assert main(["--report_only", str(tmp_path)]) == 0
     assert "<b>x" not in (tmp_path / "report.html").read_text()
     text = (tmp_path / "report.md").read_text().partition("## The comparison's config")[0]
     assert "\\<b\\>x\\|y\\*z\\*\\</b\\>" in text
@@ -292,7 +290,7 @@ def test_unfinished_runs_are_named_with_their_error(tmp_path):
     whole_comparison(tmp_path)
     folder = write_run(tmp_path, "DFT", 1e-4, 1, finished=False, tested=False)
     (folder / "fit.log").write_text("step 1\nTraceback (most recent call last):\n  x\nRuntimeError: out of memory\n")
-    main(["--report-only", str(tmp_path)])
+    main(["--report_only", str(tmp_path)])
     assert "| dft-lr0.0001-seed1 | fit: RuntimeError: out of memory |" in (tmp_path / "report.md").read_text()
 
 
@@ -303,7 +301,7 @@ def test_a_folder_of_unfinished_runs(tmp_path, capsys):
     write_settings(tmp_path)
     write_run(tmp_path, None)
     write_run(tmp_path, "CE", 1e-3, finished=False, tested=False)
-    message = fails(capsys, "--report-only", tmp_path)
+    message = fails(capsys, "--report_only", tmp_path)
     assert "1 runs and none of a loss has ended (ce-lr0.001-seed0: begun)" in message
     assert not (tmp_path / "report.md").exists()
 
@@ -315,33 +313,33 @@ def test_a_measure_that_was_never_logged(tmp_path, capsys):
     fit = json.loads(path.read_text())
     del fit["history"][-1]["validation"]["token_accuracy"]
     path.write_text(json.dumps(fit))
-    message = fails(capsys, "--report-only", tmp_path)
+    message = fails(capsys, "--report_only", tmp_path)
     assert "ce-lr0.001-seed0: 'token_accuracy' was never logged on validation rows; there are greedy," in message
 
 
 def test_folders_that_are_no_comparison(tmp_path, capsys):
-    assert "no compare.yaml here: not the output folder" in fails(capsys, "--report-only", tmp_path)
+    assert "no compare.yaml here: not the output folder" in fails(capsys, "--report_only", tmp_path)
     write_settings(tmp_path)
-    assert "no runs in" in fails(capsys, "--report-only", tmp_path)
+    assert "no runs in" in fails(capsys, "--report_only", tmp_path)
 
 
 def test_a_broken_record(tmp_path, capsys):
     whole_comparison(tmp_path)
     (tmp_path / "runs" / "base" / "test.json").write_text('{"run": ')
-    assert "test.json: broken record: " in fails(capsys, "--report-only", tmp_path)
+    assert "test.json: broken record: " in fails(capsys, "--report_only", tmp_path)
     whole = tmp_path / "whole"
     whole_comparison(whole)
     (whole / "runs" / "ce-lr0.001-seed0" / "probabilities.npz").unlink()
-    assert "probabilities.npz: missing: copy it with its run" in fails(capsys, "--report-only", whole)
+    assert "probabilities.npz: missing: copy it with its run" in fails(capsys, "--report_only", whole)
     (whole / "compare.yaml").write_text("[")
-    assert "compare.yaml: cannot be read: " in fails(capsys, "--report-only", whole)
+    assert "compare.yaml: cannot be read: " in fails(capsys, "--report_only", whole)
 
 
 def test_without_the_extra():
     """One message, before the report's modules are imported."""
     script = (
         "import sys; sys.modules['jinja2'] = None; "
-        "from dft_lightning.compare.command import main; main(['--report-only', 'runs'])"
+        "from dft_lightning.cli.commands import run; sys.exit(run('compare', ['--report_only', 'runs']))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2

@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 
+from commands import compare as main
 from conftest import ROOT
 from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, InstructionDataModule
-from dft_lightning.compare.command import main
 from dft_lightning.compare.execute import _Children, check_jobs, job_environments, last_error
 from dft_lightning.compare.recorder import Evaluation, RunIdentity, RunRecorder
 from dft_lightning.compare.records import Record

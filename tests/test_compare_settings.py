@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from commands import compare as main
 from compare_records import LOSSES, write_run
 from conftest import ROOT, TINY_LLAMA
-from dft_lightning.compare.command import main
 from dft_lightning.compare.grid import base_run, sweep_runs, write_config
 from dft_lightning.compare.inputs import check_inputs
 from dft_lightning.compare.settings import read_settings
@@ -114,7 +114,7 @@ def test_another_way_to_the_same_folder_is_no_other_config(tmp_path, monkeypatch
 def test_print_commands_goes_on_to_the_best_rates(tmp_path, capsys):
     """A loss whose sweep has ended has its further seeds printed, beside what is left of the others."""
     path, out = write(tmp_path, seeds_at_best=[1], evaluation={"num_samples": 4}), tmp_path / "out"
-    arguments = ["--config", str(path), "--output", str(out), "--print-commands"]
+    arguments = ["--config", str(path), "--output", str(out), "--print_commands"]
     assert main(arguments) == 0
     loss = yaml.safe_load((out / "compare.yaml").read_text())["losses"]["CE"]
     monkeyed = {name: LOSSES[name] for name in LOSSES}
@@ -137,7 +137,7 @@ def test_print_commands_goes_on_to_the_best_rates(tmp_path, capsys):
 
 def test_print_commands_writes_configs_and_runs_nothing(tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(["--config", str(write(tmp_path)), "--output", str(out), "--print-commands"]) == 0
+    assert main(["--config", str(write(tmp_path)), "--output", str(out), "--print_commands"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     folder = out / "runs" / "ce-lr0.001-seed0"
@@ -194,9 +194,7 @@ def test_print_commands_writes_configs_and_runs_nothing(tmp_path, capsys):
     ],
 )  # fmt: skip
 def test_bad_configs(tmp_path, capsys, changes, message):
-    with pytest.raises(SystemExit) as error:
-        main(["--config", str(write(tmp_path, **changes)), "--output", str(tmp_path / "out")])
-    assert error.value.code == 2
+    assert main(["--config", str(write(tmp_path, **changes)), "--output", str(tmp_path / "out")]) == 2
     found = capsys.readouterr().err
     assert message in found
     assert found.startswith("error: ")
@@ -244,7 +242,7 @@ def test_a_mistake_in_the_data_ends_it_before_the_first_run(
 def test_an_extractor_that_finds_nothing_ends_it_before_the_first_run(tmp_path, capsys):
     model = {**BASE["model"], "evaluation": {"answer_extractor": "HashAnswer"}}
     arguments = ["--config", write(tmp_path, {**BASE, "model": model}), "--output", tmp_path / "out"]
-    for more in ([], ["--print-commands"]):
+    for more in ([], ["--print_commands"]):
         assert "row 1: HashAnswer() finds no answer in the reference" in fails(capsys, *arguments, *more)
     assert not (tmp_path / "out").exists()
 
@@ -282,7 +280,7 @@ def test_bad_arguments(tmp_path, capsys):
     assert "no such file" in fails(capsys, "--config", tmp_path / "none.yaml", "--output", out)
     assert "give --config FILE and --output FOLDER" in fails(capsys, "--config", path)
     assert "--jobs must be at least 1" in fails(capsys, "--config", path, "--output", out, "--jobs", 0)
-    assert "and nothing else" in fails(capsys, "--report-only", out, "--config", path)
+    assert "and nothing else" in fails(capsys, "--report_only", out, "--config", path)
     assert "is a file" in fails(capsys, "--config", path, "--output", path)
 
 

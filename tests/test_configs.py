@@ -10,7 +10,7 @@ import yaml
 
 from conftest import ROOT, TINY_LLAMA
 from dft_lightning.data.accumulation import micro_batches_of
-from dft_lightning.fit.command import main
+from dft_lightning.fit import main
 from dft_lightning.fit.config import read_fit_config
 from dft_lightning.models.loading import load_causal_lm
 from small_runs import run_two_processes

@@ -14,11 +14,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Mamba2Config, PreTrainedModel, pipeline
 
+from commands import export as main
 from conftest import shared
 from dft_lightning import CausalLMModule, DFTLoss, HuggingFaceExport, InstructionDataModule
 from dft_lightning.data import ArithmeticRows, RowSource
 from dft_lightning.errors import InputError
-from dft_lightning.export.command import main
 from dft_lightning.export.model import _config_of
 from dft_lightning.modules import GenerationOptions
 from dft_lightning.modules.resume.record import describe

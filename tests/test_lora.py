@@ -15,11 +15,11 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, pipeline
 
+from commands import export
 from dft_lightning import CausalLMModule, DFTLoss, HuggingFaceExport
 from dft_lightning.distributed.strategies import check_adapter_strategy, check_wrapped
 from dft_lightning.errors import InputError
 from dft_lightning.evaluation.fingerprints import hash_weights
-from dft_lightning.export.command import main as export
 from dft_lightning.models.adapter import base_name, lora_values
 from dft_lightning.models.loading import load_causal_lm
 from dft_lightning.modules.size import training_size

@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from commands import export
 from dft_lightning import CrossEntropyLoss
 from dft_lightning.errors import InputError
-from dft_lightning.export.command import main as export
 from dft_lightning.models.loading import load_causal_lm
 from small_runs import arithmetic_data, trainer
 from test_lora import IDS, LLAMA, exported, log_probs, made, of_module

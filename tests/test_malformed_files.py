@@ -13,7 +13,7 @@ from datasets import Dataset
 from dft_lightning import CausalLMModule, InstructionDataModule
 from dft_lightning.data import HubRows, MixedRows
 from dft_lightning.errors import InputError
-from dft_lightning.fit.command import main
+from dft_lightning.fit import main
 from malformed import (
     GOOD,
     PAIR,

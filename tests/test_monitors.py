@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMon
 from lightning.pytorch.loggers import CSVLogger
 
 from dft_lightning import CausalLMModule, GenerationEvaluation, InstructionDataModule
+from dft_lightning.cli.commands import user_message
 from dft_lightning.data import ArithmeticRows, MixedRows
 from dft_lightning.errors import InputError
-from dft_lightning.fit.command import user_message
 from dft_lightning.models.generation import GenerationOptions
 from dft_lightning.modules.monitors import logged_by_module
 from small_runs import TINY_ARITHMETIC, arithmetic_data, trainer

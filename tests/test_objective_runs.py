@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from commands import score
 from conftest import shared
 from dft_lightning import CausalLMModule
 from dft_lightning.data.tokenizer import load_tokenizer
-from dft_lightning.scoring.command import main as score
 from objective_runs import LORA, OBJECTIVES, ROWS, SPLITS, steps
 from small_runs import TINY_ARITHMETIC, run_two_processes
 

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from dft_lightning.checkpoints.trust import check_classes, import_paths, importing_only
 from dft_lightning.cli.errors import shorten
-from dft_lightning.cli.parser import Parser
 from dft_lightning.errors import InputError
 from dft_lightning.fit.checkpoint_options import options_to_take
+from dft_lightning.fit.parser import Parser
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss
 from dft_lightning.modules.optimizers import DEFAULT_OPTIMIZER, OptimizerCallable, optimizer_values
 from dft_lightning.modules.schedules import ScheduleCallable, WarmupSchedule, schedule_values

@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM
 from compare_records import whole_comparison
 from conftest import ROOT, TINY_LLAMA
 from dft_lightning import CausalLMModule
-from dft_lightning.cli.own_classes import this_script
 from dft_lightning.compare.execute import _Children
 from dft_lightning.compare.grid import common_part, first_difference
 from dft_lightning.compare.report import write_report
 from dft_lightning.compare.settings import read_settings
-from dft_lightning.fit.command import main
+from dft_lightning.fit import main
+from dft_lightning.fit.own_classes import this_script
 from own_modules import OwnData, OwnModule
 from small_runs import run_script
 

@@ -12,7 +12,7 @@ from dft_lightning import CausalLMModule, GenerationEvaluation, InstructionDataM
 from dft_lightning.data import HubRows
 from dft_lightning.data.accumulation import micro_batches_of
 from dft_lightning.errors import InputError
-from dft_lightning.fit.command import main
+from dft_lightning.fit import main
 from dft_lightning.fit.config import read_fit_config
 from small_runs import TINY_ARITHMETIC, run_script, trainer
 from test_data import bytes_tokenizer

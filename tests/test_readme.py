@@ -373,7 +373,7 @@ def test_no_figure_of_the_readme_is_without_its_results():
 def test_python_runs(monkeypatch):
     """Its blocks, but for the runs: the module is made of a small model, and the trainer is given what it would fit."""
     started, fitted = [], []
-    monkeypatch.setattr("dft_lightning.fit.command.main", lambda module_class: started.append(module_class))
+    monkeypatch.setattr("dft_lightning.fit.main", lambda module_class: started.append(module_class))
     monkeypatch.setattr(pl.Trainer, "fit", lambda self, *args, **options: fitted.append((args, options)))
     for language, code in BLOCK.findall(README):
         if language == "python":

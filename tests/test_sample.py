@@ -15,16 +15,16 @@ import torch
 import yaml
 
 import dft_lightning.sampling.command as command
+from commands import sample as main
 from conftest import ROOT
 from dft_lightning import InstructionDataModule
 from dft_lightning.assets import resolve
 from dft_lightning.compare.settings import read_settings
 from dft_lightning.data.forms import Conversation, RowColumns
-from dft_lightning.fit.command import main as fit
+from dft_lightning.fit import main as fit
 from dft_lightning.fit.config import read_fit_config
 from dft_lightning.metrics import LastNumber
 from dft_lightning.models.generation import GenerationOptions
-from dft_lightning.sampling.command import main
 from dft_lightning.sampling.completions import Sampler, seed_of
 from dft_lightning.sampling.prompts import KEYS, check_columns, jobs_by_length, question_of, read_prompts
 
@@ -54,10 +54,7 @@ def sampled(path, *args):
 def fails(capsys, *args):
     """The one message of a command that must end with 2."""
     capsys.readouterr()
-    try:
-        status = main([str(arg) for arg in args])
-    except SystemExit as error:
-        status = error.code
+    status = main([str(arg) for arg in args])
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert status == 2
     assert len(error) == 1

@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from commands import score as main
 from conftest import TINY_LLAMA
 from dft_lightning import CausalLMModule, InstructionDataModule
 from dft_lightning.assets import resolve
@@ -23,7 +24,6 @@ from dft_lightning.data.tokenizer import load_tokenizer
 from dft_lightning.errors import InputError
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss
 from dft_lightning.scoring import run as scoring
-from dft_lightning.scoring.command import main
 from small_runs import trainer
 
 TOKENIZER = "asset://arithmetic-base"
@@ -417,10 +417,7 @@ def test_splits_that_are_not_run_need_none(of_llama, tmp_path):
 
 
 def fails(capfd, args):
-    try:
-        status = main(args)
-    except SystemExit as ending:
-        status = ending.code
+    status = main(args)
     assert status == 2
     err = capfd.readouterr().err
     assert "Traceback" not in err

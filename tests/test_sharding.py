@@ -12,13 +12,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from commands import export
 from conftest import ROOT
 from dft_lightning import CausalLMModule
 from dft_lightning.distributed import ShardingOptions
 from dft_lightning.distributed.shard_loading import allocate_shards, read_shards
 from dft_lightning.distributed.strategies import data_parallel_mesh
 from dft_lightning.errors import InputError
-from dft_lightning.export.command import main as export
 from dft_lightning.models.loading import empty_causal_lm, load_causal_lm
 from sharded_runs import LLAMA, LORA, MEMORY_CASES, VARIANTS, one_step, seeded_run, three_steps, training_memory
 from small_runs import run_limited, run_script, run_two_processes

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 import dft_lightning.cli.shipped_configs as shipped_configs
+from commands import configs as main
 from conftest import ROOT
-from dft_lightning.cli.shipped_configs import main, shipped
+from dft_lightning.cli.shipped_configs import shipped
 from dft_lightning.compare.settings import read_settings
-from dft_lightning.fit.command import main as fit
+from dft_lightning.fit import main as fit
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -29,10 +30,7 @@ ALL = {name.removeprefix("configs/"): path.read_bytes() for name, path in FILES.
 
 def fails(capsys, *args):
     """The one message of a command that must end with 2."""
-    try:
-        status = main([str(arg) for arg in args])
-    except SystemExit as error:
-        status = error.code
+    status = main([str(arg) for arg in args])
     captured = capsys.readouterr()
     assert status == 2
     assert captured.out == ""
@@ -128,7 +126,7 @@ def test_folders_that_cannot_be(capsys, tmp_path):
 def test_where_configs_are_found(monkeypatch, tmp_path):
     """A wheel's are in the package; a checkout's beside it; a folder beside an installed package is somebody else's."""
     package = tmp_path / "dft_lightning"
-    monkeypatch.setattr(shipped_configs, "__file__", str(package / "shipped_configs.py"))
+    monkeypatch.setattr(shipped_configs, "__file__", str(package / "cli" / "shipped_configs.py"))
     package.mkdir()
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "a.yaml").write_text("# Beside.")

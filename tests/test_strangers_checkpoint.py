@@ -16,13 +16,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from commands import export
 from dft_lightning import CausalLMModule, DFTLoss, FocalLoss, InstructionDataModule
 from dft_lightning.checkpoints.shards import ShardReader, check_shards, guard_loading
 from dft_lightning.checkpoints.trust import _with_rest
 from dft_lightning.errors import InputError
-from dft_lightning.export.command import main as export
+from dft_lightning.fit import main as command
 from dft_lightning.fit.command import DFTLightningCLI
-from dft_lightning.fit.command import main as command
 from dft_lightning.modules.options import GROUPS
 from small_runs import FSDP1OnCPU, arithmetic_data, trainer
 from strangers import MODULE, changed, saved, stranger, whole  # noqa: F401 (fixtures)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from dft_lightning.fit.command import main
+from dft_lightning.fit import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

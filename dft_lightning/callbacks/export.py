@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from dft_lightning.distributed.strategies import on_first_rank, whole_state
 from dft_lightning.errors import InputError
 from dft_lightning.export.checkpoint import TrainedCheckpoint, language_model_tensors
-from dft_lightning.export.folder import DTYPES, OF_A_MODEL, check_shard_size, export_folder
+from dft_lightning.export.folder import OF_A_MODEL, DType, check_shard_size, export_folder
 from dft_lightning.export.model import model_class_of
 from dft_lightning.files import check_replaceable
 from dft_lightning.modules.causal_lm import CausalLMModule
@@ -50,8 +50,8 @@ class HuggingFaceExport(Callback):
         merge: bool = False,
     ) -> None:
         check_shard_size(max_shard_size)
-        if dtype not in (None, *DTYPES):
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if dtype not in (None, *get_args(DType)):
+            raise ValueError(f"dtype must be one of {', '.join(get_args(DType))}, got {dtype!r}")
         self.output = output
         self.overwrite = overwrite
         self.dtype = dtype

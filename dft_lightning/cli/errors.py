@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import inspect
 import re
-import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from dft_lightning.cli import COMMANDS
+from dft_lightning.cli.shipped_configs import hint
 from dft_lightning.component import imported
 from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss
 
@@ -26,14 +26,6 @@ _NOISE = (
     "Expected a <class 'NoneType'>",
 )
 _PREFIX = re.compile(r'^[\s-]*(Parser key "[^"]+":)?\s*')
-
-
-class CommandParser(argparse.ArgumentParser):
-    """Of a command with few options of its own. One mistake, one message: no usage wall."""
-
-    def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"error: {message}\n")
-        raise SystemExit(2)
 
 
 def shorten(message: str, parser: ArgumentParser) -> str:
@@ -191,8 +183,6 @@ def _required(match: re.Match[str], message: str, parser: ArgumentParser) -> str
 
 
 def _missing_file(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
-    from dft_lightning.cli.shipped_configs import hint
-
     return f"{_key_and_reasons(message)[0] or 'config'}: no such file: {match.group(1)}{hint(match.group(1))}"
 
 
@@ -205,27 +195,14 @@ def _broken_config(match: re.Match[str], message: str, parser: ArgumentParser) -
     return "config: broken YAML: " + " ".join(match.group(1).split()).replace('in "<unicode string>", ', "at ")
 
 
-# Beside Lightning's own, each with options of its own: the module whose ``main`` takes the arguments.
-OTHER_COMMANDS = {
-    "compare": "dft_lightning.compare.command",
-    "inspect": "dft_lightning.inspection.command",
-    "score": "dft_lightning.scoring.command",
-    "sample": "dft_lightning.sampling.command",
-    "export": "dft_lightning.export.command",
-    "configs": "dft_lightning.cli.shipped_configs",
-}
-# Those that take the options of ``fit`` beside their own, and with them the classes of one's own.
-OF_A_FIT = ("compare", "inspect", "score", "sample")
-
-
 def _unknown_command(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
-    known = [*re.findall(r"\w+", match.group(2)), *OTHER_COMMANDS]
+    known = [*re.findall(r"\w+", match.group(2)), *COMMANDS]
     near = difflib.get_close_matches(match.group(1), known, n=1)
     return f"unknown command {match.group(1)!r}" + (f"; did you mean {near[0]}?" if near else f": {_one_of(known)}")
 
 
 def _no_command(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
-    return f"no command: {_one_of([*match.group(1).split(','), *OTHER_COMMANDS])}"
+    return f"no command: {_one_of([*match.group(1).split(','), *COMMANDS])}"
 
 
 def _one_of(commands: list[str]) -> str:

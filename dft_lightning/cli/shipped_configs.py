@@ -5,12 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 import posixpath
-import sys
 from pathlib import Path
 
 import yaml
 
-from dft_lightning.cli.errors import CommandParser
 from dft_lightning.errors import InputError
 from dft_lightning.files import write_text
 
@@ -107,40 +105,29 @@ def _select(names: list[str]) -> list[str]:
     return [name for name in configs if name in chosen]
 
 
-def main(args: list[str]) -> int:
-    """Run the command; returns the exit status, 2 after one message on standard error where the input was wrong."""
-    parser = CommandParser(
-        prog="python -m dft_lightning configs",
-        description="List the configs that come with the package, or copy them to where commands can name them. "
-        "After `configs --output configs` the README's commands work as they are written.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help="only these, such as quickstart or compare/half; what a comparison is over comes along (default: all)",
-    )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="copy them there")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that differ")
-    options = parser.parse_args(args)
-    if options.overwrite and options.output is None:
-        parser.error("--overwrite: give --output FOLDER, too")
-    try:
-        configs = shipped()
-        names = _select(options.names) if options.names else list(configs)
-        if options.output is None:
-            width = max(map(len, names))
-            for name in names:
-                print(f"{name:{width}}  {describe(configs[name])}")
-            return 0
-        written = copy(names, options.output, options.overwrite)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except OSError as error:
-        sys.stderr.write(f"error: {error.filename}: {error.strerror}\n" if error.filename else f"error: {error}\n")
-        return 2
-    there = f", {len(names) - len(written)} were there already" if len(written) < len(names) else ""
-    print(f"{options.output}: {len(written)} copied{there}")
-    return 0
+def configs(*names: str, output: Path | None = None, overwrite: bool = False) -> None:
+    """List the configs that come with the package, or copy them to where commands can name them.
+
+    After ``configs --output configs`` the README's commands work as they are written. With names, such as
+    ``quickstart`` or ``compare/half``, it is these alone; what a comparison is over comes along.
+
+    Args:
+        names: of configs
+        output: copy them there
+        overwrite: replace files that differ
+
+    Raises:
+        InputError: there is no such config, or a file that differs is in its place.
+    """
+    if overwrite and output is None:
+        raise InputError("--overwrite: give --output FOLDER, too")
+    found = shipped()
+    chosen = _select(list(names)) if names else list(found)
+    if output is None:
+        width = max(map(len, chosen))
+        for name in chosen:
+            print(f"{name:{width}}  {describe(found[name])}")
+        return
+    written = copy(chosen, output, overwrite)
+    there = f", {len(chosen) - len(written)} were there already" if len(written) < len(chosen) else ""
+    print(f"{output}: {len(written)} copied{there}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import os
@@ -14,63 +13,56 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dft_lightning.cli.errors import CommandParser
+from dft_lightning.cli.commands import Stopped
 from dft_lightning.compare.files import SETTINGS
 from dft_lightning.errors import InputError
 from dft_lightning.files import refuse_link, write_text
 
 if TYPE_CHECKING:
-    from dft_lightning.cli.own_classes import Classes
+    from dft_lightning.fit.own_classes import Classes
 
 
-def _arguments(args: Sequence[str]) -> argparse.Namespace:
-    parser = CommandParser(prog="python -m dft_lightning compare", description=__doc__, allow_abbrev=False)
-    what = "the comparison, such as configs/compare/quickstart.yaml; a further one goes over it"
-    parser.add_argument("--config", type=Path, action="append", help=what)
-    parser.add_argument("--output", type=Path, help="folder of the runs and the report; a second call goes on there")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
-    parser.add_argument("--print-commands", action="store_true", help="print what is left to run, a line a run")
-    parser.add_argument("--report-only", type=Path, metavar="FOLDER", help="rebuild the report from the runs there")
-    given = parser.parse_args(args)
-    if given.report_only is not None:
-        if given.config is not None or given.output is not None or given.print_commands:
-            parser.error("--report-only takes the output folder of a comparison and nothing else")
-    elif given.config is None or given.output is None:
-        parser.error("give --config FILE and --output FOLDER, or --report-only FOLDER")
-    if given.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {given.jobs}")
-    return given
-
-
-def main(args: Sequence[str], classes: Classes | None = None) -> int:
-    """Run the command.
+def compare(
+    config: list[Path] | None = None,
+    output: Path | None = None,
+    jobs: int = 1,
+    print_commands: bool = False,
+    report_only: Path | None = None,
+    classes: Any = None,
+) -> int:
+    """Run a grid of losses, learning rates and seeds, and report on it.
 
     Args:
-        args: what follows ``compare`` on the command line.
-        classes: modules of one's own; ``None`` for the package's.
+        config: the comparison, such as configs/compare/quickstart.yaml; a further one goes over it
+        output: folder of the runs and the report; a second call goes on there
+        jobs: runs at once
+        print_commands: print what is left to run, a line a run
+        report_only: rebuild the report from the runs in this folder
+        classes: modules of one's own; ``None`` for the package's
 
     Returns:
-        The exit status: 0 where every run ended well, 1 where one failed (the report says which), 130 where the
-        comparison was interrupted.
+        0 where every run ended well, 1 where one failed; the report says which.
 
     Raises:
-        SystemExit: with status 2 after one message on standard error, where the input was wrong.
+        InputError: anything wrong with the input.
+        Stopped: on Ctrl-C; the same call goes on.
     """
-    given = _arguments(args)
+    if report_only is not None and (config is not None or output is not None or print_commands):
+        raise InputError("--report_only takes the output folder of a comparison and nothing else")
+    if jobs < 1:
+        raise InputError(f"--jobs must be at least 1, got {jobs}")
     try:
         _require_packages()  # before the modules that import them
-        if given.report_only is not None:
+        if report_only is not None:
             from dft_lightning.compare.report import write_report
 
-            write_report(given.report_only)
+            write_report(report_only)
             return 0
-        return _compare(given, classes)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
+        if config is None or output is None:
+            raise InputError("give --config FILE and --output FOLDER, or --report_only FOLDER")
+        return _compare(config, output, jobs, print_commands, classes)
     except KeyboardInterrupt:
-        sys.stderr.write("stopped: the same command goes on with the runs that have not ended\n")
-        return 130
+        raise Stopped("stopped: the same command goes on with the runs that have not ended") from None
 
 
 def _require_packages() -> None:
@@ -79,8 +71,7 @@ def _require_packages() -> None:
         raise InputError(f"the report needs {', '.join(missing)}: pip install 'dft-lightning[compare]'")
 
 
-def _compare(given: argparse.Namespace, classes: Classes | None) -> int:
-    from dft_lightning.cli.own_classes import PACKAGE
+def _compare(config: list[Path], output: Path, jobs: int, print_commands: bool, classes: Classes | None) -> int:
     from dft_lightning.compare.clock import Clock
     from dft_lightning.compare.execute import check_jobs, ending_on_signals, execute
     from dft_lightning.compare.grid import base_run, runs_at_best, started_by, sweep_runs, write_config
@@ -88,13 +79,13 @@ def _compare(given: argparse.Namespace, classes: Classes | None) -> int:
     from dft_lightning.compare.report import write_report
     from dft_lightning.compare.settings import fit_overrides, read_settings
     from dft_lightning.fit.config import read_fit_config
+    from dft_lightning.fit.own_classes import PACKAGE
 
     classes = classes or PACKAGE
-    settings = read_settings(given.config)
+    settings = read_settings(config)
     fit_config = read_fit_config(settings.base, fit_overrides(settings), classes)
     _check_fit_config(fit_config, settings.path)
-    check_jobs(given.jobs, fit_config["trainer"])
-    output = given.output
+    check_jobs(jobs, fit_config["trainer"])
     program = classes.program(fit_config)
     sweep = [base_run(settings, fit_config, output), *sweep_runs(settings, fit_config, output)]
     sweep = started_by(program, sweep)
@@ -105,10 +96,10 @@ def _compare(given: argparse.Namespace, classes: Classes | None) -> int:
         clock = Clock(output)
         for run in sweep:
             write_config(run)
-        _write_settings(settings, given.config, output)
-        failures = [] if given.print_commands else execute(sweep, given.jobs, "sweep", lock, clock)
+        _write_settings(settings, config, output)
+        failures = [] if print_commands else execute(sweep, jobs, "sweep", lock, clock)
         # Before the sweep of a loss has ended its best rate is not known; when it has, what failed takes no part.
-        not_ended = {run.identity.loss for run in sweep if given.print_commands and run.commands()}
+        not_ended = {run.identity.loss for run in sweep if print_commands and run.commands()}
         ended = [loss for loss in settings.losses if loss not in not_ended]
         further = runs_at_best(settings, fit_config, output, _best_rates(settings, output, ended))
         further = started_by(program, further)
@@ -116,9 +107,9 @@ def _compare(given: argparse.Namespace, classes: Classes | None) -> int:
             check_inputs(further, settings.evaluation, classes)
         for run in further:
             write_config(run)
-        if given.print_commands:
+        if print_commands:
             return _print_commands([*sweep, *further], output)
-        failures += execute(further, given.jobs, "seeds at the best rates", lock, clock)
+        failures += execute(further, jobs, "seeds at the best rates", lock, clock)
         write_report(output)
     return 1 if failures else 0
 
@@ -170,7 +161,7 @@ def _print_commands(runs: Sequence[Any], output: Path) -> int:
     if lines:
         print("\n".join(lines))
     else:
-        sys.stderr.write(f"nothing left to run: python -m dft_lightning compare --report-only {output}\n")
+        sys.stderr.write(f"nothing left to run: python -m dft_lightning compare --report_only {output}\n")
     return 0
 
 

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from dft_lightning.cli.own_classes import PACKAGE, Classes
+from dft_lightning.cli.commands import user_message
 from dft_lightning.compare.grid import Run
 from dft_lightning.compare.recorder import naming_the_way_out
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.errors import InputError
-from dft_lightning.fit.command import user_message
 from dft_lightning.fit.config import data_of, module_of
+from dft_lightning.fit.own_classes import PACKAGE, Classes
 from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.metrics import ExactMatch
 

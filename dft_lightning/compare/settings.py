@@ -12,13 +12,13 @@ from typing import Any
 
 import yaml
 
-from dft_lightning.cli.own_classes import GROUPS, flat
-from dft_lightning.cli.parser import Parser
 from dft_lightning.cli.shipped_configs import hint
 from dft_lightning.compare.names import slug_of
 from dft_lightning.compare.recorder import Evaluation
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.evaluation.measures import check_measures, default_measures
+from dft_lightning.fit.own_classes import GROUPS, flat
+from dft_lightning.fit.parser import Parser
 from dft_lightning.losses import TokenLoss
 
 

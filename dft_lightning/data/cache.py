@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dft_lightning import __version__
 from dft_lightning.data.forms import Conversation
 from dft_lightning.data.messages import MAX_SHOWN, Conversations, OnBadRows, Problems, load_conversation
 from dft_lightning.data.tokens import ConversationEncoder, attempt
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.files import write_text
+from dft_lightning.version import __version__
 
 if TYPE_CHECKING:
     import pyarrow

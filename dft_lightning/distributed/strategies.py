@@ -58,6 +58,12 @@ def check_precision(strategy: object, precision: object) -> None:
         )
 
 
+def check_half_precision(trainer: pl.Trainer, asked: Any) -> None:
+    """Raise ``InputError`` where a trainer was asked for fp16 and took bfloat16."""
+    if str(asked) in ("16", "16-mixed") and trainer.precision != "16-mixed":
+        raise InputError("trainer.precision: 16-mixed needs a GPU (Lightning would run bf16-mixed): ask for that")
+
+
 def check_adapter_strategy(trainer: pl.Trainer | None, quantized: bool) -> None:
     """Raise ``InputError`` where an adapter cannot be trained, or not be saved alone."""
     strategy = None if trainer is None else trainer.strategy

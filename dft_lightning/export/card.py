@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from dft_lightning import __version__
 from dft_lightning.export.checkpoint import TrainedCheckpoint
+from dft_lightning.version import __version__
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

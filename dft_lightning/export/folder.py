@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -19,7 +19,7 @@ from dft_lightning.files import check_replaceable, replacing_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DType = Literal["float32", "bfloat16", "float16", "float64"]
 OF_A_MODEL = ("config.json", "adapter_config.json")
 """What a folder that may be replaced has one of."""
 

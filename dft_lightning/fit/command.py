@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import logging
 import os
 import re
 import sys
-import threading
-import warnings
 from argparse import SUPPRESS
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import ArgumentError, Namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -27,24 +21,24 @@ from lightning.pytorch.utilities import rank_zero_info
 from dft_lightning.callbacks import InterruptionCheckpoint, PredictionWriter
 from dft_lightning.checkpoints import keep_whole, refused_write, resolve_checkpoint
 from dft_lightning.checkpoints.trust import check_classes, check_kernel, import_paths, importing_only
-from dft_lightning.cli.errors import OF_A_FIT, OTHER_COMMANDS, shorten
-from dft_lightning.cli.own_classes import GROUPS, Classes, check_known, read_classes, this_script
-from dft_lightning.cli.parser import Parser, refuse_nulls
+from dft_lightning.cli import COMMANDS
+from dft_lightning.cli.commands import report, run, user_message
+from dft_lightning.cli.errors import shorten
 from dft_lightning.component import named_class
 from dft_lightning.data import InstructionDataModule
-from dft_lightning.distributed.strategies import check_precision
+from dft_lightning.distributed.strategies import check_half_precision, check_precision
 from dft_lightning.errors import InputError, printable
 from dft_lightning.fit.checkpoint_options import SavedOptions, differing, options_to_take, read_options, taken
+from dft_lightning.fit.own_classes import GROUPS, Classes, check_known, read_classes, this_script
+from dft_lightning.fit.parser import Parser, refuse_nulls
 from dft_lightning.fit.processes import RunProcesses, is_of_a_lost_process
 from dft_lightning.fit.saved_config import RunConfig
+from dft_lightning.foreign.lightning import quiet
 from dft_lightning.modules import CausalLMModule
 
 _DESCRIPTION = (
-    "Fine-tune causal language models with a pluggable token loss. Six more commands have options of their own, "
-    "shown by `compare --help` and so on: compare runs a grid of losses, learning rates and seeds and reports on it; "
-    "inspect shows a fit config's rows as the model will see them; score writes a model's log-probs of a data set's "
-    "targets as a column of it; sample writes a model's own answers as rows to train on; export writes a checkpoint as "
-    "a Hugging Face folder; configs lists and copies the configs that come with the package."
+    "Fine-tune causal language models with a pluggable token loss. More commands, each with a --help of its own: "
+    f"{', '.join(COMMANDS)}."
 )
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -273,12 +267,6 @@ def check_environment() -> None:
             )
 
 
-def check_half_precision(trainer: pl.Trainer, asked: Any) -> None:
-    """Raise ``InputError`` where a trainer was asked for fp16 and took bfloat16."""
-    if str(asked) in ("16", "16-mixed") and trainer.precision != "16-mixed":
-        raise InputError("trainer.precision: 16-mixed needs a GPU (Lightning would run bf16-mixed): ask for that")
-
-
 def default_callbacks(given: list[Callback], trainer_config: Any) -> list[Callback]:
     """The callbacks of the command that the config has none of its own of."""
     defaults: list[Callback] = [PredictionWriter()]
@@ -294,76 +282,6 @@ def default_loggers(root: str | Path | None) -> list[Logger]:
     folder = str(root or Path.cwd())
     board = TensorBoardLogger(folder, name="lightning_logs")
     return [board, CSVLogger(folder, name="lightning_logs", version=board.version)]
-
-
-def quiet() -> None:
-    """Advice that is wrong or no use here."""
-    # The two default loggers share a folder, so it is never empty; nothing in it is deleted.
-    warnings.filterwarnings("ignore", message=r"Experiment logs directory .* exists and is not empty")
-    # Rows come tokenised: collating them is cheap, and data.num_workers is there.
-    warnings.filterwarnings("ignore", message=r".*does not have many workers")
-    # A fit without validation rows is what was asked for.
-    warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
-    # The module's own values are reduced before they are logged; advice on anybody else's stays.
-    ours = "loss|nll|perplexity|token_accuracy|entropy|mean_weight|target_tokens|exact_match"
-    stages = "val|forgetting|test"
-    warnings.filterwarnings("ignore", message=rf"It is recommended to use `self\.log\('({stages})/({ours})'")
-    # What becomes of the other processes when one dies is said in words of our own.
-    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").addFilter(
-        lambda record: "Forcefully terminating" not in record.getMessage()
-    )
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()
-    )
-
-    if not isinstance(threading.excepthook, functools.partial):  # once
-        threading.excepthook = functools.partial(_thread_ends, threading.excepthook)
-
-
-def _thread_ends(otherwise: Callable[[threading.ExceptHookArgs], Any], ended: threading.ExceptHookArgs) -> None:
-    """TensorBoard's writer meets a full disk in a thread of its own, and says so again where the run ends by it."""
-    if not isinstance(ended.exc_value, OSError) or type(ended.thread).__name__ != "_AsyncWriterThread":
-        otherwise(ended)
-
-
-def user_message(error: Exception) -> str | None:
-    """What to tell a person of an error that a change of their input mends; ``None`` for any other."""
-    text = str(error).strip()
-    if isinstance(error, (InputError, MisconfigurationException)):
-        return text
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, ValueError) and text.startswith("`val_check_interval`"):
-        return f"trainer.val_check_interval: {text}"
-    if isinstance(error, RuntimeError) and text.startswith("The sizes `data_parallel_size"):
-        return f"trainer.strategy: {text}"
-    if isinstance(error, RuntimeError) and text.startswith("Early stopping conditioned on metric"):
-        return f"trainer.callbacks: {text}"
-    if isinstance(error, RuntimeError) and text.startswith("RunConfig expected "):
-        path = text.removeprefix("RunConfig expected ").partition(" to NOT exist")[0]
-        return f"{path} is of an earlier run, and is kept: set another trainer.default_root_dir, or a trainer.logger"
-    if isinstance(error, KeyError) and "checkpoint contains only the model" in text:
-        return (
-            "--ckpt_path: the checkpoint has weights alone (save_weights_only), from which fit cannot go on: give "
-            "another, or export it and begin anew with model.model"
-        )
-    if isinstance(error, RuntimeError) and "loading state_dict" in text:
-        lines = [line.strip() for line in text.splitlines()]
-        return f"--ckpt_path: the checkpoint is of another model: {lines[1] if len(lines) > 1 else text}"[:500]
-    return None
-
-
-def report(error: Exception) -> int:
-    """Write what to tell a person of an error to standard error, and return the exit status.
-
-    Called where the error is handled: any other than :func:`user_message` knows goes on its way.
-    """
-    message = user_message(error)
-    if message is None:
-        raise error
-    sys.stderr.write(f"error: {printable(message)}\n")
-    return 2
 
 
 class _Main:
@@ -436,21 +354,20 @@ def main(
     own = (module_class, datamodule_class) != (CausalLMModule, InstructionDataModule)
     classes = Classes(module_class, datamodule_class, this_script(args) if own else None)
     given = sys.argv[1:] if args is None else args
-    if isinstance(given, list) and given and given[0] in OTHER_COMMANDS:
-        run_other = import_module(OTHER_COMMANDS[given[0]]).main
-        raise SystemExit(run_other(given[1:], classes) if given[0] in OF_A_FIT else run_other(given[1:]))
+    if isinstance(given, list) and given and given[0] in COMMANDS:
+        raise SystemExit(run(given[0], given[1:], classes))
     quiet()
-    run = _Main()
+    process = _Main()
     try:
         cli = DFTLightningCLI(
             module_class,
             datamodule_class,
             **cli_options(),
             args=args,
-            on_trainer=run.watch,
+            on_trainer=process.watch,
         )
     except Exception as error:
-        raise SystemExit(run.status(error)) from None
-    if run.processes is not None:
-        run.processes.ended(failed=False)
+        raise SystemExit(process.status(error)) from None
+    if process.processes is not None:
+        process.processes.ended(failed=False)
     return cli

@@ -9,11 +9,12 @@ from typing import Any
 
 import yaml
 
-from dft_lightning.cli.own_classes import PACKAGE, Classes
-from dft_lightning.cli.parser import Parser
+from dft_lightning.cli.commands import FitArguments
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.errors import InputError
 from dft_lightning.fit.command import DFTLightningCLI, cli_options
+from dft_lightning.fit.own_classes import PACKAGE, Classes
+from dft_lightning.fit.parser import Parser
 from dft_lightning.modules import CausalLMModule
 
 
@@ -66,12 +67,17 @@ def read_arguments(args: list[str], classes: Classes = PACKAGE) -> dict[str, Any
     return _ConfigReader(classes.model, classes.data, **cli_options(), args=args).whole_config()
 
 
-def data_of(config: dict[str, Any], classes: Classes = PACKAGE) -> InstructionDataModule:
+def read_fit(fit: FitArguments) -> dict[str, Any]:
+    """Every key of the fit config that a command is given; see :func:`read_fit_config`."""
+    return read_arguments(["fit", *fit.args], fit.classes or PACKAGE)
+
+
+def data_of(config: dict[str, Any], classes: Classes | None = None) -> InstructionDataModule:
     """The data module of a whole config, for what needs no trainer.
 
     Args:
         config: as it was read.
-        classes: of the command.
+        classes: of the command; ``None`` for the package's.
 
     Raises:
         InputError: options that contradict each other or are out of range.
@@ -81,16 +87,16 @@ def data_of(config: dict[str, Any], classes: Classes = PACKAGE) -> InstructionDa
     return data
 
 
-def module_of(config: dict[str, Any], classes: Classes = PACKAGE) -> CausalLMModule:
+def module_of(config: dict[str, Any], classes: Classes | None = None) -> CausalLMModule:
     """The module of a whole config, its model not yet loaded. Arguments and errors as of :func:`data_of`."""
     module: CausalLMModule = _made("model", config, classes)
     return module
 
 
-def _made(group: str, config: dict[str, Any], classes: Classes) -> Any:
+def _made(group: str, config: dict[str, Any], classes: Classes | None) -> Any:
     path, options = _split(config[group])
     parser = Parser(exit_on_error=True)
-    parser.add_class_arguments(classes.named(group, path), group)
+    parser.add_class_arguments((classes or PACKAGE).named(group, path), group)
     given = parser.parse_object({group: options})
     try:
         return parser.instantiate_classes(given)[group]

@@ -11,8 +11,7 @@ Example:
     FocalLoss: 0.0151
 """
 
-from dft_lightning.integrations.trainer import compute_loss_func, require_default_forward_options
-from dft_lightning.losses.base import TokenLoss, token_loss_and_weight
+from dft_lightning.losses.base import TokenLoss, require_default_forward_options, token_loss_and_weight
 from dft_lightning.losses.combined import MixtureLoss, ScheduledLoss, ThresholdLoss
 from dft_lightning.losses.cross_entropy import CrossEntropyLoss
 from dft_lightning.losses.dft import DFTLoss
@@ -64,7 +63,6 @@ __all__ = [
     "ThresholdLoss",
     "TokenLoss",
     "TokenStats",
-    "compute_loss_func",
     "dft_cross_entropy",
     "focal_cross_entropy",
     "require_default_forward_options",

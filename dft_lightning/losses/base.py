@@ -205,3 +205,12 @@ def token_loss_and_weight(
     if token_weight is not None:
         losses = losses * token_weight
     return losses, -loss_and_slopes(loss, stats, token_weight)[1]["log_prob"]
+
+
+def require_default_forward_options(loss: TokenLoss, where: str) -> None:
+    """``ignore_index`` and ``reduction`` belong to ``forward`` alone: refuse them where another owns them."""
+    if loss.ignore_index != -100 or loss.reduction != "mean":
+        raise ValueError(
+            f"{where} ignores labels of -100 and reduces by itself: leave ignore_index and reduction of "
+            f"{type(loss).__name__} at -100 and 'mean', got {loss.ignore_index} and {loss.reduction!r}"
+        )

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 import time
 from dataclasses import asdict
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from tqdm import tqdm
 
-from dft_lightning.cli.errors import CommandParser
-from dft_lightning.cli.own_classes import PACKAGE, Classes
+from dft_lightning.cli.commands import FitArguments, Stopped
 from dft_lightning.data import InstructionDataModule
-from dft_lightning.distributed.strategies import check_precision
+from dft_lightning.distributed.strategies import check_half_precision, check_precision
 from dft_lightning.errors import InputError
 from dft_lightning.evaluation.completions import sampled_shares
 from dft_lightning.evaluation.fingerprints import hash_weights
-from dft_lightning.fit.command import check_half_precision, quiet, report
-from dft_lightning.fit.config import module_of, read_arguments
+from dft_lightning.fit.config import module_of, read_fit
 from dft_lightning.metrics import ExactMatch
 from dft_lightning.models.generation import GenerationOptions
 from dft_lightning.modules import CausalLMModule
@@ -32,7 +28,7 @@ from dft_lightning.sampling.completions import Completion, Sampler
 from dft_lightning.sampling.partial_file import Job, PartialFile
 from dft_lightning.sampling.prompts import Prompts, jobs_by_length, read_prompts
 
-SPLITS = ("train", "validation", "forgetting", "test", "predict")
+Split = Literal["train", "validation", "forgetting", "test", "predict"]
 # What of the model decides its answers and which of them are right.
 _OF_THE_MODEL = (
     "model",
@@ -46,119 +42,101 @@ _OF_THE_MODEL = (
 )
 
 
-def main(args: list[str], classes: Classes = PACKAGE) -> int:
-    """Run the command, with classes of one's own or without; returns the exit status: 2 after one message on standard
-    error where the input was wrong, 130 where the run was interrupted."""
-    options, of_fit = _arguments(args)
-    quiet()
+def sample(
+    output: Path,
+    k: int = 4,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    split: Split = "train",
+    limit: int | None = None,
+    overwrite: bool = False,
+    *,
+    fit: FitArguments,
+) -> None:
+    """Sample answers to a split's prompts from a fit config's model, check them, and write them as rows that fit reads:
+    reward 1 where the answer is right, 0 where it is not. A second call goes on where the first was stopped.
+
+    All other options are those of fit, but for its checkpoint: ``export`` it, and give the folder as the model.
+
+    Args:
+        output: what to write, FILE.jsonl
+        k: samples of each prompt
+        temperature: of sampling
+        top_p: sample among the likeliest tokens that have this probability together
+        max_new_tokens: longest answer; model.evaluation.generation.max_new_tokens by default
+        batch_size: answers at once; data.eval_batch_size by default, or data.batch_size where that is not set
+        seed: of the samples
+        split: whose prompts
+        limit: the first rows alone
+        overwrite: replace the file, or a partial one of other options
+        fit: whose model and rows
+
+    Raises:
+        InputError: anything wrong with the input.
+        Stopped: on Ctrl-C; the message says what is kept.
+    """
+    _check_numbers(k=k, max_new_tokens=max_new_tokens, batch_size=batch_size, limit=limit)
+    _check_sampling(temperature, top_p)
+    check_output(output, overwrite)
     try:
-        check_output(options.output, options.overwrite)
-        sample(options, read_arguments(["fit", *of_fit], classes), classes)
+        config = read_fit(fit)
+        if config.get("ckpt_path") is not None:
+            raise InputError(
+                "--ckpt_path: sample takes no checkpoint: `export` it, and give the folder as --model.model, with "
+                "--data.tokenizer where the config names one"
+            )
+        data, prompts = read_prompts(config, split, limit, fit.classes)
+        # Sampling needs no loss, and one may read what rows do not have.
+        model = {**config["model"], "loss": _NO_LOSS, "reference_model": None}
+        module = module_of({**config, "model": model}, fit.classes)
+        scorer = ExactMatch(module.evaluation.answer_extractor)
+        scorer.check(prompts.references(), split)
+        longest = max_new_tokens or module.evaluation.generation.max_new_tokens
+        generation = GenerationOptions(longest, True, temperature, top_p)
+        batches = jobs_by_length([len(ids) for ids in prompts.ids], k, batch_size or data.eval_batch_size)
+        trainer = place(module, data, config["trainer"])
+        asked: dict[str, Any] = {"--split": split, "--limit": limit, "--k": k, "--seed": seed}
+        asked |= {f"--{name}": asdict(generation)[name] for name in ("temperature", "top_p", "max_new_tokens")}
+        asked |= {"--batch_size": batch_size or data.eval_batch_size}
+        asked |= {"trainer.precision": config["trainer"]["precision"]}
+        asked |= {f"model.{name}": reduce(getitem, name.split("."), config["model"]) for name in _OF_THE_MODEL}
+        asked["model.class_path"] = config["model"].get("class_path")
+        asked |= {"the prompts (rows, tokenizer or template)": prompts.digest, "the weights": hash_weights(module)}
+        sampler = Sampler(module, trainer, generation, module.stop_token_ids, data._pad_token_id(), seed)
     except KeyboardInterrupt:
-        sys.stderr.write("stopped before anything was sampled\n")
-        return 130
-    except _Stopped as stopped:
-        sys.stderr.write(f"{stopped}\n")
-        return 130
-    except Exception as error:
-        return report(error)
-    return 0
+        raise Stopped("stopped before anything was sampled") from None
+    file = PartialFile(output, asked, batches, overwrite)
+    print(f"{output}: {_written(file, sampler, prompts, scorer, k)}")
 
 
-class _Stopped(Exception):
-    """Interrupted, with a partial file to go on from."""
-
-
-def _arguments(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = CommandParser(
-        prog="python -m dft_lightning sample",
-        description="Sample answers to a split's prompts from a fit config's model, check them, and write them as rows "
-        "that fit reads: reward 1 where the answer is right, 0 where it is not. A second call goes on where the first "
-        "was stopped.",
-        epilog="Every other option is one of fit.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="what to write")
-    parser.add_argument("--k", type=int, default=4, metavar="N", help="samples of each prompt (default: 4)")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of sampling (default: 1)")
-    parser.add_argument(
-        "--top_p", type=float, default=1.0, metavar="P", help="of the likeliest tokens that have it (default: 1)"
-    )
-    parser.add_argument(
-        "--max_new_tokens",
-        type=int,
-        metavar="N",
-        help="longest answer (default: model.evaluation.generation.max_new_tokens)",
-    )
-    parser.add_argument(
-        "--batch_size", type=int, metavar="N", help="answers at once (default: data.eval_batch_size, or batch_size)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples (default: 0)")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="whose prompts (default: train)")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N rows alone")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file, or a partial one of other options")
-    options, of_fit = parser.parse_known_args(args)
-    for name in ("k", "max_new_tokens", "batch_size", "limit"):
-        value = getattr(options, name)
+def _check_numbers(**given: int | None) -> None:
+    for name, value in given.items():
         if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
-    if not 0 < options.temperature < math.inf:
-        parser.error(f"--temperature must be finite and more than 0, got {options.temperature:g}")
-    if not 0 < options.top_p <= 1:
-        parser.error(f"--top_p must lie in (0, 1], got {options.top_p:g}")
-    if options.output.suffix != ".jsonl":
-        parser.error(f"--output must end in .jsonl, got {options.output}")
-    return options, of_fit
+            raise InputError(f"--{name} must be at least 1, got {value}")
+
+
+def _check_sampling(temperature: float, top_p: float) -> None:
+    if not 0 < temperature < math.inf:
+        raise InputError(f"--temperature must be finite and more than 0, got {temperature:g}")
+    if not 0 < top_p <= 1:
+        raise InputError(f"--top_p must lie in (0, 1], got {top_p:g}")
 
 
 def check_output(path: Path, overwrite: bool) -> None:
     """Whether the file may be written, before anything is loaded.
 
     Raises:
-        InputError: it is there, or is a folder.
+        InputError: it is there, is a folder, or is no ``.jsonl``.
     """
+    if path.suffix != ".jsonl":
+        raise InputError(f"--output must end in .jsonl, got {path}")
     if path.is_dir():
         raise InputError(f"--output: {path} is a folder")
     if path.exists() and not overwrite:
         raise InputError(f"--output: {path} is there: give another file, or --overwrite")
-
-
-def sample(options: argparse.Namespace, config: dict[str, Any], classes: Classes = PACKAGE) -> None:
-    """Sample, check and write.
-
-    Args:
-        options: the command's own.
-        config: the whole one of a fit.
-        classes: of the command.
-
-    Raises:
-        InputError: anything wrong with the input.
-    """
-    if config.get("ckpt_path") is not None:
-        raise InputError(
-            "--ckpt_path: sample takes no checkpoint: `export` it, and give the folder as --model.model, with "
-            "--data.tokenizer where the config names one"
-        )
-    data, prompts = read_prompts(config, options.split, options.limit, classes)
-    # Sampling needs no loss, and one may read what rows do not have.
-    module = module_of({**config, "model": {**config["model"], "loss": _NO_LOSS, "reference_model": None}}, classes)
-    scorer = ExactMatch(module.evaluation.answer_extractor)
-    scorer.check(prompts.references(), options.split)
-    generation = GenerationOptions(
-        options.max_new_tokens or module.evaluation.generation.max_new_tokens, True, options.temperature, options.top_p
-    )
-    batch_size = options.batch_size or data.eval_batch_size
-    batches = jobs_by_length([len(ids) for ids in prompts.ids], options.k, batch_size)
-    trainer = place(module, data, config["trainer"])
-    asked = {f"--{name}": getattr(options, name) for name in ("split", "limit", "k", "seed")}
-    asked |= {f"--{name}": asdict(generation)[name] for name in ("temperature", "top_p", "max_new_tokens")}
-    asked |= {"--batch_size": batch_size, "trainer.precision": config["trainer"]["precision"]}
-    asked |= {f"model.{name}": reduce(getitem, name.split("."), config["model"]) for name in _OF_THE_MODEL}
-    asked["model.class_path"] = config["model"].get("class_path")
-    asked |= {"the prompts (rows, tokenizer or template)": prompts.digest, "the weights": hash_weights(module)}
-    sampler = Sampler(module, trainer, generation, module.stop_token_ids, data._pad_token_id(), options.seed)
-    file = PartialFile(options.output, asked, batches, options.overwrite)
-    print(f"{options.output}: {_written(file, sampler, prompts, scorer, options.k)}")
 
 
 def _written(file: PartialFile, sampler: Sampler, prompts: Prompts, scorer: ExactMatch, k: int) -> str:
@@ -169,7 +147,7 @@ def _written(file: PartialFile, sampler: Sampler, prompts: Prompts, scorer: Exac
         file.finish()
     except KeyboardInterrupt:
         kept = f"{file.lines_done} of {sum(map(len, file.batches))} answers are in {file.path}"
-        raise _Stopped(f"stopped: {kept}; the same command goes on with the others") from None
+        raise Stopped(f"stopped: {kept}; the same command goes on with the others") from None
     finally:
         file.close()
     return summary

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dft_lightning.cli.own_classes import PACKAGE, Classes
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.data.forms import Conversation, RowColumns, convert_row, recognise_form
 from dft_lightning.data.messages import Conversations, Problems, load_conversation
@@ -18,6 +17,7 @@ from dft_lightning.data.sources import FirstRows, as_source
 from dft_lightning.data.tokens import ConversationEncoder, attempt
 from dft_lightning.errors import InputError
 from dft_lightning.fit.config import data_of
+from dft_lightning.fit.own_classes import Classes
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 # What a line has beside prompt, completion and tools.
@@ -76,7 +76,7 @@ def reference_of(conversation: Conversation) -> str | None:
 
 
 def read_prompts(
-    config: dict[str, Any], split: str, limit: int | None, classes: Classes = PACKAGE
+    config: dict[str, Any], split: str, limit: int | None, classes: Classes | None = None
 ) -> tuple[InstructionDataModule, Prompts]:
     """The data module of a whole ``fit`` config, with its tokenizer, and a split's prompts.
 

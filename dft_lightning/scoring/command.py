@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,49 +11,37 @@ from pathlib import Path
 from types import FrameType
 
 from dft_lightning.callbacks.interruption import Interrupted
-from dft_lightning.cli.errors import CommandParser
-from dft_lightning.cli.own_classes import PACKAGE, Classes
+from dft_lightning.cli.commands import FitArguments, Stopped
 from dft_lightning.files import check_replaceable
-from dft_lightning.fit.command import quiet, report
-from dft_lightning.scoring.run import RECORD, SPLITS, ScoringCLI
+from dft_lightning.scoring.run import RECORD, SPLITS, ScoringCLI, Split
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def main(args: list[str], classes: Classes = PACKAGE) -> int:
-    """Run the command, with classes of one's own or without; returns the exit status, 2 after one message on standard
-    error where the input was wrong."""
-    parser = CommandParser(
-        prog="python -m dft_lightning score",
-        description="Run a model once over the rows of a fit config, on one device, and write them with the log-prob "
-        "of each target token, for losses that read reference_log_prob.",
-        epilog="Every other option is one of fit: --config FILE, --data.max_length 1024, ...; --ckpt_path PATH scores "
-        "with a trained checkpoint.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="gets a folder for each split")
-    parser.add_argument("--overwrite", action="store_true", help="replace what score has written there")
-    parser.add_argument(
-        "--splits",
-        nargs="+",
-        choices=SPLITS,
-        metavar="NAME",
-        help=f"which of {', '.join(SPLITS)} (default: all that the config has)",
-    )
-    options, of_fit = parser.parse_known_args(args)
-    quiet()
+def score(output: Path, overwrite: bool = False, splits: list[Split] | None = None, *, fit: FitArguments) -> None:
+    """Run a model once over the rows of a fit config, on one device, and write them with the log-prob of each target
+    token, for losses that read ``reference_log_prob``.
+
+    ``--ckpt_path PATH`` scores with a trained checkpoint. All other options are those of fit.
+
+    Args:
+        output: a folder, which gets a folder for each split; a new one, or an empty one
+        overwrite: replace what score has written there
+        splits: which of train, validation, forgetting and test; all that the config has by default
+        fit: whose model and rows
+
+    Raises:
+        InputError: anything wrong with the input.
+        Stopped: on Ctrl-C and SIGTERM; nothing is written.
+    """
     try:
         with _ending_on_signals():
-            check_replaceable(options.output, options.overwrite, (RECORD,), "--output", SPLITS)
-            scored = ScoringCLI(["predict", *of_fit], options.splits, options.output, classes).scored
+            check_replaceable(output, overwrite, (RECORD,), "--output", SPLITS)
+            scored = ScoringCLI(fit, splits, output).scored
     except Interrupted as ending:
-        sys.stderr.write("stopped: nothing was written\n")
-        return int(ending.code) if isinstance(ending.code, int) else 1
-    except Exception as error:
-        return report(error)
-    flags = " ".join(f"--data.{split} {shlex.quote(str(options.output / split))}" for split in scored)
-    print(f"{options.output}: add to fit, with the same data options:\n    {flags}")
-    return 0
+        raise Stopped("stopped: nothing was written", int(ending.code or 1)) from None
+    flags = " ".join(f"--data.{split} {shlex.quote(str(output / split))}" for split in scored)
+    print(f"{output}: add to fit, with the same data options:\n    {flags}")
 
 
 @contextmanager

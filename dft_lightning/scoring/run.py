@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dft_lightning import __version__
 from dft_lightning.callbacks import PredictionWriter
-from dft_lightning.cli.own_classes import PACKAGE, Classes
+from dft_lightning.cli.commands import FitArguments
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.errors import InputError
 from dft_lightning.files import replacing_folder
 from dft_lightning.fit.command import DFTLightningCLI, cli_options
+from dft_lightning.fit.own_classes import PACKAGE
 from dft_lightning.losses import CrossEntropyLoss
 from dft_lightning.scoring.batches import ScoredWriter, ScoringBatches, ScoringData, target_log_probs
 from dft_lightning.scoring.rows import SplitRows
+from dft_lightning.version import __version__
 
-SPLITS = ("train", "validation", "forgetting", "test")
+Split = Literal["train", "validation", "forgetting", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 RECORD = "score.json"
 _KEPT = ("accelerator", "precision", "enable_progress_bar", "default_root_dir", "deterministic", "plugins")
 
@@ -31,18 +34,18 @@ class ScoringCLI(DFTLightningCLI):
     """Takes a ``fit`` config as ``predict`` does, and scores on one device.
 
     Args:
-        args: of ``predict``, its name first.
+        fit: whose model and rows.
         splits: which to score; ``None`` for all that the config has.
         output: the folder to write.
-        classes: of the command.
     """
 
-    def __init__(self, args: list[str], splits: list[str] | None, output: Path, classes: Classes = PACKAGE) -> None:
+    def __init__(self, fit: FitArguments, splits: Sequence[Split] | None, output: Path) -> None:
         self.splits = splits
         self.output = output
-        self.scored: list[str] = []
+        self.scored: list[Split] = []
         options = {**cli_options(), "save_config_callback": None}
-        super().__init__(classes.model, classes.data, **options, args=args)
+        classes = fit.classes or PACKAGE
+        super().__init__(classes.model, classes.data, **options, args=["predict", *fit.args])
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -133,7 +136,7 @@ class ScoringCLI(DFTLightningCLI):
         }
 
 
-def _chosen(data: InstructionDataModule, splits: list[str] | None) -> list[str]:
+def _chosen(data: InstructionDataModule, splits: Sequence[Split] | None) -> list[Split]:
     """The splits to score.
 
     Raises:

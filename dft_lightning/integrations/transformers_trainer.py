@@ -8,17 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dft_lightning.losses.base import TokenLoss
+from dft_lightning.losses.base import TokenLoss, require_default_forward_options
 from dft_lightning.losses.statistics import normalise_needs
-
-
-def require_default_forward_options(loss: TokenLoss, where: str) -> None:
-    """``ignore_index`` and ``reduction`` belong to ``forward`` alone: refuse them where another owns them."""
-    if loss.ignore_index != -100 or loss.reduction != "mean":
-        raise ValueError(
-            f"{where} ignores labels of -100 and reduces by itself: leave ignore_index and reduction of "
-            f"{type(loss).__name__} at -100 and 'mean', got {loss.ignore_index} and {loss.reduction!r}"
-        )
 
 
 def compute_loss_func(loss: TokenLoss) -> Callable[..., Tensor]:

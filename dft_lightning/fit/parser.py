@@ -13,9 +13,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch.optim import Optimizer
 
 from dft_lightning.cli.errors import shorten
-from dft_lightning.cli.own_classes import GROUPS, text_without_classes
 from dft_lightning.component import Component, to_plain
 from dft_lightning.errors import InputError
+from dft_lightning.fit.own_classes import GROUPS, text_without_classes
 from dft_lightning.foreign.jsonargparse import change_for, class_and_options
 from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss
 from dft_lightning.modules.optimizers import DEFAULT_OPTIMIZER

@@ -1,0 +1,71 @@
+"""Lightning, where it has no option or no class of error for what this package needs."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+
+def quiet() -> None:
+    """Advice that is wrong or no use here."""
+    # The two default loggers share a folder, so it is never empty; nothing in it is deleted.
+    warnings.filterwarnings("ignore", message=r"Experiment logs directory .* exists and is not empty")
+    # Rows come tokenised: collating them is cheap, and data.num_workers is there.
+    warnings.filterwarnings("ignore", message=r".*does not have many workers")
+    # A fit without validation rows is what was asked for.
+    warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    # The module's own values are reduced before they are logged; advice on anybody else's stays.
+    ours = "loss|nll|perplexity|token_accuracy|entropy|mean_weight|target_tokens|exact_match"
+    stages = "val|forgetting|test"
+    warnings.filterwarnings("ignore", message=rf"It is recommended to use `self\.log\('({stages})/({ours})'")
+    # What becomes of the other processes when one dies is said in words of our own.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").addFilter(
+        lambda record: "Forcefully terminating" not in record.getMessage()
+    )
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
+
+    if not isinstance(threading.excepthook, functools.partial):  # once
+        threading.excepthook = functools.partial(_thread_ends, threading.excepthook)
+
+
+def _thread_ends(otherwise: Callable[[threading.ExceptHookArgs], Any], ended: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer meets a full disk in a thread of its own, and says so again where the run ends by it."""
+    if not isinstance(ended.exc_value, OSError) or type(ended.thread).__name__ != "_AsyncWriterThread":
+        otherwise(ended)
+
+
+def mistake(error: Exception) -> str | None:
+    """What to tell a person of an error of Lightning's that a change of their input mends; ``None`` for any other.
+
+    Lightning has a class for some of them alone; others are known by how their message begins.
+    """
+    text = str(error).strip()
+    if isinstance(error, MisconfigurationException):
+        return text
+    if isinstance(error, ValueError) and text.startswith("`val_check_interval`"):
+        return f"trainer.val_check_interval: {text}"
+    if isinstance(error, RuntimeError) and text.startswith("The sizes `data_parallel_size"):
+        return f"trainer.strategy: {text}"
+    if isinstance(error, RuntimeError) and text.startswith("Early stopping conditioned on metric"):
+        return f"trainer.callbacks: {text}"
+    if isinstance(error, RuntimeError) and text.startswith("RunConfig expected "):
+        path = text.removeprefix("RunConfig expected ").partition(" to NOT exist")[0]
+        return f"{path} is of an earlier run, and is kept: set another trainer.default_root_dir, or a trainer.logger"
+    if isinstance(error, KeyError) and "checkpoint contains only the model" in text:
+        return (
+            "--ckpt_path: the checkpoint has weights alone (save_weights_only), from which fit cannot go on: give "
+            "another, or export it and begin anew with model.model"
+        )
+    if isinstance(error, RuntimeError) and "loading state_dict" in text:
+        lines = [line.strip() for line in text.splitlines()]
+        return f"--ckpt_path: the checkpoint is of another model: {lines[1] if len(lines) > 1 else text}"[:500]
+    return None
