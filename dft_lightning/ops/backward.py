@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dft_lightning.ops.kernels import kernels_for
-from dft_lightning.ops.memory import empty
 from dft_lightning.ops.products import HeadProducts
 from dft_lightning.ops.reference import ReferenceRows
 from dft_lightning.ops.row_math import Coefficients
@@ -89,7 +88,7 @@ def scaled(gradient: Tensor, factor: Tensor | float, dtype: torch.dtype) -> Tens
     factor = float(factor)
     if factor == 1.0 and dtype == gradient.dtype:
         return gradient
-    out = empty(gradient.shape, dtype, gradient.device)
+    out = torch.empty_like(gradient, dtype=dtype)
     if dtype == gradient.dtype:
         return torch.mul(gradient, factor, out=out)
     if factor == 1.0:

@@ -52,6 +52,9 @@ def linear_token_loss(
     run in autocast's dtype. Gradients that nobody asks for (frozen head, frozen backbone, ``torch.no_grad``) are not
     computed.
 
+    On the CPU gradients are fresh tensors, which are written a few times faster on huge pages: under Linux torch takes
+    them where ``THP_MEM_ALLOC_ENABLE=1`` is set before its first large tensor, as the command sets it.
+
     Args:
         hidden: ``[n, H]``, the last hidden states.
         weight: ``[V, H]``, of the hidden states' dtype (any under autocast).

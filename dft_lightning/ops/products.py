@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dft_lightning.losses.statistics import raised_dtype
-from dft_lightning.ops.memory import empty
 from dft_lightning.ops.scratch import scratch
 
 # Weight-gradient rows whose half-precision product waits to be added to the accumulator (CPU).
@@ -98,11 +97,12 @@ class HeadProducts:
         if self.wanted.hidden:
             # Only an accelerator's product can leave float32 behind; elsewhere the hidden states' own dtype is as good.
             dtype = raised if self.device.type == "cuda" else self._hidden.dtype
-            self.hidden_gradient = empty(self._hidden.shape, dtype, self.device)
+            self.hidden_gradient = torch.empty(self._hidden.shape, dtype=dtype, device=self.device)
         if self.wanted.weight:
             # A single chunk has nothing to accumulate: the product itself sums in float32 and rounds once.
             single = self.device.type == "cpu" and self._chunk == self.num_tokens and self._rounds_weight_gradient
-            self.weight_gradient = empty(self._weight.shape, self._dtype if single else raised, self.device)
+            dtype = self._dtype if single else raised
+            self.weight_gradient = torch.empty(self._weight.shape, dtype=dtype, device=self.device)
             if self.num_tokens == 0:
                 self.weight_gradient.zero_()
         if self.wanted.bias:

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dft_lightning.ops.memory import empty
-
 _local = threading.local()
 
 
@@ -37,7 +35,7 @@ def scratch(role: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     if buffer is None or buffer.numel() < size:
         buffer = None  # freed before the larger one is made
         with torch.inference_mode(False):  # an inference tensor could not be written to in training
-            buffer = empty((size,), torch.uint8, device)
+            buffer = torch.empty(size, dtype=torch.uint8)
     try:
         yield buffer[:size].view(dtype).view(shape)
     finally:
