@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from dft_lightning.losses.base import TokenLoss
+from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss
 from dft_lightning.losses.statistics import normalise_needs
 
 
 def require_default_forward_options(loss: TokenLoss, where: str) -> None:
     """``ignore_index`` and ``reduction`` belong to ``forward`` alone: refuse them where another owns them."""
-    if loss.ignore_index != -100 or loss.reduction != "mean":
+    if loss.ignore_index != IGNORE_INDEX or loss.reduction != "mean":
         raise ValueError(
-            f"{where} ignores labels of -100 and reduces by itself: leave ignore_index and reduction of "
-            f"{type(loss).__name__} at -100 and 'mean', got {loss.ignore_index} and {loss.reduction!r}"
+            f"{where} ignores labels of {IGNORE_INDEX} and reduces by itself: leave ignore_index and reduction of "
+            f"{type(loss).__name__} at {IGNORE_INDEX} and 'mean', got {loss.ignore_index} and {loss.reduction!r}"
         )
 
 
@@ -63,7 +63,7 @@ def compute_loss_func(loss: TokenLoss) -> Callable[..., Tensor]:
         targets = labels[..., 1:].to(logits.device)
         total: Tensor = summed(logits[..., :-1, :], targets)
         if num_items_in_batch is None:
-            return total / (targets != -100).sum().clamp(min=1)
+            return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
         if isinstance(num_items_in_batch, Tensor):
             return total / num_items_in_batch.to(total.device).clamp(min=1)
         return total / max(num_items_in_batch, 1)
