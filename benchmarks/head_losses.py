@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from linear_head import RESULTS, bare_products, inputs, seconds
 
+import dft_lightning.__main__  # noqa: F401 (large tensors on huge pages, as the command has them)
 from dft_lightning import (
     AnchoredLoss,
     ChordPhiLoss,

@@ -342,6 +342,8 @@ def main() -> None:
         reference(options)
         return
     if options.measurement:
+        if options.candidate == "dft_lightning":
+            import dft_lightning.__main__  # noqa: F401 (large tensors on huge pages, as the command has them)
         print(json.dumps(MEASUREMENTS[options.measurement](options)))
         return
     given = (options.tokens, options.hidden, options.vocabulary)

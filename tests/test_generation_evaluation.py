@@ -217,6 +217,6 @@ def test_math_answers_are_compared_by_value():
 
 
 def test_math_answer_names_its_extra(monkeypatch):
-    monkeypatch.setattr("dft_lightning.metrics.math_answer.find_spec", lambda name: None)
+    monkeypatch.setattr("dft_lightning.metrics.answers.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'dft-lightning\[math\]'"):
         MathAnswer()

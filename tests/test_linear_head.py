@@ -26,8 +26,7 @@ from dft_lightning.ops import (
     linear_token_statistics,
     release_scratch,
 )
-from dft_lightning.ops.row_math import Coefficients
-from dft_lightning.ops.transform import LogitTransform
+from dft_lightning.ops.row_math import Coefficients, LogitTransform
 
 EVERYTHING = ("entropy", "mean_log_prob", "sum_squared_prob", Statistic("top_k_entropy", k=3))
 NAMES = tuple(statistic.name for statistic in normalise_needs(EVERYTHING))
@@ -670,15 +669,9 @@ def test_triton_kernels_are_the_torch_kernels(loss, softcap, dtype, triton_kerne
     index = torch.arange(17, device=device) // 5
     beside = reference_head(17, 150, device=device, dtype=dtype, softcap=2.0)
     results = []
-    for kernels in ("torch", "triton"):
-        for module in ("rows", "backward"):
-            target = f"dft_lightning.ops.{module}.kernels_for"
-            if kernels == "triton":
-                monkeypatch.setattr(target, lambda *args: triton_kernels)
-            else:
-                from dft_lightning.ops import torch_kernels
-
-                monkeypatch.setattr(target, lambda *args, torch_kernels=torch_kernels: torch_kernels)
+    for name in ("torch_kernels", "triton_kernels"):
+        kernels = import_module(f"dft_lightning.ops.{name}")
+        monkeypatch.setattr("dft_lightning.ops.passes.kernels_for", lambda *args, kernels=kernels: kernels)
         output = linear_token_loss(
             hidden,
             weight,

@@ -21,7 +21,7 @@ from dft_lightning import DFTLoss
 from dft_lightning.data import ArithmeticRows
 from dft_lightning.data.arithmetic import solve
 from dft_lightning.losses import LOSSES
-from dft_lightning.ops.settings import DEFAULT_CHUNK_BYTES
+from dft_lightning.ops.call import DEFAULT_CHUNK_BYTES
 from test_normalization import TOLERANCE
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

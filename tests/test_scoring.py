@@ -540,7 +540,10 @@ def test_a_model_that_overflows_is_refused(llama, tmp_path, monkeypatch, capfd):
     [
         (["--splits", "test"], "--splits test: data.test is not set"),
         (["--splits", "validation", "--data.validation_fraction", "0.5"], "it is a part of data.train"),
-        (["--splits", "predict"], "invalid choice: 'predict'"),
+        (
+            ["--splits", "predict"],
+            "--splits: expected one of 'train', 'validation', 'forgetting', 'test'. Got value: predict",
+        ),
         (["--data.train", "none.jsonl"], "none.jsonl: no such file"),
         (["--data.trian", "x"], "unknown key data.trian; did you mean data.train?"),
         (["--model.model", "no/such/model"], "model.model"),

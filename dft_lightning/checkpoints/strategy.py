@@ -36,7 +36,7 @@ from dft_lightning.checkpoints.writing import (
     sync_folder,
     unwritable,
 )
-from dft_lightning.distributed.gather import gather_lists
+from dft_lightning.distributed.ranks import gather_lists
 from dft_lightning.errors import InputError, one_line
 
 # Of disks: full, of a quota, read-only, not permitted, broken.

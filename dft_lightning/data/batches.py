@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from dft_lightning.data.packing import Packs
-from dft_lightning.data.tokens import IGNORE_INDEX
+from dft_lightning.losses.base import IGNORE_INDEX
 
 PADDING_ROW = -1
 Item = dict[str, Any]

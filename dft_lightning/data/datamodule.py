@@ -36,7 +36,7 @@ from dft_lightning.data.tokens import ConversationEncoder
 from dft_lightning.data.workers import start_worker
 from dft_lightning.errors import InputError
 from dft_lightning.losses.statistics import normalise_needs
-from dft_lightning.metrics.sources import MAX_SOURCES
+from dft_lightning.metrics.exact_sums import MAX_SOURCES
 from dft_lightning.progress import last_step
 
 if TYPE_CHECKING:

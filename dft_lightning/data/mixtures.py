@@ -9,7 +9,7 @@ from typing import Literal
 
 from dft_lightning.data.sources import Row, RowSource, as_source
 from dft_lightning.errors import InputError
-from dft_lightning.metrics.sources import MAX_SOURCES
+from dft_lightning.metrics.exact_sums import MAX_SOURCES
 
 
 class MixedRows(RowSource):

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from dft_lightning.data.tokens import IGNORE_INDEX
+from dft_lightning.losses.base import IGNORE_INDEX
 
 Packing = Literal["bfd", "bfd_split"]
 Integers = np.ndarray[Any, np.dtype[np.int64]]

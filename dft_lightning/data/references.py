@@ -10,10 +10,10 @@ import numpy as np
 
 from dft_lightning.data.turns import BadRow
 from dft_lightning.errors import InputError
+from dft_lightning.losses.base import IGNORE_INDEX
 
 LOG_PROB = "reference_log_prob"
 FINGERPRINT = "reference_fingerprint"
-_IGNORE_INDEX = -100
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Integers = np.ndarray[Any, np.dtype[np.int32]]
@@ -95,7 +95,7 @@ def aligned_reference(
             "again"
         )
     values = np.frombuffer(base64.b64decode(log_prob), "<f4")
-    places = np.flatnonzero(labels != _IGNORE_INDEX)
+    places = np.flatnonzero(labels != IGNORE_INDEX)
     if len(values) > len(places):
         raise InputError(f"{LOG_PROB}: {len(values)} log-probs, and the row has {len(places)} targets: run score again")
     size = len(input_ids) if max_length is None else min(len(input_ids), max_length)

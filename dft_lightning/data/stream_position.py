@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dft_lightning.data.messages import weighting
 from dft_lightning.data.streaming import START, StreamPosition
-from dft_lightning.distributed.gather import gather_lists
+from dft_lightning.distributed.ranks import gather_lists
 from dft_lightning.errors import InputError
 
 

@@ -14,14 +14,13 @@ from dft_lightning.data.byte_level import Border, ByteLevel
 from dft_lightning.data.references import aligned_reference
 from dft_lightning.data.template import ChatTemplate, Rendered, TrainTurns
 from dft_lightning.errors import InputError
+from dft_lightning.losses.base import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
     from dft_lightning.data.forms import Conversation
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)

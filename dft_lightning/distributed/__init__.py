@@ -1,8 +1,7 @@
 """What makes a result independent of how a step was split."""
 
-from dft_lightning.distributed.gather import gather_lists
 from dft_lightning.distributed.memory import MemoryEstimate, estimate_memory
-from dft_lightning.distributed.normalization import TokenNormalizer
+from dft_lightning.distributed.ranks import TokenNormalizer, gather_lists
 from dft_lightning.distributed.shard_loading import parameters_on_meta
 from dft_lightning.distributed.sharding import ShardingOptions
 

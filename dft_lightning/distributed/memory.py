@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from dft_lightning.distributed.sharding import find_blocks
-from dft_lightning.ops.settings import DEFAULT_CHUNK_BYTES
+from dft_lightning.ops.call import DEFAULT_CHUNK_BYTES
 
 _FLOAT32, _BFLOAT16 = 4, 2
 

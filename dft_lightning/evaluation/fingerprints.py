@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from dft_lightning.losses.base import IGNORE_INDEX
+
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, dtypes, shapes and every bit of the values, whatever the device and the order of the mapping.
@@ -65,7 +67,7 @@ class RowHasher:
                 add_tensor(self._rows, name, batch[name])
         targets = batch["labels"][..., 1:]
         add_tensor(self._targets, "labels", targets)
-        self.steps.append((int((targets != -100).sum()), self._targets.hexdigest()[:8]))
+        self.steps.append((int((targets != IGNORE_INDEX).sum()), self._targets.hexdigest()[:8]))
 
     @property
     def rows(self) -> str:

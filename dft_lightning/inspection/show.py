@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from dft_lightning.data.tokens import IGNORE_INDEX
 from dft_lightning.inspection.summary import SplitSummary
+from dft_lightning.losses.base import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dft_lightning.data.tokens import IGNORE_INDEX
+from dft_lightning.losses.base import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from dft_lightning.data import InstructionDataModule

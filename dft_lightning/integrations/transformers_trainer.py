@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dft_lightning.losses.base import TokenLoss, require_default_forward_options
+from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss, require_default_forward_options
 from dft_lightning.losses.statistics import normalise_needs
 
 
@@ -54,7 +54,7 @@ def compute_loss_func(loss: TokenLoss) -> Callable[..., Tensor]:
         targets = labels[..., 1:].to(logits.device)
         total: Tensor = summed(logits[..., :-1, :], targets)
         if num_items_in_batch is None:
-            return total / (targets != -100).sum().clamp(min=1)
+            return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
         if isinstance(num_items_in_batch, Tensor):
             return total / num_items_in_batch.to(total.device).clamp(min=1)
         return total / max(num_items_in_batch, 1)

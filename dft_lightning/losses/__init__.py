@@ -11,12 +11,15 @@ Example:
     FocalLoss: 0.0151
 """
 
-from dft_lightning.losses.base import TokenLoss, require_default_forward_options, token_loss_and_weight
+from dft_lightning.losses.base import (
+    IGNORE_INDEX,
+    TokenLoss,
+    require_default_forward_options,
+    token_loss_and_weight,
+)
 from dft_lightning.losses.combined import MixtureLoss, ScheduledLoss, ThresholdLoss
-from dft_lightning.losses.cross_entropy import CrossEntropyLoss
-from dft_lightning.losses.dft import DFTLoss
-from dft_lightning.losses.focal import FocalLoss
-from dft_lightning.losses.functional import dft_cross_entropy, focal_cross_entropy
+from dft_lightning.losses.cross_entropy import CrossEntropyLoss, DFTLoss, dft_cross_entropy
+from dft_lightning.losses.focal import FocalLoss, focal_cross_entropy
 from dft_lightning.losses.power import DEFTLoss, PowerLoss
 from dft_lightning.losses.reference import AnchoredLoss, ImportanceWeightedLoss, ProximalLoss
 from dft_lightning.losses.sequence import SequenceDFTLoss
@@ -45,6 +48,7 @@ LOSSES: dict[str, type[TokenLoss]] = {
 }
 
 __all__ = [
+    "IGNORE_INDEX",
     "LOSSES",
     "AnchoredLoss",
     "ChordPhiLoss",

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dft_lightning.losses.base import TokenLoss
+from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss
 from dft_lightning.losses.cross_entropy import CrossEntropyLoss
 from dft_lightning.losses.statistics import Statistic, TokenStats, normalise_needs
 
@@ -22,7 +22,7 @@ class _CombinedLoss(TokenLoss):
         for part in parts:
             if not isinstance(part, TokenLoss):
                 raise TypeError(f"{type(self).__name__} is made of token losses, got {type(part).__name__}: {part!r}")
-            if (part.ignore_index, part.reduction) != (-100, "mean"):
+            if (part.ignore_index, part.reduction) != (IGNORE_INDEX, "mean"):
                 raise ValueError(
                     f"set ignore_index and reduction of {type(self).__name__}, not of the {type(part).__name__} in it"
                 )
@@ -80,7 +80,7 @@ class MixtureLoss(_CombinedLoss):
         losses: list[TokenLoss],
         weights: list[float] | None = None,
         *,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORE_INDEX,
         reduction: str = "mean",
     ) -> None:
         if not losses:
@@ -136,7 +136,7 @@ class ScheduledLoss(_CombinedLoss):
         end_step: int,
         begin_step: int = 0,
         *,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORE_INDEX,
         reduction: str = "mean",
     ) -> None:
         super().__init__([start, end], ignore_index=ignore_index, reduction=reduction)
@@ -197,7 +197,7 @@ class ThresholdLoss(_CombinedLoss):
         above: bool = True,
         base: TokenLoss | None = None,
         *,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORE_INDEX,
         reduction: str = "mean",
     ) -> None:
         base = CrossEntropyLoss() if base is None else base

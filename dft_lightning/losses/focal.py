@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dft_lightning.losses.base import TokenLoss
+from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss
 from dft_lightning.losses.statistics import TokenStats
 
 
@@ -41,7 +41,7 @@ class FocalLoss(TokenLoss):
         alpha: float = 1.0,
         detach_weight: bool = False,
         *,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORE_INDEX,
         reduction: str = "mean",
     ) -> None:
         super().__init__(ignore_index=ignore_index, reduction=reduction)
@@ -68,3 +68,36 @@ class FocalLoss(TokenLoss):
         weight = self.alpha * one_minus_p.masked_fill(certain, 1.0).pow(self.gamma)
         weight = weight.masked_fill(certain, 0.0)
         return -(weight.detach() if self.detach_weight else weight) * stats.log_prob
+
+
+def focal_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    gamma: float = 2.0,
+    alpha: float = 1.0,
+    detach_weight: bool = False,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+) -> Tensor:
+    """Focal loss ``-alpha (1 - p)**gamma log p``; see :class:`~dft_lightning.losses.FocalLoss`.
+
+    Args:
+        logits: ``[..., V]``, classes last.
+        targets: ``[...]`` class indices or ``[..., V]`` soft targets.
+        gamma: focusing parameter; 0 is cross-entropy.
+        alpha: constant factor.
+        detach_weight: take the weight as a constant.
+        ignore_index: the class index to leave out.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+
+    Raises:
+        ValueError: as :func:`~dft_lightning.losses.dft_cross_entropy`, and for ``gamma`` or ``alpha`` out of range.
+
+    Example:
+        >>> import torch
+        >>> focal_cross_entropy(torch.zeros(1, 4), torch.tensor([1]), gamma=2.0)
+        tensor(0.7798)
+    """
+    loss = FocalLoss(gamma, alpha, detach_weight, ignore_index=ignore_index, reduction=reduction)
+    result: Tensor = loss(logits, targets)
+    return result

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dft_lightning.losses.base import TokenLoss
+from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss
 from dft_lightning.losses.statistics import Statistic, TokenStats
 
 
@@ -36,7 +36,7 @@ class PowerLoss(TokenLoss):
         tensor(1.)
     """
 
-    def __init__(self, q: float = 1.0, *, ignore_index: int = -100, reduction: str = "mean") -> None:
+    def __init__(self, q: float = 1.0, *, ignore_index: int = IGNORE_INDEX, reduction: str = "mean") -> None:
         super().__init__(ignore_index=ignore_index, reduction=reduction)
         if not (math.isfinite(q) and q >= 0):
             raise ValueError(f"q must be finite and not negative (0 is cross-entropy, 1 has DFT's gradient), got {q}")

@@ -9,8 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dft_lightning.losses.base import TokenLoss
-from dft_lightning.losses.dft import DFTLoss
+from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss
+from dft_lightning.losses.cross_entropy import DFTLoss
 from dft_lightning.losses.sequence import sequence_mean
 from dft_lightning.losses.statistics import Statistic, TokenStats
 from dft_lightning.losses.weighted import weighted_log_prob
@@ -52,7 +52,7 @@ class ImportanceWeightedLoss(TokenLoss):
         clip: tuple[float, float] | None = (0.0, 16.0),
         temperature: float = 1.0,
         *,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORE_INDEX,
         reduction: str = "mean",
     ) -> None:
         super().__init__(ignore_index=ignore_index, reduction=reduction)
@@ -111,7 +111,7 @@ class ProximalLoss(TokenLoss):
 
     takes_negative_weights = False  # the bound would hold back where a token is to be pushed down
 
-    def __init__(self, epsilon: float = 0.28, *, ignore_index: int = -100, reduction: str = "mean") -> None:
+    def __init__(self, epsilon: float = 0.28, *, ignore_index: int = IGNORE_INDEX, reduction: str = "mean") -> None:
         super().__init__(ignore_index=ignore_index, reduction=reduction)
         if not (math.isfinite(epsilon) and epsilon > 0):
             raise ValueError(f"epsilon must be finite and positive, got {epsilon}")
@@ -148,7 +148,7 @@ class AnchoredLoss(TokenLoss):
 
     takes_negative_weights = False  # the divergence would be driven up without end
 
-    def __init__(self, weight: float = 0.1, *, ignore_index: int = -100, reduction: str = "mean") -> None:
+    def __init__(self, weight: float = 0.1, *, ignore_index: int = IGNORE_INDEX, reduction: str = "mean") -> None:
         super().__init__(ignore_index=ignore_index, reduction=reduction)
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"weight must be finite and not negative (0 is DFT), got {weight}")

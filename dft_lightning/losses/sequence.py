@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dft_lightning.losses.base import TokenLoss
+from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss
 from dft_lightning.losses.statistics import Statistic, TokenStats
 from dft_lightning.losses.weighted import weighted_log_prob
 
@@ -53,7 +53,7 @@ class SequenceDFTLoss(TokenLoss):
 
     pointwise = False
 
-    def __init__(self, mean: Mean = "product", *, ignore_index: int = -100, reduction: str = "mean") -> None:
+    def __init__(self, mean: Mean = "product", *, ignore_index: int = IGNORE_INDEX, reduction: str = "mean") -> None:
         super().__init__(ignore_index=ignore_index, reduction=reduction)
         if mean not in get_args(Mean):
             raise ValueError(f"mean must be one of {', '.join(map(repr, get_args(Mean)))}, got {mean!r}")

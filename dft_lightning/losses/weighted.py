@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dft_lightning.losses.base import TokenLoss
+from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss
 from dft_lightning.losses.statistics import Statistic, TokenStats
 
 
@@ -65,7 +65,7 @@ class EAFTLoss(TokenLoss):
     """
 
     def __init__(
-        self, alpha: float = 1.0, top_k: int | None = 20, *, ignore_index: int = -100, reduction: str = "mean"
+        self, alpha: float = 1.0, top_k: int | None = 20, *, ignore_index: int = IGNORE_INDEX, reduction: str = "mean"
     ) -> None:
         super().__init__(ignore_index=ignore_index, reduction=reduction)
         if not (math.isfinite(alpha) and alpha >= 0):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.models.row_checks import trying
 from dft_lightning.ops import linear_token_statistics
-from dft_lightning.ops.transform import LogitTransform
+from dft_lightning.ops.row_math import LogitTransform
 
 WAY_OUT = "set model.loading.head: full, which trains on the model's own logits"
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dft_lightning.errors import InputError
 from dft_lightning.losses import TokenLoss
-from dft_lightning.losses.base import sequence_index_of
+from dft_lightning.losses.base import IGNORE_INDEX, sequence_index_of
 from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.models.auxiliary import auxiliary_loss
 from dft_lightning.models.checks import ModelChecks
@@ -20,8 +20,6 @@ from dft_lightning.models.head import WAY_OUT, LanguageModelHead, run_without_he
 from dft_lightning.models.reference import ReferenceModel
 from dft_lightning.modules.options import Head, StepOptions
 from dft_lightning.ops import TokenOutput, linear_token_loss, logits_token_loss
-
-_IGNORE_INDEX = -100
 
 
 class BatchObjective:
@@ -107,7 +105,7 @@ def fused_batch_loss(
     beside = None if reference is None else reference.head(model, batch)
     hidden, model_output = run_without_head(model, head, **model_inputs(model, batch))
     # With nothing to predict at the end: so that hidden states need not be copied.
-    targets = _shifted(labels, _IGNORE_INDEX).flatten()
+    targets = _shifted(labels, IGNORE_INDEX).flatten()
     output = linear_token_loss(
         hidden.reshape(-1, hidden.shape[-1]),
         targets=targets,

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dft_lightning.component import plain_values
 from dft_lightning.distributed.sharding import ShardingOptions, discard_gradients, is_sharded, synchronise
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss
+from dft_lightning.losses.base import IGNORE_INDEX
 from dft_lightning.models.adapter import lora_values
 from dft_lightning.models.documents import model_inputs
 from dft_lightning.models.generation import Completions, GenerationOptions
@@ -222,7 +223,7 @@ class CausalLMModule(pl.LightningModule):
         the share of the step on.
         """
         synchronise(self, self.sharding, steps=not self.trainer.fit_loop._should_accumulate())
-        targets = (batch["labels"][:, 1:] != -100).sum()
+        targets = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
         divisor = self._steps.divisor_of(targets, batch_idx, self.trainer)
         statistics = ("entropy",) if self.step.log_train_entropy else ()
         output = self.token_output(batch, normalizer=divisor, statistics=statistics)

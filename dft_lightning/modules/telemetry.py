@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dft_lightning.losses import TokenLoss
+from dft_lightning.losses.base import IGNORE_INDEX
 from dft_lightning.metrics import GradientMetrics, SourceMetrics, TokenMetrics
 from dft_lightning.metrics.exact_sums import ExactSums
 from dft_lightning.ops import TokenOutput
@@ -41,7 +42,7 @@ class StageTelemetry(nn.Module):
         self.tokens.update(output, count_tokens(batch))
         if "source" not in batch:
             return
-        kept = batch["labels"][:, 1:] != -100
+        kept = batch["labels"][:, 1:] != IGNORE_INDEX
         with torch.no_grad():
             losses = loss.token_loss(output)
         if "token_weight" in batch:

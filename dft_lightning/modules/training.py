@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dft_lightning.distributed import TokenNormalizer
-from dft_lightning.distributed.gradients import clip_by_norm, clips_at
-from dft_lightning.distributed.normalization import remove_gradients
+from dft_lightning.distributed.ranks import clip_by_norm, clips_at, remove_gradients
 from dft_lightning.errors import InputError
 from dft_lightning.losses import TokenLoss
 from dft_lightning.metrics.exact_sums import ExactSums

@@ -1,9 +1,8 @@
 """What turns hidden states or logits into a token loss. Knows torch and the losses alone."""
 
+from dft_lightning.ops.call import ReferenceHead, TokenOutput
 from dft_lightning.ops.linear_head import linear_token_loss, linear_token_statistics
 from dft_lightning.ops.logits_loss import logits_token_loss
-from dft_lightning.ops.output import TokenOutput
-from dft_lightning.ops.reference import ReferenceHead
 from dft_lightning.ops.scratch import release_scratch
 
 __all__ = [

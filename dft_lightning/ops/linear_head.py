@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dft_lightning.losses.base import TokenLoss, required_step, token_loss_and_weight
+from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss, required_step, token_loss_and_weight
 from dft_lightning.losses.statistics import Statistic, TokenStats, check_params, normalise_needs
-from dft_lightning.ops.normalizer import inverse_normalizer
-from dft_lightning.ops.one_pass import one_pass
-from dft_lightning.ops.output import TokenOutput, connected, detached
-from dft_lightning.ops.recompute import head_statistics
-from dft_lightning.ops.reference import ReferenceHead
-from dft_lightning.ops.row_math import ENTRIES
-from dft_lightning.ops.settings import DEFAULT_CHUNK_BYTES, HeadSettings
-from dft_lightning.ops.target_tokens import ALWAYS, TargetTokens, target_tokens
-from dft_lightning.ops.transform import LogitTransform
+from dft_lightning.ops.call import (
+    ALWAYS,
+    DEFAULT_CHUNK_BYTES,
+    HeadSettings,
+    ReferenceHead,
+    TargetTokens,
+    TokenOutput,
+    reduced,
+    target_tokens,
+)
+from dft_lightning.ops.passes import head_statistics, one_pass
+from dft_lightning.ops.row_math import ENTRIES, LogitTransform
 
 
 @torch.compiler.disable
@@ -32,7 +35,7 @@ def linear_token_loss(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     normalizer: Tensor | float | None = None,
     token_inputs: Mapping[str, Tensor] | None = None,
     token_weight: Tensor | None = None,
@@ -51,6 +54,9 @@ def linear_token_loss(
     The weight's gradient is accumulated in float32 and returned in the weight's dtype. Under autocast the products
     run in autocast's dtype. Gradients that nobody asks for (frozen head, frozen backbone, ``torch.no_grad``) are not
     computed.
+
+    On the CPU gradients are fresh tensors, which are written a few times faster on huge pages: under Linux torch takes
+    them where ``THP_MEM_ALLOC_ENABLE=1`` is set before its first large tensor, as the command sets it.
 
     Args:
         hidden: ``[n, H]``, the last hidden states.
@@ -94,23 +100,15 @@ def linear_token_loss(
     """
     step = required_step(loss, step)
     needs = (*normalise_needs(loss.needs), *normalise_needs(statistics))
-    batch = target_tokens(hidden, weight, targets, bias, ignore_index, token_inputs, token_weight, reference)
+    batch = target_tokens(hidden, weight, targets, bias, ignore_index, reference, token_inputs, token_weight)
     settings = _settings(batch, weight, needs, logit_scale, logit_softcap, chunk_bytes, type(loss).__name__)
     if loss.pointwise:
         return one_pass(batch, weight, bias, loss, settings, normalizer, step)
-    stats, correct = head_statistics(batch.hidden, weight, bias, batch.targets, settings, batch.reference)
+    stats, correct = head_statistics(batch, weight, bias, settings)
     given: dict[str, Any] = {"step": step, **batch.inputs}
     stats = replace(stats, **given)
     losses, slope = token_loss_and_weight(loss, stats, batch.weight)
-    loss_sum = connected(losses.sum(), stats.log_prob)
-    inverse = inverse_normalizer(normalizer, len(losses), losses.dtype)
-    return TokenOutput(
-        **detached(stats),
-        loss=loss_sum * inverse,
-        loss_sum=loss_sum.detach(),
-        weight=slope,
-        correct=correct,
-    )
+    return reduced(losses, stats, normalizer, weight=slope, correct=correct)
 
 
 @torch.compiler.disable
@@ -123,7 +121,7 @@ def linear_token_statistics(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     reference: ReferenceHead | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> TokenStats:
@@ -156,10 +154,10 @@ def linear_token_statistics(
         >>> stats.log_prob.exp().detach(), stats.entropy.exp().detach()
         (tensor([0.2500]), tensor([4.]))
     """
-    batch = target_tokens(hidden, weight, targets, bias, ignore_index, None, None, reference)
+    batch = target_tokens(hidden, weight, targets, bias, ignore_index, reference)
     needs = normalise_needs(statistics)
     settings = _settings(batch, weight, needs, logit_scale, logit_softcap, chunk_bytes, "the caller")
-    return head_statistics(batch.hidden, weight, bias, batch.targets, settings, batch.reference)[0]
+    return head_statistics(batch, weight, bias, settings)[0]
 
 
 def _settings(
@@ -187,8 +185,10 @@ def _settings(
             raise ValueError(f"one call computes {wanted[need.name]!r} or {need!r}, not both")
     if chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
+    beside = batch.reference if "reference_kl" in wanted else None
     return HeadSettings(
         transform=LogitTransform(logit_scale, logit_softcap),
+        reference_transform=None if beside is None else LogitTransform(beside.logit_scale, beside.logit_softcap),
         statistics=dict(sorted(wanted.items())),
         dtype=_product_dtype(batch.hidden, weight),
         chunk_bytes=chunk_bytes,

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dft_lightning.losses.base import TokenLoss, required_step, token_loss_and_weight
+from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss, required_step, token_loss_and_weight
 from dft_lightning.losses.statistics import Statistic, normalise_needs, statistics_from_logits
-from dft_lightning.ops.normalizer import inverse_normalizer
-from dft_lightning.ops.output import TokenOutput, connected, detached
+from dft_lightning.ops.call import TokenOutput, reduced
 
 
 def logits_token_loss(
@@ -19,7 +18,7 @@ def logits_token_loss(
     targets: Tensor,
     loss: TokenLoss,
     *,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     normalizer: Tensor | float | None = None,
     sequence_index: Tensor | None = None,
     reference_log_prob: Tensor | None = None,
@@ -63,17 +62,10 @@ def logits_token_loss(
     }
     stats = statistics_from_logits(kept_logits, kept_targets, needs, step=step, **given)
     losses, weight = token_loss_and_weight(loss, stats, None if token_weight is None else token_weight[kept])
-    values = detached(stats)
+    values: dict[str, Any] = {}
     with torch.no_grad():
         correct = kept_logits.argmax(-1) == kept_targets
         if extra:
             found = statistics_from_logits(kept_logits, kept_targets, extra, **given)
-            values |= {statistic.name: getattr(found, statistic.name) for statistic in extra}
-    loss_sum = connected(losses.sum(), stats.log_prob)
-    return TokenOutput(
-        loss=loss_sum * inverse_normalizer(normalizer, len(losses), losses.dtype),
-        loss_sum=loss_sum.detach(),
-        weight=weight,
-        correct=correct,
-        **values,
-    )
+            values = {statistic.name: getattr(found, statistic.name) for statistic in extra}
+    return reduced(losses, stats, normalizer, weight=weight, correct=correct, **values)

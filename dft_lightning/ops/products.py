@@ -4,51 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dft_lightning.losses.statistics import raised_dtype
-from dft_lightning.ops.memory import empty
-from dft_lightning.ops.scratch import scratch
+from dft_lightning.ops.call import HeadSettings, ReferenceHead
+from dft_lightning.ops.scratch import add_, scratch
 
 # Weight-gradient rows whose half-precision product waits to be added to the accumulator (CPU).
 _TILE_BYTES = 16 * 2**20
-_ADD_BYTES = 2**20
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Which gradients are asked for; the products of the others are skipped."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-    def __bool__(self) -> bool:
-        return self.hidden or self.weight or self.bias
-
-
-def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wanted:
-    """What autograd will ask for."""
-    enabled = torch.is_grad_enabled()
-    return Wanted(*(enabled and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)))
+NO_GRADIENTS = (False, False, False)
 
 
 class HeadProducts:
     """Logits of chunks of tokens into one reused buffer, and the two gradient products out of it.
 
-    Use as a context manager, which holds the buffers. Products run in ``dtype``; the weight's gradient is accumulated
-    in float32 for half precision.
+    Use as a context manager, which holds the buffers. The weight's gradient is accumulated in float32 for half
+    precision.
 
     Args:
         hidden: ``[n, H]``.
         weight: ``[V, H]``.
         bias: ``[V]`` or ``None``.
-        dtype: of the products, that of autocast where it is on.
-        chunk_bytes: size of the buffer of logits.
-        wanted: the gradients to accumulate.
+        settings: the dtype of the products and the size of the buffer of logits.
+        wanted: whether to accumulate the gradients of ``hidden``, ``weight`` and ``bias``.
+        reference: a reference model's head, whose logits stand beside where a statistic wants them.
         role: of the buffers: two that are held at once have buffers of their own.
     """
 
@@ -57,29 +40,37 @@ class HeadProducts:
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        dtype: torch.dtype,
-        chunk_bytes: int,
-        wanted: Wanted,
+        settings: HeadSettings,
+        wanted: tuple[bool, bool, bool] = NO_GRADIENTS,
+        reference: ReferenceHead | None = None,
         role: str = "",
     ) -> None:
         self._role = role
         self._hidden, self._weight, self._bias = hidden, weight, bias
-        self._dtype = dtype
+        self._dtype = settings.dtype
         self.device = hidden.device
         self.wanted = wanted
         self.num_tokens, self.vocabulary = hidden.shape[0], weight.shape[0]
-        self._chunk = _even_chunk(self.num_tokens, max(1, chunk_bytes // (self.vocabulary * dtype.itemsize)))
+        self._chunk = _even_chunk(
+            self.num_tokens, max(1, settings.chunk_bytes // (self.vocabulary * self._dtype.itemsize))
+        )
         self._stack = ExitStack()
         self._started = False
         self.hidden_gradient: Tensor | None = None
         self.weight_gradient: Tensor | None = None
         self.bias_gradient: Tensor | None = None
+        self._beside: HeadProducts | None = None
+        if reference is not None and settings.reference_transform is not None:
+            head = (reference.hidden, reference.weight, reference.bias)
+            self._beside = HeadProducts(*head, settings, role="reference ")
 
     def __enter__(self) -> HeadProducts:
         self._logits = self._scratch("logits", (self._chunk, self.vocabulary))
         self._cast_weight = self._cast("weight", self._weight)
         self._cast_bias = None if self._bias is None else self._bias.to(self._dtype)
         self._make_gradients()
+        if self._beside is not None:
+            self._stack.enter_context(self._beside)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -94,18 +85,20 @@ class HeadProducts:
         return self._scratch(role, tuple(tensor.shape)).copy_(tensor)
 
     def _make_gradients(self) -> None:
-        raised = raised_dtype(self._dtype)
-        if self.wanted.hidden:
+        raised, on_host = raised_dtype(self._dtype), self.device.type == "cpu"
+        wants_hidden, wants_weight, wants_bias = self.wanted
+        if wants_hidden:
             # Only an accelerator's product can leave float32 behind; elsewhere the hidden states' own dtype is as good.
             dtype = raised if self.device.type == "cuda" else self._hidden.dtype
-            self.hidden_gradient = empty(self._hidden.shape, dtype, self.device)
-        if self.wanted.weight:
+            self.hidden_gradient = torch.empty(self._hidden.shape, dtype=dtype, device=self.device)
+        if wants_weight:
             # A single chunk has nothing to accumulate: the product itself sums in float32 and rounds once.
-            single = self.device.type == "cpu" and self._chunk == self.num_tokens and self._rounds_weight_gradient
-            self.weight_gradient = empty(self._weight.shape, self._dtype if single else raised, self.device)
+            single = on_host and self._chunk == self.num_tokens and self._rounds_weight_gradient
+            dtype = self._dtype if single else raised
+            self.weight_gradient = torch.empty(self._weight.shape, dtype=dtype, device=self.device)
             if self.num_tokens == 0:
                 self.weight_gradient.zero_()
-        if self.wanted.bias:
+        if wants_bias:
             self.bias_gradient = torch.zeros(self.vocabulary, dtype=raised, device=self.device)
 
     @property
@@ -130,6 +123,10 @@ class HeadProducts:
         if self._cast_bias is None:
             return torch.mm(hidden, weight, out=out)
         return torch.addmm(self._cast_bias, hidden, weight, out=out)
+
+    def reference_logits(self, rows: slice) -> Tensor | None:
+        """A chunk's logits of the reference model, valid until the next call; ``None`` where they are not wanted."""
+        return None if self._beside is None else self._beside.logits(rows)
 
     def add_gradients(self, rows: slice, logit_gradient: Tensor) -> None:
         """Add what a chunk's ``[c, V]`` gradient with respect to its logits contributes."""
@@ -192,19 +189,10 @@ def _accumulate_tiles(total: Tensor, a: Tensor, b: Tensor, *, add: bool, exact: 
             factor = a[start : start + tile]
             rounded = torch.mm(factor, b, out=product[: len(target)])
             if add:
-                _add_(target, rounded)
+                add_(target, rounded)
             else:
                 target.copy_(rounded)
             if exact:
                 # The product again, minus its rounded self: summed in float32 inside, rounded where it is small.
                 rest = torch.neg(rounded, out=remainder[: len(target)])
-                _add_(target, torch.addmm(rest, factor, b, out=rest))
-
-
-def _add_(total: Tensor, addend: Tensor) -> None:
-    """``total += addend`` of a narrower dtype, of which torch would make a copy in memory first."""
-    step = max(1, _ADD_BYTES // (total.shape[1] * total.dtype.itemsize))
-    with scratch("addend", (step, total.shape[1]), total.dtype, total.device) as piece:
-        for row in range(0, len(total), step):
-            part = addend[row : row + step]
-            total[row : row + step].add_(piece[: len(part)].copy_(part))
+                add_(target, torch.addmm(rest, factor, b, out=rest))

@@ -14,9 +14,56 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What some models do to the product: ``scale * softcap * tanh(z / softcap)``; without a softcap ``scale * z``.
+
+    Attributes:
+        scale: Cohere's ``logit_scale``, one over Granite's ``logits_scaling``.
+        softcap: Gemma-2's ``final_logit_softcapping``.
+
+    Raises:
+        TypeError: the scale is a tensor, whose gradient would be lost.
+        ValueError: a scale of 0, a softcap that is not positive.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("logit_scale", self.scale), ("logit_softcap", self.softcap)):
+            if isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a number, got a tensor: multiply hidden by a trained scale instead")
+        if self.scale == 0:
+            raise ValueError("logit_scale must not be 0")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"logit_softcap must be positive, or None for no cap, got {self.softcap}")
+
+    def apply_(self, z: Tensor) -> Tensor:
+        """Transform in place."""
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z if self.scale == 1.0 else z.mul_(self.scale)
+
+    def cap_derivative(self, transformed: Tensor, *, out: Tensor) -> None:
+        """Derivative of the softcap from transformed logits: ``1 - tanh**2``."""
+        assert self.softcap is not None
+        torch.mul(transformed, 1 / (self.scale * self.softcap), out=out)
+        out.square_().neg_().add_(1.0)
+
+
+class ReferenceRows(NamedTuple):
+    """A chunk's rows of a reference model: ``logits`` ``[c, V]`` before its ``transform``, and their ``logsumexp``."""
+
+    logits: Tensor
+    transform: LogitTransform
+    log_normalizer: Tensor
 
 
 @dataclass
@@ -57,15 +104,9 @@ class Coefficients:
     quadratic: Tensor | None = None
     reference: Tensor | None = None
 
-    def add(self, name: str, value: Tensor) -> None:
-        """Add to one coefficient."""
-        present = getattr(self, name)
-        setattr(self, name, value if present is None else present + value)
-
     def scaled(self, factor: Tensor | float) -> Coefficients:
         """All of them times a factor."""
-        scaled = {name: c * factor for name, c in vars(self).items() if c is not None}
-        return Coefficients(**scaled)
+        return Coefficients(**{name: c * factor for name, c in vars(self).items() if c is not None})
 
     def off_target_linear(self) -> Tensor:
         """What multiplies ``p_v`` away from the target."""
@@ -91,94 +132,55 @@ def _times_log(p: Tensor, log_p: Tensor) -> Tensor:
     return p * log_p.masked_fill(p == 0, 0.0)
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One statistic.
 
     Attributes:
         moment: the moment it is made of, beyond those that are always there.
-        value: its value from the moments and the size of the vocabulary.
-        add_gradient: adds ``u`` times its derivative to the coefficients; gets the statistic's value and the size of
-            the vocabulary. ``None`` for a statistic that is a constant.
+        value: its value from that moment, all moments, and the size of the vocabulary.
+        gradient: what it adds to the coefficients, from ``u``, the statistic's value and the size of the vocabulary.
+            ``None`` for a statistic that is a constant.
         in_kernel: whether the row kernels gather the moment in their one pass.
     """
 
     moment: str
-    value: Callable[[Moments, int], Tensor]
-    add_gradient: Callable[[Coefficients, Tensor, Tensor, int], None] | None
+    value: Callable[[Tensor, Moments, int], Tensor]
+    gradient: Callable[[Tensor, Tensor, int], dict[str, Tensor]] | None
     in_kernel: bool = True
 
 
-def _mean_log_prob(moments: Moments, vocabulary: int) -> Tensor:
-    assert moments.sum_logits is not None
-    return moments.sum_logits / vocabulary - moments.log_normalizer
-
-
-def _add_mean_log_prob(total: Coefficients, u: Tensor, value: Tensor, vocabulary: int) -> None:
-    total.add("constant", u / vocabulary)
-    total.add("linear", -u)
-
-
-def _entropy(moments: Moments, vocabulary: int) -> Tensor:
-    assert moments.sum_p_log_p is not None
-    return -(moments.sum_p_log_p + _times_log(moments.log_prob.exp(), moments.log_prob))
-
-
-def _add_entropy(total: Coefficients, u: Tensor, value: Tensor, vocabulary: int) -> None:
-    total.add("linear", -u * value)
-    total.add("log_linear", -u)
-
-
-def _sum_squared_prob(moments: Moments, vocabulary: int) -> Tensor:
-    assert moments.sum_p_squared is not None
-    return moments.sum_p_squared + (2 * moments.log_prob).exp()
-
-
-def _add_sum_squared_prob(total: Coefficients, u: Tensor, value: Tensor, vocabulary: int) -> None:
-    total.add("linear", -2 * u * value)
-    total.add("quadratic", 2 * u)
-
-
-def _top_k_entropy(moments: Moments, vocabulary: int) -> Tensor:
-    assert moments.top_k_entropy is not None
-    return moments.top_k_entropy
-
-
-def _reference_kl(moments: Moments, vocabulary: int) -> Tensor:
-    assert moments.reference_kl is not None
-    return moments.reference_kl
-
-
-def _add_reference_kl(total: Coefficients, u: Tensor, value: Tensor, vocabulary: int) -> None:
-    total.add("linear", u)
-    total.add("reference", u)
-
-
 ENTRIES: dict[str, Entry] = {
-    "mean_log_prob": Entry("sum_logits", _mean_log_prob, _add_mean_log_prob),
-    "entropy": Entry("sum_p_log_p", _entropy, _add_entropy),
-    "sum_squared_prob": Entry("sum_p_squared", _sum_squared_prob, _add_sum_squared_prob),
-    "top_k_entropy": Entry("top_k_entropy", _top_k_entropy, None, in_kernel=False),
-    "reference_kl": Entry("reference_kl", _reference_kl, _add_reference_kl, in_kernel=False),
+    "mean_log_prob": Entry(
+        "sum_logits",
+        lambda total, moments, vocabulary: total / vocabulary - moments.log_normalizer,
+        lambda u, value, vocabulary: {"constant": u / vocabulary, "linear": -u},
+    ),
+    "entropy": Entry(
+        "sum_p_log_p",
+        lambda total, moments, _: -(total + _times_log(moments.log_prob.exp(), moments.log_prob)),
+        lambda u, value, _: {"linear": -u * value, "log_linear": -u},
+    ),
+    "sum_squared_prob": Entry(
+        "sum_p_squared",
+        lambda total, moments, _: total + (2 * moments.log_prob).exp(),
+        lambda u, value, _: {"linear": -2 * u * value, "quadratic": 2 * u},
+    ),
+    "top_k_entropy": Entry("top_k_entropy", lambda entropy, *_: entropy, None, in_kernel=False),
+    "reference_kl": Entry(
+        "reference_kl",
+        lambda divergence, *_: divergence,
+        lambda u, value, _: {"linear": u, "reference": u},
+        in_kernel=False,
+    ),
 }
-
-
-def moments_of(names: Iterable[str]) -> list[str]:
-    """The moments that the named statistics are made of, sorted."""
-    return sorted({ENTRIES[name].moment for name in names})
-
-
-def kernel_moments_of(names: Iterable[str]) -> frozenset[str]:
-    """Those of them that the row kernels gather."""
-    return frozenset(ENTRIES[name].moment for name in names if ENTRIES[name].in_kernel)
 
 
 def statistics_of(moments: Moments, names: Iterable[str], vocabulary: int) -> dict[str, Tensor]:
     """``log_prob`` and the named statistics, each ``[n]``."""
-    return {
-        "log_prob": moments.log_prob,
-        **{name: ENTRIES[name].value(moments, vocabulary) for name in sorted(names)},
-    }
+    values = {"log_prob": moments.log_prob}
+    for name in names:
+        values[name] = ENTRIES[name].value(getattr(moments, ENTRIES[name].moment), moments, vocabulary)
+    return values
 
 
 def coefficients_of(slopes: Mapping[str, Tensor], values: Mapping[str, Tensor], vocabulary: int) -> Coefficients:
@@ -189,11 +191,12 @@ def coefficients_of(slopes: Mapping[str, Tensor], values: Mapping[str, Tensor], 
         values: the statistics themselves.
         vocabulary: number of classes.
     """
-    total = Coefficients(slopes["log_prob"])
+    total = {"at_target": slopes["log_prob"]}
     for name, slope in slopes.items():
         if name == "log_prob":
             continue
-        add_gradient = ENTRIES[name].add_gradient
-        assert add_gradient is not None, f"{name} is a constant"
-        add_gradient(total, slope, values[name], vocabulary)
-    return total
+        gradient = ENTRIES[name].gradient
+        assert gradient is not None, f"{name} is a constant"
+        for coefficient, value in gradient(slope, values[name], vocabulary).items():
+            total[coefficient] = total[coefficient] + value if coefficient in total else value
+    return Coefficients(**total)

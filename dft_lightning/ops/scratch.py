@@ -1,4 +1,4 @@
-"""Buffers that one call leaves to the next."""
+"""Buffers that one call leaves to the next, and copies in another dtype that go through them a piece at a time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dft_lightning.ops.memory import empty
-
+_PIECE_BYTES = 2**20
 _local = threading.local()
 
 
@@ -37,7 +36,7 @@ def scratch(role: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     if buffer is None or buffer.numel() < size:
         buffer = None  # freed before the larger one is made
         with torch.inference_mode(False):  # an inference tensor could not be written to in training
-            buffer = empty((size,), torch.uint8, device)
+            buffer = torch.empty(size, dtype=torch.uint8)
     try:
         yield buffer[:size].view(dtype).view(shape)
     finally:
@@ -47,3 +46,34 @@ def scratch(role: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
 def release_scratch() -> None:
     """Free the buffers that this thread keeps between calls of the linear head."""
     _local.__dict__.pop("buffers", None)
+
+
+def add_(total: Tensor, addend: Tensor) -> None:
+    """``total += addend``, both ``[n, m]``, the addend of a narrower dtype: torch would copy the whole of it first."""
+    step = max(1, _PIECE_BYTES // (total.shape[1] * total.dtype.itemsize))
+    with scratch("addend", (step, total.shape[1]), total.dtype, total.device) as piece:
+        for row in range(0, len(total), step):
+            part = addend[row : row + step]
+            total[row : row + step].add_(piece[: len(part)].copy_(part))
+
+
+def scaled(gradient: Tensor, factor: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """``gradient * factor`` in ``dtype``, rounded once; the tensor itself where there is nothing to do.
+
+    Handing out the tensor itself is safe: autograd copies what somebody else holds before it adds to it.
+    """
+    on_host = gradient.device.type == "cpu"
+    factor = float(factor) if on_host else factor
+    if on_host and factor == 1.0 and dtype == gradient.dtype:
+        return gradient
+    out = torch.empty_like(gradient, dtype=dtype)
+    if not on_host or dtype == gradient.dtype:
+        return torch.mul(gradient, factor, out=out)
+    if factor == 1.0:
+        return out.copy_(gradient)
+    # In pieces: torch would make a copy of the whole in the gradient's dtype first.
+    size = max(1, min(out.numel(), _PIECE_BYTES // gradient.dtype.itemsize))
+    with scratch("addend", (size,), gradient.dtype, gradient.device) as piece:
+        for part, part_out in zip(torch.split(gradient.view(-1), size), torch.split(out.view(-1), size), strict=True):
+            part_out.copy_(torch.mul(part, factor, out=piece[: len(part)]))
+    return out

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dft_lightning.losses.statistics import raised_dtype
-from dft_lightning.ops.reference import ReferenceRows
-from dft_lightning.ops.row_math import Coefficients, Moments
+from dft_lightning.losses.statistics import entropy_of_largest, raised_dtype
+from dft_lightning.ops.row_math import Coefficients, LogitTransform, Moments, ReferenceRows
 from dft_lightning.ops.scratch import scratch
-from dft_lightning.ops.transform import LogitTransform
 
 # Half of the second-level cache of two current cores; an accelerator wants few launches instead.
 _BLOCK_BYTES = {"cpu": 2 * 2**20}
@@ -130,18 +128,14 @@ def row_gradient_(
             z.scatter_(-1, targets[rows].unsqueeze(-1), at_target[rows])
             if beside is not None:
                 assert coefficients.reference is not None
-                r = _probabilities_(block[1].copy_(beside.logits[rows]), beside, rows)
+                r = beside.transform.apply_(block[1].copy_(beside.logits[rows]))
+                r.sub_(beside.log_normalizer[rows].unsqueeze(-1)).exp_()
                 z.addcmul_(r, coefficients.reference[rows].unsqueeze(-1), value=-1)
             if transform.softcap is not None:
                 z.mul_(block[-1])
             if bias_gradient is not None:
                 bias_gradient.add_(z.sum(0))
             logits[rows].copy_(z)
-
-
-def _probabilities_(z: Tensor, reference: ReferenceRows, rows: slice) -> Tensor:
-    """The reference's logits become its probabilities."""
-    return reference.transform.apply_(z).sub_(reference.log_normalizer[rows].unsqueeze(-1)).exp_()
 
 
 def row_divergence(
@@ -157,7 +151,7 @@ def row_divergence(
         logits: ``[n, V]`` before the transform; not changed.
         transform: what makes the model's logits of these.
         log_normalizer: ``[n]``, their ``logsumexp``.
-        reference_logits: ``[n, V]`` likewise; not changed.
+        reference_logits: ``[n, V]`` of the reference model, before its transform; not changed.
         reference_transform: what makes the reference's logits of these.
     """
     dtype = raised_dtype(logits.dtype)
@@ -174,6 +168,31 @@ def row_divergence(
             difference = torch.sub(other, own, out=own).masked_fill_(weight == 0, 0.0)
             torch.sum(difference.mul_(weight), -1, out=divergence[rows])
     return divergence, normalizer
+
+
+def row_top_k_entropy(logits: Tensor, transform: LogitTransform, k: int) -> Tensor:
+    """Entropy of each row's ``k`` likeliest classes among themselves, ``[n]``; on every device.
+
+    The transform keeps the order of logits (or reverses it), so that it is needed for ``k`` of them alone.
+    """
+    if 1 <= k < logits.shape[-1]:
+        logits = _largest(logits, k) if transform.scale > 0 else -_largest(-logits, k)
+    return entropy_of_largest(transform.apply_(logits.to(raised_dtype(logits.dtype), copy=True)), k)
+
+
+def _largest(values: Tensor, k: int, block: int = 128) -> Tensor:
+    """The ``k`` largest of each row ``[n, V]``, in any order.
+
+    They lie in the ``k`` blocks with the largest maxima, which cost a pass over the row; a selection among all of a
+    vocabulary's logits takes several times as long.
+    """
+    whole = values.shape[-1] // block * block
+    if whole // block > k:
+        blocks = values[:, :whole].view(len(values), -1, block)
+        best = blocks.amax(-1).topk(k, dim=-1, sorted=False).indices
+        found = blocks.gather(1, best.unsqueeze(-1).expand(-1, -1, block)).flatten(1)
+        values = torch.cat([found, values[:, whole:]], dim=-1)
+    return values.topk(k, dim=-1, sorted=False).values
 
 
 def _times_polynomial_(z: Tensor, p: Tensor, coefficients: Coefficients, linear: Tensor, rows: slice) -> None:

@@ -11,9 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dft_lightning.ops.reference import ReferenceRows
-from dft_lightning.ops.row_math import Coefficients, Moments
-from dft_lightning.ops.transform import LogitTransform
+from dft_lightning.ops.row_math import Coefficients, LogitTransform, Moments, ReferenceRows
 
 _BLOCK = 4096
 _NUM_WARPS = 8

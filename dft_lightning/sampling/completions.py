@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dft_lightning.data.tokens import IGNORE_INDEX
 from dft_lightning.errors import InputError
 from dft_lightning.evaluation.completions import measuring
+from dft_lightning.losses.base import IGNORE_INDEX
 from dft_lightning.models.generation import GenerationOptions, completion_lengths, decode_completions
 from dft_lightning.modules import CausalLMModule
 from dft_lightning.sampling.prompts import IntArray

@@ -18,6 +18,7 @@ from dft_lightning.data import InstructionDataModule
 from dft_lightning.data.batches import Collator
 from dft_lightning.data.references import FINGERPRINT, LOG_PROB
 from dft_lightning.errors import InputError
+from dft_lightning.losses.base import IGNORE_INDEX
 from dft_lightning.modules import CausalLMModule
 from dft_lightning.scoring.rows import SourceRow, SplitRows
 
@@ -28,7 +29,7 @@ Key = tuple[int, int]  # the split's place and the row's
 def target_log_probs(module: CausalLMModule, batch: dict[str, Any], batch_idx: int) -> list[Any]:
     """What a module predicts here: the log-probs of each row's targets, in order, ``[n]``, float32."""
     output = module.token_output({name: value for name, value in batch.items() if name != "pieces"})
-    counts = (batch["labels"][:, 1:] != -100).sum(dim=1).tolist()
+    counts = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).tolist()
     return [part.numpy() for part in torch.split(output.log_prob.float().cpu(), counts)]
 
 

@@ -13,9 +13,10 @@ from dft_lightning.data.forms import Conversation, UnknownForm
 from dft_lightning.data.messages import Problems, RowReader
 from dft_lightning.data.packing import cut
 from dft_lightning.data.references import FINGERPRINT, LOG_PROB, fingerprint_of
-from dft_lightning.data.tokens import IGNORE_INDEX, EncodedRow
+from dft_lightning.data.tokens import EncodedRow
 from dft_lightning.data.turns import BadRow
 from dft_lightning.errors import InputError, shortened
+from dft_lightning.losses.base import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from dft_lightning.data import InstructionDataModule

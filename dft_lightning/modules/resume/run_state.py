@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from dft_lightning.distributed.gather import gather_lists
+from dft_lightning.distributed.ranks import gather_lists
 from dft_lightning.metrics.exact_sums import ExactSums
 from dft_lightning.modules.resume.random_state import random_state, restore_random_state
 from dft_lightning.modules.schedules import num_training_batches

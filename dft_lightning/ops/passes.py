@@ -1,0 +1,284 @@
+"""The two ways through a linear head, as autograd functions: one pass, or the logits computed again in backward.
+
+Both take the tokens in chunks: logits of a chunk, moments of its rows, and the gradient in the logits' place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dft_lightning.losses.base import TokenLoss, loss_and_slopes
+from dft_lightning.losses.statistics import TokenStats, raised_dtype
+from dft_lightning.ops import torch_kernels
+from dft_lightning.ops.call import HeadSettings, ReferenceHead, TargetTokens, TokenOutput, inverse_normalizer
+from dft_lightning.ops.products import HeadProducts
+from dft_lightning.ops.row_math import ENTRIES, Coefficients, Moments, ReferenceRows, coefficients_of, statistics_of
+from dft_lightning.ops.scratch import scaled
+
+
+def one_pass(
+    batch: TargetTokens,
+    weight: Tensor,
+    bias: Tensor | None,
+    loss: TokenLoss,
+    settings: HeadSettings,
+    normalizer: Tensor | float | None,
+    step: int,
+) -> TokenOutput:
+    """Pointwise loss and statistics of ``n`` target tokens, gradients computed on the way."""
+    leaves = (batch.hidden, weight, bias)
+    wanted = tuple(torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves)
+    # The normaliser goes in before anything is rounded, so that backward need not round again.
+    inverse = inverse_normalizer(normalizer, len(batch.hidden), raised_dtype(settings.dtype))
+    value, loss_sum, slope, correct, log_prob, *rest = OnePass.apply(  # type: ignore[no-untyped-call, unused-ignore]
+        *leaves, wanted, batch, loss, settings, inverse, step
+    )
+    return TokenOutput(
+        loss=value,
+        loss_sum=loss_sum,
+        weight=slope,
+        correct=correct,
+        log_prob=log_prob,
+        step=step,
+        vocab_size=weight.shape[0],
+        **batch.inputs,
+        **dict(zip(settings.statistics, rest, strict=True)),
+    )
+
+
+class OnePass(torch.autograd.Function):
+    """Computes the gradients in forward, for an upstream gradient of 1, and scales them in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        wanted: tuple[bool, bool, bool],
+        batch: TargetTokens,
+        loss: TokenLoss,
+        settings: HeadSettings,
+        inverse: Tensor | float,
+        step: int,
+    ) -> tuple[Tensor, ...]:
+        chunks = []
+        with (
+            torch.autocast(hidden.device.type, enabled=False),
+            HeadProducts(hidden, weight, bias, settings, wanted, batch.reference) as products,
+        ):
+            for rows in products.chunks():
+                logits, beside, moments = _gathered(products, rows, batch.targets, settings)
+                values = statistics_of(moments, settings.statistics, products.vocabulary)
+                stats = TokenStats(step=step, vocab_size=weight.shape[0], **values, **_rows_of(batch.inputs, rows))
+                losses, slopes = loss_and_slopes(loss, stats, None if batch.weight is None else batch.weight[rows])
+                if any(wanted):
+                    # What was given to the loss from outside does not depend on these logits.
+                    slopes = {name: slope for name, slope in slopes.items() if name in values}
+                    coefficients = coefficients_of(slopes, values, products.vocabulary).scaled(inverse)
+                    _push_back(products, rows, batch.targets, settings, logits, beside, moments, coefficients)
+                found = {"losses": losses, "weight": -slopes["log_prob"], "correct": moments.correct, **values}
+                chunks.append(found)
+        names = ("losses", "weight", "correct", "log_prob", *settings.statistics)  # as one_pass unpacks them
+        per_token = _concatenated(chunks, names, settings.dtype, hidden.device)
+        loss_sum = per_token.pop("losses").sum()
+        ctx.save_for_backward(*products.gradients)
+        ctx.settings, ctx.dtypes = settings, _dtypes(hidden, weight, bias)
+        details = (loss_sum, *per_token.values())
+        ctx.mark_non_differentiable(*details)
+        return (loss_sum * inverse, *details)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
+        return (*_returned(ctx.saved_tensors, ctx.dtypes, upstream, ctx.settings), *[None] * 6)
+
+
+def head_statistics(
+    batch: TargetTokens, weight: Tensor, bias: Tensor | None, settings: HeadSettings
+) -> tuple[TokenStats, Tensor]:
+    """Statistics of ``n`` target tokens, differentiable, and whether each target is the argmax."""
+    correct, log_prob, *rest = _Statistics.apply(  # type: ignore[no-untyped-call, unused-ignore]
+        batch.hidden, weight, bias, batch.targets, settings, batch.reference
+    )
+    values = dict(zip(settings.statistics, rest, strict=True))
+    return TokenStats(log_prob=log_prob, vocab_size=weight.shape[0], **values), correct
+
+
+class _Statistics(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        settings: HeadSettings,
+        reference: ReferenceHead | None,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        with (
+            torch.autocast(hidden.device.type, enabled=False),
+            HeadProducts(hidden, weight, bias, settings, reference=reference) as products,
+        ):
+            chunks = [vars(_gathered(products, rows, targets, settings)[2]) for rows in products.chunks()]
+        names = ["log_prob", "log_normalizer", "correct", *(ENTRIES[name].moment for name in settings.statistics)]
+        names += [] if settings.reference_transform is None else ["reference_log_normalizer"]
+        moments = Moments(**_concatenated(chunks, names, settings.dtype, hidden.device))
+        values = statistics_of(moments, settings.statistics, weight.shape[0])
+        saved = {name: value for name, value in vars(moments).items() if value is not None}
+        ctx.save_for_backward(hidden, weight, bias, targets, *saved.values())
+        ctx.settings, ctx.names, ctx.reference = settings, list(saved), reference
+        # Moments are saved: an output that autograd sees must be another tensor.
+        outputs = {name: value.clone() for name, value in values.items()}
+        constants = [value for name, value in outputs.items() if name in ENTRIES and not ENTRIES[name].gradient]
+        ctx.mark_non_differentiable(moments.correct, *constants)
+        return moments.correct, *outputs.values()
+
+    @staticmethod
+    def backward(ctx: Any, _: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
+        hidden, weight, bias, targets, *saved = ctx.saved_tensors
+        settings = ctx.settings
+        saved = dict(zip(ctx.names, saved, strict=True))
+        names = ("log_prob", *settings.statistics)
+        slopes = {name: u for name, u in zip(names, upstream, strict=True) if u is not None}
+        slopes.setdefault("log_prob", torch.zeros_like(saved["log_prob"]))
+        size = _size_of(slopes, settings)
+        slopes = {name: slope / size for name, slope in slopes.items()}
+        with (
+            torch.autocast(hidden.device.type, enabled=False),
+            HeadProducts(hidden, weight, bias, settings, ctx.needs_input_grad[:3], ctx.reference) as products,
+        ):
+            for rows in products.chunks():
+                moments = Moments(**_rows_of(saved, rows))
+                values = statistics_of(moments, settings.statistics, products.vocabulary)
+                coefficients = coefficients_of(_rows_of(slopes, rows), values, products.vocabulary)
+                logits, beside = products.logits(rows), products.reference_logits(rows)
+                _push_back(products, rows, targets, settings, logits, beside, moments, coefficients)
+        returned = _returned(products.gradients, _dtypes(hidden, weight, bias), size, settings)
+        return (*returned, None, None, None)
+
+
+def kernels_for(device: torch.device, dtype: torch.dtype) -> Any:
+    """The module with ``row_moments``, ``row_divergence`` and ``row_gradient_`` for logits of a device and dtype.
+
+    Triton on CUDA (and ROCm); plain torch on the CPU, elsewhere, and for float64.
+    """
+    if device.type == "cuda" and dtype != torch.float64 and _has_triton():
+        from dft_lightning.ops import triton_kernels
+
+        return triton_kernels
+    return torch_kernels
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _gathered(
+    products: HeadProducts, rows: slice, targets: Tensor, settings: HeadSettings
+) -> tuple[Tensor, Tensor | None, Moments]:
+    """A chunk's logits ``[c, V]``, the reference model's where they are wanted, and the moments of the statistics."""
+    logits, beside = products.logits(rows), products.reference_logits(rows)
+    kernels, transform = kernels_for(products.device, settings.dtype), settings.transform
+    wanted = frozenset(ENTRIES[name].moment for name in settings.statistics if ENTRIES[name].in_kernel)
+    moments: Moments = kernels.row_moments(logits, targets[rows], transform, wanted)
+    if (statistic := settings.statistics.get("top_k_entropy")) is not None:
+        moments.top_k_entropy = torch_kernels.row_top_k_entropy(logits, transform, **statistic.params)
+    if beside is not None:
+        moments.reference_kl, moments.reference_log_normalizer = kernels.row_divergence(
+            logits, transform, moments.log_normalizer, beside, settings.reference_transform
+        )
+    return logits, beside, moments
+
+
+def _push_back(
+    products: HeadProducts,
+    rows: slice,
+    targets: Tensor,
+    settings: HeadSettings,
+    logits: Tensor,
+    beside: Tensor | None,
+    moments: Moments,
+    coefficients: Coefficients,
+) -> None:
+    """Turn a chunk's logits into their gradient, and add what it contributes to the others."""
+    reference = None
+    if beside is not None:
+        assert settings.reference_transform is not None
+        assert moments.reference_log_normalizer is not None
+        reference = ReferenceRows(beside, settings.reference_transform, moments.reference_log_normalizer)
+    kernels_for(products.device, settings.dtype).row_gradient_(
+        logits,
+        targets[rows],
+        settings.transform,
+        moments.log_prob,
+        moments.log_normalizer,
+        coefficients.scaled(settings.float16_factor),
+        products.bias_gradient,
+        reference,
+    )
+    products.add_gradients(rows, logits)
+
+
+def _concatenated(
+    chunks: Sequence[Mapping[str, Any]], names: Iterable[str], dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """``[n]`` tensors of the chunks' named results; empty ones where there is no chunk. ``correct`` is bool."""
+    if chunks:
+        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in names}
+    kinds = {name: torch.bool if name == "correct" else raised_dtype(dtype) for name in names}
+    return {name: torch.empty(0, dtype=kind, device=device) for name, kind in kinds.items()}
+
+
+def _rows_of(values: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    return {name: value[rows] for name, value in values.items()}
+
+
+def _dtypes(*leaves: Tensor | None) -> list[torch.dtype | None]:
+    return [None if leaf is None else leaf.dtype for leaf in leaves]
+
+
+def _returned(
+    gradients: Iterable[Tensor | None],
+    dtypes: Iterable[torch.dtype | None],
+    upstream: Tensor | float,
+    settings: HeadSettings,
+) -> list[Tensor | None]:
+    """Accumulated gradients times the upstream gradient, each in the dtype of its leaf."""
+    factor = upstream / settings.float16_factor
+    return [
+        None if gradient is None or dtype is None else scaled(gradient, factor, dtype)
+        for gradient, dtype in zip(gradients, dtypes, strict=True)
+    ]
+
+
+def _refuse_double_backward() -> None:
+    """Raise where a second derivative is asked for: gradients that are computed in place have none."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the fused linear head has no second derivative (create_graph=True): use logits, with logits_token_loss "
+            "or head: full"
+        )
+
+
+def _size_of(slopes: Mapping[str, Tensor], settings: HeadSettings) -> Tensor | float:
+    """A power of two near the largest slope, which float16 would overflow on; 1 in other dtypes.
+
+    What comes from outside has the gradient scaler's factor in it, on top of which goes the head's own. In one pass the
+    slopes are the loss's own, and the scaler's factor comes after the products.
+    """
+    if settings.dtype != torch.float16:
+        return 1.0
+    largest = torch.stack([slope.abs().amax() for slope in slopes.values() if slope.numel()] or [torch.ones(())]).amax()
+    smallest = torch.finfo(largest.dtype).tiny
+    size = torch.exp2(largest.clamp(min=smallest).log2().ceil())
+    return torch.where(size.isfinite(), size, 1.0)  # inf and nan are the scaler's to see
