@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from dft_lightning.errors import InputError
+from dft_lightning.foreign.torch import multiply
 
 T = TypeVar("T")
 
@@ -106,8 +107,7 @@ class TokenNormalizer:
         factor = self.divisor * micro_batches / total
         self.divisor = _power_of_two(tokens / micro_batches)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, factor)
+        multiply(gradients, factor)
         return 0
 
     def _totals(self) -> tuple[int, float, int]:

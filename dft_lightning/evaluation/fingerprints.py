@@ -40,7 +40,7 @@ def hash_texts(texts: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
-def add_tensor(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+def add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
     """Add one tensor's bits to a hash."""
     plain = tensor.detach().cpu().contiguous()
     digest.update(f"{name} {plain.dtype} {list(plain.shape)}".encode())

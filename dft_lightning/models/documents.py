@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dft_lightning.errors import InputError, one_line
+from dft_lightning.foreign.transformers import attention_of
 from dft_lightning.models.head import text_config
 from dft_lightning.models.row_checks import apart, rounding, trying, vocabulary_of
 
@@ -184,8 +185,3 @@ def _last_logits_of_rows(model: nn.Module, *rows: Tensor) -> Tensor:
     """Of the last of rows of their own."""
     output: Tensor = model(**model_inputs(model, {"input_ids": torch.stack(rows)})).logits
     return output[-1:, -_CHECKED_TOKENS:]
-
-
-def attention_of(model: nn.Module) -> str:
-    """The name of a model's attention implementation."""
-    return str(getattr(getattr(model, "config", None), "_attn_implementation", "of its own"))

@@ -12,12 +12,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from dft_lightning.distributed.ranks import gather_lists
+from dft_lightning.foreign.lightning import count_logged_steps, logs_now
 from dft_lightning.metrics.exact_sums import ExactSums
 from dft_lightning.modules.resume.random_state import random_state, restore_random_state
 from dft_lightning.modules.schedules import num_training_batches
 from dft_lightning.modules.telemetry import TrainTelemetry
 from dft_lightning.modules.training import OptimizerSteps
-from dft_lightning.progress import Progress, batches_done, count_logged_steps, go_on_from, last_step
+from dft_lightning.progress import Progress, batches_done, go_on_from, last_step, step_ends, training_loaders
 
 RUN_STATE = "dft_lightning_run"
 """Its key in a checkpoint."""
@@ -59,7 +60,7 @@ class RunState:
     def after_validation(self, trainer: pl.Trainer) -> None:
         """Within a fit: what was noted of a step gets the random numbers that validation took."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if fitting and not trainer.fit_loop._should_accumulate():
+        if fitting and step_ends(trainer):
             self.note_step(trainer)
 
     def _now(self) -> dict[str, Any]:
@@ -78,7 +79,7 @@ class RunState:
                     "within a step have random numbers and metrics of an earlier one"
                 )
             own = self._noted
-        elif self._step_number != trainer.global_step and window_ends(trainer):
+        elif self._step_number != trainer.global_step and logs_now(trainer):
             own["metrics"] = {}  # logged as soon as this is written
         rows = rows_of_batch(trainer) if positions(trainer) else None
         checkpoint[RUN_STATE] = {
@@ -129,7 +130,7 @@ class RunState:
             load_metric(metric, [rank["metrics"].get(name) for rank in ranks], trainer)
         self._steps.load_in_flight(ranks[min(trainer.global_rank, len(ranks) - 1)]["values"])
         for name, value in saved["callback_metrics"].items():  # what callbacks look for at the end of the epoch
-            trainer._logger_connector._callback_metrics[name] = torch.tensor(value, dtype=torch.float64)
+            trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float64)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GradientAccumulationScheduler):  # which is asked where an epoch begins alone
                 trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
@@ -137,17 +138,10 @@ class RunState:
             count_logged_steps(trainer)
 
 
-def window_ends(trainer: pl.Trainer) -> bool:
-    """Whether what was gathered is logged after this step."""
-    # Lightning's own criterion: another would collect at steps that the loggers never see.
-    return bool(trainer._logger_connector.should_update_logs)
-
-
 def positions(trainer: pl.Trainer) -> bool:
     """Whether the loader in use is the data module's own, which goes on within an epoch; an override may make one."""
-    loader = trainer.fit_loop._combined_loader
     datamodule: Any = getattr(trainer, "datamodule", None)
-    return hasattr(datamodule, "goes_on") and loader is not None and all(map(datamodule.goes_on, loader.flattened))
+    return hasattr(datamodule, "goes_on") and all(map(datamodule.goes_on, training_loaders(trainer)))
 
 
 def rows_of_batch(trainer: pl.Trainer) -> int | None:
