@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dft_lightning.losses.statistics import raised_dtype
 from dft_lightning.ops.call import HeadSettings, ReferenceHead
-from dft_lightning.ops.scratch import add_, scratch
+from dft_lightning.ops.scratch import add_, scratch, slices
 
 # Weight-gradient rows whose half-precision product waits to be added to the accumulator (CPU).
 _TILE_BYTES = 16 * 2**20
@@ -113,8 +113,7 @@ class HeadProducts:
 
     def chunks(self) -> Iterator[slice]:
         """Slices of tokens, all but the last of one size."""
-        for start in range(0, self.num_tokens, self._chunk):
-            yield slice(start, min(self.num_tokens, start + self._chunk))
+        return slices(self.num_tokens, self._chunk)
 
     def logits(self, rows: slice) -> Tensor:
         """``[c, V]`` logits of a chunk, valid until the next call."""
@@ -184,9 +183,8 @@ def _accumulate_tiles(total: Tensor, a: Tensor, b: Tensor, *, add: bool, exact: 
         scratch("product", (tile, width), a.dtype, a.device) as product,
         scratch("remainder", (tile, width), a.dtype, a.device) as remainder,
     ):
-        for start in range(0, total.shape[0], tile):
-            target = total[start : start + tile]
-            factor = a[start : start + tile]
+        for rows in slices(total.shape[0], tile):
+            target, factor = total[rows], a[rows]
             rounded = torch.mm(factor, b, out=product[: len(target)])
             if add:
                 add_(target, rounded)

@@ -48,13 +48,19 @@ def release_scratch() -> None:
     _local.__dict__.pop("buffers", None)
 
 
+def slices(length: int, size: int) -> Iterator[slice]:
+    """Of ``size`` each, the last of what is left."""
+    for start in range(0, length, size):
+        yield slice(start, min(length, start + size))
+
+
 def add_(total: Tensor, addend: Tensor) -> None:
     """``total += addend``, both ``[n, m]``, the addend of a narrower dtype: torch would copy the whole of it first."""
     step = max(1, _PIECE_BYTES // (total.shape[1] * total.dtype.itemsize))
     with scratch("addend", (step, total.shape[1]), total.dtype, total.device) as piece:
-        for row in range(0, len(total), step):
-            part = addend[row : row + step]
-            total[row : row + step].add_(piece[: len(part)].copy_(part))
+        for rows in slices(len(total), step):
+            part = addend[rows]
+            total[rows].add_(piece[: len(part)].copy_(part))
 
 
 def scaled(gradient: Tensor, factor: Tensor | float, dtype: torch.dtype) -> Tensor:
