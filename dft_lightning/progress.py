@@ -77,13 +77,6 @@ def batches_done(trainer: pl.Trainer) -> int:
     return int(cast(Any, trainer.fit_loop.epoch_loop.batch_progress.total).processed)
 
 
-def step_ends(trainer: pl.Trainer) -> bool:
-    """Whether the micro-batch that is computed now is the last of its optimizer step."""
-    batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-    last = trainer.is_last_batch or batches == trainer.num_training_batches
-    return last or batches % trainer.accumulate_grad_batches == 0
-
-
 def training_loaders(trainer: pl.Trainer) -> list[Any]:
     """The loaders that a fit draws from, which may be given in a list or dict; none before they are set up."""
     loaders = trainer.train_dataloader

@@ -14,8 +14,7 @@ from dft_lightning.errors import InputError
 from dft_lightning.losses import TokenLoss
 from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.models.adapter import adapter_off, base_name, fingerprint, first_difference, trained_names
-from dft_lightning.models.checks import ModelChecks
-from dft_lightning.models.documents import model_inputs
+from dft_lightning.models.documents import ModelChecks, model_inputs
 from dft_lightning.models.head import ends_of, run_without_head
 from dft_lightning.models.row_checks import evaluating
 from dft_lightning.ops import ReferenceHead

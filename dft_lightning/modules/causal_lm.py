@@ -37,9 +37,8 @@ from dft_lightning.modules.resume.saved import Checkpoints
 from dft_lightning.modules.schedules import ScheduleCallable, WarmupSchedule
 from dft_lightning.modules.size import announce
 from dft_lightning.modules.telemetry import TrainTelemetry
-from dft_lightning.modules.training import OptimizerSteps
+from dft_lightning.modules.training import OptimizerSteps, step_ends
 from dft_lightning.ops import TokenOutput
-from dft_lightning.progress import step_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

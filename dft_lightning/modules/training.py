@@ -332,3 +332,10 @@ def _normalizer_of(trainer: pl.Trainer) -> TokenNormalizer:
         return cast(Tensor, trainer.strategy.reduce(tensor, reduce_op="sum"))
 
     return TokenNormalizer(sum_over_ranks, trainer.world_size)
+
+
+def step_ends(trainer: pl.Trainer) -> bool:
+    """Whether the micro-batch that is computed now is the last of its optimizer step."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    last = trainer.is_last_batch or batches == trainer.num_training_batches
+    return last or batches % trainer.accumulate_grad_batches == 0

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dft_lightning.losses.statistics import entropy_of_largest, raised_dtype
+from dft_lightning.ops.products import scratch, slices
 from dft_lightning.ops.row_math import Coefficients, LogitTransform, Moments, ReferenceRows
-from dft_lightning.ops.scratch import scratch, slices
 
 # Half of the second-level cache of two current cores; an accelerator wants few launches instead.
 _BLOCK_BYTES = {"cpu": 2 * 2**20}

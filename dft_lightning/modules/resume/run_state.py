@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
@@ -14,11 +16,10 @@ from torch import Tensor
 from dft_lightning.distributed.ranks import gather_lists
 from dft_lightning.foreign.lightning import count_logged_steps, logs_now
 from dft_lightning.metrics.exact_sums import ExactSums
-from dft_lightning.modules.resume.random_state import random_state, restore_random_state
 from dft_lightning.modules.schedules import num_training_batches
 from dft_lightning.modules.telemetry import TrainTelemetry
-from dft_lightning.modules.training import OptimizerSteps
-from dft_lightning.progress import Progress, batches_done, go_on_from, last_step, step_ends, training_loaders
+from dft_lightning.modules.training import OptimizerSteps, step_ends
+from dft_lightning.progress import Progress, batches_done, go_on_from, last_step, training_loaders
 
 RUN_STATE = "dft_lightning_run"
 """Its key in a checkpoint."""
@@ -173,3 +174,30 @@ def load_metric(metric: ExactSums, saved: list[dict[str, Any] | None], trainer: 
     metric.restore(
         {name: value.to(metric.device) if isinstance(value, Tensor) else value for name, value in found.items()}
     )
+
+
+def random_state() -> dict[str, Any]:
+    """States of Python's, NumPy's and torch's global generators, of this process's accelerator too.
+
+    In plain values and tensors, which ``weights_only`` loading can read.
+    """
+    kind, keys, *place = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.array(keys, np.int64)), *place],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()  # of the current device, which is the rank's
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Go on from what :func:`random_state` returned; a state of a device that is not there is left out."""
+    version, values, gauss = state["python"]
+    random.setstate((version, tuple(values), gauss))
+    kind, keys, *place = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *place))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
