@@ -90,6 +90,14 @@ class PlainHyperparameters:
         super()._set_hparams(self.plain_hparams(values))  # type: ignore[misc]
 
 
+def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:
+    """A module's trainer; Lightning raises where it has none."""
+    try:
+        return module.trainer
+    except RuntimeError:
+        return None
+
+
 # -- a fit's loops -----------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dft_lightning.component import plain_values
 from dft_lightning.distributed.sharding import ShardingOptions, discard_gradients, is_sharded, synchronise
-from dft_lightning.foreign.lightning import PlainHyperparameters, logs_now
+from dft_lightning.foreign.lightning import PlainHyperparameters, logs_now, trainer_of
 from dft_lightning.foreign.torch import Moving
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss
 from dft_lightning.losses.base import IGNORE_INDEX
@@ -145,7 +145,7 @@ class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
 
     def configure_model(self) -> None:
         """Build the model, once, and shard it. Lightning calls this when device, precision and strategy are known."""
-        builder, trainer = self._builder, self._trainer
+        builder, trainer = self._builder, trainer_of(self)
         builder.guard(trainer)
         mesh = builder.mesh(trainer)
         if is_sharded(self):
@@ -177,7 +177,7 @@ class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
     @property
     def _datamodule(self) -> pl.LightningDataModule | None:
         """The trainer's data module, where there is a trainer and it has one."""
-        return getattr(self._trainer, "datamodule", None)
+        return getattr(trainer_of(self), "datamodule", None)
 
     @property
     def _source_names(self) -> Sequence[str]:
@@ -210,7 +210,7 @@ class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
             statistics: per-token statistics beyond those that the loss needs, such as ``"entropy"``.
         """
         assert self.model is not None, "call configure_model() first"
-        options = {"normalizer": normalizer, "statistics": statistics, "step": self._steps.done(self._trainer)}
+        options = {"normalizer": normalizer, "statistics": statistics, "step": self._steps.done(trainer_of(self))}
         max_length = getattr(getattr(self._datamodule, "hparams", None), "max_length", None)
         return self._objective.output(self.model, self, batch, self.loss, self._reference, max_length, **options)
 
@@ -322,7 +322,7 @@ class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
     def generate_tokens(self, input_ids: Tensor, attention_mask: Tensor, options: GenerationOptions) -> Tensor:
         """As :meth:`generate`, as tokens ``[B, S]``, the end-of-turn token included and padding after it."""
         assert self.model is not None, "call configure_model() first"
-        return self._completions.tokens(self.model, input_ids, attention_mask, options, self._trainer)
+        return self._completions.tokens(self.model, input_ids, attention_mask, options, trainer_of(self))
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -379,16 +379,16 @@ class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what ``export`` needs beside the weights, and what a run has in flight."""
-        self._checkpoints.save(checkpoint, self.record, self._reference, self._trainer)
+        self._checkpoints.save(checkpoint, self.record, self._reference, trainer_of(self))
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of the model and its run; see :mod:`dft_lightning.modules.resume.record`."""
         assert self.model is not None, "call configure_model() first"
-        return self._checkpoints.record(self.model, self._completions, self._trainer)
+        return self._checkpoints.record(self.model, self._completions, trainer_of(self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._steps.begin_at(int(checkpoint.get("global_step", 0)))
-        self._checkpoints.load(checkpoint, self.model, self._reference, self._trainer)
+        self._checkpoints.load(checkpoint, self.model, self._reference, trainer_of(self))
 
     def state_dict(self, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """As every module's; of a model with an adapter that alone, which is what is saved."""
