@@ -1,4 +1,4 @@
-"""What is private of other libraries stands in ``dft_lightning/foreign`` alone, and is there in their present release."""
+"""What is private of other libraries stands in ``dft_lightning/foreign`` alone, and is there in their releases."""
 
 from __future__ import annotations
 
@@ -67,24 +67,21 @@ def used(tree):
 
 @cache
 def names_of(base):
-    """Private names that a class of another library defines or gives to its objects."""
-    try:
-        source = inspect.getsource(base)
-    except (OSError, TypeError):
-        return frozenset()
-    return frozenset(filter(is_private, re.findall(r"(?:self\.|def )(_\w+)", source)))
+    """Private names that a class of another library defines, or that its functions read and write."""
+    functions = [value for value in vars(base).values() if inspect.isfunction(value)]
+    return frozenset(
+        filter(is_private, [*vars(base), *(name for each in functions for name in each.__code__.co_names)])
+    )
 
 
 def inherited(module):
     """Private names of other libraries' classes that subclasses of this package override or use."""
-    for cls in vars(importlib.import_module(module)).values():
-        if not inspect.isclass(cls) or cls.__module__ != module:
-            continue
-        theirs = [base for base in cls.__mro__[1:] if not base.__module__.startswith(("dft_lightning", "builtins"))]
-        source = inspect.getsource(cls)
-        ours = set(filter(is_private, re.findall(r"(?:self\.|def |super\(\)\.)(_\w+)", source)))
-        for base in theirs:
-            yield from ours & names_of(base)
+    for node in TREES[module].body:
+        cls = getattr(importlib.import_module(module), node.name) if isinstance(node, ast.ClassDef) else object
+        ours = {*defined(node), *(each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute))}
+        for base in cls.__mro__[1:]:
+            if not base.__module__.startswith(("dft_lightning", "builtins")):
+                yield from set(filter(is_private, ours)) & names_of(base)
 
 
 def private_names(module):
@@ -96,7 +93,66 @@ def test_private_names_are_in_their_rooms(module):
     assert private_names(module) == set()
 
 
-def test_how_many_there_are():
-    """A new one is to be weighed: is there no public form?"""
+# Where each is in the releases that the package is for. ``None``: it is looked for by getattr, and may be missing.
+HOMES = {
+    "_accelerator_connector": "lightning.pytorch.trainer.trainer.Trainer",
+    "_actions": "jsonargparse.ArgumentParser",
+    "_activation_checkpointing_kwargs": "lightning.pytorch.strategies.FSDPStrategy",
+    "_apply": "torch.nn.Module",
+    "_attn_implementation": "transformers.PretrainedConfig",
+    "_batches_that_stepped": "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop",
+    "_common": "jsonargparse",
+    "_common_utils": "torch.distributed.fsdp",
+    "_data_fetcher": "lightning.pytorch.loops.fit_loop._FitLoop",
+    "_data_source": "lightning.pytorch.loops.fit_loop._FitLoop",
+    "_foreach_mul_": "torch",
+    "_forward_hooks": "torch.nn.Module",
+    "_forward_pre_hooks": "torch.nn.Module",
+    "_fsdp_param_group": "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState",
+    "_fsdp_param_groups": "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState",
+    "_get_fsdp_state": "torch.distributed.fsdp._fully_shard._fully_shard",
+    "_keep_in_fp32_modules": "transformers.PreTrainedModel",
+    "_keep_in_fp32_modules_strict": "transformers.PreTrainedModel",
+    "_keys_to_ignore_on_load_unexpected": "transformers.PreTrainedModel",
+    "_logger_connector": "lightning.pytorch.trainer.trainer.Trainer",
+    "_module_classes": "torch.distributed.fsdp.wrap.ModuleWrapPolicy",
+    "_name_parser_map": "jsonargparse._actions",
+    "_non_persistent_buffers_set": "torch.nn.Module",
+    "_original_object_hash": "transformers.GenerationConfig",
+    "_save_distributed_checkpoint": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "_set_hparams": "lightning.pytorch.core.mixins.HyperparametersMixin",
+    "_should_check_val_fx": "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop",
+    "_step_supports_amp_scaling": "torch.amp.GradScaler",
+    "_supports_sdpa": "transformers.PreTrainedModel",
+    "_typehint": "jsonargparse._typehints",
+    "_typehints": "jsonargparse",
+    "_unsharded_param": "torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam",
+    "_update_count": "torchmetrics.Metric",
+    "_util": "jsonargparse",
+    "_utils": "torch.distributed.tensor",
+}
+
+
+def found(path):
+    """A module, or an attribute of one."""
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError:
+        module, _, name = path.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_private_names_are_there(name):
+    home = found(HOMES[name])
+    if inspect.ismodule(home):
+        assert hasattr(home, name) or re.search(rf"\b{name}\b", inspect.getsource(home))
+    else:
+        assert re.search(rf"\b{name}\b", inspect.getsource(home))
+
+
+def test_the_list_is_whole():
+    """A new one is to be weighed: is there no public form? There were 69 in 24 files."""
     names = {name for module in FILES if ".foreign." in module for name in private_names(module)}
-    assert len(names) <= 34, sorted(names)
+    assert names == HOMES.keys()
+    assert len(names) <= 34

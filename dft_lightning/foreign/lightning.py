@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.core.mixins import HyperparametersMixin
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 
@@ -74,7 +75,7 @@ def mistake(error: Exception) -> str | None:
     return None
 
 
-class PlainHyperparameters:
+class PlainHyperparameters(HyperparametersMixin):
     """Mixin of a module or data module whose hyperparameters are stored in a form of their own.
 
     ``save_hyperparameters`` copies what it collects at once, objects and all, and calls this with it: changing
