@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.core.mixins import HyperparametersMixin
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 
@@ -88,7 +88,7 @@ class PlainHyperparameters(HyperparametersMixin):
 
     def _set_hparams(self, hp: Any) -> None:
         values = dict(vars(hp) if isinstance(hp, argparse.Namespace) else hp)
-        super()._set_hparams(self.plain_hparams(values))  # type: ignore[misc]
+        super()._set_hparams(self.plain_hparams(values))
 
 
 def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:
