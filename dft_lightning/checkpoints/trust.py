@@ -55,13 +55,13 @@ def check_classes(values: Any, key: str, way_out: str, allowed: Collection[str] 
     return import_paths([path for _, path in found])
 
 
-def check_kernel(values: dict[str, Any], key: str, way_out: str) -> None:
-    """Refuse a file's ``loading.attn_implementation`` where it is a kernel on the hub, which is code as well.
+def check_kernel(attn_implementation: Any, key: str, way_out: str) -> None:
+    """Refuse a file's ``attn_implementation`` where it is a kernel on the hub, which is code as well.
 
     Raises:
         InputError: it is.
     """
-    if "/" in (named := str((values.get("loading") or {}).get("attn_implementation"))):
+    if "/" in (named := str(attn_implementation)):
         raise InputError(f"{key}: the checkpoint wants attention code of {shortened(named, 200)} to be run: {way_out}")
 
 
@@ -190,7 +190,10 @@ def loading_options(
     # By the caller; what is given in part may still have its class from the file.
     named = import_paths(given) | {path for _, path in _class_paths(given, cls.__name__)}
     named |= check_classes({**left, **whole}, cls.__name__, _IMPORT_IT, named)
-    check_kernel(left, f"{cls.__name__}.loading.attn_implementation", "pass it to load_from_checkpoint if you trust it")
+    kernel = (left.get("loading") or {}).get("attn_implementation")
+    check_kernel(
+        kernel, f"{cls.__name__}.loading.attn_implementation", "pass it to load_from_checkpoint if you trust it"
+    )
     try:
         with importing_only(named):
             yield whole

@@ -20,15 +20,20 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.callbacks import InterruptionCheckpoint, PredictionWriter
 from dft_lightning.checkpoints import keep_whole, refused_write, resolve_checkpoint
-from dft_lightning.checkpoints.trust import check_classes, check_kernel, import_paths, importing_only
+from dft_lightning.checkpoints.trust import importing_only
 from dft_lightning.cli import COMMANDS
 from dft_lightning.cli.commands import report, run, user_message
-from dft_lightning.cli.errors import shorten
-from dft_lightning.component import named_class
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.distributed.strategies import check_half_precision, check_precision
 from dft_lightning.errors import InputError, printable
-from dft_lightning.fit.checkpoint_options import SavedOptions, differing, options_to_take, read_options, taken
+from dft_lightning.fit.checkpoint_options import (
+    SavedOptions,
+    defaults_of,
+    differing,
+    of_the_checkpoint,
+    read_options,
+    taken,
+)
 from dft_lightning.fit.own_classes import GROUPS, Classes, check_known, read_classes, this_script
 from dft_lightning.fit.parser import Parser, refuse_nulls
 from dft_lightning.fit.processes import RunProcesses, is_of_a_lost_process
@@ -46,9 +51,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "inference_mode": False,
     "log_every_n_steps": 10,
 }
-
-
-_GIVE_IT = "give it (--{key} {path}) if you trust it"
 
 
 class DFTLightningCLI(LightningCLI):
@@ -152,57 +154,28 @@ class DFTLightningCLI(LightningCLI):
         return made
 
     def _take_options(self, saved: SavedOptions) -> list[str]:
-        """Put what the checkpoint's run had in place of ``model`` options that are not given; say what changes."""
+        """Parse once more, with what the checkpoint's run had as the defaults of ``model``; say what changes."""
         if not saved.model:
             return []
         self._check_configs_are_files()
-        options = self._options(self.config)
-        before = _without_class(options.model)
-        named = import_paths(options.model)  # by the command and its configs
-        self._take_classes(saved, named)
-        new = options_to_take(_without_class(options.model), self._given_options(), saved.model)
-        check_kernel(new, "model.loading.attn_implementation", "give it if you trust it")
-        taken_classes = check_classes(new, "model", _GIVE_IT, named)
-        parser = self._parser(self.subcommand)
-        parser.exit_on_error, exits = False, parser.exit_on_error
-        try:
-            with importing_only(import_paths(options) | taken_classes):
-                options["model"] = parser.parse_object({"model": new}, options).model  # so the saved config has it, too
-        except ArgumentError as error:
-            message = shorten(str(error), parser)
-            raise InputError(f"{message} (the checkpoint's run had it; give what is to be in its place)") from error
-        finally:
-            parser.exit_on_error = exits
-        after = _without_class(options.model)
-        check_classes(after, "model", _GIVE_IT, named)  # a text may have named one that the trainer has
-        return taken(before, after)
-
-    def _take_classes(self, saved: SavedOptions, named: set[str]) -> None:
-        """Have the checkpoint's optimizer and schedule in place of the defaults, so that options which are given
-        without a class are theirs."""
         parser, options = self._parser(self.subcommand), self._options(self.config)
-        found = {}
-        for name in ("optimizer", "schedule"):
-            if name not in options.model:  # a class of one's own takes none
-                continue
-            own, spec = parser.get_default(f"model.{name}")["class_path"], saved.model.get(name)
-            path = str(spec.get("class_path")) if isinstance(spec, dict) else own
-            if named_class(path) is not named_class(own):
-                found[name] = spec
-        if found:
-            allowed = import_paths(options) | check_classes(found, "model", _GIVE_IT, named)
-            parser.set_defaults({f"model.{name}": spec for name, spec in found.items()})
-            with importing_only(allowed):
-                options["model"] = self._options(self._parse(self.parser))["model"]
+        self.parser.exit_on_error = parser.exit_on_error = False
+        defaults, refused, paths = defaults_of(saved, options, parser)
+        parser.set_defaults({**defaults, **dict.fromkeys(refused, SUPPRESS)})
+        try:
+            with importing_only(paths):
+                found = self._options(self._parse(self.parser)).model
+        except ArgumentError as error:  # what is given of a class is of none of the checkpoint's
+            raise next(iter(refused.values()), of_the_checkpoint(error, parser)) from error
+        for reason in (reason for key, reason in refused.items() if key.removeprefix("model.") not in found):
+            raise reason
+        before, options["model"] = options.model, found  # so that the saved config has it, too
+        return taken(_without_class(before), _without_class(found))
 
     def _check_configs_are_files(self) -> None:
         for path in self._get(self.config, "config") or []:
             if not Path(path).is_file():
                 raise InputError(f"--config: {path} can be read but once, and --ckpt_path takes two: give a file")
-
-    def _given_options(self) -> Any:
-        """The ``model`` options that config files, flags and environment give."""
-        return self._options(self._parse(self.parser, defaults=False)).get("model") or {}
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._get(self.config_init, "trainer")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import sys
-from collections.abc import Iterator
 from typing import Any, get_args
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -48,18 +45,6 @@ class Parser(LightningArgumentParser):
             self.set_defaults(DEFAULT_OPTIMIZER.keywords)
         return added
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        with _outermost(kwargs):
-            return super().parse_args(*args, **kwargs)
-
-    def parse_object(self, *args: Any, **kwargs: Any) -> Any:
-        with _outermost(kwargs):
-            return super().parse_object(*args, **kwargs)
-
-    def validate(self, *args: Any, **kwargs: Any) -> None:
-        kwargs["skip_required"] = kwargs.get("skip_required", False) or _defaults.get() is False
-        super().validate(*args, **kwargs)
-
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
         return super().parse_string(text_without_classes(content, self.class_paths), *args, **kwargs)
 
@@ -68,21 +53,6 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         sys.stderr.write(f"error: {shorten(message, self)}\n")
         raise SystemExit(2)
-
-
-# Whether the parse that is going on is to have defaults: without them, what is required may be missing. The parsers for
-# a class's options, which run within it, never have them.
-_defaults: contextvars.ContextVar[bool | None] = contextvars.ContextVar("defaults", default=None)
-
-
-@contextlib.contextmanager
-def _outermost(options: dict[str, Any]) -> Iterator[None]:
-    token = _defaults.set(options.get("defaults", True)) if _defaults.get() is None else None
-    try:
-        yield
-    finally:
-        if token is not None:
-            _defaults.reset(token)
 
 
 def _is_kind(cls: Any, base: type) -> bool:
