@@ -17,10 +17,10 @@ from dft_lightning.component import plain_values
 from dft_lightning.distributed.sharding import ShardingOptions, discard_gradients, is_sharded, synchronise
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss
 from dft_lightning.losses.base import IGNORE_INDEX
-from dft_lightning.models.adapter import lora_values
 from dft_lightning.models.documents import model_inputs
 from dft_lightning.models.generation import Completions, GenerationOptions
 from dft_lightning.models.loading import config_values
+from dft_lightning.models.lora.options import lora_values
 from dft_lightning.models.reference import ReferenceModel
 from dft_lightning.modules.batch_loss import BatchObjective
 from dft_lightning.modules.building import ModelBuilder, objective_of
