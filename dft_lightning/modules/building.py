@@ -26,9 +26,10 @@ from dft_lightning.distributed.strategies import (
 from dft_lightning.errors import InputError
 from dft_lightning.foreign.torch import non_persistent_buffers
 from dft_lightning.losses import TokenLoss, require_default_forward_options
-from dft_lightning.models.adapter import attach, base_name, lora_config, raise_to_float32
 from dft_lightning.models.head import ends_of, find_head
 from dft_lightning.models.loading import checkpoint_activations, empty_causal_lm, load_causal_lm
+from dft_lightning.models.lora.adapter import attach, base_name, raise_to_float32
+from dft_lightning.models.lora.options import lora_config
 from dft_lightning.models.quantization import is_quantized
 from dft_lightning.models.reference import ReferenceModel, needs_reference_model, reference_of
 from dft_lightning.modules.batch_loss import check_top_k, set_auxiliary_loss

@@ -20,10 +20,10 @@ from dft_lightning.foreign.lightning import PlainHyperparameters, logs_now, trai
 from dft_lightning.foreign.torch import Moving
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss
 from dft_lightning.losses.base import IGNORE_INDEX
-from dft_lightning.models.adapter import lora_values
 from dft_lightning.models.documents import model_inputs
 from dft_lightning.models.generation import Completions, GenerationOptions
 from dft_lightning.models.loading import config_values
+from dft_lightning.models.lora.options import lora_values
 from dft_lightning.models.reference import ReferenceModel
 from dft_lightning.modules.batch_loss import BatchObjective
 from dft_lightning.modules.building import ModelBuilder, objective_of
