@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT, SHARED, shared
+from conftest import ROOT, SHARED, at_hand, shared
 from dft_lightning.data.forms import Conversation
 from dft_lightning.data.template import ChatTemplate
 from dft_lightning.data.tokenizer import as_parts, end_of_turn, load_tokenizer
@@ -100,16 +100,14 @@ def longest(table, name):
 
 @functools.cache
 def general():
-    return docs.general_tokenizer(SHARED, TEMPLATES)
+    return docs.general_tokenizer(at_hand(), TEMPLATES)
 
 
 @functools.cache
 def tokenizer_of(name):
     if not name.startswith("own "):
-        shared("tokenizers/smollm2")
         return docs.with_template(general(), TEMPLATES[name])
-    shared(docs.OWN[name[4:]])
-    return docs.own_tokenizer(SHARED, name[4:])
+    return docs.own_tokenizer(at_hand(), name[4:])
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from conftest import shared
+from conftest import at_hand
 from dft_lightning import (
     LOSSES,
     AnchoredLoss,
@@ -650,7 +650,7 @@ class TestInTraining:
 def test_twenty_steps_of_a_real_model(tmp_path, name):
     """stories260K, packed micro-batches beside one padded batch; its norms go through float32. The other losses differ
     from these in what tests above try."""
-    (tmp_path / "base").symlink_to(shared("models/stories260K"))
+    (tmp_path / "base").symlink_to(at_hand("models/stories260K"))
     folder = scored(tmp_path, rows=6)
     plain = steps(folder, name, "a batch", count=20)
     packed = steps(folder, name, "packing and accumulation", count=20)

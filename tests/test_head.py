@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from conftest import TINY_LLAMA, TINY_QWEN2, shared
+from conftest import TINY_LLAMA, TINY_QWEN2, at_hand
 from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss, TokenLoss
 from dft_lightning.errors import InputError
 from dft_lightning.modules import head as head_module
@@ -195,7 +195,7 @@ def losses_of(folder, kind, steps, dtype):
 @pytest.mark.parametrize(("dtype", "steps", "tolerance"), [("float64", 50, 1e-9), ("float32", 10, 1e-5)])
 def test_training_is_that_with_full_logits(dtype, steps, tolerance):
     """stories260K, a real model: the objective of every step."""
-    folder = str(shared("models/stories260K"))
+    folder = str(at_hand("models/stories260K"))
     fused, full = (losses_of(folder, kind, steps, dtype) for kind in ("fused", "full"))
     assert len(fused) == steps
     assert (fused - full).abs().max() < tolerance
