@@ -16,6 +16,13 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+MARKED = CHATML.replace(
+    "{{ m.content }}<|im_end|>",
+    (
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '' }}"  # a line break after a block would go
+    ),
+)
 # A system message where there is none.
 SMOLLM = {"role": "system", "content": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"}
 SMOLLM_TEMPLATE = (

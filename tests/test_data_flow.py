@@ -27,7 +27,7 @@ from dft_lightning.data.forms import Conversation
 from dft_lightning.data.tokenizer import load_tokenizer
 from dft_lightning.data.tokens import ConversationEncoder
 from dft_lightning.errors import InputError
-from stand_ins import CHATML, SMOLLM, byte_level
+from stand_ins import CHATML, MARKED, SMOLLM, byte_level
 
 sys.path.insert(0, str(ROOT / "docs"))
 
@@ -39,14 +39,6 @@ settings.register_profile(
 FLOW = settings.get_profile("flow")
 
 # -- tokenizers, and what their templates write ------------------------------------------------------------------------
-
-MARKED = CHATML.replace(
-    "{{ m.content }}<|im_end|>",
-    (
-        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
-        "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '' }}"  # a line break after a block would go
-    ),
-)
 
 
 @dataclass(frozen=True)
