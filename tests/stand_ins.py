@@ -12,6 +12,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from conftest import TINY_LLAMA
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -118,20 +120,8 @@ def _stories(folder: Path) -> None:
         tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<unk>", unk_token="<unk>"
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    config = {**TINY_LLAMA, "vocab_size": 512, "max_position_embeddings": 512, "initializer_range": 0.3}
+    LlamaForCausalLM(LlamaConfig(**config, bos_token_id=1, eos_token_id=2)).save_pretrained(folder)
 
 
 MAKERS = {

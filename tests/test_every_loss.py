@@ -1,8 +1,6 @@
 """Every loss of the package through what holds for all: its formula, both heads, differences, half precision, ignored
 rows, splits of a step, two processes. A new loss is one entry of ``TRAINED``, another setting of one an entry of
 ``SETTINGS``; what only one loss promises is tried in ``test_losses.py`` and ``test_objectives.py``.
-
-By itself it trains on two processes: test_every_loss.py FOLDER OUT    (the base and its scored rows, from ``tiny``)
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import dataclasses
 import functools
 import math
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,12 +53,20 @@ from dft_lightning.scoring.command import main as score
 from small_runs import (
     TINY_ARITHMETIC,
     GradientRecorder,
-    adapter_strategy,
-    run_two_processes,
-    strategy_of,
+    on_two_processes,
     trainer,
 )
-from test_linear_head import assert_same, full_logits, gradients, problem, reference_head, relative
+from test_linear_head import (
+    AllStatistics,
+    Anchored,
+    EntropyWeighted,
+    assert_same,
+    full_logits,
+    gradients,
+    problem,
+    reference_head,
+    relative,
+)
 
 # -- the losses, and their formulas in the words of the papers ---------------------------------------------------------
 
@@ -88,6 +93,15 @@ class Tokens:
     @property
     def ratio(self) -> Tensor:
         return (self.log_p - self.log_r).exp()
+
+    @property
+    def entropy(self) -> Tensor:
+        return -(self.log_probs.exp() * self.log_probs).sum(-1)
+
+    @property
+    def divergence(self) -> Tensor:
+        """From the reference."""
+        return F.kl_div(self.log_probs, self.others, reduction="none", log_target=True).sum(-1)
 
 
 def deft(t: Tokens) -> Tensor:
@@ -139,7 +153,7 @@ TRAINED: dict[str, tuple[TokenLoss, Formula]] = {
     "geometric": (SequenceDFTLoss(mean="geometric"), lambda t: -of_sequence(t.log_p, len(t.log_p)) * t.log_p),
     "anchored": (
         AnchoredLoss(weight=0.5),
-        lambda t: -t.q * t.log_p + 0.5 * F.kl_div(t.log_probs, t.others, reduction="none", log_target=True).sum(-1),
+        lambda t: -t.q * t.log_p + 0.5 * t.divergence,
     ),
     "mixture": (
         MixtureLoss([CrossEntropyLoss(), DFTLoss(), FocalLoss(2.0)], weights=[0.5, 2.0, 0.25]),
@@ -181,7 +195,31 @@ SETTINGS: dict[str, tuple[TokenLoss, Formula]] = {
         lambda t: deft(t) - 3 * of_sequence(t.log_p, len(t.log_p)) * t.log_p,
     ),
 }
-EVERY = {**TRAINED, **SETTINGS}
+
+
+class WholeEntropy(TokenLoss):
+    """A loss of one's own of whole sequences, which reads all that comes from logits."""
+
+    pointwise = False
+    needs = ("sequence_index", "entropy", "reference_kl")
+
+    def token_loss(self, stats: TokenStats) -> Tensor:
+        _, index = stats.sequence_index.unique(return_inverse=True)
+        sums = torch.zeros(len(stats.log_prob), dtype=stats.log_prob.dtype).index_add(0, index, stats.log_prob)
+        return -sums[index].exp() * stats.log_prob - 0.1 * stats.entropy * stats.reference_kl
+
+
+# Losses of one's own, whose gradients go through every statistic.
+OWN: dict[str, tuple[TokenLoss, Formula]] = {
+    "own, entropy": (EntropyWeighted(), lambda t: -t.entropy * t.log_p),
+    "own, all statistics": (
+        AllStatistics(),
+        lambda t: t.log_probs.exp().square().sum(-1) * t.log_p + t.entropy**2 - 0.1 * t.log_probs.mean(-1),
+    ),
+    "own, anchored": (Anchored(), lambda t: t.divergence**2 - t.log_p * t.divergence.detach() + 0.1 * t.entropy),
+    "own, sequences": (WholeEntropy(), lambda t: -t.log_p.sum().exp() * t.log_p - 0.1 * t.entropy * t.divergence),
+}
+EVERY = {**TRAINED, **SETTINGS, **OWN}
 STEP = 1
 
 
@@ -395,8 +433,8 @@ class TestOnLogits:
         soft[1] = 0
         batch = Batch(torch.randn(2, 8, requires_grad=True), torch.randn(2, 8), torch.tensor([1, 1]))
         assert batch.gradient(loss(batch.logits, soft, **batch.given())).isfinite().all()
-        if getattr(loss, "label_smoothing", 0):
-            return  # the mean over the vocabulary is -inf where a class is banned, as in torch
+        if getattr(loss, "label_smoothing", 0) or any(loss is own for own, _ in OWN.values()):
+            return  # the mean over the vocabulary is -inf where a class is banned, as in torch; so may others be
         half_each = torch.tensor([[0.5, 0.5, *[0.0] * 6]])
         edges = ([*range(7), -math.inf], half_each), ([-math.inf, *range(7)], 0), ([3.0, *[-math.inf] * 7], 0)
         for values, target in edges:
@@ -535,41 +573,41 @@ class TestOnBothHeads:
 # -- in training -------------------------------------------------------------------------------------------------------
 
 ROWS = 16
-# Every step is over the same rows, whatever the split: a batch, micro-batches, packed rows, packed micro-batches.
+# Every step is over the same rows, whatever the split: a batch, micro-batches, packed rows (here through full logits),
+# packed micro-batches.
 SPLITS: dict[str, dict[str, Any]] = {
     "a batch": {"batch_size": ROWS},
     "accumulation": {"batch_size": 4},
-    "packing": {"batch_size": ROWS, "packing": "bfd", "max_length": 256},
+    "packing": {"batch_size": ROWS, "packing": "bfd", "max_length": 256, "head": "full"},
     "packing and accumulation": {"batch_size": 1, "packing": "bfd", "max_length": 256},
 }
 LORA = {"r": 3, "lora_alpha": 12, "target_modules": ["c_attn", "c_fc"], "init_lora_weights": True}
 
 
 def steps(
-    folder: Path, name: str, split: str, count: int = 3, ranks: int = 1, peft: Any = None, **options: Any
+    folder: Path | str, name: str, split: str, count: int = 3, devices: int = 1, peft: Any = None, **options: Any
 ) -> list[Tensor]:
     """Gradient of each of the first steps, every one over all rows."""
     pl.seed_everything(0)
+    data_options = dict(SPLITS[split])
     module = GradientRecorder(
-        str(folder / "base"),
+        f"{folder}/base",
         loss=TRAINED[name][0],
-        loading={"dtype": "float64"},
+        loading={"dtype": "float64", "head": data_options.pop("head", "fused")},
         optimizer={"lr": 0.003},
         schedule={"decay": "constant"},
         peft=peft,
     )
-    data_options = dict(SPLITS[split])
-    data_options["batch_size"] = max(1, data_options["batch_size"] // ranks)
-    rows, tokenizer = str(folder / "scored" / "train"), str(folder / "base")
-    data = InstructionDataModule(rows, tokenizer=tokenizer, shuffle=False, **data_options)
+    data_options["batch_size"] = max(1, data_options["batch_size"] // devices)
+    data = InstructionDataModule(f"{folder}/scored/train", tokenizer=f"{folder}/base", shuffle=False, **data_options)
     data.prepare_data()
     data.setup("fit")
     micro_batches = len(data.train_dataloader())
     run = trainer(
         max_steps=count,
         max_epochs=-1,
-        devices=ranks,
-        accumulate_grad_batches=-(-micro_batches // ranks),
+        devices=devices,
+        accumulate_grad_batches=-(-micro_batches // devices),
         gradient_clip_val=1.0,
         **options,
     )
@@ -612,12 +650,17 @@ def alone(tiny):
     return gradients
 
 
+WHERE = [{"name": name, "strategy": "ddp", "split": "accumulation"} for name in TRAINED]
+# FSDP2 does not shard a second model; an adapter's reference is its own base.
+WHERE += [{**where, "strategy": "fsdp2"} for where in WHERE if where["name"] != "anchored"]
+WHERE += [{"name": "anchored", "strategy": "fsdp2 of adapters", "split": "accumulation", "peft": LORA}]
+WHERE += [{"name": "iw sequence", "strategy": "ddp", "split": "packing and accumulation"}]
+
+
 @pytest.fixture(scope="module")
-def on_two_processes(tiny, tmp_path_factory):
-    """Gradients by name, strategy and split."""
-    out = tmp_path_factory.mktemp("two") / "gradients.pt"
-    run_two_processes(Path(__file__).name, str(tiny), str(out))
-    return torch.load(out)
+def two_processes(tiny):
+    """Gradients of each of ``WHERE``."""
+    return on_two_processes(steps, [{**where, "folder": str(tiny)} for where in WHERE])
 
 
 def assert_same_steps(own, expected, tolerance=1e-10):
@@ -633,12 +676,12 @@ class TestInTraining:
     def test_every_split_gives_the_same_steps(self, tiny, alone, name, split):
         assert_same_steps(steps(tiny, name, split), alone(name))
 
-    def test_two_processes_give_the_same_steps(self, on_two_processes, alone, name):
+    def test_two_processes_give_the_same_steps(self, two_processes, alone, name):
         """Under DDP and FSDP2."""
-        assert {strategy for of, strategy, _ in on_two_processes if of == name} == {"ddp", "fsdp2"}
-        for (of, _, split), own in on_two_processes.items():
-            if of == name:
-                assert_same_steps(own, alone(name, split == "adapter"))
+        found = [(where, own) for where, own in zip(WHERE, two_processes, strict=True) if where["name"] == name]
+        assert {where["strategy"][:5] for where, _ in found} == {"ddp", "fsdp2"}
+        for where, own in found:
+            assert_same_steps(own, alone(name, "peft" in where))
 
     def test_no_other_loss_stood_in(self, alone, name):
         own = alone(name)[1]
@@ -656,17 +699,3 @@ def test_twenty_steps_of_a_real_model(tmp_path, name):
     packed = steps(folder, name, "packing and accumulation", count=20)
     assert_same_steps(packed[:1], plain[:1], tolerance=1e-6)
     assert_same_steps(packed, plain, tolerance=1e-2)  # training amplifies float32's last bits
-
-
-if __name__ == "__main__":
-    folder, found = Path(sys.argv[1]), {}
-    on_two = functools.partial(steps, folder, ranks=2)
-    for name in TRAINED:
-        found[name, "ddp", "accumulation"] = on_two(name, "accumulation", strategy="ddp")
-        if name != "anchored":
-            found[name, "fsdp2", "accumulation"] = on_two(name, "accumulation", strategy=strategy_of("fsdp2"))
-    found["iw sequence", "ddp", "packed"] = on_two("iw sequence", "packing and accumulation", strategy="ddp")
-    # FSDP2 does not shard a second model; an adapter's reference is its own base.
-    found["anchored", "fsdp2", "adapter"] = on_two("anchored", "accumulation", peft=LORA, strategy=adapter_strategy())
-    if torch.distributed.get_rank() == 0:
-        torch.save(found, sys.argv[2])

@@ -43,27 +43,6 @@ def reference_logits(reference, kept):
     )[kept]
 
 
-def by_full_logits(loss, leaves, targets, reference, scale, softcap):
-    kept = targets != -100
-    logits = full_logits(*leaves, scale, softcap)[kept]
-    stats = statistics_from_logits(
-        logits, targets[kept], loss.needs, reference_logits=reference_logits(reference, kept)
-    )
-    return loss.token_loss(stats).sum()
-
-
-@pytest.mark.parametrize("reference_softcap", [None, 2.0])
-@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, 2.0)])
-@pytest.mark.parametrize("loss", [Anchored(), AnchoredSequences()], ids=repr)
-def test_divergence_and_its_gradient_are_those_of_whole_logits(loss, scale, softcap, reference_softcap):
-    hidden, weight, bias, targets = problem()
-    reference = reference_head(37, 50, softcap=reference_softcap)
-    options = {"bias": bias, "logit_scale": scale, "logit_softcap": softcap, "chunk_bytes": 50 * 8 * 7}
-    output = linear_token_loss(hidden, weight, targets, loss, reference=reference, **options)
-    expected = by_full_logits(loss, (hidden, weight, bias), targets, reference, scale, softcap)
-    assert_same(output.loss, expected, (hidden, weight, bias), 1e-12)
-
-
 def test_divergence_is_torchs_and_by_hand():
     hidden, weight, bias, targets = problem()
     kept = targets != -100

@@ -19,7 +19,6 @@ from dft_lightning.losses import (
     dft_cross_entropy,
     focal_cross_entropy,
     statistics_from_logits,
-    token_loss_and_weight,
 )
 from test_every_loss import batches
 
@@ -121,12 +120,6 @@ def test_dft_handles_certain_and_impossible_targets():
     assert value.tolist() == [0.0, 0.0]
     assert torch.equal(grad(value.sum(), logits), torch.zeros_like(logits))
     assert DFTLoss()(torch.tensor([[-math.inf, 1.0]]), torch.tensor([0])) == 0
-
-
-def test_weight_of_cross_entropy_and_dft():
-    stats = TokenStats(log_prob=torch.tensor([-0.5, -3.0]))
-    assert token_loss_and_weight(CrossEntropyLoss(), stats)[1].tolist() == [1.0, 1.0]
-    torch.testing.assert_close(token_loss_and_weight(DFTLoss(), stats)[1], stats.log_prob.exp())
 
 
 def test_statistics_against_their_definitions():
