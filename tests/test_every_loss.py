@@ -217,6 +217,10 @@ OWN: dict[str, tuple[TokenLoss, Formula]] = {
         lambda t: t.log_probs.exp().square().sum(-1) * t.log_p + t.entropy**2 - 0.1 * t.log_probs.mean(-1),
     ),
     "own, anchored": (Anchored(), lambda t: t.divergence**2 - t.log_p * t.divergence.detach() + 0.1 * t.entropy),
+    "own, mixture": (
+        MixtureLoss([DFTLoss(), EntropyWeighted(), EntropyWeighted()]),
+        lambda t: -(t.q + 2 * t.entropy) * t.log_p / 3,
+    ),
     "own, sequences": (WholeEntropy(), lambda t: -t.log_p.sum().exp() * t.log_p - 0.1 * t.entropy * t.divergence),
 }
 EVERY = {**TRAINED, **SETTINGS, **OWN}
