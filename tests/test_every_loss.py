@@ -260,19 +260,19 @@ class Batch:
         other.reduction = reduction
         return other(self.logits, self.targets, **self.given())
 
+    def expected(self, formula: Formula) -> Tensor:
+        """Unreduced losses [B, T] in plain torch, a sequence at a time; 0 where there is no target."""
+        rows = []
+        for log_probs, others, kept, targets in zip(
+            self.logits.log_softmax(-1), self.reference.log_softmax(-1), self.kept, self.targets, strict=True
+        ):
+            own, other, places = log_probs[kept], others[kept], targets[kept][:, None]
+            tokens = Tokens(own, own.gather(1, places)[:, 0], other, other.gather(1, places)[:, 0], STEP)
+            rows.append(torch.zeros(len(kept), dtype=own.dtype).masked_scatter(kept, formula(tokens)))
+        return torch.stack(rows)
+
     def gradient(self, value: Tensor) -> Tensor:
         return torch.autograd.grad(value, self.logits, retain_graph=True)[0]
-
-
-def by_formula(formula: Formula, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-    """Unreduced losses [B, T] in plain torch, a sequence at a time; 0 where there is no target."""
-    rows = []
-    for own, other, target in zip(logits.log_softmax(-1), reference.log_softmax(-1), targets, strict=True):
-        kept, places = target != -100, target[target != -100][:, None]
-        own, other = own[kept], other[kept]
-        tokens = Tokens(own, own.gather(1, places)[:, 0], other, other.gather(1, places)[:, 0], STEP)
-        rows.append(torch.zeros(len(target), dtype=own.dtype).masked_scatter(kept, formula(tokens)))
-    return torch.stack(rows)
 
 
 def fixed(size: tuple[int, int, int] = (3, 5, 30), dtype: torch.dtype = torch.float64) -> Batch:
@@ -322,7 +322,7 @@ class TestOnLogits:
     def test_formula(self, loss, formula):
         batch = fixed()
         values = batch.value(loss, "none")
-        expected = by_formula(formula, batch.logits, batch.reference, batch.targets)
+        expected = batch.expected(formula)
         torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-14)
         assert len(set(expected[batch.kept].tolist())) > 3
         factors = torch.rand(values.shape, dtype=torch.float64)
@@ -335,7 +335,7 @@ class TestOnLogits:
         # Away from p = 1, where the textbook 1 - p loses its digits and cannot be a reference.
         batch = Batch((batch.logits / 8).detach().requires_grad_(), batch.reference / 8, batch.targets)
         value = batch.value(loss, "sum")
-        expected = by_formula(formula, batch.logits, batch.reference, batch.targets).sum()
+        expected = batch.expected(formula).sum()
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(batch.gradient(value), batch.gradient(expected), rtol=1e-8, atol=1e-10)
 
@@ -509,10 +509,6 @@ class Heads:
         batch = self.batch()
         return logits_token_loss(batch.logits, self.targets, loss, **batch.given())
 
-    def by_formula(self, formula: Formula) -> Tensor:
-        batch = self.batch()
-        return by_formula(formula, batch.logits, batch.reference, self.targets).sum()
-
 
 @pytest.mark.parametrize(("loss", "formula"), EVERY.values(), ids=list(EVERY))
 class TestOnBothHeads:
@@ -528,7 +524,7 @@ class TestOnBothHeads:
         )
         kept = {name: value[targets != -100] if isinstance(value, Tensor) else value for name, value in given.items()}
         for value in (fused.loss, full.loss, loss.token_loss(dataclasses.replace(stats, **kept)).sum()):
-            assert_same(value, heads.by_formula(formula), heads.leaves, 1e-11)
+            assert_same(value, heads.batch().expected(formula).sum(), heads.leaves, 1e-11)
         for name in ("log_prob", "weight"):
             torch.testing.assert_close(getattr(fused, name), getattr(full, name), rtol=1e-10, atol=1e-13)
         assert torch.equal(fused.correct, full.correct)
@@ -536,7 +532,7 @@ class TestOnBothHeads:
     def test_float32_within_1e_5(self, loss, formula):
         heads = Heads(15, 16, 300, spread=0.3, dtype=torch.float32)
         exact = heads.raised()
-        value, expected = heads.fused(loss).loss, exact.by_formula(formula)
+        value, expected = heads.fused(loss).loss, exact.batch().expected(formula).sum()
         assert relative(value.detach(), expected.detach()) < 1e-5
         for own, theirs in zip(gradients(value, heads.leaves), gradients(expected, exact.leaves), strict=True):
             assert own.dtype == torch.float32
@@ -547,7 +543,7 @@ class TestOnBothHeads:
         """Plain: logits in half precision, softmax in float32, products in half precision; a mean."""
         heads = Heads(30, 32, 500, spread=0.2, dtype=dtype, bias=False)
         exact = heads.raised()
-        expected = gradients(exact.by_formula(formula) / 210, exact.leaves)
+        expected = gradients(exact.batch().expected(formula).sum() / 210, exact.leaves)
         plain = gradients(heads.full(loss).loss / 210, heads.leaves)
         own = gradients(heads.fused(loss, normalizer=210).loss, heads.leaves)
         for ours, theirs, reference in zip(own, plain, expected, strict=True):
