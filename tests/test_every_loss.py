@@ -379,6 +379,8 @@ class TestOnLogits:
     @given(batch=batches(ignored=False))
     @settings(max_examples=30, deadline=None)
     def test_one_hot_targets_equal_index_targets(self, loss, formula, batch):
+        if getattr(loss, "clip", ()) is None:  # which shows the digits that are lost near p = 1
+            batch = Batch((batch.logits / 4).detach().requires_grad_(), batch.reference / 4, batch.targets)
         one_hot, given = F.one_hot(batch.targets, batch.logits.shape[-1]), batch.given()
         by_index = loss(batch.logits, batch.targets, **given)
         for soft in (one_hot, one_hot.double()):
