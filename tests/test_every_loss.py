@@ -330,7 +330,7 @@ class TestOnLogits:
         torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-14)
 
     @given(batch=batches())
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=15, deadline=None)
     def test_formula_on_anything(self, loss, formula, batch):
         # Away from p = 1, where the textbook 1 - p loses its digits and cannot be a reference.
         batch = Batch((batch.logits / 8).detach().requires_grad_(), batch.reference / 8, batch.targets)
@@ -377,7 +377,7 @@ class TestOnLogits:
             assert not value.requires_grad
 
     @given(batch=batches(ignored=False))
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=15, deadline=None)
     def test_one_hot_targets_equal_index_targets(self, loss, formula, batch):
         if getattr(loss, "clip", ()) is None:  # which shows the digits that are lost near p = 1
             batch = Batch((batch.logits / 4).detach().requires_grad_(), batch.reference / 4, batch.targets)
@@ -389,7 +389,7 @@ class TestOnLogits:
             torch.testing.assert_close(batch.gradient(by_soft), batch.gradient(by_index), rtol=1e-7, atol=1e-10)
 
     @given(batch=batches())
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=15, deadline=None)
     def test_reductions_ignored_rows_and_untouched_targets(self, loss, formula, batch):
         before = batch.targets.clone()
         values = {reduction: batch.value(loss, reduction) for reduction in ("none", "mean", "sum")}
