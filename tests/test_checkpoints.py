@@ -197,23 +197,6 @@ def test_a_file_that_was_cut_anywhere_is_recognised(tmp_path):
     assert "nothing is where" in (whole_problem(cut) or "")
 
 
-def test_a_hole_in_a_file_is_recognised_and_one_of_true_zeros_is_none(tmp_path):
-    path, holed = tmp_path / "a.ckpt", tmp_path / "holed.ckpt"
-    for step in (1, 0):
-        WholeCheckpointIO().save_checkpoint(content(step), path)
-        whole = path.read_bytes()
-        start = whole.index(torch.full((5000,), float(step)).numpy().tobytes()) // 4096 * 4096 + 8192
-        with holed.open("wb") as file:
-            file.write(whole[:start])
-            file.seek(start + 65536)
-            file.write(whole[start + 65536 :])
-        with holed.open("rb") as file:
-            if os.lseek(file.fileno(), 0, os.SEEK_HOLE) == len(whole):
-                pytest.skip("this file system keeps no holes")
-        problem = whole_problem(holed)
-        assert problem is None if step == 0 else "Bad CRC-32" in problem
-
-
 def test_a_folder_that_was_cut_is_recognised(tmp_path):
     path = tmp_path / "a.ckpt"
     shards(path, 1)
