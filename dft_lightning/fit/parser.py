@@ -13,7 +13,7 @@ from dft_lightning.cli.errors import shorten
 from dft_lightning.component import Component, to_plain
 from dft_lightning.errors import InputError
 from dft_lightning.fit.own_classes import GROUPS, text_without_classes
-from dft_lightning.foreign.jsonargparse import change_for, class_and_options
+from dft_lightning.foreign.jsonargparse import actions, change_for, class_and_options, type_of
 from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss
 from dft_lightning.modules.optimizers import DEFAULT_OPTIMIZER
 
@@ -34,7 +34,7 @@ class Parser(LightningArgumentParser):
             kwargs["skip"] = {*(kwargs.get("skip") or ()), *FORWARD_OPTIONS}
         # With sub-configs, jsonargparse reads any file that a flag names as YAML first: data files, too.
         added = super().add_class_arguments(class_type, *args, **{**kwargs, "sub_configs": False})
-        for action in self._actions:
+        for action in actions(self):
             if isinstance(action.default, functools.partial):
                 self.set_defaults({action.dest: class_and_options(action.default)})
             elif isinstance(action.default, Component):  # of a group of options: it could not be written to a config
@@ -69,11 +69,11 @@ def refuse_nulls(parser: Any, options: Any) -> None:
         parser: of the options.
         options: of ``model`` and ``data``, as it parsed them.
     """
-    actions = [action for action in parser._actions if hasattr(action, "_typehint")]
-    typed = {action.dest: action for action in actions if action.dest.partition(".")[0] in GROUPS}
+    found = [action for action in actions(parser) if type_of(action) is not None]
+    typed = {action.dest: action for action in found if action.dest.partition(".")[0] in GROUPS}
     groups = {key.rpartition(".")[0] for key in typed}
     for key in sorted({*typed, *groups} - {*GROUPS}):
         action = typed.get(key)
-        optional = action is not None and (action.default is None or type(None) in get_args(action._typehint))
+        optional = action is not None and (action.default is None or type(None) in get_args(type_of(action)))
         if not optional and key in options and options[key] is None:
             raise InputError(f"{key}: null is none of its values: leave it out for the default")
