@@ -19,9 +19,10 @@ from commands import export
 from dft_lightning import CausalLMModule, DFTLoss, HuggingFaceExport
 from dft_lightning.distributed.strategies import check_adapter_strategy, check_wrapped
 from dft_lightning.errors import InputError
-from dft_lightning.evaluation.fingerprints import hash_weights
-from dft_lightning.models.adapter import base_name, lora_values
+from dft_lightning.models.fingerprints import hash_weights
 from dft_lightning.models.loading import load_causal_lm
+from dft_lightning.models.lora.adapter import base_name
+from dft_lightning.models.lora.options import lora_values
 from dft_lightning.modules.size import training_size
 from family_configs import tiny_config
 from small_runs import TINY_ARITHMETIC, arithmetic_data, trainer
@@ -416,6 +417,9 @@ def test_a_config_of_pefts_own_says_the_same(base):
     config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     assert lora_values(config) == {"r": 4, "lora_alpha": 12, "target_modules": ["down_proj", "q_proj"]}
     assert made(base, config).hparams["peft"] == lora_values(config)
+    assert lora_values(peft.LoraConfig(r=2)) == {"r": 2}  # of no task
+    with pytest.raises(InputError, match=r"model\.peft\.task_type is not supported"):
+        lora_values(peft.LoraConfig(task_type="SEQ_CLS"))
 
 
 def test_runs_are_told_apart_by_their_base_too(base, tmp_path):
@@ -436,6 +440,8 @@ def test_runs_are_told_apart_by_their_base_too(base, tmp_path):
 REFUSED = {
     "unknown": ({"lora_alpa": 8}, {}, "model.peft: LoraConfig has no lora_alpa; did you mean lora_alpha"),
     "not supported": ({"trainable_token_indices": [1]}, {}, "model.peft.trainable_token_indices is not supported"),
+    "a method's config": ({"lora_ga_config": {}}, {}, "model.peft.lora_ga_config is not supported"),
+    "parameters": ({"target_parameters": ["mlp"]}, {}, "model.peft.target_parameters is not supported"),
     "changes the base": ({"init_lora_weights": "pissa"}, {}, "init_lora_weights: 'pissa' is not supported"),
     "no such module": ({"target_modules": ["query"]}, {}, "model.peft: .*query"),
     "rank 0": ({"r": 0}, {}, "model.peft.r: expected a whole number from 1, got 0"),
@@ -487,6 +493,7 @@ def test_what_every_adapters_config_says_is_taken(base):
     assert (
         made(base, {**PEFT, "task_type": "CAUSAL_LM", "peft_type": "LORA"}).hparams["peft"]["task_type"] == "CAUSAL_LM"
     )
+    assert lora_values({"r": 2, "megatron_core": "megatron.core", "trainable_token_indices": None})  # peft's defaults
     with pytest.raises(InputError, match=r"model\.peft\.task_type is not supported"):
         made(base, {**PEFT, "task_type": "SEQ_CLS"})
 

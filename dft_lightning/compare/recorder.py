@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.compare.files import CHECKPOINT, FIT, PROBABILITIES, TEST, write_json
+from dft_lightning.compare.row_hashes import RowHasher, combined, hash_texts
 from dft_lightning.distributed import gather_lists
 from dft_lightning.distributed.strategies import shards_parameters
 from dft_lightning.errors import InputError
@@ -33,7 +34,7 @@ from dft_lightning.evaluation.completions import (
     target_log_probs,
     token_values,
 )
-from dft_lightning.evaluation.fingerprints import RowHasher, combined, hash_texts, hash_weights
+from dft_lightning.models.fingerprints import hash_weights
 from dft_lightning.modules.causal_lm import CausalLMModule
 
 

@@ -12,10 +12,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dft_lightning.distributed.sharding import local_part
 from dft_lightning.errors import InputError
+from dft_lightning.foreign.torch import own_part
+from dft_lightning.foreign.transformers import names_let_be
 
 WAY_OUT = (
     "set model.sharding.load: whole, which has transformers load the whole checkpoint into each rank's host memory"
@@ -114,7 +115,7 @@ def _check_keys(model: nn.Module, state: dict[str, Tensor], there: set[str], lef
             f"model.model: the checkpoint has no {missing[0]} ({len(missing)} such tensors): read by shards it must be "
             f"in the model's own layout; {WAY_OUT}"
         )
-    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_COMPUTED]
+    ignored = [*names_let_be(model), *_COMPUTED]
     unused = sorted(key for key in left if not any(re.search(pattern, key) for pattern in ignored))
     if unused:  # as transformers does
         rank_zero_warn(f"the checkpoint's {unused[0]} ({len(unused)} such tensors) is in no place of the model")
@@ -153,7 +154,7 @@ def _own_rows(name: str, target: Tensor, source: Any) -> Tensor | None:
     if not isinstance(target, DTensor):
         whole: Tensor = source[...]
         return whole
-    shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+    shape, offset = own_part(target)
     if shape[0] == 0:
         return None
     rows: Tensor = source[offset[0] : offset[0] + shape[0]]

@@ -1,1 +1,1 @@
-"""Measures and fingerprints that callbacks and commands share."""
+"""Measures that callbacks and commands share."""

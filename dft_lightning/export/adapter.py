@@ -14,15 +14,11 @@ from dft_lightning.distributed.shard_loading import parameters_on_meta
 from dft_lightning.errors import InputError
 from dft_lightning.export.checkpoint import TrainedCheckpoint
 from dft_lightning.export.model import converted, empty_model
-from dft_lightning.models.adapter import (
-    adapter_tensors,
-    attach,
-    check_adapter,
-    check_tensors,
-    fingerprint,
-    lora_config,
-)
+from dft_lightning.models.fingerprints import base_fingerprint
 from dft_lightning.models.loading import load_causal_lm
+from dft_lightning.models.lora.adapter import attach
+from dft_lightning.models.lora.options import lora_config
+from dft_lightning.models.lora.saved import adapter_tensors, check_adapter, check_tensors
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -87,7 +83,7 @@ def merged_model(
         model.float()
     values = json.loads(record["adapter"]["config"])
     tuner = attach(model, lora_config(values))
-    check_adapter(record["adapter"], values, fingerprint(model), str(trained.path))
+    check_adapter(record["adapter"], values, base_fingerprint(model), str(trained.path))
     check_tensors(trained.tensors, model, str(trained.path))
     _check_shared(model, trained.path)
     model.load_state_dict(trained.tensors, strict=False)

@@ -47,3 +47,17 @@ def class_and_options(factory: functools.partial[Any]) -> dict[str, Any]:
     """A partial of a class as a config says it. As a default jsonargparse would take it for a function, which has no
     options to change; the path is the one that it gives the class itself, or the two would count as different."""
     return {"class_path": _util.get_import_path(factory.func), "init_args": dict(factory.keywords)}
+
+
+def actions(parser: ArgumentParser, subcommands: bool = False) -> list[Any]:
+    """A parser's options as argparse has them, with ``subcommands`` those of its subcommands, too."""
+    found: list[Any] = list(parser._actions)
+    for action in parser._actions if subcommands else ():
+        for subparser in (getattr(action, "_name_parser_map", None) or {}).values():
+            found += actions(subparser, subcommands)
+    return found
+
+
+def type_of(action: Any) -> Any:
+    """The type hint that an option was made from, ``None`` where it was from none."""
+    return getattr(action, "_typehint", None)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from dft_lightning.errors import InputError
 from dft_lightning.losses import TokenLoss
 from dft_lightning.losses.statistics import normalise_needs
-from dft_lightning.models.adapter import adapter_off, base_name, fingerprint, first_difference, trained_names
-from dft_lightning.models.checks import ModelChecks
-from dft_lightning.models.documents import model_inputs
+from dft_lightning.models.documents import ModelChecks, model_inputs
+from dft_lightning.models.fingerprints import base_fingerprint, first_difference
 from dft_lightning.models.head import ends_of, run_without_head
+from dft_lightning.models.lora.adapter import adapter_off, base_name, trained_names
 from dft_lightning.models.row_checks import evaluating
 from dft_lightning.ops import ReferenceHead
 
@@ -45,7 +45,7 @@ class ReferenceModel:
     def remember(self, checkpoint: dict[str, Any]) -> None:
         """Write into a checkpoint what tells the reference from others. Of an adapter's base that is there already."""
         if self._model is not None:
-            checkpoint[_REFERENCE] = fingerprint(self._model)
+            checkpoint[_REFERENCE] = base_fingerprint(self._model)
 
     def check_remembered(self, checkpoint: dict[str, Any]) -> None:
         """Whether the run that goes on compares with the model that it began with.
@@ -55,7 +55,7 @@ class ReferenceModel:
         """
         if self._model is None or _REFERENCE not in checkpoint:
             return
-        saved, own = checkpoint[_REFERENCE], fingerprint(self._model)
+        saved, own = checkpoint[_REFERENCE], base_fingerprint(self._model)
         if name := first_difference(saved, own) or min(own.keys() - saved.keys(), default=None):
             raise InputError(
                 f"--ckpt_path: the checkpoint's run compares with another reference: {name} differs in "

@@ -19,9 +19,9 @@ from dft_lightning.data import InstructionDataModule
 from dft_lightning.distributed.strategies import check_half_precision, check_precision
 from dft_lightning.errors import InputError
 from dft_lightning.evaluation.completions import sampled_shares
-from dft_lightning.evaluation.fingerprints import hash_weights
 from dft_lightning.fit.config import module_of, read_fit
 from dft_lightning.metrics import ExactMatch
+from dft_lightning.models.fingerprints import hash_weights
 from dft_lightning.models.generation import GenerationOptions
 from dft_lightning.modules import CausalLMModule
 from dft_lightning.sampling.completions import Completion, Sampler

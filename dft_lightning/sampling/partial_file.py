@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,7 +41,6 @@ class PartialFile:
         self.path = output.with_name(f"{output.name}.partial")
         self.batches = batches
         self.batches_done = 0
-        self._offsets: dict[Job, int] = {}
         self._file = self._open()
         try:
             self._go_on(options, overwrite)
@@ -72,27 +72,22 @@ class PartialFile:
         if first.endswith(b"\n"):
             problem = _differs(first, options)
             if problem is None:
-                self._scan()
+                self._drop_what_is_not_whole()
                 return
             if not overwrite:
                 raise InputError(f"--output: {self.path} {problem}, or --overwrite to begin anew")
         self._file.truncate(0)
         self._write([json.dumps({"options": options})])
 
-    def _scan(self) -> None:
-        """Find the whole batches, and cut off what comes after them."""
+    def _drop_what_is_not_whole(self) -> None:
+        end = self._file.tell()
         for batch in self.batches:
-            found = {}
-            start = self._file.tell()
-            for job in batch:
-                offset = self._file.tell()
-                if _job_of(self._file.readline()) != job:
-                    self._file.truncate(start)
-                    return
-                found[job] = offset
-            self._offsets.update(found)
+            lines = [self._file.readline() for _ in batch]
+            if [_job_of(line) for line in lines] != list(batch):
+                break
+            end += sum(map(len, lines))
             self.batches_done += 1
-        self._file.truncate(self._file.tell())
+        self._file.truncate(end)
 
     @property
     def lines_done(self) -> int:
@@ -105,12 +100,7 @@ class PartialFile:
         Raises:
             InputError: they cannot be written.
         """
-        end = self._file.seek(0, 2)
-        texts = [json.dumps(line, ensure_ascii=False) for line in lines]
-        for job, text in zip(self.batches[self.batches_done], texts, strict=True):
-            self._offsets[job] = end
-            end += len(text.encode()) + 1
-        self._write(texts)
+        self._write([json.dumps(line, ensure_ascii=False) for line in lines])
         self.batches_done += 1
 
     def _write(self, texts: Sequence[str]) -> None:
@@ -124,10 +114,10 @@ class PartialFile:
         """All lines, by prompt and sample."""
         return (json.loads(text) for text in self._texts())
 
-    def _texts(self) -> Iterator[bytes]:
-        for job in sorted(self._offsets):
-            self._file.seek(self._offsets[job])
-            yield self._file.readline()
+    def _texts(self) -> list[bytes]:
+        self._file.seek(0)
+        self._file.readline()  # the options
+        return [text for _, text in sorted(zip(chain.from_iterable(self.batches), self._file, strict=False))]
 
     def finish(self) -> None:
         """Put the lines in order into the output, and take the partial file away.

@@ -34,7 +34,7 @@ def describe(
     Args:
         model: the language model.
         base: name or folder that it was loaded from, or the values of a config.
-        adapter: see :func:`~dft_lightning.models.adapter.adapter_record`; ``None`` where all of the model is trained.
+        adapter: see :func:`.adapter_record`; ``None`` where all of the model is trained.
         tokenizer_files: see :func:`files_of`; none where there is no tokenizer.
         stop_token_ids: what ends a generated text.
         trainer: of the run; ``None`` for none.

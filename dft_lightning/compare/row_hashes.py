@@ -1,4 +1,4 @@
-"""Hashes that tell whether two runs began alike and saw the same rows and targets."""
+"""Hashes that tell whether two runs saw the same rows and targets."""
 
 from __future__ import annotations
 
@@ -6,45 +6,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dft_lightning.losses.base import IGNORE_INDEX
-
-
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and every bit of the values, whatever the device and the order of the mapping.
-
-    Example:
-        >>> a, b = {"w": torch.zeros(2)}, {"w": torch.tensor([0.0, -0.0])}
-        >>> hash_tensors(a) == hash_tensors({"w": torch.zeros(2)}), hash_tensors(a) == hash_tensors(b)
-        (True, False)
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        add_tensor(digest, name, tensors[name])
-    return digest.hexdigest()
-
-
-def hash_weights(module: nn.Module) -> str:
-    """SHA-256 of a module's parameters and buffers without those of its ``loss``, by which runs may differ.
-
-    Of all of them: a module's own ``state_dict`` may leave out what is frozen.
-    """
-    state = nn.Module.state_dict(module)
-    return hash_tensors({name: tensor for name, tensor in state.items() if not name.startswith("loss.")})
+from dft_lightning.models.fingerprints import add_tensor
 
 
 def hash_texts(texts: Iterable[str]) -> str:
     """SHA-256 of texts in their order."""
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
-
-
-def add_tensor(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
-    """Add one tensor's bits to a hash."""
-    plain = tensor.detach().cpu().contiguous()
-    digest.update(f"{name} {plain.dtype} {list(plain.shape)}".encode())
-    digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 class RowHasher:
