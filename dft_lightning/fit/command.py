@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import ctypes
 import inspect
 import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from argparse import SUPPRESS
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +25,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.callbacks import InterruptionCheckpoint, PredictionWriter
+from dft_lightning.callbacks.interruption import Interrupted
 from dft_lightning.checkpoints import keep_whole, refused_write, resolve_checkpoint
 from dft_lightning.checkpoints.trust import importing_only
 from dft_lightning.cli import COMMANDS
@@ -36,7 +43,6 @@ from dft_lightning.fit.checkpoint_options import (
 )
 from dft_lightning.fit.own_classes import GROUPS, Classes, check_known, read_classes, this_script
 from dft_lightning.fit.parser import Parser, refuse_nulls
-from dft_lightning.fit.processes import RunProcesses, is_of_a_lost_process
 from dft_lightning.fit.saved_config import RunConfig
 from dft_lightning.foreign.lightning import CommandLine, quiet
 from dft_lightning.modules import CausalLMModule
@@ -243,42 +249,41 @@ def default_loggers(root: str | Path | None) -> list[Logger]:
     return [board, CSVLogger(folder, name="lightning_logs", version=board.version)]
 
 
-class _Main:
-    """One run of the command, and how it ends in this process."""
-
-    processes: RunProcesses | None = None
-    trainer: pl.Trainer | None = None
-
-    def watch(self, trainer: pl.Trainer) -> None:
-        self.trainer = trainer
-        self.processes = RunProcesses(trainer)
-        self.processes.watch()
-
-    def status(self, error: Exception) -> int:
-        """Report an error, once on each machine: every rank there meets the same mistake, as a rule."""
-        if self.trainer is not None:
-            error = refused_write(error, self.trainer) or error
-        processes = self.processes
-        if processes is None:
-            return report(error) if _first_on_its_node() else _silent(error)
-        processes.ended(failed=True)
-        if is_of_a_lost_process(error) and processes.is_one_of_several:
-            return processes.report_lost(error)
-        if processes.is_first:
-            return report(error)
-        status = _silent(error)
-        processes.say_of_this_alone(str(user_message(error)))
-        return status
+_STARTED_BY = "DFT_LIGHTNING_STARTED_BY"
+_PATIENCE = 4.0  # seconds in which the first process should have met the same mistake
+_LAST_WAIT = 60.0
 
 
-def _silent(error: Exception) -> int:
-    if user_message(error) is None:
-        raise error
-    return 2
+def _is_started_by_the_first() -> bool:
+    """Whether Lightning's launcher in another process started this one, which on Linux ends with that then."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" or _STARTED_BY not in os.environ:
+        os.environ[_STARTED_BY] = str(os.getpid())
+        return False
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.environ[_STARTED_BY] != str(os.getppid()):  # it ended before
+        os._exit(1)
+    return True
 
 
-def _first_on_its_node() -> bool:
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0
+def _status(error: Exception, ends_with_the_first: bool) -> int:
+    """Report an error, once on each machine: every rank there meets the same mistake, as a rule."""
+    is_first = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0
+    if not is_first and user_message(error) is not None:
+        if not ends_with_the_first:
+            return 2
+        time.sleep(_PATIENCE)  # its end is this one's, if it has met the same
+    return report(error)
+
+
+def _started_by(trainers: list[pl.Trainer]) -> list[subprocess.Popen[bytes]]:
+    procs = [each for trainer in trainers for each in getattr(trainer.strategy.launcher, "procs", [])]
+    return [each for each in procs if isinstance(each, subprocess.Popen)]
+
+
+def _let_end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_LAST_WAIT)
 
 
 def cli_options() -> dict[str, Any]:
@@ -310,9 +315,9 @@ def main(
         The CLI, with ``trainer``, ``model`` and ``datamodule``, when the run has ended.
 
     Raises:
-        SystemExit: after one message on standard error: with status 2 where the input was wrong, with status 1 where
-            another process of the run died. ``compare``, ``inspect`` and the others beside ``fit``, ``validate``,
-            ``test`` and ``predict`` end with their status always.
+        SystemExit: with status 2, after one message on standard error, where the input was wrong. ``compare``,
+            ``inspect`` and the others beside ``fit``, ``validate``, ``test`` and ``predict`` end with their status
+            always.
     """
     own = (module_class, datamodule_class) != (CausalLMModule, InstructionDataModule)
     classes = Classes(module_class, datamodule_class, this_script(args) if own else None)
@@ -320,17 +325,22 @@ def main(
     if isinstance(given, list) and given and given[0] in COMMANDS:
         raise SystemExit(run(given[0], given[1:], classes))
     quiet()
-    process = _Main()
+    is_started = _is_started_by_the_first()
+    trainers: list[pl.Trainer] = []
     try:
-        cli = DFTLightningCLI(
-            module_class,
-            datamodule_class,
-            **cli_options(),
-            args=args,
-            on_trainer=process.watch,
-        )
+        cli = DFTLightningCLI(module_class, datamodule_class, **cli_options(), args=args, on_trainer=trainers.append)
     except Exception as error:
-        raise SystemExit(process.status(error)) from None
-    if process.processes is not None:
-        process.processes.ended(failed=False)
+        for process in _started_by(trainers):  # before they say what they think of its end
+            process.kill()
+        error = next(filter(None, (refused_write(error, trainer) for trainer in trainers)), error)
+        raise SystemExit(_status(error, is_started or "TORCHELASTIC_RUN_ID" in os.environ)) from None
+    except Interrupted as ended:
+        if is_started:  # Lightning kills a process that started one of another status
+            raise SystemExit(0) from ended
+        raise
+    finally:
+        if not is_started:
+            del os.environ[_STARTED_BY]
+        for process in _started_by(trainers):
+            atexit.register(_let_end, process)
     return cli

@@ -31,10 +31,6 @@ def quiet() -> None:
     ours = "loss|nll|perplexity|token_accuracy|entropy|mean_weight|target_tokens|exact_match"
     stages = "val|forgetting|test"
     warnings.filterwarnings("ignore", message=rf"It is recommended to use `self\.log\('({stages})/({ours})'")
-    # What becomes of the other processes when one dies is said in words of our own.
-    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").addFilter(
-        lambda record: "Forcefully terminating" not in record.getMessage()
-    )
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()
     )
