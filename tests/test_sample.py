@@ -444,7 +444,7 @@ def test_a_partial_file_that_is_none_or_in_use(arguments, tmp_path, capsys):
         (["--temperature", "0"], "--temperature must be finite and more than 0, got 0"),
         (["--temperature", ".inf"], "--temperature must be finite and more than 0, got inf"),
         (["--output", "s.json"], "--output must end in .jsonl, got s.json"),
-        (["--split", "tests"], "argument --split: invalid choice: 'tests'"),
+        (["--split", "tests"], "--split: expected one of 'train', 'validation', 'forgetting', 'test', 'predict'"),
         (["--split", "test"], "data.test is not set"),
         (["--split", "predict"], "data.predict is not set, nor data.test"),
         (["--ckpt_path", "last"], "--ckpt_path: sample takes no checkpoint: `export` it, and give the folder as"),
