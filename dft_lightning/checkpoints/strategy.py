@@ -24,20 +24,11 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dft_lightning.checkpoints.io import WholeAsyncCheckpointIO, WholeCheckpointIO, failed, local_path
-from dft_lightning.checkpoints.whole import WRITTEN, write_marker
-from dft_lightning.checkpoints.writing import (
-    clear_leftovers,
-    partial_path,
-    put_in_place,
-    reason_of,
-    remove,
-    sync_files,
-    sync_folder,
-    unwritable,
-)
+from dft_lightning.checkpoints.io import WholeAsyncCheckpointIO, WholeCheckpointIO, failed, local_path, reason_of
+from dft_lightning.checkpoints.whole import WRITTEN, clear_leftovers, write_marker
 from dft_lightning.distributed.ranks import gather_lists
 from dft_lightning.errors import InputError, one_line
+from dft_lightning.files import partial_path, put_in_place, remove, sync_files, unwritable
 
 # Of disks: full, of a quota, read-only, not permitted, broken.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -175,7 +166,6 @@ class SavesWhole(Strategy):
         if partial.is_dir():
             sync_files(partial)
             write_marker(partial, marker)
-            sync_folder(partial)
         put_in_place(partial, target)
 
     def _together(self, action: Callable[[], None], target: Path | None = None) -> None:
