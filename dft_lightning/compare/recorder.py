@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from dft_lightning.evaluation.completions import (
     target_log_probs,
     token_values,
 )
+from dft_lightning.files import replacing_file
 from dft_lightning.models.fingerprints import hash_weights
 from dft_lightning.modules.causal_lm import CausalLMModule
 
@@ -239,11 +239,9 @@ class RunRecorder(Callback):
 
     def _write_log_probs(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero:
-            path = self.folder / PROBABILITIES
-            partial = path.with_name("partial-" + path.name)
             arrays: dict[str, Any] = {k: np.asarray(v, dtype=np.float32) for k, v in self._log_probs.items()}
-            np.savez_compressed(partial, **arrays)
-            os.replace(partial, path)
+            with replacing_file(self.folder / PROBABILITIES) as file:
+                np.savez_compressed(file, **arrays)
 
     def _write_fit(self, trainer: pl.Trainer, finished: bool, final_weights: str | None = None) -> None:
         hashers = gather_lists([(self._hasher.rows, self._hasher.targets, self._hasher.steps)], trainer.world_size)
