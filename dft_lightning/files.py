@@ -95,3 +95,10 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file; an older one of the name is replaced when the new one is whole."""
     with replacing(path) as file:
         file.write(text)
+
+
+def is_local(path: str | os.PathLike[str]) -> bool:
+    """Whether a path, or the address that stands for one, is of a file on this machine."""
+    from fsspec.utils import get_protocol
+
+    return get_protocol(str(path)) in ("file", "local")

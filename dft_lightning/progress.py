@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,12 @@ def batches_done(trainer: pl.Trainer) -> int:
     return int(cast(Any, trainer.fit_loop.epoch_loop.batch_progress.total).processed)
 
 
+def training_loaders(trainer: pl.Trainer) -> list[Any]:
+    """The loaders that a fit draws from, which may be given in a list or dict; none before they are set up."""
+    loaders = trainer.train_dataloader
+    return [] if loaders is None else CombinedLoader(loaders).flattened
+
+
 def go_on_from(progress: Progress, loops: dict[str, Any]) -> dict[str, Any]:
     """The states of a trainer's loops, as a checkpoint has them, put to a step.
 
@@ -106,14 +113,3 @@ def go_on_from(progress: Progress, loops: dict[str, Any]) -> dict[str, Any]:
     evaluation["current"].update(ready=0, started=0, processed=0, completed=0)
     evaluation["is_last_batch"] = False
     return loops
-
-
-def count_logged_steps(trainer: pl.Trainer) -> None:
-    """Before the first batch of a fit that goes on: the step that its loggers are at.
-
-    Lightning counts it after the validation of a step. Where one is due, be it run or passed over, it will.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    assert trainer.fit_loop._data_fetcher is not None
-    due = loop.restarting and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
-    loop._batches_that_stepped = trainer.global_step - 1 if due else trainer.global_step

@@ -43,6 +43,15 @@ def shared(path: str) -> Path:
     return full
 
 
+def at_hand(path: str = "") -> Path:
+    """A tokenizer or model beside the project (or all, for no path), or else a small one of its kind made in code."""
+    if not (SHARED / (path or "tokenizers")).exists():
+        from stand_ins import stand_ins
+
+        return stand_ins() / path
+    return SHARED / path
+
+
 @pytest.fixture(autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenised rows of the tests go to a folder of this session, never to the user's cache."""

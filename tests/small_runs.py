@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import json
 import os
 import runpy
 import shutil
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -112,6 +114,8 @@ def adapter_strategy() -> ModelParallelStrategy:
 
 def strategy_of(name: str) -> Any:
     """A strategy for two processes, which a trainer of its own needs each time."""
+    if name == "fsdp2 of adapters":
+        return adapter_strategy()
     if name == "fsdp2":
         return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     if name == "fsdp1":
@@ -127,8 +131,9 @@ def step_gradient(
     dtype: str,
     loss: str,
     num_rows: int = 16,
-    trainer_options: Any = None,
     clip: float = CLIP,
+    devices: int = 1,
+    strategy: Any = "auto",
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient of the first step of a fit on arithmetic rows, before and after clipping."""
@@ -137,11 +142,7 @@ def step_gradient(
     module = GradientRecorder(TINY_ARITHMETIC, loss=loss_options, loading={"dtype": "float64"}, **options)
     module.rounded = getattr(torch, dtype)
     data = arithmetic_data(num_rows, batch_size=batch_size, shuffle=False)
-    run = trainer(
-        accumulate_grad_batches=accumulate,
-        gradient_clip_val=clip,
-        **(trainer_options or {}),
-    )
+    run = trainer(accumulate_grad_batches=accumulate, gradient_clip_val=clip, devices=devices, strategy=strategy)
     run.fit(module, datamodule=data)
     assert {p.dtype for p in module.parameters()} == {module.rounded}
     return module.gradients[0], module.clipped[0]
@@ -168,6 +169,14 @@ def run_two_processes(script: str, *args: str, timeout: float = 150) -> str:
         said = [Path(folder, f"{rank}.{kind}").read_text() for rank in range(2) for kind in ("out", "err")]
     assert statuses == [0, 0], f"{statuses}\n" + "\n".join(text[-4000:] for text in said)
     return said[0]
+
+
+def on_two_processes(function: Callable[..., Any], cases: list[dict[str, Any]]) -> list[Any]:
+    """What a function of these files returns on rank 0 for each case's options, among them a strategy's name."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = os.path.join(folder, "found.pt")
+        run_two_processes("two_calls.py", function.__module__, function.__name__, out, json.dumps(cases))
+        return torch.load(out)
 
 
 def _forked(rank: int, port: int, folder: str, path: str, args: tuple[str, ...], timeout: float) -> int:

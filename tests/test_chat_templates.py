@@ -11,12 +11,13 @@ import sys
 
 import pytest
 
-from conftest import ROOT, SHARED, shared
+from conftest import ROOT, SHARED, at_hand, shared
 from dft_lightning.data.forms import Conversation
 from dft_lightning.data.template import ChatTemplate
 from dft_lightning.data.tokenizer import as_parts, end_of_turn, load_tokenizer
 from dft_lightning.data.tokens import ConversationEncoder
 from dft_lightning.errors import InputError
+from stand_ins import MARKED
 
 sys.path.insert(0, str(ROOT / "docs"))
 
@@ -25,9 +26,16 @@ import make_chat_templates as docs
 TEMPLATES = docs.trl_templates()
 if TEMPLATES and importlib.metadata.version("trl") != "1.16.0":
     TEMPLATES = {}  # what is expected was written for that release
-NAMES = [*(f"own {name}" for name in docs.OWN), *TEMPLATES]
-if not TEMPLATES:
-    NAMES.append(pytest.param("", marks=pytest.mark.skip(reason="TRL 1.16.0 is not installed")))
+# Two of their ways in small, for where TRL is not installed: thoughts that the generation prompt begins and the answer
+# does not have, and marked answers.
+BEGUN = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{{ '<think></think>' if enable_thinking is false else '<think>\n' }}{% endif %}"
+)
+SMALL = {"nemotron_small": BEGUN, "small_training": MARKED}
+TRIED = {**SMALL, **TEMPLATES}
+NAMES = [*(f"own {name}" for name in docs.OWN), *TRIED]
 
 ASKED, ANSWERED = ("Quebec tambourine?", "And the umbrella?"), ("Zanzibar lime.", "Only on Sundays.")
 TURN = [{"role": "user", "content": ASKED[0]}, {"role": "assistant", "content": ANSWERED[0]}]
@@ -57,6 +65,7 @@ ENDS = {
     "own stories260K": "</s>",
     "phi3": "<|end|>",
     "qwen": "<|im_end|>",
+    "small": "<|im_end|>",
     "smolvlm": "<end_of_utterance>",
 }
 THOUGHTLESS = "<think>\n\n</think>\n\n"
@@ -87,7 +96,7 @@ BEGINNINGS = {
     "smolvlm": " ",
 }
 # Their generation prompt begins thoughts that the rendered answer does not have.
-OTHER_PROMPT = ["deepseek_r1_distill", "deepseekv3"]
+OTHER_PROMPT = ["nemotron_small", "deepseek_r1_distill", "deepseekv3"]
 OTHER_PROMPT += [f"nemotron_3_{name}" for name in ("5_lightning", "nano", "super", "ultra")]
 # They render the last answer otherwise than earlier ones.
 REWRITES = ["own qwen3", "gptoss", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6"]
@@ -100,16 +109,14 @@ def longest(table, name):
 
 @functools.cache
 def general():
-    return docs.general_tokenizer(SHARED, TEMPLATES)
+    return docs.general_tokenizer(at_hand(), TRIED)
 
 
 @functools.cache
 def tokenizer_of(name):
     if not name.startswith("own "):
-        shared("tokenizers/smollm2")
-        return docs.with_template(general(), TEMPLATES[name])
-    shared(docs.OWN[name[4:]])
-    return docs.own_tokenizer(SHARED, name[4:])
+        return docs.with_template(general(), TRIED[name])
+    return docs.own_tokenizer(at_hand(), name[4:])
 
 
 @functools.cache
@@ -193,7 +200,7 @@ def test_every_assistant_turn(name):
     assert encode(name, earlier).labels.tolist() == last.labels.tolist()
 
 
-@pytest.mark.parametrize("name", [name for name in OTHER_PROMPT if "nemotron" in name] if TEMPLATES else [])
+@pytest.mark.parametrize("name", [name for name in OTHER_PROMPT if "nemotron" in name and name in TRIED])
 def test_prompt_without_thoughts_makes_the_turns_exact(name):
     rendered = ChatTemplate(tokenizer_of(name), template_kwargs={"enable_thinking": False}).render(Conversation(TURNS))
     learnt = [rendered.text[span.start : span.end] for span in rendered.spans]

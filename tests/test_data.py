@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
-from conftest import shared
+from conftest import at_hand
 from dft_lightning.data import ArithmeticRows, HubRows, InstructionDataModule, LocalRows, arithmetic_tokenizer, cache
 from dft_lightning.data.accumulation import micro_batches_of
 from dft_lightning.data.arithmetic import is_held_out
@@ -57,7 +57,7 @@ def real_tokenizer(tmp_path):
     """Load a real tokenizer by name; GPT-2's bare vocabulary files are made into a checkpoint folder first."""
 
     def load(name):
-        folder = shared(name)
+        folder = at_hand(name)
         if name.endswith("gpt2"):
             GPT2Tokenizer.from_pretrained(folder).save_pretrained(tmp_path / "gpt2")
             folder = tmp_path / "gpt2"
@@ -305,7 +305,7 @@ def test_single_turn_mask_on_real_tokenizers(real_tokenizer, name, expected):
 
 
 def test_plain_template_on_a_sentencepiece_tokenizer():
-    tokenizer = load_tokenizer(shared("models/stories260K"))
+    tokenizer = load_tokenizer(at_hand("models/stories260K"))
     row = encode(tokenizer, TURN)
     assert tokenizer.decode(row.input_ids).endswith("2</s>")
     assert trained_text(tokenizer, row).strip() == "2</s>"
@@ -313,7 +313,7 @@ def test_plain_template_on_a_sentencepiece_tokenizer():
 
 def test_white_space_is_learnt_whatever_offsets_the_tokenizer_gives():
     """Llama 3's and RoBERTa's leave white space out of a token's characters."""
-    tokenizer = load_tokenizer(shared("tokenizers/smollm2"))
+    tokenizer = load_tokenizer(at_hand("tokenizers/smollm2"))
     turns = [TURN[0], {"role": "assistant", "content": "   \n\n  x"}]
     expected = encode(tokenizer, turns).labels.tolist()
     assert tokenizer.decode([label for label in expected if label != -100]).startswith("\n   \n\n  x")
@@ -322,7 +322,7 @@ def test_white_space_is_learnt_whatever_offsets_the_tokenizer_gives():
 
 
 def test_multi_turn_mask_trains_every_assistant_turn():
-    tokenizer = load_tokenizer(shared("tokenizers/smollm2"))
+    tokenizer = load_tokenizer(at_hand("tokenizers/smollm2"))
     row = encode(tokenizer, MULTI)
     assert trained_text(tokenizer, row) == "Hello!<|im_end|>See you.<|im_end|>"
     # pad = eos = the end-of-turn token here, which is trained all the same
@@ -331,7 +331,7 @@ def test_multi_turn_mask_trains_every_assistant_turn():
 
 
 def test_template_that_rewrites_earlier_turns_is_refused_by_name():
-    tokenizer = load_tokenizer(shared("tokenizers/qwen3"))
+    tokenizer = load_tokenizer(at_hand("tokenizers/qwen3"))
     with pytest.raises(InputError, match=r"turn 3 is rendered otherwise once more turns follow.*At character \d+"):
         encode(tokenizer, MULTI)
     assert trained_text(tokenizer, encode(tokenizer, MULTI, train_turns="last")).endswith("See you.<|im_end|>")
@@ -347,7 +347,7 @@ def test_generation_prompt_is_what_training_rows_begin_with(real_tokenizer):
 
 def test_end_of_turn_token():
     assert end_of_turn(arithmetic_tokenizer()) == ("$", 2)
-    smollm2 = load_tokenizer(shared("tokenizers/smollm2"))
+    smollm2 = load_tokenizer(at_hand("tokenizers/smollm2"))
     assert end_of_turn(smollm2) == ("<|im_end|>", smollm2.eos_token_id)
 
 
@@ -550,7 +550,7 @@ def test_rows_that_cannot_be_scored_are_bad_rows_of_test(tmp_path):
 
 def test_rows_a_template_cannot_mask_are_named(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"messages": TURN}, {"messages": MULTI}])
-    data = InstructionDataModule(str(path), tokenizer=str(shared("tokenizers/qwen3")))
+    data = InstructionDataModule(str(path), tokenizer=str(at_hand("tokenizers/qwen3")))
     with pytest.raises(InputError) as error:
         data.prepare_data()
     assert str(error.value).splitlines()[0] == f"{path}: 1 of 2 rows are bad"
@@ -740,7 +740,7 @@ def test_a_global_batch_size_beside_another_accumulation():
 @pytest.mark.parametrize("name", ["smollm2", "qwen3"])
 def test_bytes_and_offsets_find_the_same_tokens(name):
     """On many scripts, on what a tokenizer normalises (Qwen's composes e and its accent), and on white space."""
-    tokenizer = load_tokenizer(shared(f"tokenizers/{name}"))
+    tokenizer = load_tokenizer(at_hand(f"tokenizers/{name}"))
     fast, slow = ConversationEncoder(tokenizer), ConversationEncoder(tokenizer)
     slow._byte_level = None
     assert fast._byte_level is not None

@@ -19,15 +19,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import ROOT, SHARED, shared
+from conftest import ROOT, at_hand
 from dft_lightning import InstructionDataModule
 from dft_lightning.data.forms import Conversation
 from dft_lightning.data.tokenizer import load_tokenizer
 from dft_lightning.data.tokens import ConversationEncoder
 from dft_lightning.errors import InputError
+from stand_ins import CHATML, MARKED, SMOLLM, byte_level
 
 sys.path.insert(0, str(ROOT / "docs"))
 
@@ -39,19 +39,6 @@ settings.register_profile(
 FLOW = settings.get_profile("flow")
 
 # -- tokenizers, and what their templates write ------------------------------------------------------------------------
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-MARKED = CHATML.replace(
-    "{{ m.content }}<|im_end|>",
-    (
-        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
-        "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '' }}"  # a line break after a block would go
-    ),
-)
-SMOLLM = {"role": "system", "content": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"}
 
 
 @dataclass(frozen=True)
@@ -92,37 +79,24 @@ def plain(messages, bos, eos):
 
 def tiny(template):
     """Byte-level BPE of a few merges; one of its special tokens is a single character."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = ["<|im_start|>", "<|im_end|>", "☼"]
-    corpus = ["the cat sat on the mat\n\n  and said: é 漢字 👩‍👩‍👧 user assistant system\n"] * 3
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=340, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(corpus, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>", "☼"]
+        tokenizer_object=byte_level(["<|im_start|>", "<|im_end|>", "☼"]),
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>", "☼"],
     )
     tokenizer.chat_template = template
     return tokenizer
 
 
 def in_shared(name, **options):
-    return load_tokenizer(shared(docs.OWN[name]), **options)
-
-
-def gpt2():
-    shared(docs.OWN["gpt2"])
-    return docs.own_tokenizer(SHARED, "gpt2")
+    return load_tokenizer(at_hand(docs.OWN[name]), **options)
 
 
 MAKERS = {
     "tiny": (lambda: tiny(CHATML), chatml),
     "tiny marked": (lambda: tiny(MARKED), chatml),
     "smollm2": (lambda: in_shared("smollm2"), functools.partial(chatml, default=SMOLLM)),
-    "gpt2": (gpt2, functools.partial(plain, bos="", eos="<|endoftext|>")),
+    "gpt2": (lambda: docs.own_tokenizer(at_hand(), "gpt2"), functools.partial(plain, bos="", eos="<|endoftext|>")),
     "qwen3 marked": (lambda: in_shared("qwen3", chat_template=MARKED), chatml),
     "stories260K": (lambda: in_shared("stories260K"), functools.partial(plain, bos="<s>", eos="</s>")),
 }

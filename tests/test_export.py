@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Mamba2Config, PreTrainedModel, pipeline
 
 from commands import export as main
-from conftest import shared
+from conftest import at_hand
 from dft_lightning import CausalLMModule, DFTLoss, HuggingFaceExport, InstructionDataModule
 from dft_lightning.data import ArithmeticRows, RowSource
 from dft_lightning.errors import InputError
@@ -135,7 +135,7 @@ def test_another_dtype_and_several_files(run, tmp_path):
 
 
 def test_a_published_model(tmp_path):
-    model = shared("models/stories260K")
+    model = at_hand("models/stories260K")
     rows = ArithmeticRows(8, seed=1)
     module = trained(str(model), tmp_path / "a.ckpt", InstructionDataModule(rows, tokenizer=str(model), batch_size=4))
     output = exported(tmp_path / "a.ckpt", tmp_path / "out")

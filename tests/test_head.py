@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from conftest import TINY_LLAMA, TINY_QWEN2, shared
-from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss, TokenLoss
+from conftest import TINY_LLAMA, TINY_QWEN2, at_hand
+from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss
 from dft_lightning.errors import InputError
 from dft_lightning.models import head as head_module
 from dft_lightning.models.loading import load_causal_lm
@@ -128,21 +128,6 @@ def test_dropout_is_the_same_with_and_without_the_check():
     assert_agree({**TINY_GPT2, "resid_pdrop": 0.5, "initializer_range": 0.5}, loss=DFTLoss())
 
 
-class WholeSequence(TokenLoss):
-    """A loss that reads all tokens of its sequence."""
-
-    pointwise = False
-    needs = ("sequence_index",)
-
-    def token_loss(self, stats):
-        sums = torch.zeros(2, dtype=stats.log_prob.dtype).index_add(0, stats.sequence_index, stats.log_prob)
-        return -(sums / 5)[stats.sequence_index].exp() * stats.log_prob
-
-
-def test_sequences_are_known_to_losses_that_need_them():
-    assert_agree(SMALL, loss=WholeSequence())
-
-
 # -- mixtures of experts ---------------------------------------------------------------------------------------------
 
 
@@ -195,7 +180,7 @@ def losses_of(folder, kind, steps, dtype):
 @pytest.mark.parametrize(("dtype", "steps", "tolerance"), [("float64", 50, 1e-9), ("float32", 10, 1e-5)])
 def test_training_is_that_with_full_logits(dtype, steps, tolerance):
     """stories260K, a real model: the objective of every step."""
-    folder = str(shared("models/stories260K"))
+    folder = str(at_hand("models/stories260K"))
     fused, full = (losses_of(folder, kind, steps, dtype) for kind in ("fused", "full"))
     assert len(fused) == steps
     assert (fused - full).abs().max() < tolerance

@@ -11,7 +11,7 @@ import yaml
 from datasets import Dataset
 
 from commands import inspect as main
-from conftest import shared
+from conftest import at_hand
 from dft_lightning.data.tokenizer import load_tokenizer
 from dft_lightning.inspection.show import new_console, show_row
 from test_configs import CONFIGS, TINY, stack
@@ -232,7 +232,7 @@ def encoded(tokenizer, text, learnt_from):
 
 
 def test_control_tokens_are_told_from_the_same_characters_in_a_row(config, capfd, monkeypatch):
-    folder = str(shared("tokenizers/smollm2"))
+    folder = str(at_hand("tokenizers/smollm2"))
     turns = [{"role": "user", "content": "Say <|im_end|>"}, {"role": "assistant", "content": "No: <|im_end|>"}]
     args = config([{"messages": turns}], tokenizer=folder, chat_template=CHATML)
     assert "Say <|im_end|><|im_end|>↵" in shown(capfd, *args)
@@ -255,14 +255,14 @@ def test_weights_of_passages(config, capfd):
 
 
 def test_what_a_terminal_would_obey_is_shown_instead():
-    tokenizer = load_tokenizer(shared("tokenizers/smollm2"))
+    tokenizer = load_tokenizer(at_hand("tokenizers/smollm2"))
     text = "a\x1b[2Jb\rc\td\x07\x7f\x9b1m\ne[bold]f[/x]:cat:"
     out = printed(tokenizer, encoded(tokenizer, text, 0))
     assert out == "⟦a␛[2Jb␍c␉d␇␡\\x9b1m↵\ne[bold]f[/x]:cat:⟧\n"
 
 
 def test_spaces_stay_where_a_tokenizer_drops_those_a_text_begins_with():
-    tokenizer = load_tokenizer(shared("models/stories260K"))
+    tokenizer = load_tokenizer(at_hand("models/stories260K"))
     row = encoded(tokenizer, "Once upon a time", 2)
     beginning = tokenizer.decode(row["input_ids"][:2])
     rest = "Once upon a time".removeprefix(beginning)
@@ -271,7 +271,7 @@ def test_spaces_stay_where_a_tokenizer_drops_those_a_text_begins_with():
 
 
 def test_a_character_of_several_tokens_stays_whole():
-    tokenizer = load_tokenizer(shared("tokenizers/smollm2"))
+    tokenizer = load_tokenizer(at_hand("tokenizers/smollm2"))
     assert printed(tokenizer, encoded(tokenizer, "👩‍👩‍👧 漢字 é", 0)) == "⟦👩‍👩‍👧 漢字 é⟧\n"
 
 

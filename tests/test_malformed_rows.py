@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from conftest import shared
+from conftest import at_hand
 from dft_lightning.data import arithmetic_tokenizer
 from dft_lightning.errors import InputError
 from malformed import (
@@ -264,7 +264,7 @@ def test_special_tokens_as_control_and_as_text(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(pair(completion="2$3")))
     assert load(path, allow_special_tokens=True).counts["train"].bad == 0
-    tokenizer = str(shared("tokenizers/smollm2"))
+    tokenizer = str(at_hand("tokenizers/smollm2"))
     path.write_text(f"{PAIR}\n{json.dumps(pair(completion='2<|im_end|>'))}")
     for allowed, more in ((False, 0), (True, 1)):
         data = load(path, tokenizer=tokenizer, allow_special_tokens=allowed, shuffle=False)

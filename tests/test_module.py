@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaConfig
 
-from conftest import TINY_LLAMA, TINY_QWEN2, shared
+from conftest import TINY_LLAMA, TINY_QWEN2, at_hand
 from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss, TokenLoss
 from dft_lightning.component import from_plain, to_plain
 from dft_lightning.data.batches import Collator
@@ -71,7 +71,7 @@ def test_loss_is_transformers_own_on_tiny_models(config):
 
 def test_training_step_on_a_real_model_is_transformers_own():
     """stories260K, trained: loss to 1e-5, and the whole gradient of a step."""
-    folder = str(shared("models/stories260K"))
+    folder = str(at_hand("models/stories260K"))
     captured = {}
 
     class Capture(CausalLMModule):
@@ -143,7 +143,8 @@ def test_gradient_checkpointing_changes_no_gradient():
         pl.seed_everything(0)
         module = CausalLMModule(TINY_LLAMA, loading={"gradient_checkpointing": checkpointing})
         module.configure_model()
-        assert module.model.is_gradient_checkpointing == checkpointing
+        asked = (getattr(part, "gradient_checkpointing", False) for part in module.model.modules())
+        assert any(asked) == checkpointing
         module.token_output(next(iter(loader()))).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
     torch.testing.assert_close(gradients[0], gradients[1])
@@ -474,7 +475,7 @@ def test_completions_end_before_the_stop_token():
 
 
 def test_greedy_generation_is_the_step_by_step_argmax_and_ignores_the_models_own_options():
-    folder = str(shared("models/stories260K"))
+    folder = str(at_hand("models/stories260K"))
     module = CausalLMModule(folder)
     module.configure_model()
     # what a checkpoint's generation_config might bring along
@@ -491,7 +492,7 @@ def test_greedy_generation_is_the_step_by_step_argmax_and_ignores_the_models_own
 
 
 def test_left_padding_changes_no_completion():
-    module = CausalLMModule(str(shared("models/stories260K")))
+    module = CausalLMModule(str(at_hand("models/stories260K")))
     module.configure_model()
     texts = ["Once upon a time", "Lily and Tom went to the park. They"]
     ids = [module.tokenizer(text)["input_ids"] for text in texts]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -19,7 +17,7 @@ from small_runs import (
     TINY_GPT2,
     GradientRecorder,
     arithmetic_data,
-    run_two_processes,
+    on_two_processes,
     step_gradient,
     trainer,
 )
@@ -100,10 +98,8 @@ CASES += [
 
 
 @pytest.fixture(scope="module")
-def two_process_gradients(tmp_path_factory):
-    out = tmp_path_factory.mktemp("two") / "gradients.pt"
-    run_two_processes("two_gradients.py", str(out), json.dumps(CASES))
-    return torch.load(out)
+def two_process_gradients():
+    return on_two_processes(step_gradient, CASES)
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=["-".join(map(str, case.values())) for case in CASES])

@@ -9,10 +9,10 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from torch.optim import Optimizer
 
-from dft_lightning.checkpoints.trust import check_classes, import_paths, importing_only
+from dft_lightning.checkpoints.trust import check_classes, importing_only
 from dft_lightning.cli.errors import shorten
 from dft_lightning.errors import InputError
-from dft_lightning.fit.checkpoint_options import options_to_take
+from dft_lightning.fit.checkpoint_options import SavedOptions, defaults_of
 from dft_lightning.fit.parser import Parser
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss
 from dft_lightning.modules.optimizers import DEFAULT_OPTIMIZER, OptimizerCallable, optimizer_values
@@ -58,7 +58,6 @@ def parsed(tmp_path):
             args.append(part)
         config = parser.parse_args(args)
         assert parser.parse_object(yaml.safe_load(parser.dump(config))).model == config.model
-        parser.parse_args(args, defaults=False)
         return parser.instantiate(config).model
 
     return parse
@@ -205,13 +204,15 @@ def test_what_a_checkpoint_names():
     }
     parser = made_parser()
     own = parser.parse_args([])
-    taken = options_to_take(own.model, {}, saved)
-    with importing_only(import_paths(own) | check_classes(taken, "model", "")):
-        config = parser.parse_object({"model": taken}, own)
+    taken, refused, paths = defaults_of(SavedOptions(saved), own, parser)
+    assert refused == {}
+    parser.set_defaults(taken)
+    with importing_only(paths):
+        config = parser.parse_args([])
     made = parser.instantiate(config).model
     assert (made.loss.gamma, made.loss.ignore_index) == (3.0, -100)
     assert made.optimizer["init_args"]["lr"] == 0.1
     assert made.schedule["init_args"]["step_size"] == 3
-    assert taken["loss"]["init_args"].keys() == {"gamma", "alpha", "detach_weight"}
+    assert taken["model.loss"]["init_args"].keys() == {"gamma", "alpha", "detach_weight"}
     with pytest.raises(InputError, match=r"model\.optimizer: torch\.nn\.Linear is not imported"):
         check_classes({"optimizer": {"class_path": "torch.nn.Linear"}}, "model", "")

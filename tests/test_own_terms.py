@@ -1,6 +1,5 @@
 """A term that a subclass adds to the loss counts at its own strength, each micro-batch weighted as its targets are."""
 
-import json
 import math
 
 import pytest
@@ -11,7 +10,7 @@ from torch.utils.data import DataLoader
 from dft_lightning import CausalLMModule
 from dft_lightning.data.batches import Collator
 from own_term_runs import expected, found_steps
-from small_runs import TINY_ARITHMETIC, run_two_processes, trainer
+from small_runs import TINY_ARITHMETIC, on_two_processes, trainer
 
 EXACT = 1e-6
 
@@ -49,15 +48,13 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def on_two_processes(tmp_path_factory):
-    out = tmp_path_factory.mktemp("two") / "found.pt"
-    run_two_processes("two_own_terms.py", str(out), json.dumps(CASES))
-    return torch.load(out)
+def two_processes():
+    return on_two_processes(found_steps, CASES)
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=["-".join(map(str, case.values())) for case in CASES])
-def test_two_processes(on_two_processes, index):
-    check(on_two_processes[index], CASES[index]["renormalize"])
+def test_two_processes(two_processes, index):
+    check(two_processes[index], CASES[index]["renormalize"])
 
 
 def loader(*labels):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import shared
+from conftest import at_hand
 from dft_lightning import CausalLMModule, DFTLoss, InstructionDataModule
 from dft_lightning.data import ArithmeticRows, MixedRows
 from dft_lightning.data.batches import Collator, PackedRows, RowSampler
@@ -152,7 +152,7 @@ def test_losses_and_gradients_are_those_of_the_same_rows_padded(model, attention
 
 
 def test_a_real_model():
-    folder, data = str(shared("models/stories260K")), rows(vocabulary=512, lengths=(40, 90, 7, 120, 33))
+    folder, data = str(at_hand("models/stories260K")), rows(vocabulary=512, lengths=(40, 90, 7, 120, 33))
     expected, expected_gradient = loss_and_gradient(folder, False, "eager", data=data)
     for attention, padding_free in (("sdpa", False), ("documents", True)):
         output, gradient = packed_result(folder, attention, padding_free, data)

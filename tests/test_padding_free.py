@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from conftest import TINY_LLAMA, TINY_QWEN2, shared
+from conftest import TINY_LLAMA, TINY_QWEN2, at_hand
 from dft_lightning import CausalLMModule, DFTLoss, InstructionDataModule, TokenLoss
 from dft_lightning.data.batches import Collator
 from dft_lightning.errors import InputError
@@ -99,7 +99,7 @@ def test_exact_in_float64():
 
 
 def test_a_real_model():
-    folder = str(shared("models/stories260K"))
+    folder = str(at_hand("models/stories260K"))
     data = rows(vocabulary=512, lengths=(40, 90, 7, 120))
     assert_equal_to_padded(folder, "documents", data=data)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from conftest import shared
+from conftest import at_hand
 from dft_lightning import CausalLMModule
 from dft_lightning.data import ArithmeticRows, InstructionDataModule, LocalRows, MixedRows
 from dft_lightning.data.forms import Conversation, RowColumns
@@ -112,7 +112,7 @@ TOOL_TEMPLATE = (
 
 
 def test_tool_calls_are_learnt_and_tool_answers_are_not(tmp_path):
-    tokenizer = load_tokenizer(shared("tokenizers/smollm2"), chat_template=TOOL_TEMPLATE)
+    tokenizer = load_tokenizer(at_hand("tokenizers/smollm2"), chat_template=TOOL_TEMPLATE)
     turns = [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "3"}, ANSWER]
     found = one(tmp_path, {"messages": turns, "tools": TOOLS})
     (row,) = ConversationEncoder(tokenizer).encode([found])
@@ -144,7 +144,7 @@ def test_plain_text(tmp_path, row, options, expected):
 
 def test_plain_text_is_learnt_whole_with_its_end():
     """stories260K puts <s> before a text, which nothing predicts; GPT-2 has no such token."""
-    tokenizer = load_tokenizer(shared("models/stories260K"))
+    tokenizer = load_tokenizer(at_hand("models/stories260K"))
     (row,) = ConversationEncoder(tokenizer).encode([Conversation([], text="Once upon a time")])
     expected = [*tokenizer("Once upon a time")["input_ids"], tokenizer.eos_token_id]
     assert row.input_ids.tolist() == expected

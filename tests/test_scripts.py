@@ -16,11 +16,12 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
-from transformers import GPT2Tokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ROOT, TINY_LLAMA
 from dft_lightning.data import ArithmeticRows, arithmetic_tokenizer
 from small_runs import run_script
+from stand_ins import stand_ins
 
 FOLDERS = ("benchmarks", "docs", "examples")
 
@@ -180,20 +181,6 @@ def test_quickstart(tmp_path):
 
 
 @pytest.fixture
-def tokenizers(tmp_path):
-    """The shared folder's tokenizers in small: GPT-2's as bare vocabulary files, the others with templates."""
-    for name in ("tokenizers/smollm2", "tokenizers/qwen3", "models/stories260K"):
-        arithmetic_tokenizer().save_pretrained(tmp_path / "shared" / name)
-    letters = [*sorted(set("Hi.ello!ByeSeeyou UserAssistant:\u0120\u010a")), "<|endoftext|>"]
-    folder = tmp_path / "shared" / "tokenizers" / "gpt2"
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    GPT2Tokenizer.from_pretrained(folder)
-    return tmp_path / "shared"
-
-
-@pytest.fixture
 def a_trl(tmp_path, monkeypatch):
     """An installed TRL of which there are the templates alone."""
     monkeypatch.delitem(sys.modules, "trl", raising=False)
@@ -208,8 +195,8 @@ def a_trl(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("a_trl")
-def test_make_chat_templates(tokenizers, tmp_path):
-    run_script("docs/make_chat_templates.py", tokenizers, copied_to=tmp_path)
+def test_make_chat_templates(tmp_path):
+    run_script("docs/make_chat_templates.py", stand_ins(), copied_to=tmp_path)
     page = (tmp_path / "chat_templates.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `(\w+)`", page, re.MULTILINE) == ["smollm2", "qwen3", "gpt2", "stories260K", "own"]
     assert "## Templates that come with TRL 9.9\n" in page

@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from dft_lightning.progress import training_loaders
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -43,6 +45,7 @@ class InterruptionCheckpoint(Callback):
         self._signal: int | None = None
         self._stopping = False
         self._loader_states: list[dict[str, Any]] | None = None
+        self._saved_at = -1
         self._previous: dict[int, Any] = {}
         self._trainer: pl.Trainer | None = None
 
@@ -97,8 +100,8 @@ class InterruptionCheckpoint(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         self._stopping = not is_over(trainer) and self.asked(trainer)
         if self._stopping:  # before the next batch is drawn; what this one leaves to be logged is done first
-            loader = trainer.fit_loop._combined_loader
-            self._loader_states = None if loader is None else loader._state_dicts()
+            found = [loader for loader in training_loaders(trainer) if hasattr(loader, "state_dict")]
+            self._loader_states = [loader.state_dict() for loader in found]
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         if self._stopping:
@@ -119,6 +122,7 @@ class InterruptionCheckpoint(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        self._saved_at = trainer.global_step
         state = checkpoint["loops"]["fit_loop"]["state_dict"]
         if self._loader_states is not None and "combined_loader" in state:
             state["combined_loader"] = self._loader_states  # without the batch that was drawn since
@@ -134,7 +138,8 @@ class InterruptionCheckpoint(Callback):
 
     def _save(self, trainer: pl.Trainer) -> Path:
         own = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-        just_written = trainer.strategy.broadcast(_written_at(trainer.global_step, own))  # others may not see the file
+        just_written = _newest(own) if self._saved_at == trainer.global_step else None
+        just_written = trainer.strategy.broadcast(just_written)  # others may not see the file
         if just_written is not None:
             return Path(just_written)
         folder = own[0].dirpath if own and own[0].dirpath else Path(trainer.log_dir or trainer.default_root_dir)
@@ -154,13 +159,12 @@ def is_over(trainer: pl.Trainer) -> bool:
     return trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
 
 
-def _written_at(step: int, callbacks: list[ModelCheckpoint]) -> str | None:
-    for callback in callbacks:
-        last = callback._last_checkpoint_saved
-        written = last and callback._last_global_step_saved == step  # before the first it says 0, and no path
-        if written and Path(last).exists() and not callback.save_weights_only:
-            return str(last)
-    return None
+def _newest(callbacks: list[ModelCheckpoint]) -> str | None:
+    """The last whole checkpoint that one of these has written, as far as it is there."""
+    whole = [callback for callback in callbacks if not callback.save_weights_only]
+    names = {name for each in whole for name in (each.best_model_path, each.last_model_path, *each.best_k_models)}
+    there = [name for name in names if name and Path(name).exists()]
+    return max(there, key=lambda name: Path(name).stat().st_mtime_ns, default=None)
 
 
 def _was_started_by_another(trainer: pl.Trainer) -> bool:

@@ -15,8 +15,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, Namespace, _common, set_parsing_settings
-from lightning.fabric.utilities.cloud_io import _load
+import fsspec
+import torch
+from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning.pytorch.core.saving import (
     CHECKPOINT_PAST_HPARAMS_KEYS,
     load_hparams_from_tags_csv,
@@ -28,6 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dft_lightning.checkpoints.whole import unreadable
 from dft_lightning.component import Component, class_path, init_parameters, named_class
 from dft_lightning.errors import InputError, one_line, shortened
+from dft_lightning.foreign.jsonargparse import kept_settings
 
 
 def check_classes(values: Any, key: str, way_out: str, allowed: Collection[str] = ()) -> set[str]:
@@ -55,13 +57,13 @@ def check_classes(values: Any, key: str, way_out: str, allowed: Collection[str] 
     return import_paths([path for _, path in found])
 
 
-def check_kernel(values: dict[str, Any], key: str, way_out: str) -> None:
-    """Refuse a file's ``loading.attn_implementation`` where it is a kernel on the hub, which is code as well.
+def check_kernel(attn_implementation: Any, key: str, way_out: str) -> None:
+    """Refuse a file's ``attn_implementation`` where it is a kernel on the hub, which is code as well.
 
     Raises:
         InputError: it is.
     """
-    if "/" in (named := str((values.get("loading") or {}).get("attn_implementation"))):
+    if "/" in (named := str(attn_implementation)):
         raise InputError(f"{key}: the checkpoint wants attention code of {shortened(named, 200)} to be run: {way_out}")
 
 
@@ -134,15 +136,12 @@ def importing_only(paths: Collection[str]) -> Iterator[None]:
     It makes no object of what is typed ``Any``, either. A text may name a class as well as a ``class_path`` does, so
     that looking at the values is not enough.
     """
-    before = dict(_common.parsing_settings)
     allowed = ["dft_lightning", "torch.optim", *sorted(path for path in paths if not path.startswith("jsonargparse."))]
-    set_parsing_settings(
-        import_path_denylist=["*"], import_path_allowlist=allowed, instantiate_subclass_spec_in_any=False
-    )
-    try:
+    with kept_settings():
+        set_parsing_settings(
+            import_path_denylist=["*"], import_path_allowlist=allowed, instantiate_subclass_spec_in_any=False
+        )
         yield
-    finally:
-        _common.parsing_settings.update(before)
 
 
 @contextlib.contextmanager
@@ -190,7 +189,10 @@ def loading_options(
     # By the caller; what is given in part may still have its class from the file.
     named = import_paths(given) | {path for _, path in _class_paths(given, cls.__name__)}
     named |= check_classes({**left, **whole}, cls.__name__, _IMPORT_IT, named)
-    check_kernel(left, f"{cls.__name__}.loading.attn_implementation", "pass it to load_from_checkpoint if you trust it")
+    kernel = (left.get("loading") or {}).get("attn_implementation")
+    check_kernel(
+        kernel, f"{cls.__name__}.loading.attn_implementation", "pass it to load_from_checkpoint if you trust it"
+    )
     try:
         with importing_only(named):
             yield whole
@@ -236,9 +238,10 @@ def _of_the_file(options: dict[str, Any], given: dict[str, Any], groups: Collect
 def _content(path: Any, weights_only: bool) -> dict[str, Any]:
     """A checkpoint without its tensors."""
     if isinstance(path, (str, Path)):
-        return dict(_load(path, map_location="meta", weights_only=weights_only))
+        with fsspec.open(str(path), "rb") as file:
+            return dict(torch.load(file, map_location="meta", weights_only=weights_only))
     start = path.tell()
     try:
-        return dict(_load(path, map_location="meta", weights_only=weights_only))
+        return dict(torch.load(path, map_location="meta", weights_only=weights_only))
     finally:
         path.seek(start)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import functools
 import hashlib
@@ -11,7 +10,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import tempfile
 import time
 import uuid
@@ -25,7 +23,6 @@ from dft_lightning.errors import one_line
 # Of what is being written, or was until its process ended: the machine, the process and a number drawn.
 _PARTIAL = re.compile(r"\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{12}\.(partial|old)")
 _LONG_AGO = 3600.0  # seconds without a byte written
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # as Linux numbers them
 
 
 def partial_path(target: Path, kind: str = "partial") -> Path:
@@ -92,33 +89,14 @@ def replacing_file(target: Path) -> Iterator[WatchedFile]:
 def put_in_place(partial: Path, target: Path) -> None:
     """Have a whole folder at ``target``; what is there is deleted after.
 
-    Where the file system swaps two names in one step, ``target`` is whole at every moment. Elsewhere it is away between
-    two renames: :func:`put_back` mends what a kill there leaves.
+    An older one is away between two renames: :func:`put_back` mends what a kill there leaves.
     """
-    if not os.path.lexists(target):
-        partial.rename(target)
-        sync_folder(target.parent)
-        return
-    if not _swap(partial, target):
-        old = partial_path(target, "old")
+    old = partial_path(target, "old")
+    if os.path.lexists(target):
         target.rename(old)
-        partial.rename(target)
-        partial = old
+    partial.rename(target)
     sync_folder(target.parent)
-    remove(partial)
-
-
-def _swap(one: Path, other: Path) -> bool:
-    """Exchange two names, if the file system can."""
-    if sys.platform != "linux" or not hasattr(_libc(), "renameat2"):
-        return False
-    result = _libc().renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
-    return int(result) == 0
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+    remove(old)
 
 
 def put_back(folder: Path) -> None:

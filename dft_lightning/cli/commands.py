@@ -16,6 +16,7 @@ from dft_lightning.cli import COMMANDS
 from dft_lightning.cli.errors import shorten
 from dft_lightning.component import imported
 from dft_lightning.errors import InputError, printable
+from dft_lightning.foreign.jsonargparse import actions
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class _OptionParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = shorten(message, self)
         keys, colon, reason = text.partition(":")
-        if all(f"--{key}" in self._option_string_actions for key in keys.split(", ")):
+        if {f"--{key}" for key in keys.split(", ")} <= {name for each in actions(self) for name in each.option_strings}:
             text = ", ".join(f"--{key}" for key in keys.split(", ")) + colon + reason
         sys.stderr.write(f"error: {text.replace('unknown key ', 'unknown option --')}\n")
         raise SystemExit(2)

@@ -11,6 +11,7 @@ from dft_lightning.cli import COMMANDS
 from dft_lightning.cli.shipped_configs import hint
 from dft_lightning.component import imported
 from dft_lightning.errors import did_you_mean, nearest
+from dft_lightning.foreign.jsonargparse import actions, type_of
 from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss
 
 if TYPE_CHECKING:
@@ -81,7 +82,12 @@ def _unknown_key(key: str, parser: ArgumentParser) -> str:
 
 def _known_keys(parser: Any) -> list[str]:
     """Options of the parser and, for the root one, of its subcommands."""
-    keys = {option[2:] for action in _all_actions(parser) for option in action.option_strings if option[:2] == "--"}
+    keys = {
+        option[2:]
+        for action in actions(parser, subcommands=True)
+        for option in action.option_strings
+        if option[:2] == "--"
+    }
     return sorted(key for key in keys if not key.endswith(".help") and not key.startswith("print_"))
 
 
@@ -95,21 +101,17 @@ def _unknown_class(match: re.Match[str], message: str, parser: ArgumentParser) -
 
 def known_classes(key: str, parser: Any) -> list[str]:
     """Short names of the classes that a key takes, as far as they need no path."""
-    bases = [base for action in _all_actions(parser) if _names(action, key) for base in _classes_in(action._typehint)]
+    bases = [
+        base
+        for action in actions(parser, subcommands=True)
+        if _names(action, key)
+        for base in _classes_in(type_of(action))
+    ]
     return sorted({cls.__name__ for base in bases for cls in _subclasses(base) if _is_own(cls)})
 
 
-def _all_actions(parser: Any) -> list[Any]:
-    actions: list[Any] = []
-    for action in parser._actions:
-        actions.append(action)
-        for subparser in (getattr(action, "_name_parser_map", None) or {}).values():
-            actions += _all_actions(subparser)
-    return actions
-
-
 def _names(action: Any, key: str) -> bool:
-    return hasattr(action, "_typehint") and key in (action.dest, *(option[2:] for option in action.option_strings))
+    return type_of(action) is not None and key in (action.dest, *(option[2:] for option in action.option_strings))
 
 
 def _classes_in(typehint: Any) -> list[type]:

@@ -35,6 +35,7 @@ from dft_lightning.data.tokenizer import end_of_turn, load_tokenizer
 from dft_lightning.data.tokens import ConversationEncoder
 from dft_lightning.data.workers import start_worker
 from dft_lightning.errors import InputError
+from dft_lightning.foreign.lightning import PlainHyperparameters
 from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.metrics.exact_sums import MAX_SOURCES
 from dft_lightning.progress import last_step
@@ -53,7 +54,7 @@ SPLITS_OF_STAGE = {
 _LAST_TURN: dict[str, LastTurn] = {"test": "assistant", "predict": "optional"}
 
 
-class InstructionDataModule(pl.LightningDataModule):
+class InstructionDataModule(PlainHyperparameters, pl.LightningDataModule):
     """Instruction rows from local files, the hub or a source of one's own, tokenised once and cached.
 
     Rows have one of these forms, recognised by their columns or named: prompt and completion, Alpaca's
@@ -270,9 +271,9 @@ class InstructionDataModule(pl.LightningDataModule):
         self._stream = StreamRecord()
         self.row_position = RowPosition()
 
-    def _set_hparams(self, hp: Any) -> None:
-        """Where Lightning stores what ``save_hyperparameters`` collects: in a plain form, and no rows in memory."""
-        super()._set_hparams(brief_values(dict(self._to_hparams_dict(hp))))
+    def plain_hparams(self, values: dict[str, Any]) -> dict[str, Any]:
+        """In a plain form, and no rows in memory."""
+        return brief_values(values)
 
     # -- loading -----------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from dft_lightning.errors import InputError
+from dft_lightning.foreign.torch import multiply
 
 T = TypeVar("T")
 
@@ -45,14 +46,13 @@ class TokenNormalizer:
         self._all_reduce = all_reduce
         self._world_size = world_size
         self.divisor: float | None = None
-        self._count: Tensor | None = None
-        self._weight: Tensor | None = None
-        self._non_finite: Tensor | None = None
+        self._counted: Tensor | None = None  # targets, losses not finite, and weights where the step is divided by them
+        self._by_weight = False
 
     @property
     def pending(self) -> bool:
         """Whether micro-batches were counted since the last :meth:`rescale`."""
-        return self._count is not None
+        return self._counted is not None
 
     def divisor_of(self, num_targets: Tensor) -> float:
         """What to divide a micro-batch's summed loss by, of its number of targets (a scalar int64 tensor).
@@ -74,12 +74,11 @@ class TokenNormalizer:
             weight: the sum of its targets' weights ``-dL/dl``, a scalar in float64, where the step is divided by these.
             finite: whether its loss is, a scalar bool tensor; ``None`` for yes.
         """
-        self._count = num_targets if self._count is None else self._count + num_targets
-        if weight is not None:
-            self._weight = weight if self._weight is None else self._weight + weight
-        if finite is not None:
-            non_finite = (~finite).long()
-            self._non_finite = non_finite if self._non_finite is None else self._non_finite + non_finite
+        zero = torch.zeros_like(num_targets)
+        parts = (num_targets, zero if finite is None else ~finite, zero if weight is None else weight)
+        counted = torch.stack([part.double() for part in parts])
+        self._counted = counted if self._counted is None else self._counted + counted
+        self._by_weight = weight is not None
 
     @torch.no_grad()
     def rescale(self, parameters: Iterable[Tensor], accumulate_grad_batches: int) -> int:
@@ -95,36 +94,26 @@ class TokenNormalizer:
         Raises:
             RuntimeError: the weights' sum is negative.
         """
-        if self._count is None:
+        if self._counted is None:
             return 0
-        tokens, total, non_finite = self._totals()
+        tokens, non_finite, weight = self._all_reduce(self._counted).tolist()  # one exchange, one wait
+        self._counted = None
+        if self._by_weight and weight < 0 and not non_finite:
+            raise RuntimeError(
+                f"renormalize divides by the sum of the tokens' weights -dL/dl, which is {weight} in this step: it "
+                "needs a loss whose weights are not negative"
+            )
+        total = weight if self._by_weight else tokens
         if total == 0 or non_finite:
             remove_gradients(parameters)
-            return non_finite
+            return int(non_finite)
         assert self.divisor is not None
         micro_batches = accumulate_grad_batches * self._world_size
         factor = self.divisor * micro_batches / total
         self.divisor = _power_of_two(tokens / micro_batches)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, factor)
+        multiply(gradients, factor)
         return 0
-
-    def _totals(self) -> tuple[int, float, int]:
-        """Of the step over all ranks: targets, what to divide by (these, or their weights' sum), losses not finite."""
-        count, weight, non_finite = self._count, self._weight, self._non_finite
-        self._count = self._weight = self._non_finite = None
-        assert count is not None
-        non_finite = torch.zeros_like(count) if non_finite is None else non_finite
-        parts = [count, non_finite] if weight is None else [count.double(), non_finite.double(), weight]
-        totals = self._all_reduce(torch.stack(parts)).tolist()  # one exchange, one wait
-        tokens, bad = int(totals[0]), int(totals[1])
-        if not bad and totals[-1] < 0 and weight is not None:
-            raise RuntimeError(
-                f"renormalize divides by the sum of the tokens' weights -dL/dl, which is {totals[-1]} in this step: "
-                "it needs a loss whose weights are not negative"
-            )
-        return tokens, tokens if weight is None else totals[-1], bad
 
 
 def remove_gradients(parameters: Iterable[Tensor]) -> None:

@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dft_lightning.distributed.sharding import local_part
 from dft_lightning.errors import InputError
+from dft_lightning.foreign.transformers import names_let_be
 
 WAY_OUT = (
     "set model.sharding.load: whole, which has transformers load the whole checkpoint into each rank's host memory"
@@ -114,7 +114,7 @@ def _check_keys(model: nn.Module, state: dict[str, Tensor], there: set[str], lef
             f"model.model: the checkpoint has no {missing[0]} ({len(missing)} such tensors): read by shards it must be "
             f"in the model's own layout; {WAY_OUT}"
         )
-    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_COMPUTED]
+    ignored = [*names_let_be(model), *_COMPUTED]
     unused = sorted(key for key in left if not any(re.search(pattern, key) for pattern in ignored))
     if unused:  # as transformers does
         rank_zero_warn(f"the checkpoint's {unused[0]} ({len(unused)} such tensors) is in no place of the model")
@@ -153,8 +153,10 @@ def _own_rows(name: str, target: Tensor, source: Any) -> Tensor | None:
     if not isinstance(target, DTensor):
         whole: Tensor = source[...]
         return whole
-    shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    if shape[0] == 0:
+    dim = next(dim for dim, placement in enumerate(target.placements) if placement.is_shard(0))
+    length = -(-target.shape[0] // target.device_mesh.size(dim))  # of all parts but the last ones
+    start = min(length * target.device_mesh.get_local_rank(dim), target.shape[0])
+    if start == target.shape[0]:
         return None
-    rows: Tensor = source[offset[0] : offset[0] + shape[0]]
+    rows: Tensor = source[start : min(start + length, target.shape[0])]
     return rows

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from dft_lightning.errors import InputError, check_one_of
+from dft_lightning.foreign.torch import discard_unreduced_gradients
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -216,12 +217,7 @@ def discard_gradients(root: nn.Module) -> None:
     """Forget gradients of micro-batches whose step never came: ``zero_grad`` does not reach what is not reduced yet."""
     for module in root.modules():
         if isinstance(module, FSDPModule):
-            state: Any = module._get_fsdp_state()
-            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
-                for parameter in group.fsdp_params if group is not None else ():
-                    parameter.unsharded_accumulated_grad = None
-                    if hasattr(parameter, "_unsharded_param"):
-                        parameter.unsharded_param.grad = None
+            discard_unreduced_gradients(module)
 
 
 def kept_on_cpu(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -14,11 +14,12 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-from torch.distributed.fsdp._common_utils import TrainingState, clean_tensor_name
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from dft_lightning.distributed.sharding import ShardingOptions, find_blocks
 from dft_lightning.errors import InputError, one_line
+from dft_lightning.foreign.lightning import checkpointing_options, saves_shards
+from dft_lightning.foreign.torch import name_without_wrappers, non_persistent_buffers, wrapped_classes
 
 
 def data_parallel_mesh(trainer: pl.Trainer | None, options: ShardingOptions) -> DeviceMesh | None:
@@ -76,7 +77,7 @@ def check_adapter_strategy(trainer: pl.Trainer | None, quantized: bool) -> None:
             "model.loading.quantization_config: ModelParallelStrategy (FSDP2) does not shard quantized weights: use "
             "DDP, or leave it out"
         )
-    if strategy._save_distributed_checkpoint:
+    if saves_shards(strategy):
         raise InputError(
             "model.peft: checkpoints hold the adapter alone, which is saved in one file and not as a distributed "
             "checkpoint: set save_distributed_checkpoint: false in trainer.strategy's init_args"
@@ -145,13 +146,14 @@ def _summoned_state(model: FullyShardedDataParallel) -> dict[str, Any]:
             return {}
         found: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
         for prefix, module in model.named_modules():
+            left_out = dict(non_persistent_buffers(module))
             for name, buffer in module.named_buffers(recurse=False):
-                if name not in module._non_persistent_buffers_set:
+                if name not in left_out:
                     found[f"{prefix}.{name}"] = buffer
         copies: dict[int, torch.Tensor] = {}  # of what is tied, one
         for tensor in found.values():
             copies.setdefault(id(tensor), tensor.detach().to("cpu", copy=True))
-        return {clean_tensor_name(name): copies[id(tensor)] for name, tensor in found.items()}
+        return {name_without_wrappers(name): copies[id(tensor)] for name, tensor in found.items()}
 
 
 @contextlib.contextmanager
@@ -161,7 +163,7 @@ def gathered_root(trainer: pl.Trainer | None) -> Iterator[None]:
     Inside a step it is: there this does nothing, and nothing is to be done for other strategies.
     """
     root = None if trainer is None else trainer.model
-    if isinstance(root, FullyShardedDataParallel) and root.training_state == TrainingState.IDLE:
+    if isinstance(root, FullyShardedDataParallel) and root.training_state.name == "IDLE":
         with FullyShardedDataParallel.summon_full_params(root, recurse=False, writeback=False):
             yield
     else:
@@ -193,7 +195,7 @@ def prepare_fsdp1(trainer: pl.Trainer | None, model: nn.Module) -> None:
             "trainer.strategy: use_orig_params: false makes one parameter of matrices, norms and biases, of which "
             "matrices alone are to decay: leave it out"
         )
-    checkpointing = strategy._activation_checkpointing_kwargs or {}
+    checkpointing = checkpointing_options(strategy)
     _check_policy(model, "auto_wrap_policy", strategy.kwargs.get("auto_wrap_policy"))
     _check_policy(model, "activation_checkpointing_policy", checkpointing.get("auto_wrap_policy"))
     own = strategy.mixed_precision_config
@@ -204,7 +206,7 @@ def prepare_fsdp1(trainer: pl.Trainer | None, model: nn.Module) -> None:
 def _check_policy(model: nn.Module, name: str, policy: object) -> None:
     if not isinstance(policy, ModuleWrapPolicy):
         return
-    classes = tuple(policy._module_classes)
+    classes = wrapped_classes(policy)
     if not any(isinstance(module, classes) for module in model.modules()):
         blocks = sorted({f"{type(block).__module__}.{type(block).__qualname__}" for block in find_blocks(model)})
         raise InputError(

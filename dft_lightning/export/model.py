@@ -16,6 +16,7 @@ from torch import Tensor
 from dft_lightning.distributed.shard_loading import parameters_on_meta
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.export.checkpoint import TrainedCheckpoint
+from dft_lightning.foreign.transformers import let_pass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,8 +57,7 @@ def end_turns(model: PreTrainedModel, record: dict[str, Any]) -> None:
     if model.generation_config is not None:
         if record["stop_token_ids"]:  # a turn may end with another token than a text
             model.generation_config.eos_token_id = record["stop_token_ids"]
-        # Some published ones, sampling options without do_sample, say, would not pass as new: this is no new one.
-        model.generation_config._original_object_hash = hash(model.generation_config)
+        let_pass(model.generation_config)
 
 
 def model_class_of(record: dict[str, Any], path: Path) -> type[PreTrainedModel]:

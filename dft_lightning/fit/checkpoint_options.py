@@ -6,19 +6,22 @@ and not its default. Every difference is printed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentError, Namespace
 
+from dft_lightning.checkpoints.trust import check_classes, check_kernel, import_paths, importing_only
 from dft_lightning.checkpoints.whole import META, content_of, unreadable
+from dft_lightning.cli.errors import shorten
 from dft_lightning.component import NotPlainError, class_path, init_parameters, named_class, to_plain
 from dft_lightning.errors import InputError, shortened
 from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss
 
 _NONE: Any = object()
+_GIVE_IT = "give it (--{key} {path}) if you trust it"
 # Never taken from a checkpoint: how this run's processes share the model, and whether a stranger's code runs.
 _OF_THIS_RUN = ("model.sharding", "model.loading.trust_remote_code")
 
@@ -55,57 +58,66 @@ def read_options(path: str | Path | None) -> SavedOptions:
 # -- which count ---------------------------------------------------------------------------------------------------
 
 
-def options_to_take(own: Any, given: Any, saved: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint's values of ``model`` options that are not given and that it has otherwise.
+def defaults_of(
+    saved: SavedOptions, options: Namespace, parser: Any
+) -> tuple[dict[str, Any], dict[str, InputError], set[str]]:
+    """The checkpoint's values of ``model`` options that the run has otherwise, as defaults of the parser.
 
     Args:
-        own: the run's ``model`` options as parsed, defaults included.
-        given: those of them that a config or flag gives.
-        saved: those of the checkpoint's run.
+        saved: the options of the checkpoint's run.
+        options: of this run, as parsed.
+        parser: of both, which raises its errors.
 
     Returns:
-        Values nested as in a config; of a class or group of options of which a part is given, the rest.
-
-    Raises:
-        InputError: the checkpoint does not hold the options of a class that is not given.
+        Values by dotted key, classes with all their options; why the value of a key cannot be taken: the option has to
+        be given then; and the import paths of both, for :func:`importing_only`.
     """
-    return _each_to_take(own, given, saved, "model")
+    named, paths = import_paths(options.model), import_paths(options)  # by the command and its configs
+    found: dict[str, Any] = {}
+    refused: dict[str, InputError] = {}
+    for key, own, value in _leaves(options.model, saved.model, "model"):
+        if _normal(own) in (_NONE, value):
+            continue
+        try:
+            paths |= _check_taken(key, value, named)
+            with importing_only(paths):
+                value = parser.parse_object({key: value}, options)[key]
+            value = value.as_dict() if isinstance(value, Namespace) else value
+            check_classes(value, key, _GIVE_IT, named)  # a text may have named one that the trainer has
+            found[key] = value
+        except InputError as error:
+            refused[key] = error
+        except ArgumentError as error:
+            refused[key] = of_the_checkpoint(error, parser)
+    return found, refused, paths
 
 
-def _each_to_take(own: Any, given: Any, saved: dict[str, Any], key: str) -> dict[str, Any]:
-    found = {
-        name: _to_take(own[name], given.get(name, _NONE), value, f"{key}.{name}")
-        for name, value in saved.items()
-        if name in own and f"{key}.{name}" not in _OF_THIS_RUN
-    }
-    return {name: value for name, value in found.items() if value is not _NONE}
+def of_the_checkpoint(error: ArgumentError, parser: Any) -> InputError:
+    """What to say where the parser does not take a checkpoint's value."""
+    return InputError(f"{shorten(str(error), parser)} (the checkpoint's run had it; give what is to be in its place)")
 
 
-def _to_take(own: Any, given: Any, saved: Any, key: str) -> Any:
-    """The checkpoint's value, or the part of it that counts; ``_NONE`` where the run's own does."""
-    is_class = isinstance(own, Namespace) and "class_path" in own
-    if isinstance(own, Namespace) and not is_class and isinstance(saved, dict):  # a group of options
-        return _each_to_take(own, {} if given is _NONE else given, saved, key) or _NONE
-    mine, saved = _normal(own), _normal(saved)
-    if given is _NONE:
-        if mine is not _NONE and mine != saved:
-            _check_options_held(saved, key)
-            return saved
-        return _NONE
-    if not is_class or not isinstance(given, Namespace) or not isinstance(saved, dict):
-        return _NONE
-    if mine is _NONE or mine["class_path"] != saved.get("class_path") or not isinstance(saved["init_args"], dict):
-        return _NONE
-    inner = _each_to_take(own.get("init_args") or {}, given.get("init_args") or {}, saved["init_args"], key)
-    return {"class_path": saved["class_path"], "init_args": inner} if inner else _NONE
-
-
-def _check_options_held(saved: Any, key: str) -> None:
-    if isinstance(saved, dict) and isinstance(saved.get("init_args"), str):
+def _check_taken(key: str, value: Any, named: Collection[str]) -> set[str]:
+    if isinstance(value, dict) and isinstance(value.get("init_args"), str):
         raise InputError(
-            f"{key}: not given, and the checkpoint holds only that its run had {saved['class_path']}, whose options "
-            f"were {saved['init_args']}: give it"
+            f"{key}: not given, and the checkpoint holds only that its run had {value['class_path']}, whose options "
+            f"were {value['init_args']}: give it"
         )
+    if key == "model.loading.attn_implementation":
+        check_kernel(value, key, "give it if you trust it")
+    return check_classes(value, key, _GIVE_IT, named)
+
+
+def _leaves(own: Any, saved: dict[str, Any], key: str) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key, the run's value and the checkpoint's of each option that is none of :data:`_OF_THIS_RUN`."""
+    for name, value in saved.items():
+        inner = f"{key}.{name}"
+        if name not in own or inner in _OF_THIS_RUN:
+            continue
+        if isinstance(own[name], Namespace) and "class_path" not in own[name]:  # a group, or it was no group once
+            yield from _leaves(own[name], value if isinstance(value, dict) else {}, inner)
+        else:
+            yield inner, own[name], _normal(value)
 
 
 # -- what is said --------------------------------------------------------------------------------------------------

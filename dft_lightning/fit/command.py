@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import ctypes
 import inspect
 import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from argparse import SUPPRESS
 from collections.abc import Callable
 from pathlib import Path
@@ -19,21 +25,26 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.callbacks import InterruptionCheckpoint, PredictionWriter
+from dft_lightning.callbacks.interruption import Interrupted
 from dft_lightning.checkpoints import keep_whole, refused_write, resolve_checkpoint
-from dft_lightning.checkpoints.trust import check_classes, check_kernel, import_paths, importing_only
+from dft_lightning.checkpoints.trust import importing_only
 from dft_lightning.cli import COMMANDS
 from dft_lightning.cli.commands import report, run, user_message
-from dft_lightning.cli.errors import shorten
-from dft_lightning.component import named_class
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.distributed.strategies import check_half_precision, check_precision
 from dft_lightning.errors import InputError, printable
-from dft_lightning.fit.checkpoint_options import SavedOptions, differing, options_to_take, read_options, taken
+from dft_lightning.fit.checkpoint_options import (
+    SavedOptions,
+    defaults_of,
+    differing,
+    of_the_checkpoint,
+    read_options,
+    taken,
+)
 from dft_lightning.fit.own_classes import GROUPS, Classes, check_known, read_classes, this_script
 from dft_lightning.fit.parser import Parser, refuse_nulls
-from dft_lightning.fit.processes import RunProcesses, is_of_a_lost_process
 from dft_lightning.fit.saved_config import RunConfig
-from dft_lightning.foreign.lightning import quiet
+from dft_lightning.foreign.lightning import CommandLine, quiet
 from dft_lightning.modules import CausalLMModule
 
 _DESCRIPTION = (
@@ -48,10 +59,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
-_GIVE_IT = "give it (--{key} {path}) if you trust it"
-
-
-class DFTLightningCLI(LightningCLI):
+class DFTLightningCLI(CommandLine):
     """LightningCLI with this project's defaults, each replaceable by config.
 
     Adds TensorBoard and CSV loggers (into one folder), a ``ModelCheckpoint`` of the newest state, an
@@ -79,11 +87,12 @@ class DFTLightningCLI(LightningCLI):
     ) -> None:
         self._on_trainer = on_trainer
         given = sys.argv[1:] if args is None else args
-        args, classes, self._class_paths = read_classes(given, Classes(model_class, datamodule_class))
+        args, self._classes, self._class_paths = read_classes(given, Classes(model_class, datamodule_class))
         for group, paths in self._class_paths.items():
-            if not paths and (own := classes.path(group)):
+            if not paths and (own := self._classes.path(group)):
                 paths.append(own)
-        super().__init__(classes.model, classes.data, args=args, **kwargs)
+        self._parsers: list[LightningArgumentParser] = []  # of the subcommands, in their order
+        super().__init__(self._classes.model, self._classes.data, args=args, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser: Any = super().init_parser(**kwargs)
@@ -92,6 +101,7 @@ class DFTLightningCLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_core_arguments_to_parser(parser)
+        self._parsers.append(parser)
         for group, base in GROUPS.items():
             what = f"dotted path of a subclass of {base.__name__}, whose options are here, too; also --{group} CLASS"
             named = self._class_paths[group][-1:] or [SUPPRESS]
@@ -102,7 +112,7 @@ class DFTLightningCLI(LightningCLI):
         # Lightning's own warns of args beside sys.argv, which every in-process caller (a test, a notebook) has.
         self._args = args
         self.config = self._parse(parser)
-        refuse_nulls(self._parser(self.config.subcommand), self.config[self.config.subcommand])
+        refuse_nulls(self.options_parser(), self.config[self.config.subcommand])
         for group, paths in self._class_paths.items():  # a file of a group alone is not looked at before
             check_known(group, (self.config.get(self.config.subcommand) or {}).get(f"{group}.class_path"), paths[-1:])
 
@@ -111,8 +121,9 @@ class DFTLightningCLI(LightningCLI):
         parsed: Namespace = (parser.parse_object if given else parser.parse_args)(self._args, **options)
         return parsed
 
-    def _parse_ckpt_path(self) -> None:
-        """Lightning's own lets the checkpoint's options override the config and the flags, silently."""
+    def options_parser(self) -> LightningArgumentParser:
+        """The parser of the subcommand that runs."""
+        return dict(zip(self.subcommands(), self._parsers, strict=True))[self.config.subcommand]
 
     def instantiate_classes(self) -> None:
         """The trainer first, which knows where checkpoints are: their options count before there is a model."""
@@ -120,16 +131,16 @@ class DFTLightningCLI(LightningCLI):
         try:
             self.config_init = self._instantiate(leave_out=("model", "data"))
             self.trainer = self.instantiate_trainer()
-            self._checkpoint = resolve_checkpoint(self._get(self.config, "ckpt_path"), self.trainer)
+            self._checkpoint = resolve_checkpoint(self._options(self.config).ckpt_path, self.trainer)
             saved = read_options(self._checkpoint)
             lines += self._take_options(saved)
             made = self._instantiate(leave_out=("trainer",))
         except ValueError as error:  # how constructors refuse an option; while a run goes on it would be a fault
             raise InputError("\n  ".join([str(error), *lines])) from error
-        self.model, self.datamodule = self._get(made, "model"), self._get(made, "data")
-        for group in ("model", "data"):
-            self._options(self.config_init)[group] = self._get(made, group)
-        self._add_configure_optimizers_method_to_model(self.subcommand)
+        options, own = self._options(self.config_init), self._options(made)
+        self.model, self.datamodule = options["model"], options["data"] = own.model, own.data
+        options["ckpt_path"] = self._checkpoint
+        options["weights_only"] = True if options.weights_only is None else options.weights_only
         lines += differing("model", self.model.hparams, saved.model)
         lines += differing("data", getattr(self.datamodule, "hparams", {}), saved.data)
         if lines:
@@ -146,66 +157,36 @@ class DFTLightningCLI(LightningCLI):
             self._options(config).pop(group)
         for group in GROUPS.keys() - set(leave_out):
             self._options(config)[group] = _without_class(self._options(config)[group])
-        classes = {"model": self._model_class, "data": self._datamodule_class}
-        skip = [(lambda *_, **__: None, classes[group], True) for group in leave_out if group in classes]
+        skip = [(lambda *_, **__: None, getattr(self._classes, group), True) for group in GROUPS if group in leave_out]
         made: Namespace = self.parser.instantiate(config, instantiators=skip)
         return made
 
     def _take_options(self, saved: SavedOptions) -> list[str]:
-        """Put what the checkpoint's run had in place of ``model`` options that are not given; say what changes."""
+        """Parse once more, with what the checkpoint's run had as the defaults of ``model``; say what changes."""
         if not saved.model:
             return []
         self._check_configs_are_files()
-        options = self._options(self.config)
-        before = _without_class(options.model)
-        named = import_paths(options.model)  # by the command and its configs
-        self._take_classes(saved, named)
-        new = options_to_take(_without_class(options.model), self._given_options(), saved.model)
-        check_kernel(new, "model.loading.attn_implementation", "give it if you trust it")
-        taken_classes = check_classes(new, "model", _GIVE_IT, named)
-        parser = self._parser(self.subcommand)
-        parser.exit_on_error, exits = False, parser.exit_on_error
+        parser, options = self.options_parser(), self._options(self.config)
+        self.parser.exit_on_error = parser.exit_on_error = False
+        defaults, refused, paths = defaults_of(saved, options, parser)
+        parser.set_defaults({**defaults, **dict.fromkeys(refused, SUPPRESS)})
         try:
-            with importing_only(import_paths(options) | taken_classes):
-                options["model"] = parser.parse_object({"model": new}, options).model  # so the saved config has it, too
-        except ArgumentError as error:
-            message = shorten(str(error), parser)
-            raise InputError(f"{message} (the checkpoint's run had it; give what is to be in its place)") from error
-        finally:
-            parser.exit_on_error = exits
-        after = _without_class(options.model)
-        check_classes(after, "model", _GIVE_IT, named)  # a text may have named one that the trainer has
-        return taken(before, after)
-
-    def _take_classes(self, saved: SavedOptions, named: set[str]) -> None:
-        """Have the checkpoint's optimizer and schedule in place of the defaults, so that options which are given
-        without a class are theirs."""
-        parser, options = self._parser(self.subcommand), self._options(self.config)
-        found = {}
-        for name in ("optimizer", "schedule"):
-            if name not in options.model:  # a class of one's own takes none
-                continue
-            own, spec = parser.get_default(f"model.{name}")["class_path"], saved.model.get(name)
-            path = str(spec.get("class_path")) if isinstance(spec, dict) else own
-            if named_class(path) is not named_class(own):
-                found[name] = spec
-        if found:
-            allowed = import_paths(options) | check_classes(found, "model", _GIVE_IT, named)
-            parser.set_defaults({f"model.{name}": spec for name, spec in found.items()})
-            with importing_only(allowed):
-                options["model"] = self._options(self._parse(self.parser))["model"]
+            with importing_only(paths):
+                found = self._options(self._parse(self.parser)).model
+        except ArgumentError as error:  # what is given of a class is of none of the checkpoint's
+            raise next(iter(refused.values()), of_the_checkpoint(error, parser)) from error
+        for reason in (reason for key, reason in refused.items() if key.removeprefix("model.") not in found):
+            raise reason
+        before, options["model"] = options.model, found  # so that the saved config has it, too
+        return taken(_without_class(before), _without_class(found))
 
     def _check_configs_are_files(self) -> None:
-        for path in self._get(self.config, "config") or []:
+        for path in self._options(self.config).config or []:
             if not Path(path).is_file():
                 raise InputError(f"--config: {path} can be read but once, and --ckpt_path takes two: give a file")
 
-    def _given_options(self) -> Any:
-        """The ``model`` options that config files, flags and environment give."""
-        return self._options(self._parse(self.parser, defaults=False)).get("model") or {}
-
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        config = self._get(self.config_init, "trainer")
+        config = self._options(self.config_init).trainer
         check_precision(config.get("strategy"), config.get("precision"))
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
@@ -226,22 +207,6 @@ class DFTLightningCLI(LightningCLI):
         if self._on_trainer is not None:
             self._on_trainer(trainer)
         return trainer
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        try:
-            super()._run_subcommand(subcommand)
-        except Exception as error:
-            refused = refused_write(error, self.trainer)
-            if refused is None:
-                raise
-            raise refused from error
-
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        kwargs["ckpt_path"] = self._checkpoint
-        if kwargs.get("weights_only") is None:
-            kwargs["weights_only"] = True
-        return kwargs
 
 
 def _without_class(options: Namespace) -> Namespace:
@@ -284,38 +249,41 @@ def default_loggers(root: str | Path | None) -> list[Logger]:
     return [board, CSVLogger(folder, name="lightning_logs", version=board.version)]
 
 
-class _Main:
-    """One run of the command, and how it ends in this process."""
-
-    processes: RunProcesses | None = None
-
-    def watch(self, trainer: pl.Trainer) -> None:
-        self.processes = RunProcesses(trainer)
-        self.processes.watch()
-
-    def status(self, error: Exception) -> int:
-        """Report an error, once on each machine: every rank there meets the same mistake, as a rule."""
-        processes = self.processes
-        if processes is None:
-            return report(error) if _first_on_its_node() else _silent(error)
-        processes.ended(failed=True)
-        if is_of_a_lost_process(error) and processes.is_one_of_several:
-            return processes.report_lost(error)
-        if processes.is_first:
-            return report(error)
-        status = _silent(error)
-        processes.say_of_this_alone(str(user_message(error)))
-        return status
+_STARTED_BY = "DFT_LIGHTNING_STARTED_BY"
+_PATIENCE = 4.0  # seconds in which the first process should have met the same mistake
+_LAST_WAIT = 60.0
 
 
-def _silent(error: Exception) -> int:
-    if user_message(error) is None:
-        raise error
-    return 2
+def _is_started_by_the_first() -> bool:
+    """Whether Lightning's launcher in another process started this one, which on Linux ends with that then."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" or _STARTED_BY not in os.environ:
+        os.environ[_STARTED_BY] = str(os.getpid())
+        return False
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.environ[_STARTED_BY] != str(os.getppid()):  # it ended before
+        os._exit(1)
+    return True
 
 
-def _first_on_its_node() -> bool:
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0
+def _status(error: Exception, ends_with_the_first: bool) -> int:
+    """Report an error, once on each machine: every rank there meets the same mistake, as a rule."""
+    is_first = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0
+    if not is_first and user_message(error) is not None:
+        if not ends_with_the_first:
+            return 2
+        time.sleep(_PATIENCE)  # its end is this one's, if it has met the same
+    return report(error)
+
+
+def _started_by(trainers: list[pl.Trainer]) -> list[subprocess.Popen[bytes]]:
+    procs = [each for trainer in trainers for each in getattr(trainer.strategy.launcher, "procs", [])]
+    return [each for each in procs if isinstance(each, subprocess.Popen)]
+
+
+def _let_end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_LAST_WAIT)
 
 
 def cli_options() -> dict[str, Any]:
@@ -347,9 +315,9 @@ def main(
         The CLI, with ``trainer``, ``model`` and ``datamodule``, when the run has ended.
 
     Raises:
-        SystemExit: after one message on standard error: with status 2 where the input was wrong, with status 1 where
-            another process of the run died. ``compare``, ``inspect`` and the others beside ``fit``, ``validate``,
-            ``test`` and ``predict`` end with their status always.
+        SystemExit: with status 2, after one message on standard error, where the input was wrong. ``compare``,
+            ``inspect`` and the others beside ``fit``, ``validate``, ``test`` and ``predict`` end with their status
+            always.
     """
     own = (module_class, datamodule_class) != (CausalLMModule, InstructionDataModule)
     classes = Classes(module_class, datamodule_class, this_script(args) if own else None)
@@ -357,17 +325,22 @@ def main(
     if isinstance(given, list) and given and given[0] in COMMANDS:
         raise SystemExit(run(given[0], given[1:], classes))
     quiet()
-    process = _Main()
+    is_started = _is_started_by_the_first()
+    trainers: list[pl.Trainer] = []
     try:
-        cli = DFTLightningCLI(
-            module_class,
-            datamodule_class,
-            **cli_options(),
-            args=args,
-            on_trainer=process.watch,
-        )
+        cli = DFTLightningCLI(module_class, datamodule_class, **cli_options(), args=args, on_trainer=trainers.append)
     except Exception as error:
-        raise SystemExit(process.status(error)) from None
-    if process.processes is not None:
-        process.processes.ended(failed=False)
+        for process in _started_by(trainers):  # before they say what they think of its end
+            process.kill()
+        error = next(filter(None, (refused_write(error, trainer) for trainer in trainers)), error)
+        raise SystemExit(_status(error, is_started or "TORCHELASTIC_RUN_ID" in os.environ)) from None
+    except Interrupted as ended:
+        if is_started:  # Lightning kills a process that started one of another status
+            raise SystemExit(0) from ended
+        raise
+    finally:
+        if not is_started:
+            del os.environ[_STARTED_BY]
+        for process in _started_by(trainers):
+            atexit.register(_let_end, process)
     return cli

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import sys
-from collections.abc import Iterator
 from typing import Any, get_args
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -16,7 +13,7 @@ from dft_lightning.cli.errors import shorten
 from dft_lightning.component import Component, to_plain
 from dft_lightning.errors import InputError
 from dft_lightning.fit.own_classes import GROUPS, text_without_classes
-from dft_lightning.foreign.jsonargparse import change_for, class_and_options
+from dft_lightning.foreign.jsonargparse import actions, change_for, class_and_options, type_of
 from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss
 from dft_lightning.modules.optimizers import DEFAULT_OPTIMIZER
 
@@ -37,7 +34,7 @@ class Parser(LightningArgumentParser):
             kwargs["skip"] = {*(kwargs.get("skip") or ()), *FORWARD_OPTIONS}
         # With sub-configs, jsonargparse reads any file that a flag names as YAML first: data files, too.
         added = super().add_class_arguments(class_type, *args, **{**kwargs, "sub_configs": False})
-        for action in self._actions:
+        for action in actions(self):
             if isinstance(action.default, functools.partial):
                 self.set_defaults({action.dest: class_and_options(action.default)})
             elif isinstance(action.default, Component):  # of a group of options: it could not be written to a config
@@ -48,18 +45,6 @@ class Parser(LightningArgumentParser):
             self.set_defaults(DEFAULT_OPTIMIZER.keywords)
         return added
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        with _outermost(kwargs):
-            return super().parse_args(*args, **kwargs)
-
-    def parse_object(self, *args: Any, **kwargs: Any) -> Any:
-        with _outermost(kwargs):
-            return super().parse_object(*args, **kwargs)
-
-    def validate(self, *args: Any, **kwargs: Any) -> None:
-        kwargs["skip_required"] = kwargs.get("skip_required", False) or _defaults.get() is False
-        super().validate(*args, **kwargs)
-
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
         return super().parse_string(text_without_classes(content, self.class_paths), *args, **kwargs)
 
@@ -68,21 +53,6 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         sys.stderr.write(f"error: {shorten(message, self)}\n")
         raise SystemExit(2)
-
-
-# Whether the parse that is going on is to have defaults: without them, what is required may be missing. The parsers for
-# a class's options, which run within it, never have them.
-_defaults: contextvars.ContextVar[bool | None] = contextvars.ContextVar("defaults", default=None)
-
-
-@contextlib.contextmanager
-def _outermost(options: dict[str, Any]) -> Iterator[None]:
-    token = _defaults.set(options.get("defaults", True)) if _defaults.get() is None else None
-    try:
-        yield
-    finally:
-        if token is not None:
-            _defaults.reset(token)
 
 
 def _is_kind(cls: Any, base: type) -> bool:
@@ -99,11 +69,11 @@ def refuse_nulls(parser: Any, options: Any) -> None:
         parser: of the options.
         options: of ``model`` and ``data``, as it parsed them.
     """
-    actions = [action for action in parser._actions if hasattr(action, "_typehint")]
-    typed = {action.dest: action for action in actions if action.dest.partition(".")[0] in GROUPS}
+    found = [action for action in actions(parser) if type_of(action) is not None]
+    typed = {action.dest: action for action in found if action.dest.partition(".")[0] in GROUPS}
     groups = {key.rpartition(".")[0] for key in typed}
     for key in sorted({*typed, *groups} - {*GROUPS}):
         action = typed.get(key)
-        optional = action is not None and (action.default is None or type(None) in get_args(action._typehint))
+        optional = action is not None and (action.default is None or type(None) in get_args(type_of(action)))
         if not optional and key in options and options[key] is None:
             raise InputError(f"{key}: null is none of its values: leave it out for the default")

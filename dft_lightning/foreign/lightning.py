@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import logging
 import threading
@@ -9,7 +10,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 
 def quiet() -> None:
@@ -25,10 +31,6 @@ def quiet() -> None:
     ours = "loss|nll|perplexity|token_accuracy|entropy|mean_weight|target_tokens|exact_match"
     stages = "val|forgetting|test"
     warnings.filterwarnings("ignore", message=rf"It is recommended to use `self\.log\('({stages})/({ours})'")
-    # What becomes of the other processes when one dies is said in words of our own.
-    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").addFilter(
-        lambda record: "Forcefully terminating" not in record.getMessage()
-    )
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()
     )
@@ -69,3 +71,107 @@ def mistake(error: Exception) -> str | None:
         lines = [line.strip() for line in text.splitlines()]
         return f"--ckpt_path: the checkpoint is of another model: {lines[1] if len(lines) > 1 else text}"[:500]
     return None
+
+
+class CommandLine(LightningCLI):
+    """LightningCLI without a checkpoint's hyperparameters, which override the config and the flags, and say nothing.
+    Its ``load_from_checkpoint_support`` turns off something else."""
+
+    def _parse_ckpt_path(self) -> None:
+        pass
+
+
+class PlainHyperparameters(HyperparametersMixin):
+    """Mixin of a module or data module whose hyperparameters are stored in a form of their own.
+
+    ``save_hyperparameters`` copies what it collects at once, objects and all, and calls this with it: changing
+    ``hparams`` afterwards is too late for what is logged.
+    """
+
+    def plain_hparams(self, values: dict[str, Any]) -> dict[str, Any]:
+        """What is stored of the arguments that ``save_hyperparameters`` has collected, a subclass's included."""
+        raise NotImplementedError
+
+    def _set_hparams(self, hp: Any) -> None:
+        values = dict(vars(hp) if isinstance(hp, argparse.Namespace) else hp)
+        super()._set_hparams(self.plain_hparams(values))
+
+
+def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:
+    """A module's trainer; Lightning raises where it has none."""
+    try:
+        return module.trainer
+    except RuntimeError:
+        return None
+
+
+# -- a fit's loops -----------------------------------------------------------------------------------------------------
+
+
+def training_loader(trainer: pl.Trainer) -> Any:
+    """What ``fit`` will draw its batches from: loaders given to it, the data module's or the module's own alike.
+    ``trainer.train_dataloader`` is there only when their workers have been started."""
+    return trainer.fit_loop._data_source.dataloader()
+
+
+def shares_rows_out(trainer: pl.Trainer) -> bool:
+    """Whether Lightning puts a ``DistributedSampler`` in place of a loader's sampler: an argument that it hides."""
+    return bool(trainer._accelerator_connector.use_distributed_sampler)
+
+
+def logs_now(trainer: pl.Trainer) -> bool:
+    """Whether what is logged in this step reaches the loggers. Lightning's own criterion: by another, values would be
+    collected at steps that the loggers never see."""
+    return bool(trainer._logger_connector.should_update_logs)
+
+
+def count_logged_steps(trainer: pl.Trainer) -> None:
+    """Before the first batch of a fit that goes on: the step that its loggers are at.
+
+    Lightning counts it after the validation of a step. Where one is due, be it run or passed over, it will. Its own
+    count in a checkpoint is of the hook at which that was written.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    assert trainer.fit_loop._data_fetcher is not None
+    due = loop.restarting and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+    loop._batches_that_stepped = trainer.global_step - 1 if due else trainer.global_step
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+class WholeAsyncCheckpointIO(AsyncCheckpointIO):
+    """Lightning's writing in a thread, which here deletes an older checkpoint after the newer one is written.
+
+    Lightning's own deletes it at once, and whether or not the newer one could be written.
+    """
+
+    def remove_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._ensure_setup()
+        assert self._executor is not None
+        self._executor.submit(self._remove_unless_failed, *args, **kwargs)  # its one thread takes them in turn
+
+    def _remove_unless_failed(self, *args: Any, **kwargs: Any) -> None:
+        if self._error is None:
+            try:
+                super().remove_checkpoint(*args, **kwargs)
+            except BaseException as error:  # raised by the next save, as the thread's others are
+                self._error = error
+
+
+# -- strategies --------------------------------------------------------------------------------------------------------
+
+
+def checkpointing_options(strategy: FSDPStrategy) -> dict[str, Any]:
+    """How an ``FSDPStrategy`` is to checkpoint activations: arguments that it hides."""
+    return dict(strategy._activation_checkpointing_kwargs or {})
+
+
+def saves_shards(strategy: ModelParallelStrategy) -> bool:
+    """Whether a ``ModelParallelStrategy`` saves a folder of shards: an argument that it hides."""
+    return bool(strategy._save_distributed_checkpoint)
+
+
+def saves_state_in_shards(strategy: FSDPStrategy) -> bool:
+    """Whether an ``FSDPStrategy`` saves a folder of shards: an argument that it hides."""
+    return strategy._state_dict_type == "sharded"

@@ -22,9 +22,8 @@ from dft_lightning.losses.cross_entropy import CrossEntropyLoss, DFTLoss, dft_cr
 from dft_lightning.losses.focal import FocalLoss, focal_cross_entropy
 from dft_lightning.losses.power import DEFTLoss, PowerLoss
 from dft_lightning.losses.reference import AnchoredLoss, ImportanceWeightedLoss, ProximalLoss
-from dft_lightning.losses.sequence import SequenceDFTLoss
 from dft_lightning.losses.statistics import Statistic, TokenStats, statistics_from_logits
-from dft_lightning.losses.weighted import ChordPhiLoss, EAFTLoss
+from dft_lightning.losses.weighted import ChordPhiLoss, EAFTLoss, SequenceDFTLoss
 
 #: Every loss of the package, by the name that a config gives as ``class_path``.
 LOSSES: dict[str, type[TokenLoss]] = {

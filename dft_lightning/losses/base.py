@@ -27,6 +27,8 @@ class TokenLoss(Component, nn.Module):
     A loss of one's own writes :meth:`token_loss` and nothing else. It knows nothing of batches, ranks,
     accumulation, vocabularies or precision, and has no trainable parameters.
 
+    Every loss takes both arguments by name.
+
     Args:
         ignore_index: the target that :meth:`forward` leaves out. Class-index targets only.
         reduction: ``"none"``, ``"mean"`` (over non-ignored targets; 0 where all are ignored) or ``"sum"``,

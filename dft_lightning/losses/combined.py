@@ -59,8 +59,6 @@ class MixtureLoss(_CombinedLoss):
     Args:
         losses: the parts, at least one.
         weights: a factor for each, finite and not negative; ``None`` for their mean.
-        ignore_index: see :class:`TokenLoss`.
-        reduction: see :class:`TokenLoss`.
 
     Raises:
         ValueError: weights that do not fit the losses, are negative or all 0; parts that need different forms of one
@@ -113,8 +111,6 @@ class ScheduledLoss(_CombinedLoss):
         end: the loss at the end.
         end_step: the first step on ``end`` alone.
         begin_step: the last step on ``start`` alone, where the two differ.
-        ignore_index: see :class:`TokenLoss`.
-        reduction: see :class:`TokenLoss`.
 
     Raises:
         ValueError: unless ``0 <= begin_step <= end_step``; parts as for :class:`MixtureLoss`.
@@ -177,8 +173,6 @@ class ThresholdLoss(_CombinedLoss):
         threshold: a probability, in ``[0, 1]``; ProFit's scripts have 0.1.
         above: keep the tokens at and above the threshold; otherwise those below.
         base: the loss of the tokens kept; ``None`` for cross-entropy.
-        ignore_index: see :class:`TokenLoss`.
-        reduction: see :class:`TokenLoss`.
 
     Raises:
         ValueError: the threshold is no probability, or 0 with ``above=False``; a base with an ``ignore_index`` or

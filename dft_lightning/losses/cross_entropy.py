@@ -17,8 +17,6 @@ class CrossEntropyLoss(TokenLoss):
 
     Args:
         label_smoothing: in ``[0, 1]``.
-        ignore_index: see :class:`TokenLoss`.
-        reduction: see :class:`TokenLoss`.
 
     Raises:
         ValueError: ``label_smoothing`` outside ``[0, 1]``, or an unknown reduction.
@@ -56,10 +54,6 @@ class DFTLoss(TokenLoss):
 
     Source: "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification",
     arXiv 2508.05629, the token-level objective.
-
-    Args:
-        ignore_index: see :class:`TokenLoss`.
-        reduction: see :class:`TokenLoss`.
 
     Example:
         >>> import torch

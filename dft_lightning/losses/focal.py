@@ -23,8 +23,6 @@ class FocalLoss(TokenLoss):
         gamma: focusing parameter, 0 or more; 0 is cross-entropy.
         alpha: constant factor, more than 0.
         detach_weight: take the weight as a constant, without its own gradient.
-        ignore_index: see :class:`TokenLoss`.
-        reduction: see :class:`TokenLoss`.
 
     Raises:
         ValueError: ``gamma`` negative or not finite, ``alpha`` not positive or not finite, unknown reduction.

@@ -24,8 +24,6 @@ class PowerLoss(TokenLoss):
 
     Args:
         q: the exponent, 0 or more.
-        ignore_index: see :class:`TokenLoss`.
-        reduction: see :class:`TokenLoss`.
 
     Raises:
         ValueError: ``q`` negative or not finite, unknown reduction.
@@ -57,10 +55,6 @@ class DEFTLoss(TokenLoss):
 
     Source: DEFT, arXiv 2602.11424, the exponent by the collision probability of the model's distribution (the
     exponential of minus its Renyi entropy of order 2).
-
-    Args:
-        ignore_index: see :class:`TokenLoss`.
-        reduction: see :class:`TokenLoss`.
 
     Example:
         >>> logits = torch.tensor([[0.0, 0.0, 0.0, 0.0]])  # a = 1/4

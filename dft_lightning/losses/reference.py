@@ -12,9 +12,8 @@ from torch import Tensor
 from dft_lightning.errors import check_one_of
 from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss
 from dft_lightning.losses.cross_entropy import DFTLoss
-from dft_lightning.losses.sequence import sequence_mean
 from dft_lightning.losses.statistics import Statistic, TokenStats
-from dft_lightning.losses.weighted import weighted_log_prob
+from dft_lightning.losses.weighted import sequence_mean, weighted_log_prob
 
 Level = Literal["token", "sequence"]
 
@@ -33,8 +32,6 @@ class ImportanceWeightedLoss(TokenLoss):
         level: ``"token"`` or ``"sequence"``.
         clip: lower and upper bound of the weight; ``None`` for none.
         temperature: factor of the difference, finite.
-        ignore_index: see :class:`TokenLoss`.
-        reduction: see :class:`TokenLoss`.
 
     Raises:
         ValueError: unknown level, bounds unless ``0 <= lower <= upper``, a temperature that is not finite, unknown
@@ -97,8 +94,6 @@ class ProximalLoss(TokenLoss):
 
     Args:
         epsilon: how much a token's probability may grow, as a share; more than 0.
-        ignore_index: see :class:`TokenLoss`.
-        reduction: see :class:`TokenLoss`.
 
     Raises:
         ValueError: ``epsilon`` not positive or not finite, unknown reduction.
@@ -134,8 +129,6 @@ class AnchoredLoss(TokenLoss):
 
     Args:
         weight: of the divergence, 0 or more; 0 is DFT.
-        ignore_index: see :class:`TokenLoss`.
-        reduction: see :class:`TokenLoss`.
 
     Raises:
         ValueError: ``weight`` negative or not finite, unknown reduction.

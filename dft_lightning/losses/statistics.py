@@ -136,7 +136,7 @@ def statistics_from_logits(
         targets: ``[n]`` valid class indices, or ``[n, V]`` soft targets. Ignored tokens must be gone already.
         needs: the statistics wanted beyond ``log_prob``.
         sequence_index: ``[n]``, passed through to losses that need it.
-        reference_log_prob: ``[n]``, likewise.
+        reference_log_prob: ``[n]``, passed through to losses that need it, as a constant.
         reference_logits: ``[n, V]`` of the reference model, for ``reference_kl``; a constant.
         step: the optimizer step, passed through.
 
@@ -201,17 +201,9 @@ def _soft_target_log_probs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     return log_prob, log_expected_prob.masked_fill(impossible, float("-inf"))
 
 
-def _mean_log_prob(log_probs: Tensor) -> Tensor:
-    return log_probs.mean(-1)
-
-
 def _entropy(log_probs: Tensor) -> Tensor:
     # A banned token (logit -inf) has p log p = 0.
     return -(log_probs.exp() * log_probs.masked_fill(log_probs == float("-inf"), 0.0)).sum(-1)
-
-
-def _top_k_entropy(log_probs: Tensor, k: int) -> Tensor:
-    return entropy_of_largest(log_probs, k)
 
 
 def entropy_of_largest(logits: Tensor, k: int) -> Tensor:
@@ -234,13 +226,9 @@ def _reference_kl(log_probs: Tensor, reference: Tensor) -> Tensor:
     return (weight * difference).sum(-1)
 
 
-def _sum_squared_prob(log_probs: Tensor) -> Tensor:
-    return (2 * log_probs).exp().sum(-1)
-
-
 _FROM_LOGITS: dict[str, Callable[..., Tensor]] = {
-    "mean_log_prob": _mean_log_prob,
+    "mean_log_prob": lambda log_probs: log_probs.mean(-1),
     "entropy": _entropy,
-    "top_k_entropy": _top_k_entropy,
-    "sum_squared_prob": _sum_squared_prob,
+    "top_k_entropy": entropy_of_largest,
+    "sum_squared_prob": lambda log_probs: (2 * log_probs).exp().sum(-1),
 }

@@ -1,13 +1,15 @@
-"""Cross-entropy with a weight that the model's own certainty gives: CHORD's ``p (1 - p)``, EAFT's entropy."""
+"""Cross-entropy with a weight that the model's own certainty gives: of the token, its distribution or its sequence."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from dft_lightning.errors import check_one_of
 from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss
 from dft_lightning.losses.statistics import Statistic, TokenStats
 
@@ -18,15 +20,25 @@ def weighted_log_prob(weight: Tensor, log_prob: Tensor) -> Tensor:
     return -weight * log_prob.masked_fill((weight == 0) & (log_prob == float("-inf")), 0.0)
 
 
+Mean = Literal["product", "geometric"]
+
+
+def sequence_sum(values: Tensor, sequence_index: Tensor) -> Tensor:
+    """For each token the sum over its sequence; ``[n]`` and ``[n]`` to ``[n]``."""
+    place = torch.unique(sequence_index, return_inverse=True)[1]
+    return torch.zeros_like(values).index_add(0, place, values)[place]
+
+
+def sequence_mean(values: Tensor, sequence_index: Tensor) -> Tensor:
+    """For each token the mean over its sequence; ``[n]`` and ``[n]`` to ``[n]``."""
+    return sequence_sum(values, sequence_index) / sequence_sum(torch.ones_like(values), sequence_index)
+
+
 class ChordPhiLoss(TokenLoss):
     """``-sg(p (1 - p)) log p`` of each target token: most is learnt of what the model is undecided about, ``p = 1/2``.
 
     Source: CHORD, "On-Policy RL Meets Off-Policy Experts", arXiv 2508.11408, the token weight phi; there it is mixed
     with a reinforcement-learning objective, here it stands alone.
-
-    Args:
-        ignore_index: see :class:`TokenLoss`.
-        reduction: see :class:`TokenLoss`.
 
     Example:
         >>> logits = torch.tensor([[0.0, 0.0]])
@@ -51,8 +63,6 @@ class EAFTLoss(TokenLoss):
     Args:
         alpha: exponent of the weight, 0 or more; 0 is cross-entropy.
         top_k: ``k``, 2 or more; ``None`` takes the entropy of the whole vocabulary, over its logarithm.
-        ignore_index: see :class:`TokenLoss`.
-        reduction: see :class:`TokenLoss`.
 
     Raises:
         ValueError: ``alpha`` negative or not finite, ``top_k`` less than 2, unknown reduction; when called, a ``top_k``
@@ -91,3 +101,43 @@ class EAFTLoss(TokenLoss):
         # Rounding can put the entropy of certainty below 0.
         share = (entropy.detach() / math.log(classes)).clamp(min=0)
         return weighted_log_prob(share.pow(self.alpha), stats.log_prob)
+
+
+class SequenceDFTLoss(TokenLoss):
+    """``-sg(P) log p`` with ``P`` the probability of the whole answer: all targets of the token's sequence.
+
+    ``mean="product"`` takes the product of the targets' probabilities, which for long answers is next to nothing;
+    ``mean="geometric"`` their geometric mean.
+
+    Source: the ablation of the DFT paper, arXiv 2508.05629, where both do worse than the weight by token. It is here to
+    be compared with.
+
+    Args:
+        mean: ``"product"`` or ``"geometric"``.
+
+    Raises:
+        ValueError: unknown mean or reduction.
+
+    Example:
+        >>> logits = torch.tensor([[[0.0, 0.0], [0.0, 0.0]]])  # one answer of two tokens
+        >>> SequenceDFTLoss(mean="product")(logits, torch.tensor([[1, 0]]))  # log(2) / 4
+        tensor(0.1733)
+        >>> SequenceDFTLoss(mean="geometric")(logits, torch.tensor([[1, 0]]))  # log(2) / 2
+        tensor(0.3466)
+    """
+
+    pointwise = False
+
+    def __init__(self, mean: Mean = "product", *, ignore_index: int = IGNORE_INDEX, reduction: str = "mean") -> None:
+        super().__init__(ignore_index=ignore_index, reduction=reduction)
+        check_one_of("mean", mean, get_args(Mean))
+        self.mean = mean
+
+    @property
+    def needs(self) -> Iterable[Statistic | str]:
+        return ("sequence_index",)
+
+    def token_loss(self, stats: TokenStats) -> Tensor:
+        assert stats.sequence_index is not None
+        over = sequence_sum if self.mean == "product" else sequence_mean
+        return weighted_log_prob(over(stats.log_prob.detach(), stats.sequence_index).exp(), stats.log_prob)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import Metric
+from torch import Tensor
 
+from dft_lightning.foreign.torchmetrics import ExactMetric
 from dft_lightning.ops import TokenOutput
 
 MAX_SOURCES = 64
 
 
-class ExactSums(Metric):
+class ExactSums(ExactMetric):
     """Base of metrics whose states are sums in float64 and counts in int64.
 
     They move between devices with the module but keep their dtype: ``precision: bf16-true`` would otherwise make
@@ -23,27 +22,27 @@ class ExactSums(Metric):
 
     full_state_update = False
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(compute_with_cache=False, **kwargs)  # :meth:`restore` would not reach it
+
     def _add_sums(self, *names: str, dtype: torch.dtype = torch.float64, shape: tuple[int, ...] = ()) -> None:
         for name in names:
             self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
 
     def snapshot(self) -> dict[str, Tensor | int]:
         """What :meth:`restore` goes back to; copies on the device."""
-        return {"updates": self._update_count, **{name: getattr(self, name).clone() for name in self._defaults}}
+        return {"updates": self.update_count, **{name: getattr(self, name).clone() for name in self.metric_state}}
 
     def restore(self, snapshot: dict[str, Tensor | int]) -> None:
         """Forget every update since :meth:`snapshot`, which is to be taken anew for a second time."""
-        for name in self._defaults:
+        for name in self.metric_state:
             setattr(self, name, snapshot[name])
-        self._update_count, self._computed = cast(int, snapshot["updates"]), None
+        self.set_update_count(cast(int, snapshot["updates"]))
 
     def reset(self) -> None:
         """Back to zero, with tensors that later work outside inference mode as well."""
         with torch.inference_mode(False):
             super().reset()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), *args, **kwargs)
 
 
 class TokenMetrics(ExactSums):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dft_lightning.errors import InputError, one_line
+from dft_lightning.foreign.torch import is_hooked
 from dft_lightning.models.row_checks import trying
 from dft_lightning.ops import linear_token_statistics
 from dft_lightning.ops.row_math import LogitTransform
@@ -86,7 +87,7 @@ def find_head(model: nn.Module) -> LanguageModelHead:
             f"model: {type(model).__name__} shows the fused head no output layer, neither by get_output_embeddings() "
             f"nor as lm_head: define one of them, or {WAY_OUT}"
         )
-    changed = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
+    changed = "forward" in layer.__dict__ or is_hooked(layer)
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward or changed:
         raise InputError(
             f"model: the output layer is a {type(layer).__module__}.{type(layer).__qualname__} whose forward is "

@@ -21,6 +21,7 @@ from dft_lightning.checkpoints.whole import unreadable
 from dft_lightning.distributed.shard_loading import WAY_OUT as WHOLE
 from dft_lightning.distributed.shard_loading import parameters_on_meta, saved_dtype
 from dft_lightning.errors import InputError, one_line
+from dft_lightning.foreign.transformers import kept_in_float32, supports_sdpa
 from dft_lightning.models.documents import ATTENTION, register_documents_attention
 from dft_lightning.models.quantization import bitsandbytes_config, check_quantized
 
@@ -123,9 +124,7 @@ def empty_causal_lm(
             )
         with contextlib.suppress(OSError):  # a checkpoint may have none
             made.generation_config = GenerationConfig.from_pretrained(path, **options)  # type: ignore[assignment]
-    in_float32 = set(getattr(made, "_keep_in_fp32_modules_strict", None) or ())
-    if wanted == torch.float16:
-        in_float32 |= set(getattr(made, "_keep_in_fp32_modules", None) or ())
+    in_float32 = kept_in_float32(made, wanted == torch.float16)
     if in_float32 and wanted in (torch.float16, torch.bfloat16):
         raise InputError(
             f"model.loading.dtype: {type(made).__name__} keeps some parameters in float32 "
@@ -305,7 +304,7 @@ def _check_interface(error: Exception, name: str, attn_implementation: str | Non
 
 def _check_attention(model: nn.Module, attn_implementation: str | None) -> None:
     """What transformers checks of its own names: that a model's attention is one that sdpa can compute."""
-    if attn_implementation == ATTENTION and not getattr(model, "_supports_sdpa", False):
+    if attn_implementation == ATTENTION and not supports_sdpa(model):
         raise InputError(
             "model.loading.attn_implementation: documents is made of sdpa calls, which "
             f"{type(model).__name__} does not support"

@@ -24,15 +24,15 @@ from dft_lightning.distributed.strategies import (
     shards_parameters,
 )
 from dft_lightning.errors import InputError
+from dft_lightning.foreign.torch import non_persistent_buffers
 from dft_lightning.losses import TokenLoss, require_default_forward_options
-from dft_lightning.models.auxiliary import set_auxiliary_loss
 from dft_lightning.models.head import ends_of, find_head
 from dft_lightning.models.loading import checkpoint_activations, empty_causal_lm, load_causal_lm
 from dft_lightning.models.lora.adapter import attach, base_name, raise_to_float32
 from dft_lightning.models.lora.options import lora_config
 from dft_lightning.models.quantization import is_quantized
 from dft_lightning.models.reference import ReferenceModel, needs_reference_model, reference_of
-from dft_lightning.modules.batch_loss import check_top_k
+from dft_lightning.modules.batch_loss import check_top_k, set_auxiliary_loss
 from dft_lightning.modules.options import LoadingOptions, StepOptions
 
 if TYPE_CHECKING:
@@ -193,14 +193,14 @@ class ModelBuilder:
             What is to move a tensor: parameters that are offloaded stay on the CPU.
         """
         kept = [
-            (module, name, module._buffers[name])
+            (module, name, buffer)
             for module in (model.modules() if model is not None else ())
-            for name in module._non_persistent_buffers_set
+            for name, buffer in non_persistent_buffers(module)
         ]
         yield kept_on_cpu(fn) if is_sharded(root) and self._sharding.cpu_offload else fn
         for module, name, buffer in kept:
-            if buffer is not None and buffer.is_floating_point() and not buffer.is_meta:
-                module._buffers[name] = buffer.to(module._buffers[name].device)  # type: ignore[union-attr]
+            if buffer.is_floating_point() and not buffer.is_meta:
+                setattr(module, name, buffer.to(getattr(module, name).device))
 
     def _raise_to_float32(self, model: nn.Module, trainer: pl.Trainer | None) -> None:
         """What is trained beside LoRA's matrices, which peft has seen to."""

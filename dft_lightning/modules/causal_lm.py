@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dft_lightning.component import plain_values
 from dft_lightning.distributed.sharding import ShardingOptions, discard_gradients, is_sharded, synchronise
+from dft_lightning.foreign.lightning import PlainHyperparameters, logs_now, trainer_of
+from dft_lightning.foreign.torch import Moving
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss
 from dft_lightning.losses.base import IGNORE_INDEX
 from dft_lightning.models.documents import model_inputs
@@ -29,12 +32,12 @@ from dft_lightning.modules.monitors import check_monitors, check_monitors_by_val
 from dft_lightning.modules.optimizer_building import OptimizerBuilder
 from dft_lightning.modules.optimizers import DEFAULT_OPTIMIZER, OptimizerCallable
 from dft_lightning.modules.options import EvaluationOptions, LoadingOptions, StepOptions, over_checkpoint, whole_options
-from dft_lightning.modules.resume.run_state import RunState, window_ends
+from dft_lightning.modules.resume.run_state import RunState
 from dft_lightning.modules.resume.saved import Checkpoints
 from dft_lightning.modules.schedules import ScheduleCallable, WarmupSchedule
 from dft_lightning.modules.size import announce
 from dft_lightning.modules.telemetry import TrainTelemetry
-from dft_lightning.modules.training import OptimizerSteps
+from dft_lightning.modules.training import OptimizerSteps, step_ends
 from dft_lightning.ops import TokenOutput
 
 if TYPE_CHECKING:
@@ -45,7 +48,7 @@ Batch = dict[str, Any]
 _RUN_THE_MODEL = ("training_step", "validation_step", "test_step", "predict_step", "token_output", "generate")
 
 
-class CausalLMModule(pl.LightningModule):
+class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
     """Fine-tunes a causal language model with a pluggable token loss.
 
     The gradient of an optimizer step is that of the token mean of the loss over the whole step (or, with
@@ -132,22 +135,17 @@ class CausalLMModule(pl.LightningModule):
         self.register_load_state_dict_post_hook(self._checkpoints.leave_out_the_base)  # type: ignore[no-untyped-call]
         self._reference: ReferenceModel | None = None
 
-    def _set_hparams(self, hp: Any) -> None:
-        """Where Lightning stores what ``save_hyperparameters`` collects, a subclass's arguments included.
+    def plain_hparams(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Class paths and options, which ``weights_only`` loading can read."""
+        return plain_values(whole_options(values), "pass it to load_from_checkpoint by hand")
 
-        Kept in a plain form (class paths and options), which ``weights_only`` loading can read.
-        """
-        values = whole_options(dict(self._to_hparams_dict(hp)))
-        super()._set_hparams(plain_values(values, "pass it to load_from_checkpoint by hand"))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Moves and casts the module, but leaves the model's non-persistent buffers in their own dtype."""
-        with self._builder.moving(self, self.model, fn) as move:
-            return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+    def moving(self, fn: Callable[[Tensor], Tensor]) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        """Moves and casts leave the model's non-persistent buffers in their own dtype."""
+        return self._builder.moving(self, self.model, fn)
 
     def configure_model(self) -> None:
         """Build the model, once, and shard it. Lightning calls this when device, precision and strategy are known."""
-        builder, trainer = self._builder, self._trainer
+        builder, trainer = self._builder, trainer_of(self)
         builder.guard(trainer)
         mesh = builder.mesh(trainer)
         if is_sharded(self):
@@ -179,7 +177,7 @@ class CausalLMModule(pl.LightningModule):
     @property
     def _datamodule(self) -> pl.LightningDataModule | None:
         """The trainer's data module, where there is a trainer and it has one."""
-        return getattr(self._trainer, "datamodule", None)
+        return getattr(trainer_of(self), "datamodule", None)
 
     @property
     def _source_names(self) -> Sequence[str]:
@@ -212,7 +210,7 @@ class CausalLMModule(pl.LightningModule):
             statistics: per-token statistics beyond those that the loss needs, such as ``"entropy"``.
         """
         assert self.model is not None, "call configure_model() first"
-        options = {"normalizer": normalizer, "statistics": statistics, "step": self._steps.done(self._trainer)}
+        options = {"normalizer": normalizer, "statistics": statistics, "step": self._steps.done(trainer_of(self))}
         max_length = getattr(getattr(self._datamodule, "hparams", None), "max_length", None)
         return self._objective.output(self.model, self, batch, self.loss, self._reference, max_length, **options)
 
@@ -222,7 +220,7 @@ class CausalLMModule(pl.LightningModule):
         What is added to it counts at its own strength, each micro-batch weighted as its targets are: ``backward`` puts
         the share of the step on.
         """
-        synchronise(self, self.sharding, steps=not self.trainer.fit_loop._should_accumulate())
+        synchronise(self, self.sharding, steps=step_ends(self.trainer))
         targets = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
         divisor = self._steps.divisor_of(targets, batch_idx, self.trainer)
         statistics = ("entropy",) if self.step.log_train_entropy else ()
@@ -262,9 +260,9 @@ class CausalLMModule(pl.LightningModule):
         self._optimization.check_epoch(self.trainer)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if self.trainer.fit_loop._should_accumulate():
+        if not step_ends(self.trainer):
             return
-        if self._steps.are_whole and window_ends(self.trainer):
+        if self._steps.are_whole and logs_now(self.trainer):
             self._log("train", self._steps.collect(self._source_names), prog_bar=("loss", "nll", "token_accuracy"))
         self._run_state.note_step(self.trainer)
 
@@ -324,7 +322,7 @@ class CausalLMModule(pl.LightningModule):
     def generate_tokens(self, input_ids: Tensor, attention_mask: Tensor, options: GenerationOptions) -> Tensor:
         """As :meth:`generate`, as tokens ``[B, S]``, the end-of-turn token included and padding after it."""
         assert self.model is not None, "call configure_model() first"
-        return self._completions.tokens(self.model, input_ids, attention_mask, options, self._trainer)
+        return self._completions.tokens(self.model, input_ids, attention_mask, options, trainer_of(self))
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -381,16 +379,16 @@ class CausalLMModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what ``export`` needs beside the weights, and what a run has in flight."""
-        self._checkpoints.save(checkpoint, self.record, self._reference, self._trainer)
+        self._checkpoints.save(checkpoint, self.record, self._reference, trainer_of(self))
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of the model and its run; see :mod:`dft_lightning.modules.resume.record`."""
         assert self.model is not None, "call configure_model() first"
-        return self._checkpoints.record(self.model, self._completions, self._trainer)
+        return self._checkpoints.record(self.model, self._completions, trainer_of(self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._steps.begin_at(int(checkpoint.get("global_step", 0)))
-        self._checkpoints.load(checkpoint, self.model, self._reference, self._trainer)
+        self._checkpoints.load(checkpoint, self.model, self._reference, trainer_of(self))
 
     def state_dict(self, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """As every module's; of a model with an adapter that alone, which is what is saved."""

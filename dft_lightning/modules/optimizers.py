@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from dft_lightning.errors import InputError, check_one_of, one_line
+from dft_lightning.foreign.torch import name_without_wrappers
 from dft_lightning.models.quantization import import_bitsandbytes
 from dft_lightning.modules.factories import Names, Values, class_of, factory_values, options_of, parameters_of, tried
 
@@ -121,13 +122,10 @@ def check_sharding(values: Values, trainer: pl.Trainer | None) -> None:
 
 # -- parameter groups ----------------------------------------------------------------------------------------------
 
-# What FSDP1, activation checkpointing and torch.compile put into names.
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-
 
 def matrix_names(module: nn.Module) -> frozenset[str]:
     """Names of the parameters of two dimensions or more, whatever wraps the module's parts."""
-    return frozenset(_own_name(name) for name, p in module.named_parameters() if p.ndim >= 2)
+    return frozenset(name_without_wrappers(name) for name, p in module.named_parameters() if p.ndim >= 2)
 
 
 def parameter_groups(
@@ -159,7 +157,7 @@ def parameter_groups(
             group["muon"] = key[1]
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            is_matrix = parameter.ndim >= 2 or _own_name(name) in matrices
+            is_matrix = parameter.ndim >= 2 or name_without_wrappers(name) in matrices
             hidden = cls is Muon and _is_wide(parameter) and id(parameter) not in of_tables
             groups[is_matrix or decay is None, hidden]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
@@ -167,12 +165,6 @@ def parameter_groups(
 
 def _is_wide(parameter: nn.Parameter) -> bool:
     return parameter.ndim == 2 and min(parameter.shape) > 1
-
-
-def _own_name(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 # -- building ------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import (
 from torch.utils.data import DistributedSampler
 
 from dft_lightning.errors import InputError, check_one_of, one_line
+from dft_lightning.foreign.lightning import shares_rows_out, training_loader
 from dft_lightning.modules.factories import Names, Values, class_of, factory_values, options_of, parameters_of, tried
 
 ScheduleCallable = Callable[[Optimizer], LRScheduler]
@@ -243,13 +244,13 @@ def steps_of_epochs(trainer: pl.Trainer) -> list[int] | None:
 def num_training_batches(trainer: pl.Trainer) -> int | None:
     """Micro-batches per epoch and rank, or ``None`` where the data has no length."""
     # Covers loaders given to fit, the data module's and the module's own alike, without starting their workers.
-    loader = trainer.fit_loop._data_source.dataloader()
+    loader = training_loader(trainer)
     try:
         batches = len(loader)
     except (TypeError, NotImplementedError):
         return trainer.limit_train_batches if isinstance(trainer.limit_train_batches, int) else None
     sampler = getattr(loader, "sampler", None)
-    shared_out = isinstance(sampler, DistributedSampler) or not trainer._accelerator_connector.use_distributed_sampler
+    shared_out = isinstance(sampler, DistributedSampler) or not shares_rows_out(trainer)
     if sampler is not None and not shared_out:
         batches = math.ceil(batches / trainer.world_size)  # Lightning will share the rows out among the ranks
     limit = trainer.limit_train_batches

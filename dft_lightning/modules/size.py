@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import AdamW, Optimizer
 
 from dft_lightning.distributed.sharding import local_part
-from dft_lightning.models.auxiliary import auxiliary_line
+from dft_lightning.modules.batch_loss import auxiliary_line
 from dft_lightning.modules.optimizers import describe
 from dft_lightning.modules.training import scales_gradients
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from dft_lightning.distributed import TokenNormalizer
 from dft_lightning.distributed.ranks import clip_by_norm, clips_at, remove_gradients
 from dft_lightning.errors import InputError
+from dft_lightning.foreign.torch import unscales_itself
 from dft_lightning.losses import TokenLoss
 from dft_lightning.metrics.exact_sums import ExactSums
 from dft_lightning.modules.non_finite import NonFiniteSteps
@@ -252,7 +253,7 @@ class OptimizerSteps:
         if step.skipped:
             return
         scales = scales_gradients(trainer)
-        if scales and getattr(optimizer, "_step_supports_amp_scaling", False):
+        if scales and unscales_itself(optimizer):
             # Gradients are still scaled here: the norm would be another, in the log as well as for clipping.
             raise InputError(
                 "a fused optimizer unscales its gradients only while it steps, too late for clipping and the log under "
@@ -331,3 +332,10 @@ def _normalizer_of(trainer: pl.Trainer) -> TokenNormalizer:
         return cast(Tensor, trainer.strategy.reduce(tensor, reduce_op="sum"))
 
     return TokenNormalizer(sum_over_ranks, trainer.world_size)
+
+
+def step_ends(trainer: pl.Trainer) -> bool:
+    """Whether the micro-batch that is computed now is the last of its optimizer step."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    last = trainer.is_last_batch or batches == trainer.num_training_batches
+    return last or batches % trainer.accumulate_grad_batches == 0

@@ -130,23 +130,16 @@ def linear_token_statistics(
     For what :func:`linear_token_loss` does not reduce: unreduced log-probabilities, an entropy bonus, losses over
     several models. The logits are computed again in backward: four matrix products in all.
 
+    Arguments that are not listed here, and what is raised, are those of :func:`linear_token_loss`.
+
     Args:
         hidden: ``[n, H]``.
         weight: ``[V, H]``.
         targets: ``[n]`` class indices; those with ``ignore_index`` are left out of the result.
         statistics: which fields of :class:`TokenStats` beyond ``log_prob``.
-        bias: ``[V]``.
-        logit_scale: see :func:`linear_token_loss`.
-        logit_softcap: see :func:`linear_token_loss`.
-        ignore_index: see :func:`linear_token_loss`.
-        reference: see :func:`linear_token_loss`.
-        chunk_bytes: see :func:`linear_token_loss`.
 
     Returns:
         ``log_prob`` and the statistics asked for, each ``[number of targets not ignored]``, in order.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as :func:`linear_token_loss`.
 
     Example:
         >>> hidden, weight = torch.ones(1, 2, requires_grad=True), torch.zeros(4, 2)

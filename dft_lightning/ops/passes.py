@@ -17,9 +17,8 @@ from dft_lightning.losses.base import TokenLoss, loss_and_slopes
 from dft_lightning.losses.statistics import TokenStats, raised_dtype
 from dft_lightning.ops import torch_kernels
 from dft_lightning.ops.call import HeadSettings, ReferenceHead, TargetTokens, TokenOutput, inverse_normalizer
-from dft_lightning.ops.products import HeadProducts
+from dft_lightning.ops.products import HeadProducts, scaled
 from dft_lightning.ops.row_math import ENTRIES, Coefficients, Moments, ReferenceRows, coefficients_of, statistics_of
-from dft_lightning.ops.scratch import scaled
 
 
 def one_pass(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
 from dft_lightning.losses.statistics import raised_dtype
 from dft_lightning.ops.call import HeadSettings, ReferenceHead
-from dft_lightning.ops.scratch import add_, scratch
 
 # Weight-gradient rows whose half-precision product waits to be added to the accumulator (CPU).
 _TILE_BYTES = 16 * 2**20
@@ -113,8 +113,7 @@ class HeadProducts:
 
     def chunks(self) -> Iterator[slice]:
         """Slices of tokens, all but the last of one size."""
-        for start in range(0, self.num_tokens, self._chunk):
-            yield slice(start, min(self.num_tokens, start + self._chunk))
+        return slices(self.num_tokens, self._chunk)
 
     def logits(self, rows: slice) -> Tensor:
         """``[c, V]`` logits of a chunk, valid until the next call."""
@@ -184,9 +183,8 @@ def _accumulate_tiles(total: Tensor, a: Tensor, b: Tensor, *, add: bool, exact: 
         scratch("product", (tile, width), a.dtype, a.device) as product,
         scratch("remainder", (tile, width), a.dtype, a.device) as remainder,
     ):
-        for start in range(0, total.shape[0], tile):
-            target = total[start : start + tile]
-            factor = a[start : start + tile]
+        for rows in slices(total.shape[0], tile):
+            target, factor = total[rows], a[rows]
             rounded = torch.mm(factor, b, out=product[: len(target)])
             if add:
                 add_(target, rounded)
@@ -196,3 +194,79 @@ def _accumulate_tiles(total: Tensor, a: Tensor, b: Tensor, *, add: bool, exact: 
                 # The product again, minus its rounded self: summed in float32 inside, rounded where it is small.
                 rest = torch.neg(rounded, out=remainder[: len(target)])
                 add_(target, torch.addmm(rest, factor, b, out=rest))
+
+
+_PIECE_BYTES = 2**20
+_local = threading.local()
+
+
+@contextmanager
+def scratch(role: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """An uninitialised tensor for as long as the context lasts.
+
+    On the CPU the memory of a role is kept for the thread's next call: a fresh page costs more than the arithmetic on
+    it. Elsewhere torch's caching allocator does this already. Whoever keeps a tensor beyond the context must copy it.
+
+    Args:
+        role: what the buffer is for; one buffer is kept per role.
+        shape: of the tensor.
+        dtype: of the tensor.
+        device: of the tensor.
+    """
+    if device.type != "cpu":
+        yield torch.empty(shape, dtype=dtype, device=device)
+        return
+    kept: dict[str, Tensor] = _local.__dict__.setdefault("buffers", {})
+    size = torch.Size(shape).numel() * dtype.itemsize
+    # Taken out while it is in use, so that a nested call gets another.
+    buffer = kept.pop(role, None)
+    if buffer is None or buffer.numel() < size:
+        buffer = None  # freed before the larger one is made
+        with torch.inference_mode(False):  # an inference tensor could not be written to in training
+            buffer = torch.empty(size, dtype=torch.uint8)
+    try:
+        yield buffer[:size].view(dtype).view(shape)
+    finally:
+        kept[role] = buffer
+
+
+def release_scratch() -> None:
+    """Free the buffers that this thread keeps between calls of the linear head."""
+    _local.__dict__.pop("buffers", None)
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    """Of ``size`` each, the last of what is left."""
+    for start in range(0, length, size):
+        yield slice(start, min(length, start + size))
+
+
+def add_(total: Tensor, addend: Tensor) -> None:
+    """``total += addend``, both ``[n, m]``, the addend of a narrower dtype: torch would copy the whole of it first."""
+    step = max(1, _PIECE_BYTES // (total.shape[1] * total.dtype.itemsize))
+    with scratch("addend", (step, total.shape[1]), total.dtype, total.device) as piece:
+        for rows in slices(len(total), step):
+            part = addend[rows]
+            total[rows].add_(piece[: len(part)].copy_(part))
+
+
+def scaled(gradient: Tensor, factor: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """``gradient * factor`` in ``dtype``, rounded once; the tensor itself where there is nothing to do.
+
+    Handing out the tensor itself is safe: autograd copies what somebody else holds before it adds to it.
+    """
+    on_host = gradient.device.type == "cpu"
+    factor = float(factor) if on_host else factor
+    if on_host and factor == 1.0 and dtype == gradient.dtype:
+        return gradient
+    out = torch.empty_like(gradient, dtype=dtype)
+    if not on_host or dtype == gradient.dtype:
+        return torch.mul(gradient, factor, out=out)
+    if factor == 1.0:
+        return out.copy_(gradient)
+    # In pieces: torch would make a copy of the whole in the gradient's dtype first.
+    size = max(1, min(out.numel(), _PIECE_BYTES // gradient.dtype.itemsize))
+    with scratch("addend", (size,), gradient.dtype, gradient.device) as piece:
+        for part, part_out in zip(torch.split(gradient.view(-1), size), torch.split(out.view(-1), size), strict=True):
+            part_out.copy_(torch.mul(part, factor, out=piece[: len(part)]))
+    return out

@@ -6,7 +6,6 @@ in memory would cost as much as the matrix products.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dft_lightning.losses.statistics import entropy_of_largest, raised_dtype
+from dft_lightning.ops.products import scratch, slices
 from dft_lightning.ops.row_math import Coefficients, LogitTransform, Moments, ReferenceRows
-from dft_lightning.ops.scratch import scratch
 
 # Half of the second-level cache of two current cores; an accelerator wants few launches instead.
 _BLOCK_BYTES = {"cpu": 2 * 2**20}
@@ -37,7 +36,7 @@ def row_moments(logits: Tensor, targets: Tensor, transform: LogitTransform, want
     correct = torch.empty(n, dtype=torch.bool, device=logits.device)
     copies = 2 if "sum_p_log_p" in wanted else 1
     with _block(logits, dtype, copies) as blocks:
-        for rows in _row_slices(n, blocks.shape[1]):
+        for rows in slices(n, blocks.shape[1]):
             z = blocks[0, : rows.stop - rows.start]
             transform.apply_(z.copy_(logits[rows]))
             correct[rows] = _block_moments(z, blocks, targets[rows], {name: value[rows] for name, value in out.items()})
@@ -113,7 +112,7 @@ def row_gradient_(
     beside = None if coefficients.reference is None else reference
     copies = 1 + (not only_linear or beside is not None) + (transform.softcap is not None)
     with _block(logits, dtype, copies) as blocks:
-        for rows in _row_slices(logits.shape[0], blocks.shape[1]):
+        for rows in slices(logits.shape[0], blocks.shape[1]):
             block = blocks[:, : rows.stop - rows.start]
             z = transform.apply_(block[0].copy_(logits[rows]))
             if transform.softcap is not None:
@@ -157,7 +156,7 @@ def row_divergence(
     dtype = raised_dtype(logits.dtype)
     divergence, normalizer = (logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(2))
     with _block(logits, dtype, 3) as blocks:
-        for rows in _row_slices(logits.shape[0], blocks.shape[1]):
+        for rows in slices(logits.shape[0], blocks.shape[1]):
             own, other, weight = blocks[:, : rows.stop - rows.start]
             transform.apply_(own.copy_(logits[rows])).sub_(log_normalizer[rows].unsqueeze(-1))
             reference_transform.apply_(other.copy_(reference_logits[rows]))
@@ -215,8 +214,3 @@ def _block(logits: Tensor, dtype: torch.dtype, copies: int) -> AbstractContextMa
     # In fours, so that threads share a block evenly.
     rows = min(n, max(4, budget // (copies * vocabulary * dtype.itemsize) // 4 * 4))
     return scratch("rows", (copies, rows, vocabulary), dtype, logits.device)
-
-
-def _row_slices(n: int, rows: int) -> Iterator[slice]:
-    for start in range(0, n, rows):
-        yield slice(start, min(n, start + rows))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
@@ -12,12 +14,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from dft_lightning.distributed.ranks import gather_lists
+from dft_lightning.foreign.lightning import count_logged_steps, logs_now
 from dft_lightning.metrics.exact_sums import ExactSums
-from dft_lightning.modules.resume.random_state import random_state, restore_random_state
 from dft_lightning.modules.schedules import num_training_batches
 from dft_lightning.modules.telemetry import TrainTelemetry
-from dft_lightning.modules.training import OptimizerSteps
-from dft_lightning.progress import Progress, batches_done, count_logged_steps, go_on_from, last_step
+from dft_lightning.modules.training import OptimizerSteps, step_ends
+from dft_lightning.progress import Progress, batches_done, go_on_from, last_step, training_loaders
 
 RUN_STATE = "dft_lightning_run"
 """Its key in a checkpoint."""
@@ -59,7 +61,7 @@ class RunState:
     def after_validation(self, trainer: pl.Trainer) -> None:
         """Within a fit: what was noted of a step gets the random numbers that validation took."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if fitting and not trainer.fit_loop._should_accumulate():
+        if fitting and step_ends(trainer):
             self.note_step(trainer)
 
     def _now(self) -> dict[str, Any]:
@@ -78,7 +80,7 @@ class RunState:
                     "within a step have random numbers and metrics of an earlier one"
                 )
             own = self._noted
-        elif self._step_number != trainer.global_step and window_ends(trainer):
+        elif self._step_number != trainer.global_step and logs_now(trainer):
             own["metrics"] = {}  # logged as soon as this is written
         rows = rows_of_batch(trainer) if positions(trainer) else None
         checkpoint[RUN_STATE] = {
@@ -129,7 +131,7 @@ class RunState:
             load_metric(metric, [rank["metrics"].get(name) for rank in ranks], trainer)
         self._steps.load_in_flight(ranks[min(trainer.global_rank, len(ranks) - 1)]["values"])
         for name, value in saved["callback_metrics"].items():  # what callbacks look for at the end of the epoch
-            trainer._logger_connector._callback_metrics[name] = torch.tensor(value, dtype=torch.float64)
+            trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float64)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GradientAccumulationScheduler):  # which is asked where an epoch begins alone
                 trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
@@ -137,17 +139,10 @@ class RunState:
             count_logged_steps(trainer)
 
 
-def window_ends(trainer: pl.Trainer) -> bool:
-    """Whether what was gathered is logged after this step."""
-    # Lightning's own criterion: another would collect at steps that the loggers never see.
-    return bool(trainer._logger_connector.should_update_logs)
-
-
 def positions(trainer: pl.Trainer) -> bool:
     """Whether the loader in use is the data module's own, which goes on within an epoch; an override may make one."""
-    loader = trainer.fit_loop._combined_loader
     datamodule: Any = getattr(trainer, "datamodule", None)
-    return hasattr(datamodule, "goes_on") and loader is not None and all(map(datamodule.goes_on, loader.flattened))
+    return hasattr(datamodule, "goes_on") and all(map(datamodule.goes_on, training_loaders(trainer)))
 
 
 def rows_of_batch(trainer: pl.Trainer) -> int | None:
@@ -179,3 +174,30 @@ def load_metric(metric: ExactSums, saved: list[dict[str, Any] | None], trainer: 
     metric.restore(
         {name: value.to(metric.device) if isinstance(value, Tensor) else value for name, value in found.items()}
     )
+
+
+def random_state() -> dict[str, Any]:
+    """States of Python's, NumPy's and torch's global generators, of this process's accelerator too.
+
+    In plain values and tensors, which ``weights_only`` loading can read.
+    """
+    kind, keys, *place = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.array(keys, np.int64)), *place],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()  # of the current device, which is the rank's
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Go on from what :func:`random_state` returned; a state of a device that is not there is left out."""
+    version, values, gauss = state["python"]
+    random.setstate((version, tuple(values), gauss))
+    kind, keys, *place = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *place))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

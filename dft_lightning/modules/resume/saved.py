@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from dft_lightning.distributed.strategies import check_wrapped, on_first_rank
 from dft_lightning.errors import InputError, one_line, shortened
+from dft_lightning.files import is_local
 from dft_lightning.models.fingerprints import base_fingerprint
 from dft_lightning.models.generation import Completions
 from dft_lightning.models.lora.adapter import trained_names
@@ -219,7 +219,7 @@ _DELETED = ("best_model_path", "kth_best_model_path", "last_model_path")  # with
 
 def _may_be_deleted(path: str, folder: str) -> bool:
     """Whether what Lightning would delete is in the folder; of what it would not, too."""
-    if not _is_local_file_protocol(path):
+    if not is_local(path):
         return path.startswith(folder.rstrip("/") + "/") and ".." not in path.split("/")
     seems = Path(folder).absolute() in Path(path).absolute().parents
     return not seems or Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents

@@ -1,0 +1,77 @@
+"""torch, where what is needed has no public form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.optim import Optimizer
+
+
+class Moving(nn.Module):
+    """A module that has a say in how its tensors are moved and cast.
+
+    ``to``, ``cuda``, ``half`` and the rest all come to ``_apply``, and none of them has a hook.
+    """
+
+    def moving(self, fn: Callable[[Tensor], Tensor]) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        """What is to move a tensor in place of ``fn``, for as long as tensors are moved."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        with self.moving(fn) as move:
+            return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+
+
+def multiply(tensors: list[Tensor], factor: float) -> None:
+    """Multiply tensors in place by few kernels. Of those that take lists at once, ``torch`` has none that is public."""
+    if tensors:
+        torch._foreach_mul_(tensors, factor)
+
+
+def non_persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """A module's own buffers that its state dict leaves out; to ask the state dict may be a collective."""
+    return [
+        (name, value) for name in module._non_persistent_buffers_set if (value := getattr(module, name)) is not None
+    ]
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether hooks are on a module's forward, which can be added and removed, but not asked for."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def unscales_itself(optimizer: Optimizer) -> bool:
+    """Whether an optimizer takes gradients that are still scaled, as fused ones do. ``GradScaler`` asks the same."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+# -- shards ------------------------------------------------------------------------------------------------------------
+
+
+def discard_unreduced_gradients(module: FSDPModule) -> None:
+    """Forget the gradients of a module's own parameters that FSDP2 has not reduced yet: ``zero_grad`` does not reach
+    them, and there is no call that does."""
+    state: Any = module._get_fsdp_state()
+    for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+        for parameter in group.fsdp_params if group is not None else ():
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "unsharded_param"):
+                parameter.unsharded_param.grad = None
+
+
+def name_without_wrappers(name: str) -> str:
+    """A tensor's name without what FSDP1, activation checkpointing and ``torch.compile`` put into it."""
+    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(wrapper, "")
+    return name
+
+
+def wrapped_classes(policy: ModuleWrapPolicy) -> tuple[type, ...]:
+    """The classes of a policy, which it takes and does not show."""
+    return tuple(policy._module_classes)

@@ -1,0 +1,32 @@
+"""transformers, where a model says something of itself under a private name alone."""
+
+from __future__ import annotations
+
+from transformers import GenerationConfig
+
+
+def names_let_be(model: object) -> list[str]:
+    """Patterns of tensors that a checkpoint may have and the model has no place for."""
+    return list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+
+
+def kept_in_float32(model: object, in_float16: bool) -> set[str]:
+    """Names of modules that are to stay in float32 in a model of half precision; of float16 there are more."""
+    names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return names | set(getattr(model, "_keep_in_fp32_modules", None) or ()) if in_float16 else names
+
+
+def supports_sdpa(model: object) -> bool:
+    """Whether a model's attention can be computed by torch's ``scaled_dot_product_attention``."""
+    return bool(getattr(model, "_supports_sdpa", False))
+
+
+def attention_of(model: object) -> str:
+    """The name of a model's attention implementation, of which the config's public name is what was asked for."""
+    return str(getattr(getattr(model, "config", None), "_attn_implementation", "of its own"))
+
+
+def let_pass(config: GenerationConfig) -> None:
+    """Have a generation config saved as it is. Some published ones, with sampling options without ``do_sample``, say,
+    would not pass as new ones, and a new one is what it counts as by its hash alone."""
+    config._original_object_hash = hash(config)
