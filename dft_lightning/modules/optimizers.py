@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from dft_lightning.errors import InputError, one_line
+from dft_lightning.errors import InputError, check_one_of, one_line
 from dft_lightning.foreign.torch import name_without_wrappers
 from dft_lightning.models.quantization import import_bitsandbytes
 from dft_lightning.modules.factories import Names, Values, class_of, factory_values, options_of, parameters_of, tried
@@ -269,8 +269,7 @@ class Muon(Optimizer):
             raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
         if not isinstance(ns_steps, int) or not 1 <= ns_steps < 100:
             raise ValueError(f"ns_steps must be a whole number from 1 to 99, got {ns_steps}")
-        if adjust_lr_fn not in ("match_rms_adamw", "original"):
-            raise ValueError(f"adjust_lr_fn must be 'match_rms_adamw' or 'original', got {adjust_lr_fn!r}")
+        check_one_of("adjust_lr_fn", adjust_lr_fn, ("match_rms_adamw", "original"))
         both = {"lr": lr, "weight_decay": weight_decay}
         own = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}
         self._options: dict[bool, dict[str, Any]] = {
