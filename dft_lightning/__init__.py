@@ -8,29 +8,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dft_lightning import losses
 from dft_lightning.integrations import compute_loss_func
-from dft_lightning.losses import (
-    LOSSES,
-    AnchoredLoss,
-    ChordPhiLoss,
-    CrossEntropyLoss,
-    DEFTLoss,
-    DFTLoss,
-    EAFTLoss,
-    FocalLoss,
-    ImportanceWeightedLoss,
-    MixtureLoss,
-    PowerLoss,
-    ProximalLoss,
-    ScheduledLoss,
-    SequenceDFTLoss,
-    Statistic,
-    ThresholdLoss,
-    TokenLoss,
-    TokenStats,
-    dft_cross_entropy,
-    focal_cross_entropy,
-)
+from dft_lightning.losses import *  # noqa: F403
 from dft_lightning.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -46,33 +26,7 @@ _LAZY = {
     "InstructionDataModule": "dft_lightning.data",
 }
 
-__all__ = [
-    "LOSSES",
-    "AnchoredLoss",
-    "CausalLMModule",
-    "ChordPhiLoss",
-    "CrossEntropyLoss",
-    "DEFTLoss",
-    "DFTLoss",
-    "EAFTLoss",
-    "FocalLoss",
-    "GenerationEvaluation",
-    "HuggingFaceExport",
-    "ImportanceWeightedLoss",
-    "InstructionDataModule",
-    "MixtureLoss",
-    "PowerLoss",
-    "ProximalLoss",
-    "ScheduledLoss",
-    "SequenceDFTLoss",
-    "Statistic",
-    "ThresholdLoss",
-    "TokenLoss",
-    "TokenStats",
-    "compute_loss_func",
-    "dft_cross_entropy",
-    "focal_cross_entropy",
-]
+__all__ = [*losses.__all__, *_LAZY, "compute_loss_func"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,12 +11,7 @@ Example:
     FocalLoss: 0.0151
 """
 
-from dft_lightning.losses.base import (
-    IGNORE_INDEX,
-    TokenLoss,
-    require_default_forward_options,
-    token_loss_and_weight,
-)
+from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss, token_loss_and_weight
 from dft_lightning.losses.combined import MixtureLoss, ScheduledLoss, ThresholdLoss
 from dft_lightning.losses.cross_entropy import CrossEntropyLoss, DFTLoss, dft_cross_entropy
 from dft_lightning.losses.focal import FocalLoss, focal_cross_entropy
@@ -24,27 +19,6 @@ from dft_lightning.losses.power import DEFTLoss, PowerLoss
 from dft_lightning.losses.reference import AnchoredLoss, ImportanceWeightedLoss, ProximalLoss
 from dft_lightning.losses.statistics import Statistic, TokenStats, statistics_from_logits
 from dft_lightning.losses.weighted import ChordPhiLoss, EAFTLoss, SequenceDFTLoss
-
-#: Every loss of the package, by the name that a config gives as ``class_path``.
-LOSSES: dict[str, type[TokenLoss]] = {
-    cls.__name__: cls
-    for cls in (
-        CrossEntropyLoss,
-        DFTLoss,
-        FocalLoss,
-        PowerLoss,
-        ThresholdLoss,
-        ChordPhiLoss,
-        DEFTLoss,
-        EAFTLoss,
-        ImportanceWeightedLoss,
-        ProximalLoss,
-        SequenceDFTLoss,
-        AnchoredLoss,
-        MixtureLoss,
-        ScheduledLoss,
-    )
-}
 
 __all__ = [
     "IGNORE_INDEX",
@@ -68,7 +42,11 @@ __all__ = [
     "TokenStats",
     "dft_cross_entropy",
     "focal_cross_entropy",
-    "require_default_forward_options",
     "statistics_from_logits",
     "token_loss_and_weight",
 ]
+
+#: Every loss of the package, by the name that a config gives as ``class_path``.
+LOSSES: dict[str, type[TokenLoss]] = {
+    name: globals()[name] for name in __all__ if name.endswith("Loss") and name != "TokenLoss"
+}

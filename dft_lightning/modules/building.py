@@ -25,7 +25,7 @@ from dft_lightning.distributed.strategies import (
 )
 from dft_lightning.errors import InputError
 from dft_lightning.foreign.torch import non_persistent_buffers
-from dft_lightning.losses import TokenLoss, require_default_forward_options
+from dft_lightning.losses.base import TokenLoss, require_default_forward_options
 from dft_lightning.models.head import ends_of, find_head
 from dft_lightning.models.loading import checkpoint_activations, empty_causal_lm, load_causal_lm
 from dft_lightning.models.lora.adapter import attach, base_name, raise_to_float32
