@@ -42,8 +42,8 @@ class Section:
     Attributes:
         title: its heading.
         text: what stands below it.
-        tables: likewise.
-        plots: likewise.
+        tables: those below the text.
+        plots: those below the tables.
     """
 
     title: str

@@ -57,13 +57,9 @@ class Settings:
         path: of the file, or of the last of several.
         base: paths of the base configs.
         losses: class path and options of each, by name.
-        learning_rates: as in :class:`Comparison`.
-        seeds: likewise.
-        overrides: likewise.
-        seeds_at_best: likewise.
-        best_by: likewise.
-        measures: likewise, never ``None``.
-        evaluation: likewise, as plain values.
+        learning_rates, seeds, overrides, seeds_at_best, best_by: as in :class:`Comparison`.
+        measures: as in :class:`Comparison`, never ``None``.
+        evaluation: as in :class:`Comparison`, in plain values.
     """
 
     path: Path

@@ -70,7 +70,7 @@ class DFTLightningCLI(CommandLine):
 
     Args:
         model_class: the module, where neither the arguments nor their configs name another.
-        datamodule_class: the data module, likewise.
+        datamodule_class: the data module, where neither the arguments nor their configs name another.
         args: of the command; ``None`` takes ``sys.argv``.
         on_trainer: called before anything runs, which it does in here.
         kwargs: of LightningCLI.
@@ -330,7 +330,7 @@ def main(
     Args:
         args: command-line arguments without the program's name; ``None`` takes ``sys.argv``.
         module_class: the module, for a project with its own subclass.
-        datamodule_class: the data module, likewise.
+        datamodule_class: the data module, for a project with its own subclass.
 
     Returns:
         The CLI, with ``trainer``, ``model`` and ``datamodule``, when the run has ended.

@@ -86,7 +86,7 @@ def fused_batch_loss(
         head: its head.
         batch: ``input_ids``, ``labels`` and perhaps ``attention_mask``, all ``[B, T]``; or rows of whole documents
             with ``position_ids`` in place of the mask. ``token_weight`` ``[B, T]``, aligned with the labels, multiplies
-            the tokens' losses; ``reference_log_prob`` ``[B, T]``, likewise, is what losses read by that name.
+            the tokens' losses; ``reference_log_prob`` ``[B, T]``, aligned alike, is what losses read by that name.
         loss: any token loss.
         options: ``normalizer``, ``statistics`` and ``step`` of :func:`~dft_lightning.ops.linear_token_loss`, and
             ``auxiliary_by_weight``: whether the step will be divided by its weights rather than its targets, and
