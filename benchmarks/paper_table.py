@@ -11,9 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from memory_table import MODELS, TOKENS, empty_model
-
-from dft_lightning.distributed.memory import estimate_memory
+from memory_table import MODELS, TOKENS, empty_model, estimate_memory
 
 GPUS = 8
 # Assumptions, none of them measured: an H100's dense bfloat16 peak, the share of it that training reaches, and the mean

@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor
 from dft_lightning import CausalLMModule, DFTLoss, HuggingFaceExport, TokenLoss
 from dft_lightning.data.batches import Collator
 from dft_lightning.distributed import gather_lists
-from dft_lightning.distributed.memory import estimate_memory
 from dft_lightning.distributed.strategies import check_precision
 from dft_lightning.errors import InputError
 from dft_lightning.modules import GenerationOptions
@@ -37,6 +36,10 @@ from small_runs import (
     trainer,
     whole,
 )
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from memory_table import estimate_memory
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}

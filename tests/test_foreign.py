@@ -21,8 +21,8 @@ FILES = {
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 ASKED = ("getattr", "hasattr", "setattr")
-# Of Python itself: there is no other way to end a process from a handler of signals.
-OF_PYTHON = {"_exit"}
+# Of Python itself: the way to end a process from a handler of signals, and the options of an argparse parser.
+OF_PYTHON = {"_exit", "_actions"}
 
 
 def is_private(name):
@@ -96,15 +96,17 @@ def test_private_names_are_in_their_rooms(module):
 # Where each is in the releases that the package is for. ``None``: it is looked for by getattr, and may be missing.
 HOMES = {
     "_accelerator_connector": "lightning.pytorch.trainer.trainer.Trainer",
-    "_actions": "jsonargparse.ArgumentParser",
     "_activation_checkpointing_kwargs": "lightning.pytorch.strategies.FSDPStrategy",
     "_apply": "torch.nn.Module",
     "_attn_implementation": "transformers.PretrainedConfig",
     "_batches_that_stepped": "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop",
     "_common": "jsonargparse",
-    "_common_utils": "torch.distributed.fsdp",
     "_data_fetcher": "lightning.pytorch.loops.fit_loop._FitLoop",
     "_data_source": "lightning.pytorch.loops.fit_loop._FitLoop",
+    "_disable_adapters": "peft.tuners.tuners_utils.BaseTunerLayer",
+    "_ensure_setup": "lightning.pytorch.plugins.io.AsyncCheckpointIO",
+    "_error": "lightning.pytorch.plugins.io.AsyncCheckpointIO",
+    "_executor": "lightning.pytorch.plugins.io.AsyncCheckpointIO",
     "_foreach_mul_": "torch",
     "_forward_hooks": "torch.nn.Module",
     "_forward_pre_hooks": "torch.nn.Module",
@@ -116,20 +118,17 @@ HOMES = {
     "_keys_to_ignore_on_load_unexpected": "transformers.PreTrainedModel",
     "_logger_connector": "lightning.pytorch.trainer.trainer.Trainer",
     "_module_classes": "torch.distributed.fsdp.wrap.ModuleWrapPolicy",
-    "_name_parser_map": "jsonargparse._actions",
     "_non_persistent_buffers_set": "torch.nn.Module",
     "_original_object_hash": "transformers.GenerationConfig",
+    "_parse_ckpt_path": "lightning.pytorch.cli.LightningCLI",
     "_save_distributed_checkpoint": "lightning.pytorch.strategies.ModelParallelStrategy",
     "_set_hparams": "lightning.pytorch.core.mixins.HyperparametersMixin",
     "_should_check_val_fx": "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop",
-    "_step_supports_amp_scaling": "torch.amp.GradScaler",
+    "_state_dict_type": "lightning.pytorch.strategies.FSDPStrategy",
     "_supports_sdpa": "transformers.PreTrainedModel",
     "_typehint": "jsonargparse._typehints",
     "_typehints": "jsonargparse",
-    "_unsharded_param": "torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam",
     "_update_count": "torchmetrics.Metric",
-    "_util": "jsonargparse",
-    "_utils": "torch.distributed.tensor",
 }
 
 

@@ -171,11 +171,11 @@ def test_losses_are_listed_by_name():
         (lambda: ThresholdLoss(base=DFTLoss(reduction="sum")), "set ignore_index and reduction of ThresholdLoss"),
         (lambda: EAFTLoss(alpha=-1), "alpha must be finite and not negative"),
         (lambda: EAFTLoss(top_k=1), "top_k must be 2 or more, or None for the whole vocabulary, got 1"),
-        (lambda: ImportanceWeightedLoss(level="batch"), "level must be one of 'token', 'sequence', got 'batch'"),
+        (lambda: ImportanceWeightedLoss(level="batch"), "level must be one of token, sequence, got 'batch'"),
         (lambda: ImportanceWeightedLoss(clip=(2.0, 1.0)), r"0 <= lower <= upper, or None, got \(2.0, 1.0\)"),
         (lambda: ImportanceWeightedLoss(temperature=math.nan), "temperature must be finite"),
         (lambda: ProximalLoss(epsilon=0), "epsilon must be finite and positive"),
-        (lambda: SequenceDFTLoss(mean="arithmetic"), "mean must be one of 'product', 'geometric'"),
+        (lambda: SequenceDFTLoss(mean="arithmetic"), "mean must be one of product, geometric"),
         (lambda: AnchoredLoss(weight=-1), "weight must be finite and not negative"),
     ],
 )

@@ -150,7 +150,7 @@ def named(name, **options):
         (named("SGD", momentum="x"), "optimizer: "),
         (named("Muon", momentum=1.0), "optimizer.momentum must lie in [0, 1), got 1.0"),
         (named("Muon", ns_steps=100), "optimizer.ns_steps must be a whole number from 1 to 99, got 100"),
-        (named("Muon", adjust_lr_fn="x"), "optimizer.adjust_lr_fn must be 'match_rms_adamw' or 'original', got 'x'"),
+        (named("Muon", adjust_lr_fn="x"), "optimizer.adjust_lr_fn must be one of match_rms_adamw, original, got 'x'"),
     ],
 )  # fmt: skip
 def test_refusals(given, message):

@@ -100,7 +100,7 @@ def test_forms(given, path, options, needs):
         ({"minimum": 2}, "schedule.minimum must lie in [0, 1], got 2"),
         ({"minimum": -0.5}, "schedule.minimum must lie in [0, 1], got -0.5"),
         ({"minimum": math.nan}, "schedule.minimum must lie in [0, 1], got nan"),
-        ({"decay": "square"}, "schedule.decay must be 'cosine', 'linear' or 'constant', got 'square'"),
+        ({"decay": "square"}, "schedule.decay must be one of cosine, linear, constant, got 'square'"),
         ({"total_steps": 1.5}, "schedule.total_steps must be a whole number, got 1.5"),
         (named("OneCycleLR", max_lr=1, pct_start=2), "schedule: "),
         (named("LRScheduler"), "schedule: "),

@@ -226,11 +226,21 @@ def test_the_memory_estimate_is_what_the_allocator_measures(two_processes, tmp_p
         assert estimated == pytest.approx(measured, rel=0.25)
 
 
-def test_the_memory_table_is_the_one_in_the_docs(capsys):
+def test_the_memory_table_is_the_one_in_the_docs(capsys, tmp_path):
     empty_model = run_script("benchmarks/memory_table.py")["empty_model"]
     printed = capsys.readouterr().out
     assert printed.startswith("| model |")
     assert printed in (ROOT / "docs" / "sharding.md").read_text()
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaConfig(hidden_size=1024, vocab_size=8000, intermediate_size=4096, num_hidden_layers=2).save_pretrained(
+        tmp_path
+    )
+    run_script("benchmarks/memory_table.py", tmp_path)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(tmp_path))
+    gradients = 4 * sum(parameter.numel() for parameter in model.parameters()) / 2**30
+    (own,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {tmp_path} | 1 |")]
+    assert own.split(" | ")[3] == f"{gradients:.1f}"
     billions = {name: sum(p.numel() for p in empty_model(name).parameters()) for name in BILLIONS}
     assert {name: round(count / 1e9, 2) for name, count in billions.items()} == BILLIONS
 

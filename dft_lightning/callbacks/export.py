@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.distributed.strategies import on_first_rank, whole_state
-from dft_lightning.errors import InputError
+from dft_lightning.errors import InputError, check_one_of
 from dft_lightning.export.checkpoint import TrainedCheckpoint, language_model_tensors
 from dft_lightning.export.folder import OF_A_MODEL, DType, check_shard_size, export_folder
 from dft_lightning.export.model import model_class_of
@@ -50,8 +50,8 @@ class HuggingFaceExport(Callback):
         merge: bool = False,
     ) -> None:
         check_shard_size(max_shard_size)
-        if dtype not in (None, *get_args(DType)):
-            raise ValueError(f"dtype must be one of {', '.join(get_args(DType))}, got {dtype!r}")
+        if dtype is not None:
+            check_one_of("dtype", dtype, get_args(DType))
         self.output = output
         self.overwrite = overwrite
         self.dtype = dtype

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
-from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from dft_lightning.checkpoints.whole import WRITTEN, clear_leftovers, newest_whole, put_back
 from dft_lightning.errors import InputError, one_line
-from dft_lightning.files import remove, replacing_file, unwritable
+from dft_lightning.files import is_local, remove, replacing_file, unwritable
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -36,8 +34,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         'WholeCheckpointIO'
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
-        if storage_options is not None or not _is_local_file_protocol(path):
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if storage_options is not None or not is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = local_path(path)
@@ -51,8 +49,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         except OSError as error:
             raise InputError(failed(target, reason_of(error, target.parent))) from error
 
-    def remove_checkpoint(self, path: _PATH) -> None:
-        if not _is_local_file_protocol(path):
+    def remove_checkpoint(self, path: str | Path) -> None:
+        if not is_local(path):
             super().remove_checkpoint(path)
             return
         target = local_path(path)
@@ -62,26 +60,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             raise InputError(f"{target} cannot be deleted: {error.strerror}") from error
 
 
-class WholeAsyncCheckpointIO(AsyncCheckpointIO):
-    """Lightning's writing in a thread, which here deletes an older checkpoint after the newer one is written.
-
-    Lightning's own deletes it at once, and whether or not the newer one could be written.
-    """
-
-    def remove_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._ensure_setup()
-        assert self._executor is not None
-        self._executor.submit(self._remove_unless_failed, *args, **kwargs)  # its one thread takes them in turn
-
-    def _remove_unless_failed(self, *args: Any, **kwargs: Any) -> None:
-        if self._error is None:
-            try:
-                super().remove_checkpoint(*args, **kwargs)
-            except BaseException as error:  # raised by the next save, as the thread's others are
-                self._error = error
-
-
-def local_path(path: _PATH) -> Path:
+def local_path(path: str | Path) -> Path:
     """The path of a local address, which may be written ``file://``."""
     return Path(os.path.abspath(str(path).removeprefix("file://")))
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from torch.distributed.checkpoint import filesystem, metadata
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from dft_lightning.checkpoints.whole import INDEX, unreadable, whole_problem
@@ -103,7 +103,7 @@ def guard_loading(strategy: Strategy) -> None:
     strategy.load_checkpoint = load_checkpoint  # type: ignore[method-assign]
 
 
-def _check_place(folder: Path, place: _StorageInfo) -> None:
+def _check_place(folder: Path, place: Any) -> None:
     path = PurePosixPath(place.relative_path)
     if len(path.parts) != 1 or path.name == ".." or (folder / path).is_symlink():
         raise ValueError(f"it leads to {place.relative_path}, out of its folder")

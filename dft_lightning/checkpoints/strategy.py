@@ -12,21 +12,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dft_lightning.checkpoints.io import WholeAsyncCheckpointIO, WholeCheckpointIO, failed, local_path, reason_of
+from dft_lightning.checkpoints.io import WholeCheckpointIO, failed, local_path, reason_of
 from dft_lightning.checkpoints.whole import WRITTEN, clear_leftovers, write_marker
 from dft_lightning.distributed.ranks import gather_lists
 from dft_lightning.errors import InputError, one_line
-from dft_lightning.files import partial_path, put_in_place, remove, sync_files, unwritable
+from dft_lightning.files import is_local, partial_path, put_in_place, remove, sync_files, unwritable
+from dft_lightning.foreign.lightning import WholeAsyncCheckpointIO, saves_shards, saves_state_in_shards, trainer_of
 
 # Of disks: full, of a quota, read-only, not permitted, broken.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -55,12 +53,12 @@ def keep_whole(trainer: pl.Trainer) -> None:
     io = strategy.checkpoint_io  # makes Lightning's own where none was given
     if type(io) is TorchCheckpointIO:
         strategy.checkpoint_io = WholeCheckpointIO()
-    while isinstance(io, _WrappingCheckpointIO):
+    while hasattr(io, "checkpoint_io"):  # one that wraps another
         if type(io) is AsyncCheckpointIO:
             io.__class__ = WholeAsyncCheckpointIO
         if type(io.checkpoint_io) is TorchCheckpointIO:
-            io._checkpoint_io = WholeCheckpointIO()
-        io = io.checkpoint_io  # type: ignore[assignment]
+            io.checkpoint_io.__class__ = WholeCheckpointIO
+        io = io.checkpoint_io
 
 
 @functools.cache
@@ -103,17 +101,17 @@ class SavesWhole(Strategy):
                 "keep them in a folder that all machines share, or give a path that all have"
             )
         module = self.lightning_module
-        if module is not None and module._trainer is not None:
+        if module is not None and trainer_of(module) is not None:
             self._together(lambda: _check_folders(module.trainer))
 
     def on_train_start(self) -> None:
         super().on_train_start()
         self._note_books()
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         filepath = self.broadcast(filepath)
         try:
-            if not _is_local_file_protocol(filepath):
+            if not is_local(filepath):
                 self._together(lambda: super(SavesWhole, self).save_checkpoint(checkpoint, filepath, storage_options))
             else:
                 self._save(checkpoint, local_path(filepath), filepath, storage_options)
@@ -123,10 +121,10 @@ class SavesWhole(Strategy):
             raise
         self._note_books()
 
-    def remove_checkpoint(self, filepath: _PATH) -> None:
+    def remove_checkpoint(self, filepath: str | Path) -> None:
         self._together(lambda: super(SavesWhole, self).remove_checkpoint(filepath))
 
-    def _save(self, checkpoint: dict[str, Any], target: Path, filepath: _PATH, storage_options: Any) -> None:
+    def _save(self, checkpoint: dict[str, Any], target: Path, filepath: str | Path, storage_options: Any) -> None:
         shards = self._writes_shards()
         save = super().save_checkpoint
         if not shards and not self.broadcast(target.is_dir()):
@@ -144,8 +142,8 @@ class SavesWhole(Strategy):
 
     def _writes_shards(self) -> bool:
         if isinstance(self, ModelParallelStrategy):
-            return bool(self._save_distributed_checkpoint)
-        return isinstance(self, FSDPStrategy) and self._state_dict_type == "sharded"
+            return saves_shards(self)
+        return isinstance(self, FSDPStrategy) and saves_state_in_shards(self)
 
     def _prepare(self, target: Path) -> None:
         if self.is_global_zero:
@@ -181,7 +179,7 @@ class SavesWhole(Strategy):
     def _note_books(self) -> None:
         """Keep what each ``ModelCheckpoint`` takes for written: it notes a path before it is."""
         module = self.lightning_module
-        callbacks = [] if module is None or module._trainer is None else module.trainer.checkpoint_callbacks
+        callbacks = [] if module is None or trainer_of(module) is None else module.trainer.checkpoint_callbacks
         self._books = [(callback, _books(callback)) for callback in callbacks if isinstance(callback, ModelCheckpoint)]
 
 
@@ -254,12 +252,12 @@ def _check_folders(trainer: pl.Trainer) -> None:
 
 def _written_folders(trainer: pl.Trainer) -> Iterator[tuple[str, str]]:
     logged = [str(each.save_dir) for each in trainer.loggers if isinstance(each, (CSVLogger, TensorBoardLogger))]
-    yield from (("trainer.logger", folder) for folder in logged if _is_local_file_protocol(folder))
+    yield from (("trainer.logger", folder) for folder in logged if is_local(folder))
     if trainer.state.fn != TrainerFn.FITTING:
         return
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.save_top_k != 0:
             own = callback.dirpath or (trainer.loggers[0].save_dir if trainer.loggers else None)
             folder = str(own or trainer.default_root_dir)
-            if _is_local_file_protocol(folder):
+            if is_local(folder):
                 yield "trainer.callbacks' ModelCheckpoint", folder

@@ -15,8 +15,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, Namespace, _common, set_parsing_settings
-from lightning.fabric.utilities.cloud_io import _load
+import fsspec
+import torch
+from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning.pytorch.core.saving import (
     CHECKPOINT_PAST_HPARAMS_KEYS,
     load_hparams_from_tags_csv,
@@ -28,6 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dft_lightning.checkpoints.whole import unreadable
 from dft_lightning.component import Component, class_path, init_parameters, named_class
 from dft_lightning.errors import InputError, one_line, shortened
+from dft_lightning.foreign.jsonargparse import kept_settings
 
 
 def check_classes(values: Any, key: str, way_out: str, allowed: Collection[str] = ()) -> set[str]:
@@ -134,15 +136,12 @@ def importing_only(paths: Collection[str]) -> Iterator[None]:
     It makes no object of what is typed ``Any``, either. A text may name a class as well as a ``class_path`` does, so
     that looking at the values is not enough.
     """
-    before = dict(_common.parsing_settings)
     allowed = ["dft_lightning", "torch.optim", *sorted(path for path in paths if not path.startswith("jsonargparse."))]
-    set_parsing_settings(
-        import_path_denylist=["*"], import_path_allowlist=allowed, instantiate_subclass_spec_in_any=False
-    )
-    try:
+    with kept_settings():
+        set_parsing_settings(
+            import_path_denylist=["*"], import_path_allowlist=allowed, instantiate_subclass_spec_in_any=False
+        )
         yield
-    finally:
-        _common.parsing_settings.update(before)
 
 
 @contextlib.contextmanager
@@ -239,9 +238,10 @@ def _of_the_file(options: dict[str, Any], given: dict[str, Any], groups: Collect
 def _content(path: Any, weights_only: bool) -> dict[str, Any]:
     """A checkpoint without its tensors."""
     if isinstance(path, (str, Path)):
-        return dict(_load(path, map_location="meta", weights_only=weights_only))
+        with fsspec.open(str(path), "rb") as file:
+            return dict(torch.load(file, map_location="meta", weights_only=weights_only))
     start = path.tell()
     try:
-        return dict(_load(path, map_location="meta", weights_only=weights_only))
+        return dict(torch.load(path, map_location="meta", weights_only=weights_only))
     finally:
         path.seek(start)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from dft_lightning.cli import COMMANDS
 from dft_lightning.cli.shipped_configs import hint
 from dft_lightning.component import imported
+from dft_lightning.errors import did_you_mean, nearest
 from dft_lightning.foreign.jsonargparse import actions, type_of
 from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss
 
@@ -75,11 +75,9 @@ def _group_option(match: re.Match[str], message: str, parser: ArgumentParser) ->
 
 def _unknown_key(key: str, parser: ArgumentParser) -> str:
     known = _known_keys(parser)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not near:
-        tails = {name.rpartition(".")[2]: name for name in known}
-        near = [tails[tail] for tail in difflib.get_close_matches(key.rpartition(".")[2], tails, n=1, cutoff=0.75)]
-    return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "; see --help for the known ones")
+    tails = {name.rpartition(".")[2]: name for name in known}
+    near = nearest(key, known) or tails.get(str(nearest(key.rpartition(".")[2], tails, cutoff=0.75)))
+    return f"unknown key {key}; " + (f"did you mean {near}?" if near else "see --help for the known ones")
 
 
 def _known_keys(parser: Any) -> list[str]:
@@ -96,10 +94,9 @@ def _known_keys(parser: Any) -> list[str]:
 def _unknown_class(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
     key, _ = _key_and_reasons(message)
     known = sorted(known_classes(key, parser))
-    near = difflib.get_close_matches(match.group(1), known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
     choices = f"known: {', '.join(known)}, or the" if known else "give the"
-    return f"{key}: unknown class {match.group(1)!r}{hint}\n{choices} dotted path of your own"
+    end = did_you_mean(match.group(1), known)
+    return f"{key}: unknown class {match.group(1)!r}{end}\n{choices} dotted path of your own"
 
 
 def known_classes(key: str, parser: Any) -> list[str]:
@@ -155,8 +152,8 @@ def _no_option(key: str, class_path: str, name: str, left_out: int) -> str:
     options = list(inspect.signature(cls.__init__).parameters)[left_out:]
     if issubclass(cls, TokenLoss):
         options = [each for each in options if each not in FORWARD_OPTIONS]
-    near = difflib.get_close_matches(name, options, n=1)
-    it = f"did you mean {near[0]}? It" if near else "it"
+    near = nearest(name, options)
+    it = f"did you mean {near}? It" if near else "it"
     return f"{key}.{name}: {class_name} has no option {name!r}; {it} has {', '.join(options) or 'none'}"
 
 
@@ -199,8 +196,7 @@ def _broken_config(match: re.Match[str], message: str, parser: ArgumentParser) -
 
 def _unknown_command(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
     known = [*re.findall(r"\w+", match.group(2)), *COMMANDS]
-    near = difflib.get_close_matches(match.group(1), known, n=1)
-    return f"unknown command {match.group(1)!r}" + (f"; did you mean {near[0]}?" if near else f": {_one_of(known)}")
+    return f"unknown command {match.group(1)!r}{did_you_mean(match.group(1), known, f': {_one_of(known)}')}"
 
 
 def _no_command(match: re.Match[str], message: str, parser: ArgumentParser) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import posixpath
 from pathlib import Path
 
 import yaml
 
-from dft_lightning.errors import InputError
+from dft_lightning.errors import InputError, nearest
 from dft_lightning.files import write_text
 
 _PREFIX = "configs/"
@@ -94,9 +93,8 @@ def _select(names: list[str]) -> list[str]:
         key = posixpath.normpath(name).removeprefix(_PREFIX).removesuffix(".yaml")
         if key not in short:
             ends = {posixpath.basename(other): other for other in reversed(short)}
-            near = difflib.get_close_matches(key, short, n=1)
-            near = near or [ends[end] for end in difflib.get_close_matches(posixpath.basename(key), ends, n=1)]
-            rest = f"did you mean {short[near[0]]}?" if near else "`python -m dft_lightning configs` lists them"
+            near = nearest(key, short) or ends.get(str(nearest(posixpath.basename(key), ends)))
+            rest = f"did you mean {short[near]}?" if near else "`python -m dft_lightning configs` lists them"
             raise InputError(f"no such config: {name}; {rest}")
         base = yaml.safe_load(configs[short[key]].read_text(encoding="utf-8")).get("base", [])
         for path in [base] if isinstance(base, str) else base:

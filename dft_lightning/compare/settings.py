@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -15,7 +14,7 @@ import yaml
 from dft_lightning.cli.shipped_configs import hint
 from dft_lightning.compare.names import slug_of
 from dft_lightning.compare.recorder import Evaluation
-from dft_lightning.errors import InputError, one_line
+from dft_lightning.errors import InputError, did_you_mean, one_line
 from dft_lightning.evaluation.measures import check_measures, default_measures
 from dft_lightning.fit.own_classes import GROUPS, flat
 from dft_lightning.fit.parser import Parser
@@ -122,9 +121,8 @@ def _read_one(path: Path) -> dict[str, Any]:
     known = [key.name for key in fields(Comparison)]
     for key in content:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
-            raise InputError(f"{path}: unknown key {key}{hint}")
+            end = did_you_mean(str(key), known, f"; known: {', '.join(known)}")
+            raise InputError(f"{path}: unknown key {key}{end}")
     if isinstance(content.get("overrides"), dict):
         content["overrides"] = flat(content["overrides"])
     base = content.get("base")

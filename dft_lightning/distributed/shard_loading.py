@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 
 from dft_lightning.distributed.sharding import local_part
 from dft_lightning.errors import InputError
-from dft_lightning.foreign.torch import own_part
 from dft_lightning.foreign.transformers import names_let_be
 
 WAY_OUT = (
@@ -154,8 +153,10 @@ def _own_rows(name: str, target: Tensor, source: Any) -> Tensor | None:
     if not isinstance(target, DTensor):
         whole: Tensor = source[...]
         return whole
-    shape, offset = own_part(target)
-    if shape[0] == 0:
+    dim = next(dim for dim, placement in enumerate(target.placements) if placement.is_shard(0))
+    length = -(-target.shape[0] // target.device_mesh.size(dim))  # of all parts but the last ones
+    start = min(length * target.device_mesh.get_local_rank(dim), target.shape[0])
+    if start == target.shape[0]:
         return None
-    rows: Tensor = source[offset[0] : offset[0] + shape[0]]
+    rows: Tensor = source[start : min(start + length, target.shape[0])]
     return rows

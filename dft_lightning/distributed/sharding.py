@@ -22,7 +22,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from dft_lightning.errors import InputError
+from dft_lightning.errors import InputError, check_one_of
 from dft_lightning.foreign.torch import discard_unreduced_gradients
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -57,9 +57,8 @@ class ShardingOptions:
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
-            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
-                known = ", ".join(map(repr, get_args(kind)))
-                raise ValueError(f"sharding.{name} must be one of {known}, got {getattr(self, name)!r}")
+            if get_origin(kind) is Literal:
+                check_one_of(f"sharding.{name}", getattr(self, name), get_args(kind))
 
 
 def find_blocks(model: nn.Module, class_paths: list[str] | None = None) -> list[nn.Module]:

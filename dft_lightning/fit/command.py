@@ -44,7 +44,7 @@ from dft_lightning.fit.checkpoint_options import (
 )
 from dft_lightning.fit.own_classes import GROUPS, Classes, check_known, read_classes, this_script
 from dft_lightning.fit.parser import Parser, refuse_nulls
-from dft_lightning.foreign.lightning import quiet
+from dft_lightning.foreign.lightning import CommandLine, quiet
 from dft_lightning.modules import CausalLMModule
 
 _DESCRIPTION = (
@@ -59,7 +59,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
-class DFTLightningCLI(LightningCLI):
+class DFTLightningCLI(CommandLine):
     """LightningCLI with this project's defaults, each replaceable by config.
 
     Adds TensorBoard and CSV loggers (into one folder), a ``ModelCheckpoint`` of the newest state, an
@@ -87,11 +87,12 @@ class DFTLightningCLI(LightningCLI):
     ) -> None:
         self._on_trainer = on_trainer
         given = sys.argv[1:] if args is None else args
-        args, classes, self._class_paths = read_classes(given, Classes(model_class, datamodule_class))
+        args, self._classes, self._class_paths = read_classes(given, Classes(model_class, datamodule_class))
         for group, paths in self._class_paths.items():
-            if not paths and (own := classes.path(group)):
+            if not paths and (own := self._classes.path(group)):
                 paths.append(own)
-        super().__init__(classes.model, classes.data, args=args, **kwargs)
+        self._parsers: list[LightningArgumentParser] = []  # of the subcommands, in their order
+        super().__init__(self._classes.model, self._classes.data, args=args, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser: Any = super().init_parser(**kwargs)
@@ -100,6 +101,7 @@ class DFTLightningCLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_core_arguments_to_parser(parser)
+        self._parsers.append(parser)
         for group, base in GROUPS.items():
             what = f"dotted path of a subclass of {base.__name__}, whose options are here, too; also --{group} CLASS"
             named = self._class_paths[group][-1:] or [SUPPRESS]
@@ -110,7 +112,7 @@ class DFTLightningCLI(LightningCLI):
         # Lightning's own warns of args beside sys.argv, which every in-process caller (a test, a notebook) has.
         self._args = args
         self.config = self._parse(parser)
-        refuse_nulls(self._parser(self.config.subcommand), self.config[self.config.subcommand])
+        refuse_nulls(self.options_parser(), self.config[self.config.subcommand])
         for group, paths in self._class_paths.items():  # a file of a group alone is not looked at before
             check_known(group, (self.config.get(self.config.subcommand) or {}).get(f"{group}.class_path"), paths[-1:])
 
@@ -119,8 +121,9 @@ class DFTLightningCLI(LightningCLI):
         parsed: Namespace = (parser.parse_object if given else parser.parse_args)(self._args, **options)
         return parsed
 
-    def _parse_ckpt_path(self) -> None:
-        """Lightning's own lets the checkpoint's options override the config and the flags, silently."""
+    def options_parser(self) -> LightningArgumentParser:
+        """The parser of the subcommand that runs."""
+        return dict(zip(self.subcommands(), self._parsers, strict=True))[self.config.subcommand]
 
     def instantiate_classes(self) -> None:
         """The trainer first, which knows where checkpoints are: their options count before there is a model."""
@@ -128,16 +131,16 @@ class DFTLightningCLI(LightningCLI):
         try:
             self.config_init = self._instantiate(leave_out=("model", "data"))
             self.trainer = self.instantiate_trainer()
-            self._checkpoint = resolve_checkpoint(self._get(self.config, "ckpt_path"), self.trainer)
+            self._checkpoint = resolve_checkpoint(self._options(self.config).ckpt_path, self.trainer)
             saved = read_options(self._checkpoint)
             lines += self._take_options(saved)
             made = self._instantiate(leave_out=("trainer",))
         except ValueError as error:  # how constructors refuse an option; while a run goes on it would be a fault
             raise InputError("\n  ".join([str(error), *lines])) from error
-        self.model, self.datamodule = self._get(made, "model"), self._get(made, "data")
-        for group in ("model", "data"):
-            self._options(self.config_init)[group] = self._get(made, group)
-        self._add_configure_optimizers_method_to_model(self.subcommand)
+        options, own = self._options(self.config_init), self._options(made)
+        self.model, self.datamodule = options["model"], options["data"] = own.model, own.data
+        options["ckpt_path"] = self._checkpoint
+        options["weights_only"] = True if options.weights_only is None else options.weights_only
         lines += differing("model", self.model.hparams, saved.model)
         lines += differing("data", getattr(self.datamodule, "hparams", {}), saved.data)
         if lines:
@@ -154,8 +157,7 @@ class DFTLightningCLI(LightningCLI):
             self._options(config).pop(group)
         for group in GROUPS.keys() - set(leave_out):
             self._options(config)[group] = _without_class(self._options(config)[group])
-        classes = {"model": self._model_class, "data": self._datamodule_class}
-        skip = [(lambda *_, **__: None, classes[group], True) for group in leave_out if group in classes]
+        skip = [(lambda *_, **__: None, getattr(self._classes, group), True) for group in GROUPS if group in leave_out]
         made: Namespace = self.parser.instantiate(config, instantiators=skip)
         return made
 
@@ -164,7 +166,7 @@ class DFTLightningCLI(LightningCLI):
         if not saved.model:
             return []
         self._check_configs_are_files()
-        parser, options = self._parser(self.subcommand), self._options(self.config)
+        parser, options = self.options_parser(), self._options(self.config)
         self.parser.exit_on_error = parser.exit_on_error = False
         defaults, refused, paths = defaults_of(saved, options, parser)
         parser.set_defaults({**defaults, **dict.fromkeys(refused, SUPPRESS)})
@@ -179,12 +181,12 @@ class DFTLightningCLI(LightningCLI):
         return taken(_without_class(before), _without_class(found))
 
     def _check_configs_are_files(self) -> None:
-        for path in self._get(self.config, "config") or []:
+        for path in self._options(self.config).config or []:
             if not Path(path).is_file():
                 raise InputError(f"--config: {path} can be read but once, and --ckpt_path takes two: give a file")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        config = self._get(self.config_init, "trainer")
+        config = self._options(self.config_init).trainer
         check_precision(config.get("strategy"), config.get("precision"))
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
@@ -205,22 +207,6 @@ class DFTLightningCLI(LightningCLI):
         if self._on_trainer is not None:
             self._on_trainer(trainer)
         return trainer
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        try:
-            super()._run_subcommand(subcommand)
-        except Exception as error:
-            refused = refused_write(error, self.trainer)
-            if refused is None:
-                raise
-            raise refused from error
-
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        kwargs["ckpt_path"] = self._checkpoint
-        if kwargs.get("weights_only") is None:
-            kwargs["weights_only"] = True
-        return kwargs
 
 
 def _without_class(options: Namespace) -> Namespace:
@@ -367,6 +353,7 @@ def main(
     except Exception as error:
         for process in _started_by(trainers):  # before they say what they think of its end
             process.kill()
+        error = next(filter(None, (refused_write(error, trainer) for trainer in trainers)), error)
         raise SystemExit(_status(error, is_started or "TORCHELASTIC_RUN_ID" in os.environ)) from None
     except Interrupted as ended:
         if is_started:  # Lightning kills a process that started one of another status

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.cli import LightningArgumentParser
 
 from dft_lightning.cli.commands import FitArguments
 from dft_lightning.data import InstructionDataModule
@@ -19,26 +20,19 @@ from dft_lightning.modules import CausalLMModule
 
 
 class _ConfigReader(DFTLightningCLI):
-    """Parses and stops there."""
+    """Parses, and stops there by :class:`_Parsed`, before it seeds or makes anything."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {"fit": DFTLightningCLI.subcommands()["fit"]}  # the parsers of the others take most of a second
 
-    def _set_seed(self) -> None:
-        pass
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        raise _Parsed(self.options_parser().dump(self.config["fit"], skip_none=False))
 
-    def instantiate_classes(self) -> None:
-        pass
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
-
-    def whole_config(self) -> dict[str, Any]:
-        text = self._parser("fit").dump(self.config["fit"], skip_none=False)
-        content: dict[str, Any] = yaml.safe_load(text)
-        content.pop("config", None)
-        return content
+class _Parsed(Exception):
+    """The whole config, as text."""
 
 
 def read_fit_config(paths: list[Path], overrides: dict[str, Any], classes: Classes = PACKAGE) -> dict[str, Any]:
@@ -64,7 +58,12 @@ def read_fit_config(paths: list[Path], overrides: dict[str, Any], classes: Class
 
 def read_arguments(args: list[str], classes: Classes = PACKAGE) -> dict[str, Any]:
     """Every key of a ``fit`` config from the command's arguments, ``"fit"`` first; see :func:`read_fit_config`."""
-    return _ConfigReader(classes.model, classes.data, **cli_options(), args=args).whole_config()
+    try:
+        _ConfigReader(classes.model, classes.data, **cli_options(), args=args)
+    except _Parsed as parsed:
+        content: dict[str, Any] = yaml.safe_load(str(parsed))
+    content.pop("config", None)
+    return content
 
 
 def read_fit(fit: FitArguments) -> dict[str, Any]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from lightning.pytorch.cli import LightningArgumentParser
 from torch.optim import Optimizer
 
 from dft_lightning.cli.errors import shorten
-from dft_lightning.component import Component, to_plain
+from dft_lightning.component import Component, class_path, to_plain
 from dft_lightning.errors import InputError
 from dft_lightning.fit.own_classes import GROUPS, text_without_classes
-from dft_lightning.foreign.jsonargparse import change_for, class_and_options
+from dft_lightning.foreign.jsonargparse import actions, change_for, type_of
 from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss
 from dft_lightning.modules.optimizers import DEFAULT_OPTIMIZER
 
@@ -34,9 +34,9 @@ class Parser(LightningArgumentParser):
             kwargs["skip"] = {*(kwargs.get("skip") or ()), *FORWARD_OPTIONS}
         # With sub-configs, jsonargparse reads any file that a flag names as YAML first: data files, too.
         added = super().add_class_arguments(class_type, *args, **{**kwargs, "sub_configs": False})
-        for action in self._actions:
+        for action in actions(self):
             if isinstance(action.default, functools.partial):
-                self.set_defaults({action.dest: class_and_options(action.default)})
+                self.set_defaults({action.dest: _class_and_options(action.default)})
             elif isinstance(action.default, Component):  # of a group of options: it could not be written to a config
                 self.set_defaults({action.dest: to_plain(action.default)})
             if action.dest == "lr" and _is_kind(class_type, Optimizer) and class_type is not DEFAULT_OPTIMIZER.func:
@@ -55,6 +55,12 @@ class Parser(LightningArgumentParser):
         raise SystemExit(2)
 
 
+def _class_and_options(factory: functools.partial[Any]) -> dict[str, Any]:
+    """A partial of a class as a config says it: as a default jsonargparse would take it for a function, without
+    options to change."""
+    return {"class_path": class_path(cast(type, factory.func)), "init_args": dict(factory.keywords)}
+
+
 def _is_kind(cls: Any, base: type) -> bool:
     return isinstance(cls, type) and issubclass(cls, base)
 
@@ -69,11 +75,11 @@ def refuse_nulls(parser: Any, options: Any) -> None:
         parser: of the options.
         options: of ``model`` and ``data``, as it parsed them.
     """
-    actions = [action for action in parser._actions if hasattr(action, "_typehint")]
-    typed = {action.dest: action for action in actions if action.dest.partition(".")[0] in GROUPS}
+    found = [action for action in actions(parser) if type_of(action) is not None]
+    typed = {action.dest: action for action in found if action.dest.partition(".")[0] in GROUPS}
     groups = {key.rpartition(".")[0] for key in typed}
     for key in sorted({*typed, *groups} - {*GROUPS}):
         action = typed.get(key)
-        optional = action is not None and (action.default is None or type(None) in get_args(action._typehint))
+        optional = action is not None and (action.default is None or type(None) in get_args(type_of(action)))
         if not optional and key in options and options[key] is None:
             raise InputError(f"{key}: null is none of its values: leave it out for the default")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-from jsonargparse import ArgumentParser, _common, _typehints, _util
+from jsonargparse import ArgumentParser, _common, _typehints
 
 
 def change_for(kind: type[ArgumentParser], packages: tuple[str, ...]) -> None:
@@ -43,18 +44,22 @@ def change_for(kind: type[ArgumentParser], packages: tuple[str, ...]) -> None:
     _typehints.resolve_class_path_by_name = resolve_first
 
 
-def class_and_options(factory: functools.partial[Any]) -> dict[str, Any]:
-    """A partial of a class as a config says it. As a default jsonargparse would take it for a function, which has no
-    options to change; the path is the one that it gives the class itself, or the two would count as different."""
-    return {"class_path": _util.get_import_path(factory.func), "init_args": dict(factory.keywords)}
+@contextlib.contextmanager
+def kept_settings() -> Iterator[None]:
+    """Put back what ``set_parsing_settings`` changes meanwhile; the settings can be set alone."""
+    before = dict(_common.parsing_settings)
+    try:
+        yield
+    finally:
+        _common.parsing_settings.update(before)
 
 
 def actions(parser: ArgumentParser, subcommands: bool = False) -> list[Any]:
     """A parser's options as argparse has them, with ``subcommands`` those of its subcommands, too."""
     found: list[Any] = list(parser._actions)
     for action in parser._actions if subcommands else ():
-        for subparser in (getattr(action, "_name_parser_map", None) or {}).values():
-            found += actions(subparser, subcommands)
+        if isinstance(action.choices, dict):  # of names of subcommands, and their parsers
+            found += [each for subparser in action.choices.values() for each in actions(subparser, subcommands)]
     return found
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 
@@ -71,6 +73,14 @@ def mistake(error: Exception) -> str | None:
     return None
 
 
+class CommandLine(LightningCLI):
+    """LightningCLI without a checkpoint's hyperparameters, which override the config and the flags, and say nothing.
+    Its ``load_from_checkpoint_support`` turns off something else."""
+
+    def _parse_ckpt_path(self) -> None:
+        pass
+
+
 class PlainHyperparameters(HyperparametersMixin):
     """Mixin of a module or data module whose hyperparameters are stored in a form of their own.
 
@@ -127,6 +137,28 @@ def count_logged_steps(trainer: pl.Trainer) -> None:
     loop._batches_that_stepped = trainer.global_step - 1 if due else trainer.global_step
 
 
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+class WholeAsyncCheckpointIO(AsyncCheckpointIO):
+    """Lightning's writing in a thread, which here deletes an older checkpoint after the newer one is written.
+
+    Lightning's own deletes it at once, and whether or not the newer one could be written.
+    """
+
+    def remove_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._ensure_setup()
+        assert self._executor is not None
+        self._executor.submit(self._remove_unless_failed, *args, **kwargs)  # its one thread takes them in turn
+
+    def _remove_unless_failed(self, *args: Any, **kwargs: Any) -> None:
+        if self._error is None:
+            try:
+                super().remove_checkpoint(*args, **kwargs)
+            except BaseException as error:  # raised by the next save, as the thread's others are
+                self._error = error
+
+
 # -- strategies --------------------------------------------------------------------------------------------------------
 
 
@@ -138,3 +170,8 @@ def checkpointing_options(strategy: FSDPStrategy) -> dict[str, Any]:
 def saves_shards(strategy: ModelParallelStrategy) -> bool:
     """Whether a ``ModelParallelStrategy`` saves a folder of shards: an argument that it hides."""
     return bool(strategy._save_distributed_checkpoint)
+
+
+def saves_state_in_shards(strategy: FSDPStrategy) -> bool:
+    """Whether an ``FSDPStrategy`` saves a folder of shards: an argument that it hides."""
+    return strategy._state_dict_type == "sharded"

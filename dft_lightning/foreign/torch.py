@@ -9,11 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._common_utils import clean_tensor_name
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.optim import Optimizer
 
 
 class Moving(nn.Module):
@@ -49,11 +45,6 @@ def is_hooked(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
-def unscales_itself(optimizer: Optimizer) -> bool:
-    """Whether an optimizer takes gradients that are still scaled, as fused ones do. ``GradScaler`` asks the same."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
 # -- shards ------------------------------------------------------------------------------------------------------------
 
 
@@ -64,19 +55,15 @@ def discard_unreduced_gradients(module: FSDPModule) -> None:
     for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
         for parameter in group.fsdp_params if group is not None else ():
             parameter.unsharded_accumulated_grad = None
-            if hasattr(parameter, "_unsharded_param"):
+            if hasattr(parameter, "unsharded_param"):
                 parameter.unsharded_param.grad = None
 
 
-def own_part(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and offset of this rank's part; a ``DTensor`` tells its placements, and not what they come to."""
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(shape), tuple(offset)
-
-
 def name_without_wrappers(name: str) -> str:
-    """A tensor's name without what FSDP1 and activation checkpointing put into it."""
-    return clean_tensor_name(name)
+    """A tensor's name without what FSDP1, activation checkpointing and ``torch.compile`` put into it."""
+    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(wrapper, "")
+    return name
 
 
 def wrapped_classes(policy: ModuleWrapPolicy) -> tuple[type, ...]:

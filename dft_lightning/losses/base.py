@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dft_lightning.component import Component
+from dft_lightning.errors import check_one_of
 from dft_lightning.losses.statistics import Statistic, TokenStats, normalise_needs, statistics_from_logits
 
 #: The target that marks a token without one.
@@ -58,8 +59,7 @@ class TokenLoss(Component, nn.Module):
 
     def __init__(self, *, ignore_index: int = IGNORE_INDEX, reduction: str = "mean") -> None:
         super().__init__()
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"unknown reduction {reduction!r}; choose one of {', '.join(map(repr, REDUCTIONS))}")
+        check_one_of("reduction", reduction, REDUCTIONS)
         self.ignore_index = ignore_index
         self.reduction = reduction
 

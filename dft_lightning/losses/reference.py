@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from dft_lightning.errors import check_one_of
 from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss
 from dft_lightning.losses.cross_entropy import DFTLoss
 from dft_lightning.losses.statistics import Statistic, TokenStats
@@ -53,8 +54,7 @@ class ImportanceWeightedLoss(TokenLoss):
         reduction: str = "mean",
     ) -> None:
         super().__init__(ignore_index=ignore_index, reduction=reduction)
-        if level not in get_args(Level):
-            raise ValueError(f"level must be one of {', '.join(map(repr, get_args(Level)))}, got {level!r}")
+        check_one_of("level", level, get_args(Level))
         if clip is not None and not (len(clip) == 2 and 0 <= clip[0] <= clip[1]):
             raise ValueError(f"clip must be two numbers, 0 <= lower <= upper, or None, got {clip}")
         if not math.isfinite(temperature):

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from dft_lightning.errors import check_one_of
 from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss
 from dft_lightning.losses.statistics import Statistic, TokenStats
 
@@ -129,8 +130,7 @@ class SequenceDFTLoss(TokenLoss):
 
     def __init__(self, mean: Mean = "product", *, ignore_index: int = IGNORE_INDEX, reduction: str = "mean") -> None:
         super().__init__(ignore_index=ignore_index, reduction=reduction)
-        if mean not in get_args(Mean):
-            raise ValueError(f"mean must be one of {', '.join(map(repr, get_args(Mean)))}, got {mean!r}")
+        check_one_of("mean", mean, get_args(Mean))
         self.mean = mean
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from dft_lightning.models.lora.adapter import base_name
 _FIRST = 16
 
 
-def add_tensor(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+def add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
     """Add a tensor's name, dtype, shape and every bit of its values to a hash, whatever its device."""
     plain = tensor.detach().cpu().contiguous()
     digest.update(f"{name} {plain.dtype} {list(plain.shape)}".encode())

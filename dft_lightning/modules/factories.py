@@ -3,7 +3,6 @@ them."""
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dft_lightning.component import NotPlainError, class_path, imported, init_parameters, to_plain
-from dft_lightning.errors import one_line
+from dft_lightning.errors import did_you_mean, one_line
 
 Values = dict[str, Any]  # {"class_path": ..., "init_args": {...}}
 
@@ -155,8 +154,7 @@ def _named(path: str, base: type, key: str, names: Names) -> Any:
     except (ImportError, ValueError) as error:
         raise ValueError(f"{key}: cannot import {path!r}: {error}") from error
     if found is None:
-        near = difflib.get_close_matches(name, names.known(base), n=1)
-        raise ValueError(f"{key}: unknown class {path!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ValueError(f"{key}: unknown class {path!r}{did_you_mean(name, names.known(base))}")
     return found
 
 
@@ -165,9 +163,8 @@ def _check_names(cls: type, options: dict[str, Any], key: str) -> None:
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in options:
         if name not in parameters and not open_ended:
-            near = difflib.get_close_matches(name, parameters, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(parameters)}"
-            raise ValueError(f"{key}.{name}: {cls.__name__} has no option {name!r}; {hint}")
+            end = did_you_mean(name, parameters, f"; it has {', '.join(parameters)}")
+            raise ValueError(f"{key}.{name}: {cls.__name__} has no option {name!r}{end}")
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and parameter.kind in by_name and name not in options:

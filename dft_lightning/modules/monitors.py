@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dft_lightning.errors import InputError
+from dft_lightning.errors import InputError, did_you_mean
 from dft_lightning.losses import TokenLoss
 from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.modules.options import StepOptions
@@ -78,10 +77,7 @@ def check_monitors_by_validation(trainer: pl.Trainer, cls: type) -> None:
 def _instead(name: str, names: list[str]) -> str:
     if name.startswith(("val/", "forgetting/")) and not any(other.startswith("val/") for other in names):
         return ", as it has no validation rows: set data.validation, or monitor something else"
-    near = difflib.get_close_matches(name, names, n=1)
-    if near:
-        return f"; did you mean {near[0]}?"
-    return f": it logs {', '.join(names)}"
+    return did_you_mean(name, names, f": it logs {', '.join(names)}")
 
 
 def _monitored(trainer: pl.Trainer) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from dft_lightning.errors import InputError, one_line
+from dft_lightning.errors import InputError, check_one_of, one_line
+from dft_lightning.foreign.torch import name_without_wrappers
 from dft_lightning.models.quantization import import_bitsandbytes
 from dft_lightning.modules.factories import Names, Values, class_of, factory_values, options_of, parameters_of, tried
 
@@ -121,13 +122,10 @@ def check_sharding(values: Values, trainer: pl.Trainer | None) -> None:
 
 # -- parameter groups ----------------------------------------------------------------------------------------------
 
-# What FSDP1, activation checkpointing and torch.compile put into names.
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-
 
 def matrix_names(module: nn.Module) -> frozenset[str]:
     """Names of the parameters of two dimensions or more, whatever wraps the module's parts."""
-    return frozenset(_own_name(name) for name, p in module.named_parameters() if p.ndim >= 2)
+    return frozenset(name_without_wrappers(name) for name, p in module.named_parameters() if p.ndim >= 2)
 
 
 def parameter_groups(
@@ -159,7 +157,7 @@ def parameter_groups(
             group["muon"] = key[1]
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            is_matrix = parameter.ndim >= 2 or _own_name(name) in matrices
+            is_matrix = parameter.ndim >= 2 or name_without_wrappers(name) in matrices
             hidden = cls is Muon and _is_wide(parameter) and id(parameter) not in of_tables
             groups[is_matrix or decay is None, hidden]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
@@ -167,12 +165,6 @@ def parameter_groups(
 
 def _is_wide(parameter: nn.Parameter) -> bool:
     return parameter.ndim == 2 and min(parameter.shape) > 1
-
-
-def _own_name(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 # -- building ------------------------------------------------------------------------------------------------------
@@ -277,8 +269,7 @@ class Muon(Optimizer):
             raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
         if not isinstance(ns_steps, int) or not 1 <= ns_steps < 100:
             raise ValueError(f"ns_steps must be a whole number from 1 to 99, got {ns_steps}")
-        if adjust_lr_fn not in ("match_rms_adamw", "original"):
-            raise ValueError(f"adjust_lr_fn must be 'match_rms_adamw' or 'original', got {adjust_lr_fn!r}")
+        check_one_of("adjust_lr_fn", adjust_lr_fn, ("match_rms_adamw", "original"))
         both = {"lr": lr, "weight_decay": weight_decay}
         own = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}
         self._options: dict[bool, dict[str, Any]] = {

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import (
 )
 from torch.utils.data import DistributedSampler
 
-from dft_lightning.errors import InputError, one_line
+from dft_lightning.errors import InputError, check_one_of, one_line
 from dft_lightning.foreign.lightning import shares_rows_out, training_loader
 from dft_lightning.modules.factories import Names, Values, class_of, factory_values, options_of, parameters_of, tried
 
@@ -77,8 +77,7 @@ def _check_warmup_options(warmup: Any, decay: Any, minimum: Any, total_steps: An
         raise ValueError(f"warmup must be a whole number of steps or, as a share of all, lie in [0, 1], got {warmup}")
     if warmup < 0:
         raise ValueError(f"warmup must not be negative, got {warmup}")
-    if decay not in ("cosine", "linear", "constant"):
-        raise ValueError(f"decay must be 'cosine', 'linear' or 'constant', got {decay!r}")
+    check_one_of("decay", decay, ("cosine", "linear", "constant"))
     if not 0 <= minimum <= 1:
         raise ValueError(f"minimum must lie in [0, 1], got {minimum}")
     if decay == "constant" and minimum:

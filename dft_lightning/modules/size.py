@@ -22,7 +22,7 @@ _MIB = 2**20
 def training_size(module: nn.Module, optimizers: Iterable[Optimizer], counted: str = "parameters") -> str:
     """How many parameters are trained, and bytes of weights, gradients and AdamW's states on this rank.
 
-    Activations and logits come on top: see :func:`~dft_lightning.distributed.estimate_memory`.
+    Activations and logits come on top: see docs/sharding.md.
 
     Args:
         module: the whole of it.

@@ -12,18 +12,19 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from dft_lightning.callbacks.interruption import Interrupted
 from dft_lightning.cli.commands import FitArguments, Stopped
-from dft_lightning.data import InstructionDataModule
 from dft_lightning.distributed.strategies import check_half_precision, check_precision
 from dft_lightning.errors import InputError
 from dft_lightning.evaluation.completions import sampled_shares
 from dft_lightning.fit.config import module_of, read_fit
+from dft_lightning.fit.one_device import ending_on_signals, of_one_device, predict, status_of
 from dft_lightning.metrics import ExactMatch
 from dft_lightning.models.fingerprints import hash_weights
 from dft_lightning.models.generation import GenerationOptions
-from dft_lightning.modules import CausalLMModule
 from dft_lightning.sampling.completions import Completion, Sampler
 from dft_lightning.sampling.partial_file import Job, PartialFile
 from dft_lightning.sampling.prompts import Prompts, jobs_by_length, read_prompts
@@ -76,40 +77,49 @@ def sample(
 
     Raises:
         InputError: anything wrong with the input.
-        Stopped: on Ctrl-C; the message says what is kept.
+        Stopped: on Ctrl-C and SIGTERM; the message says what is kept.
     """
     _check_numbers(k=k, max_new_tokens=max_new_tokens, batch_size=batch_size, limit=limit)
     _check_sampling(temperature, top_p)
     check_output(output, overwrite)
     try:
-        config = read_fit(fit)
-        if config.get("ckpt_path") is not None:
-            raise InputError(
-                "--ckpt_path: sample takes no checkpoint: `export` it, and give the folder as --model.model, with "
-                "--data.tokenizer where the config names one"
-            )
-        data, prompts = read_prompts(config, split, limit, fit.classes)
-        # Sampling needs no loss, and one may read what rows do not have.
-        model = {**config["model"], "loss": _NO_LOSS, "reference_model": None}
-        module = module_of({**config, "model": model}, fit.classes)
-        scorer = ExactMatch(module.evaluation.answer_extractor)
-        scorer.check(prompts.references(), split)
-        longest = max_new_tokens or module.evaluation.generation.max_new_tokens
-        generation = GenerationOptions(longest, True, temperature, top_p)
-        batches = jobs_by_length([len(ids) for ids in prompts.ids], k, batch_size or data.eval_batch_size)
-        trainer = place(module, data, config["trainer"])
-        asked: dict[str, Any] = {"--split": split, "--limit": limit, "--k": k, "--seed": seed}
-        asked |= {f"--{name}": asdict(generation)[name] for name in ("temperature", "top_p", "max_new_tokens")}
-        asked |= {"--batch_size": batch_size or data.eval_batch_size}
-        asked |= {"trainer.precision": config["trainer"]["precision"]}
-        asked |= {f"model.{name}": reduce(getitem, name.split("."), config["model"]) for name in _OF_THE_MODEL}
-        asked["model.class_path"] = config["model"].get("class_path")
-        asked |= {"the prompts (rows, tokenizer or template)": prompts.digest, "the weights": hash_weights(module)}
-        sampler = Sampler(module, trainer, generation, module.stop_token_ids, data._pad_token_id(), seed)
-    except KeyboardInterrupt:
-        raise Stopped("stopped before anything was sampled") from None
-    file = PartialFile(output, asked, batches, overwrite)
-    print(f"{output}: {_written(file, sampler, prompts, scorer, k)}")
+        with ending_on_signals():
+            config = read_fit(fit)
+            if config.get("ckpt_path") is not None:
+                raise InputError(
+                    "--ckpt_path: sample takes no checkpoint: `export` it, and give the folder as --model.model, with "
+                    "--data.tokenizer where the config names one"
+                )
+            data, prompts = read_prompts(config, split, limit, fit.classes)
+            # Sampling needs no loss, and one may read what rows do not have.
+            model = {**config["model"], "loss": _NO_LOSS, "reference_model": None}
+            module = module_of({**config, "model": model}, fit.classes)
+            scorer = ExactMatch(module.evaluation.answer_extractor)
+            scorer.check(prompts.references(), split)
+            longest = max_new_tokens or module.evaluation.generation.max_new_tokens
+            generation = GenerationOptions(longest, True, temperature, top_p)
+            batch_size = batch_size or data.eval_batch_size
+            batches = jobs_by_length([len(ids) for ids in prompts.ids], k, batch_size)
+            trainer = trainer_of(config["trainer"])
+            asked: dict[str, Any] = {"--split": split, "--limit": limit, "--k": k, "--seed": seed}
+            asked |= {f"--{name}": asdict(generation)[name] for name in ("temperature", "top_p", "max_new_tokens")}
+            asked |= {"--batch_size": batch_size, "trainer.precision": config["trainer"]["precision"]}
+            asked |= {f"model.{name}": reduce(getitem, name.split("."), config["model"]) for name in _OF_THE_MODEL}
+            asked["model.class_path"] = config["model"].get("class_path")
+            asked["the prompts (rows, tokenizer or template)"] = prompts.digest
+
+            def step(*_: Any) -> str:
+                """With the model on its device; returns what became of it."""
+                file = PartialFile(output, {**asked, "the weights": hash_weights(module)}, batches, overwrite)
+                sampler = Sampler(module, trainer, generation, module.stop_token_ids, data._pad_token_id(), seed)
+                said = f"{output}: {_written(file, sampler, prompts, scorer, k)}"
+                print(said)
+                return said
+
+            torch.manual_seed(0)  # of a model from a config, or a new adapter: the same when a run goes on
+            predict(trainer, module, data, _Once(), step)
+    except (KeyboardInterrupt, Interrupted) as ending:
+        raise Stopped("stopped before anything was sampled", status_of(ending)) from None
 
 
 def _check_numbers(**given: int | None) -> None:
@@ -145,9 +155,9 @@ def _written(file: PartialFile, sampler: Sampler, prompts: Prompts, scorer: Exac
         speed = _fill(file, sampler, prompts, scorer)
         summary = summarise(file, k, speed, sampler.options.max_new_tokens)
         file.finish()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted) as ending:
         kept = f"{file.lines_done} of {sum(map(len, file.batches))} answers are in {file.path}"
-        raise Stopped(f"stopped: {kept}; the same command goes on with the others") from None
+        raise Stopped(f"stopped: {kept}; the same command goes on with the others", status_of(ending)) from None
     finally:
         file.close()
     return summary
@@ -156,32 +166,26 @@ def _written(file: PartialFile, sampler: Sampler, prompts: Prompts, scorer: Exac
 _NO_LOSS = {"class_path": "dft_lightning.losses.CrossEntropyLoss"}
 
 
-def place(module: CausalLMModule, data: InstructionDataModule, config: dict[str, Any]) -> pl.Trainer:
-    """Load a module's model onto one device, as a trainer of these options would.
+def trainer_of(options: dict[str, Any]) -> pl.Trainer:
+    """The trainer of a whole config on one device, without a progress bar and plugins of its own.
 
     Raises:
-        InputError: no such model or precision.
+        InputError: no such precision, or none of this device.
     """
-    check_precision("auto", config["precision"])
-    trainer = pl.Trainer(
-        accelerator=config["accelerator"],
-        devices=1,
-        precision=config["precision"],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        inference_mode=False,
-    )
-    check_half_precision(trainer, config["precision"])
-    trainer.datamodule = data  # type: ignore[attr-defined]
-    data.trainer = module.trainer = trainer
-    torch.manual_seed(0)  # of a model from a config, or a new adapter: the same when a run goes on
-    with trainer.precision_plugin.module_init_context():
-        module.configure_model()
-    trainer.precision_plugin.convert_module(module)
-    module.to(trainer.strategy.root_device)
+    check_precision("auto", options["precision"])
+    trainer = pl.Trainer(**{**of_one_device(options), "enable_progress_bar": False, "plugins": None})
+    check_half_precision(trainer, options["precision"])
     return trainer
+
+
+class _Once(Dataset[None]):
+    """One batch, of nothing: the sampler makes its own."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        return None
 
 
 def _fill(file: PartialFile, sampler: Sampler, prompts: Prompts, scorer: ExactMatch) -> float:

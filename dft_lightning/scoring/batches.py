@@ -12,9 +12,8 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
-from dft_lightning.data import InstructionDataModule
 from dft_lightning.data.batches import Collator
 from dft_lightning.data.references import FINGERPRINT, LOG_PROB
 from dft_lightning.errors import InputError
@@ -153,21 +152,3 @@ class ScoredWriter(Callback):
         self._files[place].write(json.dumps({**found.row.values, **values}) + "\n")
         self.rows[place] += 1
         self.targets[place] += len(log_prob)
-
-
-class ScoringData(pl.LightningDataModule):
-    """What the trainer takes the batches and the tokenizer from.
-
-    Args:
-        data: the config's data module, with its tokenizer.
-        batches: the batches.
-    """
-
-    def __init__(self, data: InstructionDataModule, batches: ScoringBatches) -> None:
-        super().__init__()
-        self.tokenizer = data.tokenizer
-        self.end_of_turn_ids = data.end_of_turn_ids
-        self.batches = batches
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.batches, batch_size=None)

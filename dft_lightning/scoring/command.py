@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from dft_lightning.callbacks.interruption import Interrupted
 from dft_lightning.cli.commands import FitArguments, Stopped
 from dft_lightning.files import check_replaceable
+from dft_lightning.fit.one_device import ending_on_signals, status_of
 from dft_lightning.scoring.run import RECORD, SPLITS, ScoringCLI, Split
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def score(output: Path, overwrite: bool = False, splits: list[Split] | None = None, *, fit: FitArguments) -> None:
@@ -35,30 +29,10 @@ def score(output: Path, overwrite: bool = False, splits: list[Split] | None = No
         Stopped: on Ctrl-C and SIGTERM; nothing is written.
     """
     try:
-        with _ending_on_signals():
+        with ending_on_signals():
             check_replaceable(output, overwrite, (RECORD,), "--output", SPLITS)
             scored = ScoringCLI(fit, splits, output).scored
     except Interrupted as ending:
-        raise Stopped("stopped: nothing was written", int(ending.code or 1)) from None
+        raise Stopped("stopped: nothing was written", status_of(ending)) from None
     flags = " ".join(f"--data.{split} {shlex.quote(str(output / split))}" for split in scored)
     print(f"{output}: add to fit, with the same data options:\n    {flags}")
-
-
-@contextmanager
-def _ending_on_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the command as an error would, so that what was begun is deleted."""
-    if threading.current_thread() is not threading.main_thread():  # Python lets no other set them
-        yield
-        return
-    before = {number: signal.signal(number, _end) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    for each in _SIGNALS:  # a second one would leave the deleting half done
-        signal.signal(each, signal.SIG_IGN)
-    raise Interrupted(128 + number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from collections.abc import Sequence
@@ -18,16 +19,20 @@ from dft_lightning.data import InstructionDataModule
 from dft_lightning.errors import InputError
 from dft_lightning.files import replacing_folder
 from dft_lightning.fit.command import DFTLightningCLI, cli_options
+from dft_lightning.fit.one_device import of_one_device, predict
 from dft_lightning.fit.own_classes import PACKAGE
 from dft_lightning.losses import CrossEntropyLoss
-from dft_lightning.scoring.batches import ScoredWriter, ScoringBatches, ScoringData, target_log_probs
+from dft_lightning.scoring.batches import ScoredWriter, ScoringBatches, target_log_probs
 from dft_lightning.scoring.rows import SplitRows
 from dft_lightning.version import __version__
 
 Split = Literal["train", "validation", "forgetting", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 RECORD = "score.json"
-_KEPT = ("accelerator", "precision", "enable_progress_bar", "default_root_dir", "deterministic", "plugins")
+
+
+class _Scored(Exception):
+    pass
 
 
 class ScoringCLI(DFTLightningCLI):
@@ -45,7 +50,8 @@ class ScoringCLI(DFTLightningCLI):
         self.scored: list[Split] = []
         options = {**cli_options(), "save_config_callback": None}
         classes = fit.classes or PACKAGE
-        super().__init__(classes.model, classes.data, **options, args=["predict", *fit.args])
+        with contextlib.suppress(_Scored):
+            super().__init__(classes.model, classes.data, **options, args=["predict", *fit.args])
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -59,14 +65,9 @@ class ScoringCLI(DFTLightningCLI):
                 f"--ckpt_path: {options.ckpt_path} is a folder of shards, and score runs on one device: export it, and "
                 "give model.model what is written"
             )
-        trainer = options.trainer
-        devices = trainer.devices
-        defaults = self._parser(self.subcommand).get_defaults().trainer
-        for name in vars(trainer):
-            if name not in _KEPT:
-                trainer[name] = defaults[name]
-        trainer.devices = devices[:1] if isinstance(devices, list) else 1
-        trainer.logger = trainer.enable_checkpointing = trainer.enable_model_summary = False
+        defaults = self.options_parser().get_defaults().trainer
+        for name, value in {**vars(defaults), **of_one_device(vars(options.trainer))}.items():
+            options.trainer[name] = value
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
@@ -74,9 +75,9 @@ class ScoringCLI(DFTLightningCLI):
         callbacks[:] = [callback for callback in callbacks if not isinstance(callback, PredictionWriter)]
         return trainer
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def before_predict(self) -> None:
+        """In place of Lightning's own, which this ends by :class:`_Scored`."""
         self.model.loss = CrossEntropyLoss()  # of a reference nothing is asked but log-probs
-        self.model.predict_step = partial(target_log_probs, self.model)
         data = self.datamodule
         data.model_hparams = self.model.hparams
         self.scored = _chosen(data, self.splits)
@@ -86,6 +87,7 @@ class ScoringCLI(DFTLightningCLI):
             split.check()
             _say(split)
         self._score(splits)
+        raise _Scored
 
     def _score(self, splits: list[SplitRows]) -> None:
         data = self.datamodule
@@ -95,13 +97,7 @@ class ScoringCLI(DFTLightningCLI):
             self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
             # The data loader reads in this process, where the length is exact.
             warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
-            self.trainer.predict(
-                self.model,
-                datamodule=ScoringData(data, batches),
-                ckpt_path=self._checkpoint,
-                return_predictions=False,
-                weights_only=True,
-            )
+            predict(self.trainer, self.model, data, batches, partial(target_log_probs, self.model), self._checkpoint)
             record = self._record(splits, writer)
             (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
