@@ -133,6 +133,14 @@ def test_a_kill_leaves_the_older_folder_or_the_newer(tmp_path):
     assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
+def test_a_folder_that_cannot_take_its_name_leaves_the_older_one(tmp_path):
+    path = tmp_path / "last.ckpt"
+    shards(path, 1)
+    with pytest.raises(FileNotFoundError):
+        put_in_place(tmp_path / "none", path)
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
 def test_a_kill_between_the_two_renames_is_mended(tmp_path):
     """Of the older and the newer, both hidden, the newer takes the name; neither does while its process lives."""
     for step, kind in ((1, "old"), (2, "partial")):
