@@ -72,8 +72,8 @@ def _require_packages() -> None:
 
 
 def _compare(config: list[Path], output: Path, jobs: int, print_commands: bool, classes: Classes | None) -> int:
-    from dft_lightning.compare.clock import Clock
     from dft_lightning.compare.execute import check_jobs, ending_on_signals, execute
+    from dft_lightning.compare.files import Clock
     from dft_lightning.compare.grid import base_run, runs_at_best, started_by, sweep_runs, write_config
     from dft_lightning.compare.inputs import check_inputs
     from dft_lightning.compare.report import write_report
