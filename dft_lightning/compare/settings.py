@@ -184,18 +184,6 @@ def _check(settings: Settings) -> None:
     check_measures([*settings.best_by, *settings.measures], settings.evaluation["num_samples"], str(where))
 
 
-def fit_overrides(settings: Settings) -> dict[str, Any]:
-    """The overrides with a learning rate, which an optimizer that is named needs; each run sets its own."""
-    rate, model = settings.learning_rates[0], dict(settings.overrides.get("model") or {})
-    optimizer = model.get("optimizer") or {}
-    optimizer = {"class_path": optimizer} if isinstance(optimizer, str) else optimizer
-    if "class_path" in optimizer:
-        model["optimizer"] = {**optimizer, "init_args": {**(optimizer.get("init_args") or {}), "lr": rate}}
-    else:
-        model["optimizer"] = {**optimizer, "lr": rate}
-    return {**settings.overrides, "model": model}
-
-
 def _check_overrides(settings: Settings) -> None:
     """What the grid sets for each run cannot be overridden for all of them."""
     rates = (("model", "optimizer", "lr"), ("model", "optimizer", "init_args", "lr"))
