@@ -25,9 +25,9 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from checkpoint_runs import RESUMED
 from dft_lightning import CausalLMModule
 from dft_lightning.checkpoints import WholeCheckpointIO, keep_whole, newest_whole, resolve_checkpoint, whole_problem
-from dft_lightning.checkpoints.whole import META, WRITTEN, write_marker
-from dft_lightning.checkpoints.writing import clear_leftovers, partial_path, put_back, put_in_place, sync_files
+from dft_lightning.checkpoints.whole import META, WRITTEN, clear_leftovers, put_back, write_marker
 from dft_lightning.errors import InputError
+from dft_lightning.files import partial_path, put_in_place, sync_files
 from dft_lightning.fit import main
 from dft_lightning.foreign.lightning import quiet
 from small_runs import TINY_ARITHMETIC, arithmetic_data, run_two_processes, trainer

@@ -103,6 +103,7 @@ HOMES = {
     "_common": "jsonargparse",
     "_data_fetcher": "lightning.pytorch.loops.fit_loop._FitLoop",
     "_data_source": "lightning.pytorch.loops.fit_loop._FitLoop",
+    "_disable_adapters": "peft.tuners.tuners_utils.BaseTunerLayer",
     "_ensure_setup": "lightning.pytorch.plugins.io.AsyncCheckpointIO",
     "_error": "lightning.pytorch.plugins.io.AsyncCheckpointIO",
     "_executor": "lightning.pytorch.plugins.io.AsyncCheckpointIO",
@@ -124,12 +125,10 @@ HOMES = {
     "_set_hparams": "lightning.pytorch.core.mixins.HyperparametersMixin",
     "_should_check_val_fx": "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop",
     "_state_dict_type": "lightning.pytorch.strategies.FSDPStrategy",
-    "_step_supports_amp_scaling": "torch.amp.GradScaler",
     "_supports_sdpa": "transformers.PreTrainedModel",
     "_typehint": "jsonargparse._typehints",
     "_typehints": "jsonargparse",
     "_update_count": "torchmetrics.Metric",
-    "_util": "jsonargparse",
 }
 
 

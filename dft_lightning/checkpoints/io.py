@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from dft_lightning.checkpoints.whole import WRITTEN, newest_whole
-from dft_lightning.checkpoints.writing import clear_leftovers, put_back, reason_of, remove, replacing_file
-from dft_lightning.errors import InputError
-from dft_lightning.files import is_local
+from dft_lightning.checkpoints.whole import WRITTEN, clear_leftovers, newest_whole, put_back
+from dft_lightning.errors import InputError, one_line
+from dft_lightning.files import is_local, remove, replacing_file, unwritable
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -45,8 +44,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             clear_leftovers(target.parent)
-            with replacing_file(target) as file:
-                torch.save({**checkpoint, WRITTEN: time.time_ns()}, file)  # type: ignore[arg-type]
+            with replacing_file(target) as file, _Watched(file) as watched:
+                torch.save({**checkpoint, WRITTEN: time.time_ns()}, watched)  # type: ignore[arg-type]
         except OSError as error:
             raise InputError(failed(target, reason_of(error, target.parent))) from error
 
@@ -75,3 +74,45 @@ def failed(target: Path, reason: str | None) -> str:
         f"the checkpoint {target} could not be written: {reason}. Earlier checkpoints are untouched; {kept}. "
         "Make room or set another trainer.default_root_dir, and go on with --ckpt_path"
     )
+
+
+class _Watched:
+    """A binary file to write, which remembers why writing failed: torch's own error has no reason in it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def __enter__(self) -> _Watched:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is not None and self.error is not None:
+            raise self.error from error
+
+
+def reason_of(error: BaseException, folder: Path) -> str | None:
+    """Why writing below ``folder`` failed, in the words of the system; ``None`` where the error is of another kind."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return seen.strerror or one_line(seen)
+        seen = seen.__cause__ or seen.__context__
+    if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
+        # torch's writer has swallowed the system's error: writing once more tells it.
+        return unwritable(folder) or f"torch could not write ({one_line(Exception(str(error)), 200)})"
+    return None

@@ -10,8 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dft_lightning.checkpoints.strategy import SavesWhole
-from dft_lightning.checkpoints.whole import newest_whole, whole_problem
-from dft_lightning.checkpoints.writing import put_back
+from dft_lightning.checkpoints.whole import newest_whole, put_back, whole_problem
 from dft_lightning.errors import InputError
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,21 +19,11 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dft_lightning.checkpoints.io import WholeCheckpointIO, failed, local_path
-from dft_lightning.checkpoints.whole import WRITTEN, write_marker
-from dft_lightning.checkpoints.writing import (
-    clear_leftovers,
-    partial_path,
-    put_in_place,
-    reason_of,
-    remove,
-    sync_files,
-    sync_folder,
-    unwritable,
-)
+from dft_lightning.checkpoints.io import WholeCheckpointIO, failed, local_path, reason_of
+from dft_lightning.checkpoints.whole import WRITTEN, clear_leftovers, write_marker
 from dft_lightning.distributed.ranks import gather_lists
 from dft_lightning.errors import InputError, one_line
-from dft_lightning.files import is_local
+from dft_lightning.files import is_local, partial_path, put_in_place, remove, sync_files, unwritable
 from dft_lightning.foreign.lightning import WholeAsyncCheckpointIO, saves_shards, saves_state_in_shards, trainer_of
 
 # Of disks: full, of a quota, read-only, not permitted, broken.
@@ -119,13 +108,6 @@ class SavesWhole(Strategy):
         super().on_train_start()
         self._note_books()
 
-    def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        # A logger or callback writes on rank 0 alone: the others would wait, and end in an error of their connection.
-        kill = getattr(self.launcher, "kill", None)
-        if _of_disk(exception) is not None and kill is not None:
-            kill(signal.SIGKILL)
-
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         filepath = self.broadcast(filepath)
         try:
@@ -174,7 +156,6 @@ class SavesWhole(Strategy):
         if partial.is_dir():
             sync_files(partial)
             write_marker(partial, marker)
-            sync_folder(partial)
         put_in_place(partial, target)
 
     def _together(self, action: Callable[[], None], target: Path | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,10 +15,10 @@ from typing import Any, BinaryIO
 import torch
 
 from dft_lightning.errors import one_line
+from dft_lightning.files import MARKER, is_being_written, partials, remove, write_text
 
 META = "meta.pt"  # beside the shards: all of a checkpoint that is no tensor of model or optimizer
 INDEX = ".metadata"  # of the shards
-MARKER = "complete.json"  # of a folder; written when every other file of it is on disk
 WRITTEN = "written_ns"  # of a file, as a key of it: when it was written, whatever its copy's date
 
 
@@ -83,10 +84,7 @@ def written(path: Path) -> tuple[int, int, int]:
 def write_marker(folder: Path, content: dict[str, Any]) -> None:
     """Say of a folder, whose files are all there, that it is whole."""
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files_of(folder)}
-    with (folder / MARKER).open("w", encoding="utf-8") as file:
-        json.dump({**content, "files": sizes}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(folder / MARKER, json.dumps({**content, "files": sizes}, indent=1))
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
@@ -142,6 +140,27 @@ def _check_header(file: BinaryIO, record: zipfile.ZipInfo) -> None:
     file.seek(record.header_offset)
     if file.read(4) != b"PK\x03\x04":
         raise zipfile.BadZipFile(f"nothing is where {record.filename} should begin")
+
+
+def put_back(folder: Path) -> None:
+    """Give a whole folder its name, where a process ended between two renames, of the older and of the newer.
+
+    Several processes may do so at once.
+    """
+    folders = [path for path in partials(folder) if (path / MARKER).is_file() and not is_being_written(path)]
+    for partial in sorted(folders, key=written, reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # another was first, or the folder is read-only
+            target = folder / str(read_marker(partial)["name"])
+            if target.parent == folder and not os.path.lexists(target) and whole_problem(partial) is None:
+                partial.rename(target)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what processes that have ended left half written: of this machine, or not written to for an hour."""
+    put_back(folder)
+    for partial in partials(folder):
+        if not is_being_written(partial):
+            remove(partial)
 
 
 def content_of(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,6 +35,7 @@ from dft_lightning.evaluation.completions import (
     target_log_probs,
     token_values,
 )
+from dft_lightning.files import replacing_file
 from dft_lightning.losses.base import IGNORE_INDEX
 from dft_lightning.models.fingerprints import add_tensor, hash_weights
 from dft_lightning.modules.causal_lm import CausalLMModule
@@ -242,11 +242,9 @@ class RunRecorder(Callback):
 
     def _write_log_probs(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero:
-            path = self.folder / PROBABILITIES
-            partial = path.with_name("partial-" + path.name)
             arrays: dict[str, Any] = {k: np.asarray(v, dtype=np.float32) for k, v in self._log_probs.items()}
-            np.savez_compressed(partial, **arrays)
-            os.replace(partial, path)
+            with replacing_file(self.folder / PROBABILITIES) as file:
+                np.savez_compressed(file, **arrays)
 
     def _write_fit(self, trainer: pl.Trainer, finished: bool, final_weights: str | None = None) -> None:
         hashers = gather_lists([(self._hasher.rows, self._hasher.targets, self._hasher.steps)], trainer.world_size)

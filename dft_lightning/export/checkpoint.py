@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dft_lightning.checkpoints.whole import INDEX, META, unreadable, whole_problem, written
-from dft_lightning.checkpoints.writing import put_back
+from dft_lightning.checkpoints.whole import INDEX, META, put_back, unreadable, whole_problem, written
 from dft_lightning.errors import InputError
 from dft_lightning.modules.resume.record import RECORD
 

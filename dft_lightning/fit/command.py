@@ -14,13 +14,14 @@ import sys
 import time
 from argparse import SUPPRESS
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -43,7 +44,6 @@ from dft_lightning.fit.checkpoint_options import (
 )
 from dft_lightning.fit.own_classes import GROUPS, Classes, check_known, read_classes, this_script
 from dft_lightning.fit.parser import Parser, refuse_nulls
-from dft_lightning.fit.saved_config import RunConfig
 from dft_lightning.foreign.lightning import CommandLine, quiet
 from dft_lightning.modules import CausalLMModule
 
@@ -247,6 +247,27 @@ def default_loggers(root: str | Path | None) -> list[Logger]:
     folder = str(root or Path.cwd())
     board = TensorBoardLogger(folder, name="lightning_logs")
     return [board, CSVLogger(folder, name="lightning_logs", version=board.version)]
+
+
+class RunConfig(SaveConfigCallback):
+    """``config.yaml`` in the run's folder. That of an earlier run is kept.
+
+    Without a logger all runs have one folder: there a run that goes on from a checkpoint writes ``config-2.yaml`` and
+    so on, and one that begins is refused, as its checkpoints would mix with the others'.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not self.already_saved and self.config.get("ckpt_path") is not None:
+            folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective
+            self.config_filename = trainer.strategy.broadcast(_free_name(folder, self.config_filename))
+        super().setup(trainer, pl_module, stage)
+
+
+def _free_name(folder: Path, name: str) -> str:
+    if not (folder / name).exists():
+        return name
+    stem, _, ending = name.rpartition(".")
+    return next(f"{stem}-{i}.{ending}" for i in count(2) if not (folder / f"{stem}-{i}.{ending}").exists())
 
 
 _STARTED_BY = "DFT_LIGHTNING_STARTED_BY"

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from lightning.pytorch.cli import LightningArgumentParser
 from torch.optim import Optimizer
 
 from dft_lightning.cli.errors import shorten
-from dft_lightning.component import Component, to_plain
+from dft_lightning.component import Component, class_path, to_plain
 from dft_lightning.errors import InputError
 from dft_lightning.fit.own_classes import GROUPS, text_without_classes
-from dft_lightning.foreign.jsonargparse import actions, change_for, class_and_options, type_of
+from dft_lightning.foreign.jsonargparse import actions, change_for, type_of
 from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss
 from dft_lightning.modules.optimizers import DEFAULT_OPTIMIZER
 
@@ -36,7 +36,7 @@ class Parser(LightningArgumentParser):
         added = super().add_class_arguments(class_type, *args, **{**kwargs, "sub_configs": False})
         for action in actions(self):
             if isinstance(action.default, functools.partial):
-                self.set_defaults({action.dest: class_and_options(action.default)})
+                self.set_defaults({action.dest: _class_and_options(action.default)})
             elif isinstance(action.default, Component):  # of a group of options: it could not be written to a config
                 self.set_defaults({action.dest: to_plain(action.default)})
             if action.dest == "lr" and _is_kind(class_type, Optimizer) and class_type is not DEFAULT_OPTIMIZER.func:
@@ -53,6 +53,12 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         sys.stderr.write(f"error: {shorten(message, self)}\n")
         raise SystemExit(2)
+
+
+def _class_and_options(factory: functools.partial[Any]) -> dict[str, Any]:
+    """A partial of a class as a config says it: as a default jsonargparse would take it for a function, without
+    options to change."""
+    return {"class_path": class_path(cast(type, factory.func)), "init_args": dict(factory.keywords)}
 
 
 def _is_kind(cls: Any, base: type) -> bool:

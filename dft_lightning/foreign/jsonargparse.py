@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import Any
 
-from jsonargparse import ArgumentParser, _common, _typehints, _util
+from jsonargparse import ArgumentParser, _common, _typehints
 
 
 def change_for(kind: type[ArgumentParser], packages: tuple[str, ...]) -> None:
@@ -53,12 +52,6 @@ def kept_settings() -> Iterator[None]:
         yield
     finally:
         _common.parsing_settings.update(before)
-
-
-def class_and_options(factory: functools.partial[Any]) -> dict[str, Any]:
-    """A partial of a class as a config says it. As a default jsonargparse would take it for a function, which has no
-    options to change; the path is the one that it gives the class itself, or the two would count as different."""
-    return {"class_path": _util.get_import_path(factory.func), "init_args": dict(factory.keywords)}
 
 
 def actions(parser: ArgumentParser, subcommands: bool = False) -> list[Any]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.optim import Optimizer
 
 
 class Moving(nn.Module):
@@ -44,11 +43,6 @@ def non_persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
 def is_hooked(layer: nn.Module) -> bool:
     """Whether hooks are on a module's forward, which can be added and removed, but not asked for."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks)
-
-
-def unscales_itself(optimizer: Optimizer) -> bool:
-    """Whether an optimizer takes gradients that are still scaled, as fused ones do. ``GradScaler`` asks the same."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 # -- shards ------------------------------------------------------------------------------------------------------------

@@ -11,12 +11,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from dft_lightning.errors import InputError
+from dft_lightning.foreign.peft import adapter_off
 from dft_lightning.losses import TokenLoss
 from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.models.documents import ModelChecks, model_inputs
 from dft_lightning.models.fingerprints import base_fingerprint, first_difference
 from dft_lightning.models.head import ends_of, run_without_head
-from dft_lightning.models.lora.adapter import adapter_off, base_name, trained_names
+from dft_lightning.models.lora.adapter import base_name, trained_names
 from dft_lightning.models.row_checks import evaluating
 from dft_lightning.ops import ReferenceHead
 

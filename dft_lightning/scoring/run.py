@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from collections.abc import Sequence
@@ -30,6 +31,10 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 RECORD = "score.json"
 
 
+class _Scored(Exception):
+    pass
+
+
 class ScoringCLI(DFTLightningCLI):
     """Takes a ``fit`` config as ``predict`` does, and scores on one device.
 
@@ -45,7 +50,8 @@ class ScoringCLI(DFTLightningCLI):
         self.scored: list[Split] = []
         options = {**cli_options(), "save_config_callback": None}
         classes = fit.classes or PACKAGE
-        super().__init__(classes.model, classes.data, **options, args=["predict", *fit.args])
+        with contextlib.suppress(_Scored):
+            super().__init__(classes.model, classes.data, **options, args=["predict", *fit.args])
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -59,7 +65,7 @@ class ScoringCLI(DFTLightningCLI):
                 f"--ckpt_path: {options.ckpt_path} is a folder of shards, and score runs on one device: export it, and "
                 "give model.model what is written"
             )
-        defaults = self._parser(self.subcommand).get_defaults().trainer
+        defaults = self.options_parser().get_defaults().trainer
         for name, value in {**vars(defaults), **of_one_device(vars(options.trainer))}.items():
             options.trainer[name] = value
 
@@ -69,7 +75,8 @@ class ScoringCLI(DFTLightningCLI):
         callbacks[:] = [callback for callback in callbacks if not isinstance(callback, PredictionWriter)]
         return trainer
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def before_predict(self) -> None:
+        """In place of Lightning's own, which this ends by :class:`_Scored`."""
         self.model.loss = CrossEntropyLoss()  # of a reference nothing is asked but log-probs
         data = self.datamodule
         data.model_hparams = self.model.hparams
@@ -80,6 +87,7 @@ class ScoringCLI(DFTLightningCLI):
             split.check()
             _say(split)
         self._score(splits)
+        raise _Scored
 
     def _score(self, splits: list[SplitRows]) -> None:
         data = self.datamodule

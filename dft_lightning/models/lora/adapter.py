@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -165,23 +163,6 @@ def _is_linear(layer: nn.Linear) -> bool:
         except Exception:  # whatever it does with rows that it does not expect
             return False
     return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected, atol=1e-3)
-
-
-@contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Run a model as its base meanwhile. What is trained stays marked as trained."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    # Not enable_adapters(), which also freezes and unfreezes parameters under a strategy that has wrapped them.
-    layers = [each for each in model.modules() if isinstance(each, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 def raise_to_float32(model: nn.Module) -> list[str]:

@@ -154,7 +154,8 @@ def _set_function(schedule: LambdaLR, before: dict[str, Any], own: dict[str, Any
         schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
     ):
         _set(group, "lr", base * factor(schedule.last_epoch))
-    schedule._last_lr = [copy.copy(group["lr"]) for group in schedule.optimizer.param_groups]
+    rates = [copy.copy(group["lr"]) for group in schedule.optimizer.param_groups]
+    schedule.load_state_dict({**schedule.state_dict(), "_last_lr": rates})
 
 
 def _check_options(own: Values, before: Any) -> None:
