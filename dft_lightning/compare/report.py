@@ -41,8 +41,8 @@ class Section:
     Attributes:
         title: its heading.
         text: what stands below it.
-        tables: likewise.
-        plots: likewise.
+        tables: below the text.
+        plots: below the tables.
     """
 
     title: str

@@ -57,13 +57,13 @@ class Settings:
         path: of the file, or of the last of several.
         base: paths of the base configs.
         losses: class path and options of each, by name.
-        learning_rates: as in :class:`Comparison`.
-        seeds: likewise.
-        overrides: likewise.
-        seeds_at_best: likewise.
-        best_by: likewise.
-        measures: likewise, never ``None``.
-        evaluation: likewise, as plain values.
+        learning_rates: those of :class:`Comparison`.
+        seeds: those of :class:`Comparison`.
+        overrides: those of :class:`Comparison`.
+        seeds_at_best: those of :class:`Comparison`.
+        best_by: those of :class:`Comparison`.
+        measures: those of :class:`Comparison`, or its defaults.
+        evaluation: that of :class:`Comparison`, as plain values.
     """
 
     path: Path

@@ -23,7 +23,7 @@ class Interval:
     Attributes:
         mean: the estimate.
         low: lower end; ``None`` where one value alone says nothing of its spread.
-        high: upper end, likewise.
+        high: upper end; ``None`` where there is no lower one.
         count: how many values it is of.
     """
 
