@@ -265,13 +265,13 @@ def test_fit_validate_test_and_predict(config, tmp_path):
     tested = main(["test", "--config", config, "--ckpt_path", str(checkpoint)])
     records = [json.loads(line) for line in (Path(tested.trainer.log_dir) / "test_predictions.jsonl").open()]
     assert [record["index"] for record in records] == list(range(6))
-    assert set(records[0]) == {"index", "prompt", "completion", "reference", "correct"}
+    assert set(records[0]) == {"index", "prompt", "completion", "answer", "correct"}
     share = sum(record["correct"] for record in records) / 6
     assert tested.trainer.callback_metrics["test/exact_match"].item() == pytest.approx(share)
 
     predicted = main(["predict", "--config", config, "--ckpt_path", "last"])
     lines = (Path(predicted.trainer.log_dir) / "predictions.jsonl").read_text().splitlines()
-    assert set(json.loads(lines[0])) == {"index", "prompt", "completion", "reference"}
+    assert set(json.loads(lines[0])) == {"index", "prompt", "completion", "answer"}
 
 
 def test_saved_config_repeats_the_run(config, tmp_path):

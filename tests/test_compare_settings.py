@@ -214,8 +214,8 @@ LOCAL = {"class_path": "LocalRows", "init_args": {"path": "rows.jsonl"}}
         (None, {"test": "nowhere.jsonl"}, {}, "nowhere.jsonl"),
         ([{"prompt": "1+1="}], {"train": LOCAL}, {}, "rows.jsonl"),
         ("{", {"validation": LOCAL}, {}, "rows.jsonl: 1 of 1 rows are bad\n  row 1: broken JSON"),
-        (NO_ANSWERS, {"validation": LOCAL}, {}, "validation row 1: LastNumber() finds no answer in the reference"),
-        (NO_ANSWERS, {"test": LOCAL}, {}, "test row 1: LastNumber() finds no answer in the reference"),
+        (NO_ANSWERS, {"validation": LOCAL}, {}, "validation row 1: LastNumber() finds nothing in the answer"),
+        (NO_ANSWERS, {"test": LOCAL}, {}, "test row 1: LastNumber() finds nothing in the answer"),
         (NO_ANSWERS, {"forgetting": LOCAL}, {}, "forgetting row 1: .*; or set evaluation.forgetting_answers: false"),
         (None, {"tokenizer": "no/where"}, {}, "data.tokenizer"),
         (None, {"tokenizer": None}, {}, "data.tokenizer is not set"),
@@ -243,7 +243,7 @@ def test_an_extractor_that_finds_nothing_ends_it_before_the_first_run(tmp_path, 
     model = {**BASE["model"], "evaluation": {"answer_extractor": "HashAnswer"}}
     arguments = ["--config", write(tmp_path, {**BASE, "model": model}), "--output", tmp_path / "out"]
     for more in ([], ["--print_commands"]):
-        assert "row 1: HashAnswer() finds no answer in the reference" in fails(capsys, *arguments, *more)
+        assert "row 1: HashAnswer() finds nothing in the answer" in fails(capsys, *arguments, *more)
     assert not (tmp_path / "out").exists()
 
 

@@ -538,7 +538,7 @@ def test_rows_too_long_to_learn_from_are_still_tested(tmp_path):
     batch = next(iter(data.test_dataloader()))
     assert batch["index"].tolist() == [0, 1]
     assert batch["prompt"] == ["^" + row["prompt"] for row in rows]
-    assert data.references("test") == ["2", "2"]
+    assert data.answers("test") == ["2", "2"]
 
 
 def test_rows_that_cannot_be_scored_are_bad_rows_of_test(tmp_path):
@@ -609,9 +609,9 @@ def test_batches_are_padded_on_the_right_and_prompts_on_the_left():
             "index": 0,
             "prompt": "a",
             "prompt_ids": [5],
-            "reference": "b",
+            "answer": "b",
         },
-        {"input_ids": [8], "labels": [-100], "index": 1, "prompt": "c", "prompt_ids": [8, 9], "reference": None},
+        {"input_ids": [8], "labels": [-100], "index": 1, "prompt": "c", "prompt_ids": [8, 9], "answer": None},
     ]
     batch = Collator(pad_token_id=0, pad_to_multiple_of=4, with_prompts=True)(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 0], [8, 0, 0, 0]]
@@ -619,7 +619,7 @@ def test_batches_are_padded_on_the_right_and_prompts_on_the_left():
     assert batch["labels"].tolist() == [[-100, 6, 7, -100], [-100] * 4]
     assert batch["prompt_input_ids"].tolist() == [[0, 0, 0, 5], [0, 0, 8, 9]]
     assert batch["prompt_attention_mask"].tolist() == [[0, 0, 0, 1], [0, 0, 1, 1]]
-    assert batch["reference"] == ["b", None]
+    assert batch["answer"] == ["b", None]
 
 
 @pytest.mark.parametrize(("size", "ranks"), [(8, 1), (8, 2), (7, 2), (10, 4)])

@@ -172,7 +172,7 @@ def test_exact_match_by_hand():
     metric = ExactMatch(HashAnswer())
     metric.update(["#### 3", "#### 4", "nothing", "#### 1,000"], ["#### 3", "#### 5", "#### 6", "#### 1000.0"])
     assert metric.compute().item() == 0.5
-    with pytest.raises(InputError, match=r"HashAnswer\(\) finds no answer in the reference 'five'"):
+    with pytest.raises(InputError, match=r"HashAnswer\(\) finds nothing in the answer 'five'"):
         metric.update(["#### 5"], ["five"])
 
 
@@ -191,7 +191,7 @@ def test_references_that_cannot_be_scored_end_the_run_before_training():
             seen.append(1)
 
     module = CausalLMModule("asset://arithmetic-base", evaluation={"answer_extractor": HashAnswer()})
-    with pytest.raises(InputError, match=r"HashAnswer\(\) finds no answer in the reference"):
+    with pytest.raises(InputError, match=r"HashAnswer\(\) finds nothing in the answer"):
         trainer(callbacks=[GenerationEvaluation(at_start=False), Watch()]).fit(module, datamodule=data())
     assert seen == []
 
@@ -204,15 +204,15 @@ def test_math_answers_are_compared_by_value():
         (r"\boxed{y + x}", r"\boxed{x+y}"),
         (r"the answer is $\boxed{12}$.", r"\boxed{12}"),
     ]
-    for completion, reference in equal:
-        assert answer.matches(completion, reference), completion
-        assert not BoxedAnswer().matches(completion, reference) or "12" in reference
+    for text, own in equal:
+        assert answer.matches(text, own), text
+        assert not BoxedAnswer().matches(text, own) or "12" in own
     assert not answer.matches(r"\boxed{\frac{1}{3}}", r"\boxed{\frac{1}{2}}")
     assert not answer.matches("no idea", r"\boxed{1}")
     metric = ExactMatch(answer)
     metric.update([r"\boxed{\frac{2}{4}}", r"\boxed{2}"], [r"\boxed{0.5}"] * 2)
     assert metric.compute().item() == 0.5
-    with pytest.raises(InputError, match=r"finds no answer in the reference 'none'"):
+    with pytest.raises(InputError, match=r"finds nothing in the answer 'none'"):
         metric.update([r"\boxed{1}"], ["none"])
 
 

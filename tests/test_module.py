@@ -496,7 +496,7 @@ def test_left_padding_changes_no_completion():
     module.configure_model()
     texts = ["Once upon a time", "Lily and Tom went to the park. They"]
     ids = [module.tokenizer(text)["input_ids"] for text in texts]
-    rows = [{"input_ids": i, "labels": i, "prompt_ids": i, "prompt": "", "reference": "", "index": 0} for i in ids]
+    rows = [{"input_ids": i, "labels": i, "prompt_ids": i, "prompt": "", "answer": "", "index": 0} for i in ids]
     batch = Collator(0, with_prompts=True)(rows)
     options = GenerationOptions(max_new_tokens=10)
     together = module.generate(batch["prompt_input_ids"], batch["prompt_attention_mask"], options)

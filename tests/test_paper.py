@@ -100,7 +100,7 @@ def test_how_a_row_looks_to_the_model(name, tmp_path):
     data.setup("test")
     asked = next(iter(data.test_dataloader()))
     assert asked["prompt"] == [RENDERED[name]]
-    assert asked["reference"] == ["It is $\\boxed{2}$."]
+    assert asked["answer"] == ["It is $\\boxed{2}$."]
 
 
 def test_one_of_them_runs(tmp_path, monkeypatch, capsys):
@@ -134,7 +134,7 @@ class Alternating(CausalLMModule):
     def generate(self, input_ids, attention_mask, options):
         self.calls = getattr(self, "calls", 0) + 1
         assert options.do_sample
-        rows = self.trainer.datamodule.references("test")
+        rows = self.trainer.datamodule.answers("test")
         return [rows[0] if (self.calls + i) % 4 == 0 else "0" for i in range(len(input_ids))]
 
 

@@ -83,7 +83,7 @@ def test_what_a_line_says(arguments, tmp_path, base, capsys):
     for line in lines:
         assert list(line) == ["prompt", "completion", *KEYS]
         row = ROWS[line["index"]]
-        assert (line["prompt"], line["reference"]) == (row["prompt"], row["completion"])
+        assert (line["prompt"], line["gold_answer"]) == (row["prompt"], row["completion"])
         text = f"^{line['prompt']}{line['completion']}" + "$" * line["finished"]
         ids = torch.tensor([tokenizer.convert_tokens_to_ids(list(text))])
         said = len(line["completion"]) + line["finished"]
@@ -216,7 +216,8 @@ def test_lines_are_asked_as_the_rows_were(tmp_path):
     assert [message["content"] for message in prompts.question(2)["question"]] == ["3+", "1+1=", "2", "2+2="]
     assert prompts.question(2)["tools"] == tools
     lines = [
-        {**prompts.question(i), "answer": "5", "reference": "", "reward": 1.0, "index": i} for i in range(len(prompts))
+        {**prompts.question(i), "answer": "5", "gold_answer": "", "reward": 1.0, "index": i}
+        for i in range(len(prompts))
     ]
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     given = [list(ids) for ids in prompts.ids]
@@ -449,11 +450,11 @@ def test_a_partial_file_that_is_none_or_in_use(arguments, tmp_path, capsys):
         (["--split", "predict"], "data.predict is not set, nor data.test"),
         (["--ckpt_path", "last"], "--ckpt_path: sample takes no checkpoint: `export` it, and give the folder as"),
         (["--model.modle", "x"], "unknown key model.modle; did you mean model.model?"),
-        (["--data.prompt_column", "reference"], "data.prompt_column: reference is another column of the samples"),
+        (["--data.prompt_column", "gold_answer"], "data.prompt_column: gold_answer is another column of the samples"),
         (["--data.text_column", "prompt", "--data.row_form", "text"], "plain text has no prompt to generate from"),
         (
             ["--model.evaluation.answer_extractor", "HashAnswer"],
-            "train row 1: HashAnswer() finds no answer in the reference 'x|579'",
+            "train row 1: HashAnswer() finds nothing in the answer 'x|579'",
         ),
         (["--trainer.precision", "16-mixed"], "trainer.precision: 16-mixed needs a GPU"),
     ],
@@ -464,7 +465,7 @@ def test_one_message_for_one_mistake(arguments, tmp_path, capsys, given, expecte
     assert not (tmp_path / "s.jsonl.partial").exists()
 
 
-def test_rows_without_a_reference_are_named(arguments, tmp_path, capsys):
+def test_rows_without_an_answer_are_named(arguments, tmp_path, capsys):
     path = tmp_path / "asked.jsonl"
     path.write_text(
         "".join(json.dumps(row) + "\n" for row in [{"prompt": "1+1=", "completion": "2"}, {"prompt": "2+2="}])

@@ -23,7 +23,7 @@ from dft_lightning.data import ArithmeticRows
 from dft_lightning.data.tokenizer import load_tokenizer
 from dft_lightning.errors import InputError
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss
-from dft_lightning.scoring import run as scoring
+from dft_lightning.scoring import command as scoring
 from small_runs import trainer
 
 TOKENIZER = "asset://arithmetic-base"

@@ -232,7 +232,7 @@ def rebuilt(folder, capsys):
 def test_losses_of_a_report_are_not_imported(tmp_path, stranger, monkeypatch):  # noqa: F811
     from dft_lightning.compare.analysis import analyse
     from dft_lightning.compare.plots import style
-    from dft_lightning.compare.plots.weights import weight_of_p
+    from dft_lightning.compare.plots.tokens import weight_of_p
 
     whole_comparison(tmp_path)
     settings = yaml.safe_load((tmp_path / "compare.yaml").read_text())

@@ -19,7 +19,7 @@ from dft_lightning.files import replacing
 class PredictionWriter(Callback):
     """Writes what ``predict`` and ``test`` generate, one JSON object a line in the order of the rows.
 
-    Each has ``index`` (from 0), ``prompt``, ``completion`` and ``reference``; in ``test`` also ``correct``. The file
+    Each has ``index`` (from 0), ``prompt``, ``completion`` and ``answer``; in ``test`` also ``correct``. The file
     is written whole when all rows are done, by rank 0, and replaces an older one of the same name only then.
 
     Args:

@@ -72,18 +72,19 @@ def _require_packages() -> None:
 
 
 def _compare(config: list[Path], output: Path, jobs: int, print_commands: bool, classes: Classes | None) -> int:
-    from dft_lightning.compare.clock import Clock
     from dft_lightning.compare.execute import check_jobs, ending_on_signals, execute
+    from dft_lightning.compare.files import Clock
     from dft_lightning.compare.grid import base_run, runs_at_best, started_by, sweep_runs, write_config
     from dft_lightning.compare.inputs import check_inputs
     from dft_lightning.compare.report import write_report
-    from dft_lightning.compare.settings import fit_overrides, read_settings
+    from dft_lightning.compare.settings import read_settings
     from dft_lightning.fit.config import read_fit_config
     from dft_lightning.fit.own_classes import PACKAGE
 
     classes = classes or PACKAGE
     settings = read_settings(config)
-    fit_config = read_fit_config(settings.base, fit_overrides(settings), classes)
+    rate = {"model": {"optimizer": {"lr": settings.learning_rates[0]}}}  # an optimizer needs one; each run sets its own
+    fit_config = read_fit_config(settings.base, settings.overrides, rate, classes=classes)
     _check_fit_config(fit_config, settings.path)
     check_jobs(jobs, fit_config["trainer"])
     program = classes.program(fit_config)

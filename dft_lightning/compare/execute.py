@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from tqdm import tqdm
 
-from dft_lightning.compare.clock import Clock
+from dft_lightning.compare.files import Clock
 from dft_lightning.compare.grid import Run
 from dft_lightning.errors import InputError
 

@@ -1,8 +1,10 @@
-"""The files of a comparison and of a run's folder."""
+"""The files of a comparison and of a run's folder: their names, and how they are written and read."""
 
 from __future__ import annotations
 
 import json
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,16 @@ FIT = "fit.json"
 TEST = "test.json"
 CHECKPOINT = "last.ckpt"
 PROBABILITIES = "probabilities.npz"
+
+
+def slug_of(name: str) -> str:
+    """The name of a loss as it stands in the names of folders and files.
+
+    Example:
+        >>> slug_of("CE, then DFT")
+        'ce-then-dft'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -52,3 +64,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected keys and values")
     return content
+
+
+class Clock:
+    """Keeps when a call of the command ran something, in the comparison's folder: how long it takes by the clock.
+
+    A call that is killed has lost what came after the end of its last run.
+
+    Args:
+        output: the folder.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self._path = output / CALLS
+        self._before = read_calls(output)
+        self._began = time.time()
+
+    def tick(self) -> None:
+        """Something ran until now."""
+        write_json(self._path, [*self._before, {"began": self._began, "ended": time.time()}])
+
+
+def read_calls(output: Path) -> list[dict[str, float]]:
+    """``began`` and ``ended`` of each call, in seconds since 1970; none where all runs were made by hand.
+
+    Raises:
+        InputError: the file is broken.
+    """
+    calls: list[dict[str, float]] = read_json(output / CALLS) or []
+    return calls

@@ -12,8 +12,7 @@ from typing import Any
 
 import yaml
 
-from dft_lightning.compare.files import CHECKPOINT, CONFIG, FIT, TEST, read_json, read_yaml
-from dft_lightning.compare.names import slug_of
+from dft_lightning.compare.files import CHECKPOINT, CONFIG, FIT, TEST, read_json, read_yaml, slug_of
 from dft_lightning.compare.recorder import RunIdentity
 from dft_lightning.compare.settings import Settings
 from dft_lightning.errors import InputError

@@ -31,8 +31,8 @@ def check_inputs(runs: Sequence[Run], evaluation: dict[str, Any], classes: Class
         classes: of the command.
 
     Raises:
-        InputError: what would end a run: no such file, a bad row, no tokenizer, a reference without an answer, options
-            that contradict each other.
+        InputError: what would end a run: no such file, a bad row, no tokenizer, an answer in which nothing is found,
+            options that contradict each other.
     """
     seen = set()
     for run in runs:
@@ -55,7 +55,7 @@ def _check_answers(data: InstructionDataModule, scorer: ExactMatch, evaluation: 
     for split in ("validation", "test", *(["forgetting"] if evaluation["forgetting_answers"] else [])):
         if data.has_split(split):
             with naming_the_way_out(split):
-                scorer.check(data.references(split, None if split == "test" else evaluation["limit"]), split)
+                scorer.check(data.answers(split, None if split == "test" else evaluation["limit"]), split)
 
 
 @contextmanager

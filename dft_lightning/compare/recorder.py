@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +20,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from dft_lightning.compare.files import CHECKPOINT, FIT, PROBABILITIES, TEST, write_json
-from dft_lightning.compare.row_hashes import RowHasher, combined, hash_texts
 from dft_lightning.distributed import gather_lists
 from dft_lightning.distributed.strategies import shards_parameters
 from dft_lightning.errors import InputError
@@ -34,7 +36,8 @@ from dft_lightning.evaluation.completions import (
     token_values,
 )
 from dft_lightning.files import replacing_file
-from dft_lightning.models.fingerprints import hash_weights
+from dft_lightning.losses.base import IGNORE_INDEX
+from dft_lightning.models.fingerprints import add_tensor, hash_weights
 from dft_lightning.modules.causal_lm import CausalLMModule
 
 
@@ -255,8 +258,8 @@ class RunRecorder(Callback):
             "logged": self._logged.records,
             "initial_weights": self._initial_weights,
             "final_weights": final_weights,
-            "rows": combined([rows for rows, _, _ in hashers]),
-            "targets": combined([targets for _, targets, _ in hashers]),
+            "rows": _combined([rows for rows, _, _ in hashers]),
+            "targets": _combined([targets for _, targets, _ in hashers]),
             "steps": hashers[0][2],
         }
         write_json(self.folder / FIT, record)
@@ -335,3 +338,46 @@ def _device_name(trainer: pl.Trainer) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def hash_texts(texts: Iterable[str]) -> str:
+    """SHA-256 of texts in their order."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+
+
+class RowHasher:
+    """Hashes of the tokens and of the targets of a run's micro-batches, one after the other.
+
+    Attributes:
+        steps: for each micro-batch its number of targets, and the first 8 digits of the hash of all targets so far:
+            the first place where two runs differ is where they parted.
+    """
+
+    def __init__(self) -> None:
+        self._rows = hashlib.sha256()
+        self._targets = hashlib.sha256()
+        self.steps: list[tuple[int, str]] = []
+
+    def add(self, batch: Mapping[str, Tensor]) -> None:
+        """Count a micro-batch."""
+        for name in ("input_ids", "attention_mask", "position_ids", "token_weight", "reference_log_prob"):
+            if name in batch:
+                add_tensor(self._rows, name, batch[name])
+        targets = batch["labels"][..., 1:]
+        add_tensor(self._targets, "labels", targets)
+        self.steps.append((int((targets != IGNORE_INDEX).sum()), self._targets.hexdigest()[:8]))
+
+    @property
+    def rows(self) -> str:
+        """SHA-256 of all tokens, their weights and their log-probs under a reference so far, in order."""
+        return self._rows.hexdigest()
+
+    @property
+    def targets(self) -> str:
+        """SHA-256 of all targets so far, in order."""
+        return self._targets.hexdigest()
+
+
+def _combined(hashes: list[str]) -> str:
+    """One hash of those of all ranks; of one rank it is its own."""
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

@@ -15,6 +15,9 @@ from dft_lightning.compare.statistics import Values
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.metrics import pass_at_k
 
+BUCKETS = ((0.0, 0.1), (0.1, 0.5), (0.5, 0.9), (0.9, 1.0))
+"""Targets by their probability before training."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -108,6 +111,19 @@ class Record:
                 return {when: np.exp(arrays[when].astype(np.float64)) for when in ("before", "after")}
         except Exception as error:  # whatever its reader stumbled on
             raise InputError(f"{path}: cannot be read: {one_line(error)}; run it again or move it away") from error
+
+    def bucket_means(self) -> tuple[list[int], Values, Values]:
+        """Number of targets, mean probability before and mean probability after, for each of ``BUCKETS``.
+
+        A bucket has its lower end and not its upper one; the last has both. The mean of none is nan.
+        """
+        before, after = self.probabilities["before"], self.probabilities["after"]
+        inner_edges = [high for _, high in BUCKETS[:-1]]
+        places = np.searchsorted(inner_edges, before, side="right")
+        members = [places == i for i in range(len(BUCKETS))]
+        counts = [int(member.sum()) for member in members]
+        means = [np.array([v[m].mean() if m.any() else np.nan for m in members]) for v in (before, after)]
+        return counts, means[0], means[1]
 
 
 def read_records(output: Path) -> list[Record]:

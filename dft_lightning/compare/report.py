@@ -12,9 +12,8 @@ import jinja2
 import yaml
 
 from dft_lightning.compare.analysis import BASE, Findings, analyse
-from dft_lightning.compare.clock import read_calls
 from dft_lightning.compare.execute import last_error
-from dft_lightning.compare.files import CONFIG, FIT, SETTINGS, TEST, read_yaml
+from dft_lightning.compare.files import CONFIG, FIT, SETTINGS, TEST, read_calls, read_yaml
 from dft_lightning.compare.grid import RUNS, is_tested
 from dft_lightning.compare.plots import Plot, all_plots
 from dft_lightning.compare.records import read_records

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from dft_lightning.cli.shipped_configs import hint
-from dft_lightning.compare.names import slug_of
+from dft_lightning.compare.files import slug_of
 from dft_lightning.compare.recorder import Evaluation
 from dft_lightning.errors import InputError, did_you_mean, one_line
 from dft_lightning.evaluation.measures import check_measures, default_measures
@@ -57,9 +57,13 @@ class Settings:
         path: of the file, or of the last of several.
         base: paths of the base configs.
         losses: class path and options of each, by name.
-        learning_rates, seeds, overrides, seeds_at_best, best_by: as in :class:`Comparison`.
-        measures: as in :class:`Comparison`, never ``None``.
-        evaluation: as in :class:`Comparison`, in plain values.
+        learning_rates: those of :class:`Comparison`.
+        seeds: those of :class:`Comparison`.
+        overrides: those of :class:`Comparison`.
+        seeds_at_best: those of :class:`Comparison`.
+        best_by: those of :class:`Comparison`.
+        measures: those of :class:`Comparison`, or its defaults.
+        evaluation: that of :class:`Comparison`, as plain values.
     """
 
     path: Path
@@ -178,18 +182,6 @@ def _check(settings: Settings) -> None:
             raise InputError(f"{where}: losses: {name!r} gives its runs the name {slug!r}; {other}: rename it")
         slugs[slug] = name
     check_measures([*settings.best_by, *settings.measures], settings.evaluation["num_samples"], str(where))
-
-
-def fit_overrides(settings: Settings) -> dict[str, Any]:
-    """The overrides with a learning rate, which an optimizer that is named needs; each run sets its own."""
-    rate, model = settings.learning_rates[0], dict(settings.overrides.get("model") or {})
-    optimizer = model.get("optimizer") or {}
-    optimizer = {"class_path": optimizer} if isinstance(optimizer, str) else optimizer
-    if "class_path" in optimizer:
-        model["optimizer"] = {**optimizer, "init_args": {**(optimizer.get("init_args") or {}), "lr": rate}}
-    else:
-        model["optimizer"] = {**optimizer, "lr": rate}
-    return {**settings.overrides, "model": model}
 
 
 def _check_overrides(settings: Settings) -> None:

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dft_lightning.compare.analysis import BASE, Choice, Findings, Pair
-from dft_lightning.compare.buckets import BUCKETS, bucket_means
-from dft_lightning.compare.records import Record
+from dft_lightning.compare.records import BUCKETS, Record
 from dft_lightning.compare.statistics import Interval
 from dft_lightning.evaluation.measures import Measure
 
@@ -151,9 +150,9 @@ def _mean(values: Sequence[float]) -> float:
 def bucket_table(findings: Findings) -> Table:
     """Mean probability of the training targets after training, a row a loss, by bucket of initial probability."""
     choices = findings.choices[findings.main_measure]
-    counts, before, _ = bucket_means(choices[0].records[0])
+    counts, before, _ = choices[0].records[0].bucket_means()
     rows = [["targets", *map(str, counts)], ["before training", *map(number, before)]]
-    rows += [[choice.loss, *map(number, bucket_means(choice.records[0])[2])] for choice in choices]
+    rows += [[choice.loss, *map(number, choice.records[0].bucket_means()[2])] for choice in choices]
     columns = ["probability before", *(f"{low:g} to {high:g}" for low, high in BUCKETS)]
     caption = "Means after training of the targets that the base model gave such a probability."
     return Table("Probabilities of the training targets, before and after", columns, rows, caption)

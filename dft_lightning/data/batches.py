@@ -90,7 +90,7 @@ def padding_row(token: int, referenced: bool = False) -> Item:
         "index": PADDING_ROW,
         "prompt": "",
         "prompt_ids": [token],
-        "reference": None,
+        "answer": None,
     }
 
 
@@ -228,7 +228,7 @@ class Collator:
             batch["prompt_attention_mask"] = self._pad([[1] * len(ids) for ids in prompts], 0, left=True)
             batch["index"] = torch.tensor([row["index"] for row in items])
             batch["prompt"] = [row["prompt"] for row in items]
-            batch["reference"] = [row["reference"] for row in items]
+            batch["answer"] = [row["answer"] for row in items]
         return batch
 
     def _padded(self, rows: list[Item]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class TokenizedSplit:
     Also ``truncated``, and ``reference_log_prob`` (null where a row has none).
 
     Attributes:
-        rows: those, and with prompts ``prompt``, ``prompt_ids`` and ``reference``.
+        rows: those, and with prompts ``prompt``, ``prompt_ids`` and ``answer``.
         counts: of them.
         problems: the bad rows that were skipped.
         parts: names of the sources, by ``part``; empty where there is one.
@@ -80,7 +80,7 @@ def tokenize(
     Args:
         conversations: what to tokenise.
         encoder: how.
-        with_prompts: add ``prompt``, ``prompt_ids`` and ``reference``, for generation.
+        with_prompts: add ``prompt``, ``prompt_ids`` and ``answer``, for generation.
         keep_all: keep rows without a target.
         num_proc: processes; ``None`` for this one, whose tokenizer uses every core by itself.
         on_bad_rows: ``"raise"``, or ``"skip"`` to leave out what the template refuses.
@@ -125,7 +125,7 @@ def fingerprint(conversations: Conversations, encoder: ConversationEncoder, with
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-_FORMAT = 5  # of the columns below, and of what makes their tokens
+_FORMAT = 6  # of the columns below, and of what makes their tokens
 
 
 @dataclass
@@ -174,8 +174,8 @@ def _prompt_columns(conversation: Conversation, prompt: tuple[str, list[int]] | 
     if prompt is None:
         return {}
     last = conversation.messages[-1] if conversation.messages else {"role": ""}
-    reference = last["content"] if last["role"] == "assistant" else None
-    return {"prompt": prompt[0], "prompt_ids": prompt[1], "reference": reference}
+    answer = last["content"] if last["role"] == "assistant" else None
+    return {"prompt": prompt[0], "prompt_ids": prompt[1], "answer": answer}
 
 
 def schema(with_prompts: bool) -> pyarrow.Schema:
@@ -186,7 +186,7 @@ def schema(with_prompts: bool) -> pyarrow.Schema:
     fields |= {"reference_log_prob": pa.list_(pa.float32())}
     fields |= {"number": pa.string(), "part": pa.int32(), "truncated": pa.bool_()}
     if with_prompts:
-        fields |= {"prompt_ids": pa.list_(pa.int32()), "prompt": pa.string(), "reference": pa.string()}
+        fields |= {"prompt_ids": pa.list_(pa.int32()), "prompt": pa.string(), "answer": pa.string()}
     return pa.schema(fields)
 
 

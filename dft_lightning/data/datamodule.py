@@ -618,15 +618,15 @@ class InstructionDataModule(PlainHyperparameters, pl.LightningDataModule):
         """Whether a split's rows are loaded."""
         return split in self._rows
 
-    def references(self, split: str, limit: int | None = None) -> list[str | None]:
+    def answers(self, split: str, limit: int | None = None) -> list[str | None]:
         """What the completions of a split are scored against: the final assistant turn of the first ``limit`` rows."""
         rows = self._rows[split]
-        return list(rows["reference"][: len(rows) if limit is None else limit])
+        return list(rows["answer"][: len(rows) if limit is None else limit])
 
     def problems(self, split: str) -> list[str]:
-        """Prompt and reference of each row of a split, to tell whether two runs had the same."""
+        """Prompt and answer of each row of a split, to tell whether two runs had the same."""
         rows = self._rows[split]
-        return [f"{prompt}{reference}" for prompt, reference in zip(rows["prompt"], rows["reference"], strict=True)]
+        return [f"{prompt}{answer}" for prompt, answer in zip(rows["prompt"], rows["answer"], strict=True)]
 
     def _loader(
         self,

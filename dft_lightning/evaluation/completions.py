@@ -28,7 +28,7 @@ def check_prompts(trainer: pl.Trainer, module: CausalLMModule, split: str, limit
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
     data.generation_dataloader(limit, split)
-    ExactMatch(module.evaluation.answer_extractor).check(data.references(split, limit), split)
+    ExactMatch(module.evaluation.answer_extractor).check(data.answers(split, limit), split)
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def count_correct(
             for i, index in enumerate(batch["index"].tolist()):
                 if index >= 0:  # rows of index -1 only make the ranks even
                     samples = completions[i * num_samples : (i + 1) * num_samples]
-                    counts.append((index, sum(metric.score(text, batch["reference"][i]) for text in samples)))
+                    counts.append((index, sum(metric.score(text, batch["answer"][i]) for text in samples)))
             after_batch()
     return [count for _, count in sorted(gather_lists(counts, trainer.world_size))]
 

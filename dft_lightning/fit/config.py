@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -35,25 +34,23 @@ class _Parsed(Exception):
     """The whole config, as text."""
 
 
-def read_fit_config(paths: list[Path], overrides: dict[str, Any], classes: Classes = PACKAGE) -> dict[str, Any]:
+def read_fit_config(paths: list[Path], *overrides: dict[str, Any], classes: Classes = PACKAGE) -> dict[str, Any]:
     """Every key of a ``fit`` config, defaults included, checked as the command checks them.
 
     Args:
         paths: config files, later ones over earlier ones.
-        overrides: keys over all of them.
+        overrides: keys over all of them, later ones over earlier ones.
         classes: of the command, where no config names any; the config that is returned names what is one's own.
 
     Raises:
         SystemExit: with status 2 after one message, where a key or value is wrong.
     """
-    with contextlib.ExitStack() as stack:
-        files = [str(path) for path in paths]
-        if overrides:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            file = Path(folder) / "overrides.yaml"
-            file.write_text(yaml.safe_dump(overrides))
-            files.append(str(file))
-        return read_arguments(["fit", *(argument for file in files for argument in ("--config", file))], classes)
+    with tempfile.TemporaryDirectory() as folder:
+        files = list(paths)
+        for number, keys in enumerate(each for each in overrides if each):
+            files.append(Path(folder) / f"overrides_{number}.yaml")
+            files[-1].write_text(yaml.safe_dump(keys))
+        return read_arguments(["fit", *(argument for file in files for argument in ("--config", str(file)))], classes)
 
 
 def read_arguments(args: list[str], classes: Classes = PACKAGE) -> dict[str, Any]:

@@ -20,13 +20,13 @@ class AnswerExtractor(Component):
     """
 
     def extract(self, text: str) -> str | None:
-        """The normalised answer, or ``None`` where the text gives none."""
+        """The text's final answer, normalised, or ``None`` where it gives none."""
         raise NotImplementedError(f"{type(self).__name__} must define extract(self, text)")
 
-    def matches(self, completion: str, reference: str) -> bool:
-        """Whether both texts give an answer, and the same."""
-        expected = self.extract(reference)
-        return expected is not None and self.extract(completion) == expected
+    def matches(self, text: str, answer: str) -> bool:
+        """Whether a text and a row's answer both give something, and the same."""
+        expected = self.extract(answer)
+        return expected is not None and self.extract(text) == expected
 
 
 def _normalise(answer: str) -> str:
@@ -133,10 +133,10 @@ class MathAnswer(AnswerExtractor):
         found = self._parse(text)
         return str(found[0]) if found else None
 
-    def matches(self, completion: str, reference: str) -> bool:
+    def matches(self, text: str, answer: str) -> bool:
         from math_verify import verify
 
-        expected, found = self._parse(reference), self._parse(completion)
+        expected, found = self._parse(answer), self._parse(text)
         return bool(expected and found and verify(expected, found, timeout_seconds=self.timeout))
 
     def _parse(self, text: str) -> list[Any]:

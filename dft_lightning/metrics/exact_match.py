@@ -15,7 +15,7 @@ from dft_lightning.metrics.exact_sums import ExactSums
 
 
 class ExactMatch(ExactSums):
-    """Share of completions whose extracted answer equals the reference's, over all ranks.
+    """Share of completions whose extracted answer is that of the row's own, over all ranks.
 
     A completion without an answer is wrong. With nothing scored yet the result is nan.
 
@@ -33,47 +33,47 @@ class ExactMatch(ExactSums):
         self.extractor = extractor
         self._add_sums("correct", "total", dtype=torch.int64)
 
-    def score(self, completion: str, reference: str) -> bool:
-        """Whether one completion's answer equals the reference's. Raises as :meth:`expected`."""
-        self.expected(reference)
-        return self.extractor.matches(completion, reference)
+    def score(self, text: str, answer: str) -> bool:
+        """Whether a text gives the same as a row's answer. Raises as :meth:`expected`."""
+        self.expected(answer)
+        return self.extractor.matches(text, answer)
 
-    def expected(self, reference: str) -> str:
-        """The reference's answer.
+    def expected(self, answer: str) -> str:
+        """What a row's answer gives, in the form that is compared.
 
         Raises:
-            InputError: it has none, so nothing could ever match it.
+            InputError: it gives nothing, so nothing could ever match it.
         """
-        expected = self.extractor.extract(reference)
+        expected = self.extractor.extract(answer)
         if expected is None:
             raise InputError(
-                f"{self.extractor!r} finds no answer in the reference {reference[-80:]!r}: choose another "
-                "answer_extractor (HashAnswer, BoxedAnswer, LastNumber, WholeText, MathAnswer or your own)"
+                f"{self.extractor!r} finds nothing in the answer {answer[-80:]!r}: choose another answer_extractor "
+                "(HashAnswer, BoxedAnswer, LastNumber, WholeText, MathAnswer or your own)"
             )
         return expected
 
-    def check(self, references: Iterable[str | None], name: str) -> None:
-        """Raise for the first reference that nothing could match, before anything is generated.
+    def check(self, answers: Iterable[str | None], name: str) -> None:
+        """Raise for the first answer that nothing could match, before anything is generated.
 
         Args:
-            references: of the rows in order; ``None`` where a row has none.
+            answers: of the rows in order; ``None`` where a row has none.
             name: what an error message calls the rows.
 
         Raises:
             InputError: names the row, counted from 1.
         """
-        for number, reference in enumerate(references, start=1):
-            if reference is None:
+        for number, answer in enumerate(answers, start=1):
+            if answer is None:
                 raise InputError(f"{name} row {number} has no final assistant turn to score against")
             try:
-                self.expected(reference)
+                self.expected(answer)
             except InputError as problem:
                 raise InputError(f"{name} row {number}: {problem}") from None
 
-    def update(self, completions: Sequence[str], references: Sequence[str]) -> None:
-        """Score one reference per completion."""
-        for completion, reference in zip(completions, references, strict=True):
-            self.correct += self.score(completion, reference)
+    def update(self, texts: Sequence[str], answers: Sequence[str]) -> None:
+        """Score one text for each row's answer."""
+        for text, answer in zip(texts, answers, strict=True):
+            self.correct += self.score(text, answer)
             self.total += 1
 
     def compute(self) -> Tensor:

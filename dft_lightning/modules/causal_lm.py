@@ -296,7 +296,7 @@ class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
         self._run_state.after_validation(self.trainer)
 
     def on_test_start(self) -> None:
-        self.eval_metrics.check_references(self._datamodule)
+        self.eval_metrics.check_answers(self._datamodule)
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Token metrics and exact match of the generated answers. Returns a record of each row as ``predictions``."""
@@ -309,7 +309,7 @@ class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
         self._log("test", self.eval_metrics.collect("test", self._source_names))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """Generate completions. Returns ``index``, ``prompt``, ``completion`` and ``reference`` of each row."""
+        """Generate completions. Returns ``index``, ``prompt``, ``completion`` and ``answer`` of each row."""
         check_prompts(batch)
         options = self.evaluation.generation
         return records_of(batch, self.generate(batch["prompt_input_ids"], batch["prompt_attention_mask"], options))

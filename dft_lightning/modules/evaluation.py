@@ -46,20 +46,20 @@ class Evaluation(nn.Module):
             self.exact_match.reset()
         return values
 
-    def check_references(self, datamodule: pl.LightningDataModule | None) -> None:
+    def check_answers(self, datamodule: pl.LightningDataModule | None) -> None:
         """Whether test rows have an answer to compare with, before anything is generated.
 
         On every rank: one that stops alone leaves the others waiting.
         """
-        references = getattr(datamodule, "references", None)
-        if references is not None:
-            self.exact_match.check(references("test"), "test")
+        answers = getattr(datamodule, "answers", None)
+        if answers is not None:
+            self.exact_match.check(answers("test"), "test")
 
     def score(self, records: list[dict[str, Any]]) -> None:
         """Add ``correct`` to records of :func:`records_of`, and count them."""
         for record in records:
-            record["correct"] = self.exact_match.score(record["completion"], record["reference"])
-        self.exact_match.update([r["completion"] for r in records], [r["reference"] for r in records])
+            record["correct"] = self.exact_match.score(record["completion"], record["answer"])
+        self.exact_match.update([r["completion"] for r in records], [r["answer"] for r in records])
 
 
 def check_prompts(batch: Mapping[str, Any]) -> None:
@@ -67,15 +67,15 @@ def check_prompts(batch: Mapping[str, Any]) -> None:
     if "prompt_input_ids" not in batch:
         raise InputError(
             "test and predict generate from prompt_input_ids and prompt_attention_mask, with index, prompt and "
-            "reference beside them, which these batches lack: use InstructionDataModule, or override the step"
+            "answer beside them, which these batches lack: use InstructionDataModule, or override the step"
         )
 
 
 def records_of(batch: Mapping[str, Any], completions: Sequence[str]) -> list[dict[str, Any]]:
-    """``index``, ``prompt``, ``completion`` and ``reference`` of each row, but for those that only make ranks even."""
-    rows = zip(batch["index"].tolist(), batch["prompt"], completions, batch["reference"], strict=True)
+    """``index``, ``prompt``, ``completion`` and ``answer`` of each row, but for those that only make ranks even."""
+    rows = zip(batch["index"].tolist(), batch["prompt"], completions, batch["answer"], strict=True)
     return [
-        {"index": index, "prompt": prompt, "completion": completion, "reference": reference}
-        for index, prompt, completion, reference in rows
+        {"index": index, "prompt": prompt, "completion": completion, "answer": answer}
+        for index, prompt, completion, answer in rows
         if index >= 0  # rows of index -1 only make the ranks even
     ]

@@ -95,7 +95,7 @@ def sample(
             model = {**config["model"], "loss": _NO_LOSS, "reference_model": None}
             module = module_of({**config, "model": model}, fit.classes)
             scorer = ExactMatch(module.evaluation.answer_extractor)
-            scorer.check(prompts.references(), split)
+            scorer.check(prompts.answers(), split)
             longest = max_new_tokens or module.evaluation.generation.max_new_tokens
             generation = GenerationOptions(longest, True, temperature, top_p)
             batch_size = batch_size or data.eval_batch_size
@@ -206,13 +206,13 @@ def _fill(file: PartialFile, sampler: Sampler, prompts: Prompts, scorer: ExactMa
 def line_of(job: Job, completion: Completion, prompts: Prompts, scorer: ExactMatch) -> dict[str, Any]:
     """What is written of a completion. One that was cut off is not right, whatever it says."""
     index, number = job
-    reference = prompts.reference(index)
-    assert reference is not None, "checked before"
-    correct = completion.finished and scorer.score(completion.text, reference)
+    answer = prompts.answer(index)
+    assert answer is not None, "checked before"
+    correct = completion.finished and scorer.score(completion.text, answer)
     return {
         **prompts.question(index),
         prompts.columns.completion: completion.text,
-        "reference": reference,
+        "gold_answer": answer,
         "correct": correct,
         "reward": float(correct),
         "log_prob": completion.log_prob,

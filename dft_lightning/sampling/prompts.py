@@ -20,8 +20,8 @@ from dft_lightning.fit.config import data_of
 from dft_lightning.fit.own_classes import Classes
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
-# What a line has beside prompt, completion and tools.
-KEYS = ("reference", "correct", "reward", "log_prob", "num_tokens", "finished", "index", "sample")
+# What a line has beside prompt, completion and tools; many a data set calls its completions "answer".
+KEYS = ("gold_answer", "correct", "reward", "log_prob", "num_tokens", "finished", "index", "sample")
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Prompts:
         """The columns of a line that ask: the prompt, and ``tools`` where there are some."""
         return question_of(self._conversation(index), self.columns)
 
-    def reference(self, index: int) -> str | None:
+    def answer(self, index: int) -> str | None:
         """What a completion is scored against: the row's final assistant turn; ``None`` where it has none."""
-        return reference_of(self._conversation(index))
+        return answer_of(self._conversation(index))
 
-    def references(self) -> Iterator[str | None]:
+    def answers(self) -> Iterator[str | None]:
         """Of all prompts in their order."""
-        return map(self.reference, range(len(self)))
+        return map(self.answer, range(len(self)))
 
     def _conversation(self, index: int) -> Conversation:
         return load_conversation(self.rows.table[index]["conversation"])
@@ -69,7 +69,7 @@ def question_of(conversation: Conversation, columns: RowColumns) -> dict[str, An
     return {columns.prompt: before[0]["content"] if alone else before, **tools}
 
 
-def reference_of(conversation: Conversation) -> str | None:
+def answer_of(conversation: Conversation) -> str | None:
     """A row's final assistant turn."""
     last = conversation.messages[-1] if conversation.messages else {"role": ""}
     return str(last["content"]) if last["role"] == "assistant" else None

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shlex
+import warnings
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal, get_args
 
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+
+from dft_lightning.callbacks import PredictionWriter
 from dft_lightning.callbacks.interruption import Interrupted
 from dft_lightning.cli.commands import FitArguments, Stopped
-from dft_lightning.files import check_replaceable
-from dft_lightning.fit.one_device import ending_on_signals, status_of
-from dft_lightning.scoring.run import RECORD, SPLITS, ScoringCLI, Split
+from dft_lightning.data import InstructionDataModule
+from dft_lightning.errors import InputError
+from dft_lightning.files import check_replaceable, replacing_folder
+from dft_lightning.fit.command import DFTLightningCLI, cli_options
+from dft_lightning.fit.one_device import ending_on_signals, of_one_device, predict, status_of
+from dft_lightning.fit.own_classes import PACKAGE
+from dft_lightning.losses import CrossEntropyLoss
+from dft_lightning.scoring.batches import ScoredWriter, ScoringBatches, target_log_probs
+from dft_lightning.scoring.rows import SplitRows
+from dft_lightning.version import __version__
+
+Split = Literal["train", "validation", "forgetting", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+RECORD = "score.json"
 
 
 def score(output: Path, overwrite: bool = False, splits: list[Split] | None = None, *, fit: FitArguments) -> None:
@@ -36,3 +57,131 @@ def score(output: Path, overwrite: bool = False, splits: list[Split] | None = No
         raise Stopped("stopped: nothing was written", status_of(ending)) from None
     flags = " ".join(f"--data.{split} {shlex.quote(str(output / split))}" for split in scored)
     print(f"{output}: add to fit, with the same data options:\n    {flags}")
+
+
+class _Scored(Exception):
+    pass
+
+
+class ScoringCLI(DFTLightningCLI):
+    """Takes a ``fit`` config as ``predict`` does, and scores on one device.
+
+    Args:
+        fit: whose model and rows.
+        splits: which to score; ``None`` for all that the config has.
+        output: the folder to write.
+    """
+
+    def __init__(self, fit: FitArguments, splits: Sequence[Split] | None, output: Path) -> None:
+        self.splits = splits
+        self.output = output
+        self.scored: list[Split] = []
+        options = {**cli_options(), "save_config_callback": None}
+        classes = fit.classes or PACKAGE
+        with contextlib.suppress(_Scored):
+            super().__init__(classes.model, classes.data, **options, args=["predict", *fit.args])
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {"predict": DFTLightningCLI.subcommands()["predict"]}
+
+    def before_instantiate_classes(self) -> None:
+        """What a run has beside its device and precision, callbacks and several processes among it, stays away."""
+        options = self._options(self.config)
+        if options.ckpt_path is not None and Path(options.ckpt_path).is_dir():
+            raise InputError(
+                f"--ckpt_path: {options.ckpt_path} is a folder of shards, and score runs on one device: export it, and "
+                "give model.model what is written"
+            )
+        defaults = self.options_parser().get_defaults().trainer
+        for name, value in {**vars(defaults), **of_one_device(vars(options.trainer))}.items():
+            options.trainer[name] = value
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, PredictionWriter)]
+        return trainer
+
+    def before_predict(self) -> None:
+        """In place of Lightning's own, which this ends by :class:`_Scored`."""
+        self.model.loss = CrossEntropyLoss()  # of a reference nothing is asked but log-probs
+        data = self.datamodule
+        data.model_hparams = self.model.hparams
+        self.scored = _chosen(data, self.splits)
+        data.load_tokenizer()
+        splits = [SplitRows(data, split) for split in self.scored]
+        for split in splits:
+            split.check()
+            _say(split)
+        self._score(splits)
+        raise _Scored
+
+    def _score(self, splits: list[SplitRows]) -> None:
+        data = self.datamodule
+        batches = ScoringBatches(splits, data.collator(), data.eval_batch_size)
+        with replacing_folder(self.output) as folder:
+            writer = ScoredWriter(batches, folder)
+            self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
+            # The data loader reads in this process, where the length is exact.
+            warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
+            predict(self.trainer, self.model, data, batches, partial(target_log_probs, self.model), self._checkpoint)
+            record = self._record(splits, writer)
+            (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def _record(self, splits: list[SplitRows], writer: ScoredWriter) -> dict[str, Any]:
+        """What the log-probs come from."""
+        import torch
+        import transformers
+
+        model, data = self.model.hparams, self.datamodule
+        versions = {"dft_lightning": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        return {
+            "model": model["model"],
+            "revision": model["loading"]["revision"],
+            "peft": model["peft"] is not None,
+            "checkpoint": self._checkpoint,
+            "dtype": model["loading"]["dtype"],
+            "precision": self.trainer.precision,
+            "tokenizer": data.tokenizer_name or model["model"],
+            "max_length": data.max_length,
+            "packing": data.packing,
+            "versions": versions,
+            "splits": {
+                split.split: {
+                    "source": split.source.name,
+                    "rows": writer.rows[place],
+                    "targets": writer.targets[place],
+                    "bad_rows": split.problems.count,
+                    "columns_left_out": sorted(split.left_out),
+                }
+                for place, split in enumerate(splits)
+            },
+        }
+
+
+def _chosen(data: InstructionDataModule, splits: Sequence[Split] | None) -> list[Split]:
+    """The splits to score.
+
+    Raises:
+        InputError: the config has none, or not one of those that are asked for.
+    """
+    there = [split for split in SPLITS if data.sources[split] is not None]
+    for split in splits or []:
+        if split == "validation" and data.validation_fraction:
+            raise InputError("--splits validation: it is a part of data.train (data.validation_fraction): score train")
+        if split not in there:
+            raise InputError(f"--splits {split}: data.{split} is not set")
+    if not there:
+        raise InputError("data.train is not set, nor any other rows")
+    return [split for split in there if splits is None or split in splits]
+
+
+def _say(split: SplitRows) -> None:
+    if split.problems.count:
+        rank_zero_warn(
+            f"data.on_bad_rows: skip\n{split.problems.report(split.total)}\nThey are left out of what is written"
+        )
+    if split.left_out:
+        names = ", ".join(sorted(split.left_out))
+        rank_zero_warn(f"data.{split.split}: columns that JSON has no form for are left out: {names}")
