@@ -153,10 +153,10 @@ class Checkpoints:
         Raises:
             InputError: it is of another adapter, base, reference or optimizer.
         """
-        self._optimizer_options.load(checkpoint)
         self._check_adapter(checkpoint, model, trainer)
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return
+        self._optimizer_options.load(checkpoint)
         if reference is not None:
             reference.check_remembered(checkpoint)
         check_paths(trainer, checkpoint)
