@@ -4,9 +4,9 @@ Their states hold options beside what training made of them: a learning rate, be
 they are, they would override what a resumed run was told. So a checkpoint also holds both as they were before the first
 step: what differs between one run's and another's is an option, and all else is state.
 
-An optimizer's options become this run's, and so does the curve of :class:`~dft_lightning.modules.schedules.
-WarmupSchedule` and every ``LambdaLR``, which is no part of their states. The options of any other schedule must be those
-of the checkpoint's run.
+An optimizer's options become this run's, and so do those of every ``LambdaLR``, whose functions are no part of its
+state; :class:`~dft_lightning.modules.schedules.WarmupSchedule` is one. What the state of a schedule has of its options
+beside must be what the checkpoint's run had.
 """
 
 from __future__ import annotations
