@@ -184,11 +184,7 @@ _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 def set_auxiliary_loss(model: nn.Module, coefficient: float | None) -> None:
-    """Put a model's auxiliary loss into the objective with a coefficient, or take it out with 0.
-
-    Args:
-        model: a mixture of experts.
-        coefficient: ``None`` leaves the model's config as it comes.
+    """Put a model's auxiliary loss into the objective with a coefficient, or take it out with 0; ``None`` leaves it.
 
     Raises:
         InputError: the model has no such loss.
@@ -207,12 +203,7 @@ def set_auxiliary_loss(model: nn.Module, coefficient: float | None) -> None:
 
 
 def auxiliary_loss(model: nn.Module, output: Any, required: bool = False) -> Tensor | None:
-    """A mixture-of-experts model's load-balancing loss times its coefficient, ``None`` where it computes none.
-
-    Args:
-        model: the language model.
-        output: what it returned.
-        required: whether the run asked for it.
+    """The load-balancing loss in a model's output times its coefficient, ``None`` where it computes none.
 
     Raises:
         InputError: it is required and there is none, or the model has such a loss but no coefficient that is known.

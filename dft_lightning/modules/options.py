@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 from dft_lightning.checkpoints.trust import loading_options
 from dft_lightning.component import from_plain, init_parameters
 from dft_lightning.distributed.sharding import ShardingOptions
+from dft_lightning.errors import check_one_of
 from dft_lightning.metrics import AnswerExtractor, LastNumber
 from dft_lightning.models.generation import GenerationOptions
 from dft_lightning.models.loading import DType
@@ -53,7 +54,7 @@ class LoadingOptions:
     head: Head = "fused"
 
     def __post_init__(self) -> None:
-        _check_choice("head", self.head, Head)
+        check_one_of("head", self.head, get_args(Head))
 
     @property
     def of_a_model(self) -> dict[str, Any]:
@@ -87,7 +88,7 @@ class StepOptions:
     router_aux_loss_coef: float | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("on_non_finite", self.on_non_finite, OnNonFinite)
+        check_one_of("on_non_finite", self.on_non_finite, get_args(OnNonFinite))
         coefficient = self.router_aux_loss_coef
         if coefficient is not None and not 0 <= coefficient < math.inf:
             raise ValueError(f"router_aux_loss_coef must be a number from 0 on, got {coefficient}")
@@ -147,30 +148,12 @@ def over_checkpoint(
 ) -> Iterator[dict[str, Any]]:
     """For ``load_from_checkpoint`` of a module: the options that are given, and whether code is trusted.
 
-    Args:
-        cls: the module's class.
-        files: checkpoint, options in place of its own, and ``weights_only``, as for
-            :func:`~dft_lightning.checkpoints.trust.loading_options`.
-        given: options that the caller gives.
-        trust_remote_code: never the file's.
+    ``files`` are the first arguments of :func:`~dft_lightning.checkpoints.trust.loading_options`.
     """
     options = dict(given)
     if "loading" in init_parameters(cls):  # a class of one's own may take no such option
-        options["loading"] = {"trust_remote_code": trust_remote_code, **_fields_of(given.get("loading"))}
+        loading = given.get("loading") or {}
+        loading = loading if isinstance(loading, Mapping) else vars(loading)  # the group itself
+        options["loading"] = {"trust_remote_code": trust_remote_code, **loading}
     with loading_options(cls, *files, options, GROUPS) as whole:
         yield whole
-
-
-def _fields_of(given: Any) -> dict[str, Any]:
-    """The fields of a group of options that are given, from the group itself, a dict or nothing."""
-    if given is None:
-        return {}
-    return (
-        dict(given) if isinstance(given, Mapping) else {each.name: getattr(given, each.name) for each in fields(given)}
-    )
-
-
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    """In Python nothing else does."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
