@@ -20,8 +20,9 @@ from dft_lightning import CausalLMModule, DFTLoss, HuggingFaceExport, Instructio
 from dft_lightning.data import ArithmeticRows, RowSource
 from dft_lightning.errors import InputError
 from dft_lightning.export.model import _config_of
+from dft_lightning.models.generation import Completions
 from dft_lightning.modules import GenerationOptions
-from dft_lightning.modules.resume.record import describe
+from dft_lightning.modules.resume.saved import Checkpoints
 from small_runs import TINY_ARITHMETIC, arithmetic_data, trainer
 
 CHAT = (
@@ -347,7 +348,7 @@ def test_what_a_base_brings_along(tmp_path):
 def test_infinity_in_a_config():
     model = torch.nn.Linear(1, 1)
     model.config = Mamba2Config()
-    found = _config_of(describe(model, {}, None, {}, [], None))
+    found = _config_of(Checkpoints({}, None, {}, None).record(model, Completions(lambda: None), None))
     assert list(found.time_step_limit) == [0.0, float("inf")]
 
 

@@ -163,7 +163,7 @@ def test_tokenizer_of_another_model_is_refused():
     ("options", "message"),
     [
         ({"schedule": {"warmup": -1}}, r"schedule\.warmup must not be negative"),
-        ({"optimizer": {"lr": float("nan")}}, r"optimizer\.lr must not be negative"),
+        ({"optimizer": {"lr": float("nan")}}, r"optimizer\.lr must be a number, neither negative"),
         (
             {"loading": {"hed": "full"}},
             "loading: LoadingOptions has no hed; it has dtype, attn_implementation, revision",

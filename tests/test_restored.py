@@ -115,7 +115,7 @@ def test_without_a_change_a_run_goes_on_to_the_bit(name):
     [
         ("none", partial(AdamW, lr=0.03, betas=(0.8, 0.9)), None),
         ("warm-up", partial(AdamW, lr=0.03, betas=(0.8, 0.9)), partial(WarmupSchedule, decay="linear", total_steps=20)),
-        ("power", ADAMW, lambda optimizer: LambdaLR(optimizer, Power(0.5))),
+        ("power", partial(AdamW, lr=0.03, betas=(0.8, 0.9)), lambda optimizer: LambdaLR(optimizer, Power(0.9))),
     ],
 )
 def test_this_runs_options_count(name, optimizer, schedule):
@@ -163,6 +163,8 @@ def test_options_of_groups_count_and_their_state_is_kept():
         ("chained", None,
          lambda optimizer: ChainedScheduler([StepLR(optimizer, 2), ExponentialLR(optimizer, 0.8)]),
          "ChainedScheduler's _schedulers.1.gamma: 0.8 here, and the checkpoint's run had 0.9, with"),
+        ("power", None, lambda optimizer: LambdaLR(optimizer, Power(0.5)),
+         "LambdaLR's lr_lambdas.0.base: 0.5 here, and the checkpoint's run had 0.9, with"),
         ("chained", partial(AdamW, lr=0.2, betas=(0.8, 0.9)), None,
          "model.optimizer.lr: 0.2 here, and the checkpoint's run had 0.1, with"),
         ("cosine", ADAMW, None, "model.optimizer: torch.optim.AdamW here, and the checkpoint's run had torch.opt"),

@@ -377,6 +377,14 @@ def test_an_option_of_a_named_schedule_is_refused_by_its_name(tmp_path, option, 
         fit(Tagged, tmp_path / "a.ckpt", steps=5, schedule=other)
 
 
+def test_a_run_that_begins_with_a_checkpoints_weights_takes_another_optimizer(tmp_path):
+    fit(Tagged, save=tmp_path / "a.ckpt")
+    sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+    module = Tagged.load_from_checkpoint(tmp_path / "a.ckpt", optimizer=sgd)
+    trainer(max_steps=1).fit(module, datamodule=arithmetic_data(batch_size=4))
+    assert module.rates == [0.1]
+
+
 def test_a_longer_run_has_its_own_schedule(tmp_path):
     fit(Tagged, steps=3, save=tmp_path / "a.ckpt")
     resumed = fit(Tagged, tmp_path / "a.ckpt", steps=8)

@@ -24,7 +24,7 @@ from dft_lightning.data.template_source import copies_contents
 from dft_lightning.data.tokenizer import end_of_turn, load_tokenizer
 from dft_lightning.errors import InputError
 from dft_lightning.models.loading import empty_causal_lm, load_causal_lm
-from dft_lightning.modules.resume.record import files_of
+from dft_lightning.modules.resume.saved import files_of
 from dft_lightning.sampling.partial_file import PartialFile
 from strangers import MODULE, stranger  # noqa: F401 (a fixture)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dft_lightning.checkpoints.whole import INDEX, META, put_back, unreadable, whole_problem, written
 from dft_lightning.errors import InputError
-from dft_lightning.modules.resume.record import RECORD
+from dft_lightning.modules.resume.saved import RECORD
 
 _PREFIX = "model."
 _logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class TrainedCheckpoint:
     Attributes:
         path: where it was read.
         tensors: by the model's own names; mapped from the file where it is one.
-        record: see :func:`dft_lightning.modules.resume.record.describe`.
+        record: see :meth:`dft_lightning.modules.resume.saved.Checkpoints.record`.
         hyper_parameters: of the module.
         global_step: optimizer steps behind the weights.
         epoch: as Lightning counts.

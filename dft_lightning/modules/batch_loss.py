@@ -24,7 +24,7 @@ class BatchObjective:
     """From batches to their losses: the place where model and loss meet.
 
     Args:
-        head: ``"fused"`` or ``"full"``.
+        head: ``"fused"`` computes them from the last hidden states, without logits; ``"full"`` from the model's own.
         step: of whose options those of the objective are read.
         own_forward: whether the module overrides ``forward``.
         name: of the module's class, for messages.
@@ -53,7 +53,7 @@ class BatchObjective:
 
         Args:
             model: the language model, tried at its first batch.
-            forward: gives its logits, for the full head.
+            forward: gives its logits ``[B, T, V]``, for the full head.
             batch: as :class:`~dft_lightning.modules.CausalLMModule` takes it.
             loss: any token loss.
             reference: the model that ``reference_kl`` is taken from, where the loss needs it.
@@ -63,50 +63,46 @@ class BatchObjective:
         Raises:
             InputError: the model, the head or the batch is none for what is asked.
         """
-        options["auxiliary_by_weight"] = self._step.renormalize
-        options["auxiliary_required"] = bool(self._step.router_aux_loss_coef)
         self._checks.before_batch(model, batch, max_length)
+        inputs = _token_inputs(batch, loss)
         if self._head == "full":
-            return full_batch_loss(model, forward, batch, loss, options, reference)
-        return fused_batch_loss(model, self._checks.head_of(model), batch, loss, options, reference)
+            output, model_output = _full(model, forward, batch, loss, inputs, reference, options)
+        else:
+            head = self._checks.head_of(model)
+            output, model_output = _fused(model, head, batch, loss, inputs, reference, options)
+        auxiliary = auxiliary_loss(model, model_output, required=bool(self._step.router_aux_loss_coef))
+        return self._with_auxiliary_loss(output, auxiliary, options["normalizer"])
+
+    def _with_auxiliary_loss(
+        self, output: TokenOutput, auxiliary: Tensor | None, normalizer: float | None
+    ) -> TokenOutput:
+        """Added once per target token, or per unit of weight, whichever the step is divided by.
+
+        So the mean of the objective is the model's own sum of the two.
+        """
+        if auxiliary is None:
+            return output
+        targets = output.log_prob.numel()
+        total = auxiliary * (output.weight.sum() if self._step.renormalize else targets)
+        loss = output.loss + (total if normalizer is None else total / normalizer)
+        return dataclasses.replace(output, loss=loss, loss_sum=output.loss_sum + auxiliary.detach() * targets)
 
 
-def fused_batch_loss(
+def _fused(
     model: nn.Module,
     head: LanguageModelHead,
     batch: dict[str, Any],
     loss: TokenLoss,
-    options: dict[str, Any],
+    inputs: dict[str, Tensor],
     reference: ReferenceModel | None,
-) -> TokenOutput:
-    """From the model's last hidden states, without logits.
-
-    Args:
-        model: the language model.
-        head: its head.
-        batch: ``input_ids``, ``labels`` and perhaps ``attention_mask``, all ``[B, T]``; or rows of whole documents
-            with ``position_ids`` in place of the mask. ``token_weight`` ``[B, T]``, aligned with the labels, multiplies
-            the tokens' losses; ``reference_log_prob`` ``[B, T]``, aligned alike, is what losses read by that name.
-        loss: any token loss.
-        options: ``normalizer``, ``statistics`` and ``step`` of :func:`~dft_lightning.ops.linear_token_loss`, and
-            ``auxiliary_by_weight``: whether the step will be divided by its weights rather than its targets, and
-            ``auxiliary_required``: whether a model without an auxiliary loss is refused.
-        reference: the model that ``reference_kl`` is taken from, where the loss needs it.
-
-    Raises:
-        InputError: the loss needs ``reference_log_prob`` and the batch has none.
-    """
-    options = dict(options)
-    by_weight, required = options.pop("auxiliary_by_weight"), options.pop("auxiliary_required")
-    labels = batch["labels"]
-    inputs = _token_inputs(batch, loss)
+    options: dict[str, Any],
+) -> tuple[TokenOutput, Any]:
     beside = None if reference is None else reference.head(model, batch)
     hidden, model_output = run_without_head(model, head, **model_inputs(model, batch))
-    # With nothing to predict at the end: so that hidden states need not be copied.
-    targets = _shifted(labels, IGNORE_INDEX).flatten()
     output = linear_token_loss(
         hidden.reshape(-1, hidden.shape[-1]),
-        targets=targets,
+        # With nothing to predict at the end: so that hidden states need not be copied.
+        targets=_shifted(batch["labels"], IGNORE_INDEX).flatten(),
         loss=loss,
         token_inputs=inputs,
         reference=beside,
@@ -114,35 +110,18 @@ def fused_batch_loss(
         **head.options,
         **options,
     )
-    return _with_auxiliary_loss(output, auxiliary_loss(model, model_output, required), options["normalizer"], by_weight)
+    return output, model_output
 
 
-def full_batch_loss(
+def _full(
     model: nn.Module,
     forward: Callable[..., Tensor],
     batch: dict[str, Any],
     loss: TokenLoss,
-    options: dict[str, Any],
+    inputs: dict[str, Tensor],
     reference: ReferenceModel | None,
-) -> TokenOutput:
-    """From logits ``[B, T, V]``.
-
-    Args:
-        model: the language model.
-        forward: gives the logits, running the model.
-        batch: see :func:`fused_batch_loss`.
-        loss: see :func:`fused_batch_loss`.
-        options: see :func:`fused_batch_loss`.
-        reference: see :func:`fused_batch_loss`.
-
-    Raises:
-        InputError: as :func:`fused_batch_loss`.
-    """
-    options = dict(options)
-    by_weight, required = options.pop("auxiliary_by_weight"), options.pop("auxiliary_required")
-    inputs: dict[str, Any] = {
-        name: value.view_as(batch["labels"])[:, :-1] for name, value in _token_inputs(batch, loss).items()
-    }
+    options: dict[str, Any],
+) -> tuple[TokenOutput, Any]:
     beside = None if reference is None else reference.logits(model, batch)[:, :-1]
     outputs: list[Any] = []
     handle = model.register_forward_hook(lambda model, args, output: outputs.append(output))
@@ -155,13 +134,12 @@ def full_batch_loss(
         logits[:, :-1],
         batch["labels"][:, 1:],
         loss,
-        **inputs,
+        **{name: value.view_as(batch["labels"])[:, :-1] for name, value in inputs.items()},  # type: ignore[arg-type]
         reference_logits=beside,
         token_weight=batch["token_weight"][:, 1:] if "token_weight" in batch else None,
         **options,
     )
-    auxiliary = auxiliary_loss(model, outputs[-1], required) if outputs else None
-    return _with_auxiliary_loss(output, auxiliary, options["normalizer"], by_weight)
+    return output, outputs[-1] if outputs else None
 
 
 def check_top_k(loss: TokenLoss, vocabulary: int) -> None:
@@ -202,30 +180,11 @@ def _sequence_index(batch: dict[str, Any]) -> Tensor:
     return sequence_index_of(batch["labels"].shape, batch["labels"].device)
 
 
-def _with_auxiliary_loss(
-    output: TokenOutput, auxiliary: Tensor | None, normalizer: float | None, by_weight: bool
-) -> TokenOutput:
-    """Added once per target token, or per unit of weight, whichever the step is divided by.
-
-    So the mean of the objective is the model's own sum of the two.
-    """
-    if auxiliary is None:
-        return output
-    targets = output.log_prob.numel()
-    total = auxiliary * (output.weight.sum() if by_weight else targets)
-    loss = output.loss + (total if normalizer is None else total / normalizer)
-    return dataclasses.replace(output, loss=loss, loss_sum=output.loss_sum + auxiliary.detach() * targets)
-
-
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 def set_auxiliary_loss(model: nn.Module, coefficient: float | None) -> None:
-    """Put a model's auxiliary loss into the objective with a coefficient, or take it out with 0.
-
-    Args:
-        model: a mixture of experts.
-        coefficient: ``None`` leaves the model's config as it comes.
+    """Put a model's auxiliary loss into the objective with a coefficient, or take it out with 0; ``None`` leaves it.
 
     Raises:
         InputError: the model has no such loss.
@@ -244,12 +203,7 @@ def set_auxiliary_loss(model: nn.Module, coefficient: float | None) -> None:
 
 
 def auxiliary_loss(model: nn.Module, output: Any, required: bool = False) -> Tensor | None:
-    """A mixture-of-experts model's load-balancing loss times its coefficient, ``None`` where it computes none.
-
-    Args:
-        model: the language model.
-        output: what it returned.
-        required: whether the run asked for it.
+    """The load-balancing loss in a model's output times its coefficient, ``None`` where it computes none.
 
     Raises:
         InputError: it is required and there is none, or the model has such a loss but no coefficient that is known.

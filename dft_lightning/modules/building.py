@@ -93,13 +93,10 @@ class ModelBuilder:
             return None
         return load_tokenizer(name, loading.revision, trust_remote_code=loading.trust_remote_code)
 
-    def guard(self, trainer: pl.Trainer | None) -> None:
-        """Before a strategy is asked to load a checkpoint: what it unpickles itself is looked at first."""
+    def mesh(self, trainer: pl.Trainer | None) -> DeviceMesh | None:
+        """What the model is sharded over, if it is. From here on what a strategy unpickles is looked at first."""
         if trainer is not None:
             guard_loading(trainer.strategy)
-
-    def mesh(self, trainer: pl.Trainer | None) -> DeviceMesh | None:
-        """What the model is sharded over; ``None`` where it is not."""
         return data_parallel_mesh(trainer, self._sharding)
 
     def reads_shards(self, mesh: DeviceMesh | None) -> bool:
@@ -120,12 +117,6 @@ class ModelBuilder:
         self, model: nn.Module, loss: TokenLoss, tokenizer: Any, trainer: pl.Trainer | None
     ) -> ReferenceModel | None:
         """Check a model that was just made, and give it what the options say; returns the reference, if there is one.
-
-        Args:
-            model: changed in place.
-            loss: the objective.
-            tokenizer: of the data, if it has one.
-            trainer: of the run, if there is one.
 
         Raises:
             InputError: the model is none for the tokenizer or the options.
@@ -179,18 +170,10 @@ class ModelBuilder:
 
     @contextmanager
     def moving(self, root: nn.Module, model: nn.Module | None, fn: Any) -> Iterator[Any]:
-        """Around ``_apply`` of what is trained, which moves and casts it.
+        """Around ``_apply`` of what is trained, which moves and casts it: offloaded parameters stay on the CPU.
 
         The model's non-persistent buffers keep their dtype: ``precision: bf16-true`` would round rotary frequencies to
         three digits, and transformers keeps them in float32 under every dtype.
-
-        Args:
-            root: what is trained, with the model in it.
-            model: the language model.
-            fn: what moves a tensor.
-
-        Yields:
-            What is to move a tensor: parameters that are offloaded stay on the CPU.
         """
         kept = [
             (module, name, buffer)
@@ -238,10 +221,6 @@ def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
 
 def objective_of(given: TokenLoss | dict[str, Any], name: str) -> TokenLoss:
     """A module's objective: a copy, which may keep state.
-
-    Args:
-        given: the loss, or its class path and options.
-        name: of the module's class, for messages.
 
     Raises:
         ValueError: it has options that a module has itself, or trainable parameters.

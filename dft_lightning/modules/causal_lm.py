@@ -27,7 +27,6 @@ from dft_lightning.models.lora.options import lora_values
 from dft_lightning.models.reference import ReferenceModel
 from dft_lightning.modules.batch_loss import BatchObjective
 from dft_lightning.modules.building import ModelBuilder, objective_of
-from dft_lightning.modules.evaluation import Evaluation, check_prompts, records_of
 from dft_lightning.modules.monitors import check_monitors, check_monitors_by_validation
 from dft_lightning.modules.optimizer_building import OptimizerBuilder
 from dft_lightning.modules.optimizers import DEFAULT_OPTIMIZER, OptimizerCallable
@@ -36,7 +35,7 @@ from dft_lightning.modules.resume.run_state import RunState
 from dft_lightning.modules.resume.saved import Checkpoints
 from dft_lightning.modules.schedules import ScheduleCallable, WarmupSchedule
 from dft_lightning.modules.size import announce
-from dft_lightning.modules.telemetry import TrainTelemetry
+from dft_lightning.modules.telemetry import Evaluation, TrainTelemetry, check_prompts, records_of
 from dft_lightning.modules.training import OptimizerSteps, step_ends
 from dft_lightning.ops import TokenOutput
 
@@ -146,7 +145,6 @@ class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
     def configure_model(self) -> None:
         """Build the model, once, and shard it. Lightning calls this when device, precision and strategy are known."""
         builder, trainer = self._builder, trainer_of(self)
-        builder.guard(trainer)
         mesh = builder.mesh(trainer)
         if is_sharded(self):
             return
@@ -382,7 +380,7 @@ class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
         self._checkpoints.save(checkpoint, self.record, self._reference, trainer_of(self))
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint says of the model and its run; see :mod:`dft_lightning.modules.resume.record`."""
+        """What a checkpoint says of the model and its run; see :meth:`.Checkpoints.record`."""
         assert self.model is not None, "call configure_model() first"
         return self._checkpoints.record(self.model, self._completions, trainer_of(self))
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -19,36 +18,12 @@ from dft_lightning.errors import did_you_mean, one_line
 Values = dict[str, Any]  # {"class_path": ..., "init_args": {...}}
 
 
-@dataclass(frozen=True)
-class Names:
-    """Classes that need no dotted path.
-
-    Attributes:
-        own: of this package, by name; they come first.
-        public: the module that has torch's.
-    """
-
-    own: Mapping[str, type]
-    public: str
-
-    def find(self, name: str) -> Any:
-        """The class of a name; ``None`` where there is none."""
-        return self.own.get(name, getattr(import_module(self.public), name, None))
-
-    def known(self, base: type) -> list[str]:
-        """All names of subclasses of ``base``."""
-        theirs = vars(import_module(self.public)).items()
-        return sorted(
-            {*self.own, *(name for name, each in theirs if isinstance(each, type) and issubclass(each, base))}
-        )
-
-
 def factory_values(
     given: Any,
     base: type,
     key: str,
     default: functools.partial[Any] | type,
-    names: Names,
+    names: Mapping[str, Any],
     check: Callable[[Any], None],
 ) -> Values:
     """A class and its options in the plain form ``{"class_path": ..., "init_args": {...}}``.
@@ -60,7 +35,7 @@ def factory_values(
         base: what the class has to be a subclass of.
         key: what messages call the option.
         default: as the option's default is.
-        names: of the classes that need no dotted path.
+        names: what needs no dotted path, the classes among it.
         check: raises ``ValueError`` for a class that is not taken, whatever its options.
 
     Raises:
@@ -100,24 +75,15 @@ def parameters_of(cls: type) -> dict[str, inspect.Parameter]:
     return init_parameters(cls, 1, (object, Optimizer, LRScheduler))
 
 
-def tried(values: Values, key: str, *arguments: Any, **options: Any) -> None:
-    """Have a class check its options, by making one of it.
-
-    Args:
-        values: of :func:`factory_values`.
-        key: what messages call the option.
-        arguments: of the constructor, before its options.
-        options: beside those of ``values``.
-
-    Raises:
-        ValueError: it refuses them.
-    """
+def tried(values: Values, key: str, *arguments: Any) -> None:
+    """Make one of a class, so that it checks its options. Raises ``ValueError`` where it refuses them."""
     cls = class_of(values)
     try:
-        cls(*arguments, **options_of(values), **options)
+        cls(*arguments, **options_of(values))
     except Exception as error:  # whatever a constructor stumbles on
-        own = isinstance(error, ValueError) and cls.__module__.startswith("dft_lightning.")  # begins with the option
-        raise ValueError(f"{key}{'.' if own else ': '}{one_line(error)}") from error
+        text = one_line(error)
+        names_it = text.partition(" ")[0].rstrip(":") in parameters_of(cls)
+        raise ValueError(f"{key}{'.' if names_it else ': '}{text}") from error
 
 
 def _opened(given: Any, key: str) -> tuple[Any, dict[str, Any]]:
@@ -136,7 +102,9 @@ def _opened(given: Any, key: str) -> tuple[Any, dict[str, Any]]:
     return classes[0], dict(given.keywords)
 
 
-def _of_dict(given: dict[str, Any], default: type, base: type, key: str, names: Names) -> tuple[Any, dict[str, Any]]:
+def _of_dict(
+    given: dict[str, Any], default: type, base: type, key: str, names: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     if "class_path" not in given:
         return default, dict(given)
     if unknown := set(given) - {"class_path", "init_args"}:
@@ -147,14 +115,15 @@ def _of_dict(given: dict[str, Any], default: type, base: type, key: str, names: 
     return _named(str(given["class_path"]), base, key, names), dict(options)
 
 
-def _named(path: str, base: type, key: str, names: Names) -> Any:
+def _named(path: str, base: type, key: str, names: Mapping[str, Any]) -> Any:
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(import_module(module), name, None) if module else names.find(name)
+        found = getattr(import_module(module), name, None) if module else names.get(name)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{key}: cannot import {path!r}: {error}") from error
     if found is None:
-        raise ValueError(f"{key}: unknown class {path!r}{did_you_mean(name, names.known(base))}")
+        known = sorted(name for name, each in names.items() if isinstance(each, type) and issubclass(each, base))
+        raise ValueError(f"{key}: unknown class {path!r}{did_you_mean(name, known)}")
     return found
 
 
@@ -163,8 +132,8 @@ def _check_names(cls: type, options: dict[str, Any], key: str) -> None:
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in options:
         if name not in parameters and not open_ended:
-            end = did_you_mean(name, parameters, f"; it has {', '.join(parameters)}")
-            raise ValueError(f"{key}.{name}: {cls.__name__} has no option {name!r}{end}")
+            hint = did_you_mean(name, parameters, f"; it has {', '.join(parameters)}")
+            raise ValueError(f"{key}.{name}: {cls.__name__} has no option {name!r}{hint}")
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and parameter.kind in by_name and name not in options:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dft_lightning.errors import InputError, did_you_mean
@@ -37,18 +36,14 @@ def check_monitors(trainer: pl.Trainer, cls: type, loss: TokenLoss, step: StepOp
     Where a subclass or a callback of another's may log as well, any name may be right: see
     :func:`check_monitors_by_validation`.
 
-    Args:
-        trainer: of the run, with the data module set up.
-        cls: the module's class.
-        loss: the objective.
-        step: options of the step.
-
     Raises:
         InputError: something is monitored that the run never logs.
     """
     if _others_log(trainer, cls):
         return
-    names = [*logged_by_module(trainer, loss, step), *(name for each in trainer.callbacks for name in _logged_by(each))]  # type: ignore[attr-defined]
+    names = logged_by_module(trainer, loss, step)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        names += getattr(callback, "logged_names", list)()  # of this package's
     names += [config.name for config in trainer.lr_scheduler_configs if config.name]
     for owner, name in _monitored(trainer):
         of_rates = name.startswith("lr-") and any(isinstance(each, LearningRateMonitor) for each in trainer.callbacks)  # type: ignore[attr-defined]
@@ -58,12 +53,7 @@ def check_monitors(trainer: pl.Trainer, cls: type, loss: TokenLoss, step: StepOp
 
 
 def check_monitors_by_validation(trainer: pl.Trainer, cls: type) -> None:
-    """Warn of a monitored name that begins with ``val`` and that the validation before training did not log.
-
-    Args:
-        trainer: of the run.
-        cls: the module's class.
-    """
+    """Warn of a monitored name that begins with ``val`` and that the validation before training did not log."""
     if not trainer.sanity_checking or not _others_log(trainer, cls):
         return
     logged = list(trainer.callback_metrics)
@@ -94,22 +84,11 @@ def _monitored(trainer: pl.Trainer) -> Iterator[tuple[str, str]]:
 
 def _others_log(trainer: pl.Trainer, cls: type) -> bool:
     own = [each for each in cls.__mro__ if each.__module__.partition(".")[0] not in _KNOWN]
-    overridden = {name for each in own for name, value in vars(each).items() if callable(value) or _is_wrapped(value)}
-    return bool(overridden - _LOG_NOTHING) or any(_may_log_anything(each) for each in trainer.callbacks)  # type: ignore[attr-defined]
-
-
-def _is_wrapped(value: Any) -> bool:
-    return isinstance(value, (property, staticmethod, classmethod))
-
-
-def _may_log_anything(callback: Callback) -> bool:
-    ours = type(callback).__module__.startswith(("lightning.", "dft_lightning."))
-    return not ours or isinstance(callback, LambdaCallback)
-
-
-def _logged_by(callback: Callback) -> list[str]:
-    """Names that a callback of this package logs along ``fit``."""
-    return getattr(callback, "logged_names", list)()
+    wrapped = (property, staticmethod, classmethod)
+    code = {name for each in own for name, value in vars(each).items() if callable(value) or isinstance(value, wrapped)}
+    known = [type(each).__module__.startswith(("lightning.", "dft_lightning.")) for each in trainer.callbacks]  # type: ignore[attr-defined]
+    own_functions = any(isinstance(each, LambdaCallback) for each in trainer.callbacks)  # type: ignore[attr-defined]
+    return bool(code - _LOG_NOTHING) or not all(known) or own_functions
 
 
 def logged_by_module(trainer: pl.Trainer, loss: TokenLoss, step: StepOptions) -> list[str]:

@@ -59,28 +59,21 @@ class NonFiniteSteps:
         learning_rate: float,
         rows: Sequence[tuple[Tensor, Tensor]],
     ) -> None:
-        """Count the step at hand as left out, or end the run. A collective.
+        """Count the step at hand, of which ``what`` is not finite, as left out, or end the run. A collective.
 
-        Args:
-            what: is not finite.
-            trainer: of the run.
-            loss_name: of the objective.
-            learning_rate: of the step.
-            rows: of each micro-batch whether its loss was finite, and the indices of its rows.
+        ``rows`` has of each micro-batch whether its loss was finite, and the indices of its rows.
 
         Raises:
             InputError: the option is ``"raise"``, or as many steps were skipped in a row as may be.
         """
         self.in_a_row = self.in_a_row + 1 if self.last == trainer.global_step - 1 else 1
         self.last = trainer.global_step
-        subject = f"the loss ({loss_name})"
-        if what == "gradient":
-            subject = f"the gradient's norm (the loss, {loss_name}, is finite)"
-        described = (
-            f"{subject} is NaN or infinite at global step {trainer.global_step}, learning rate {learning_rate:.3g}"
-        )
+        of_loss = what == "loss"
+        subject = f"the loss ({loss_name})" if of_loss else f"the gradient's norm (the loss, {loss_name}, is finite)"
+        at = f"global step {trainer.global_step}, learning rate {learning_rate:.3g}"
+        described = f"{subject} is NaN or infinite at {at}"
         if not self.skips or self.in_a_row >= SKIPPED_IN_A_ROW:
-            raise InputError(self._why_not(described, trainer, _not_finite(rows, trainer) if what == "loss" else []))
+            raise InputError(self._why_not(described, trainer, _not_finite(rows, trainer) if of_loss else []))
         if not self.skipped:
             rank_zero_warn(
                 f"model.step.on_non_finite: skip: {described}: nothing is learnt from it. train/skipped_steps counts "

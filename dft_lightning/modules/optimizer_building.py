@@ -33,14 +33,7 @@ from dft_lightning.modules.training import scales_gradients
 
 
 class OptimizerBuilder:
-    """Makes the optimizer and the schedule of a run.
-
-    Args:
-        optimizer: as :class:`~dft_lightning.modules.CausalLMModule` takes it.
-        schedule: as :class:`~dft_lightning.modules.CausalLMModule` takes it.
-
-    Attributes:
-        schedule_values: the schedule's class path and options.
+    """Makes a run's optimizer and schedule, given as :class:`~dft_lightning.modules.CausalLMModule` takes them.
 
     Raises:
         ValueError: there is no such class or option, or it cannot be used here.
@@ -76,14 +69,11 @@ class OptimizerBuilder:
                 f"model.schedule: {self.schedule_values['class_path']} sets the learning rate by its max_lr: "
                 "model.optimizer.lr counts for nothing"
             )
-        total = self._count(trainer) if needs_total_steps(self.schedule_values) else None
-        return build_schedule(self.schedule_values, optimizer, total)
+        if needs_total_steps(self.schedule_values):
+            self._steps = total_optimizer_steps(trainer), steps_of_epochs(trainer)
+        return build_schedule(self.schedule_values, optimizer, None if self._steps is None else self._steps[0])
 
     # -- the run's length, which data that is loaded anew, callbacks and early stops may change ------------------
-
-    def _count(self, trainer: pl.Trainer) -> int:
-        self._steps = total_optimizer_steps(trainer), steps_of_epochs(trainer)
-        return self._steps[0]
 
     def check_epoch(self, trainer: pl.Trainer) -> None:
         """Warn of an epoch of another length than the schedule counted."""

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -18,7 +18,7 @@ from torch.optim import AdamW, Optimizer
 from dft_lightning.errors import InputError, check_one_of, one_line
 from dft_lightning.foreign.torch import name_without_wrappers
 from dft_lightning.models.quantization import import_bitsandbytes
-from dft_lightning.modules.factories import Names, Values, class_of, factory_values, options_of, parameters_of, tried
+from dft_lightning.modules.factories import Values, class_of, factory_values, options_of, parameters_of, tried
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 DEFAULT_OPTIMIZER = partial(AdamW, lr=5e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
@@ -45,10 +45,10 @@ def optimizer_values(given: Any) -> Values:
     """
     values = factory_values(given, Optimizer, "optimizer", DEFAULT_OPTIMIZER, NAMES, _check_class)
     cls = class_of(values)
-    _check_ranges(values["init_args"], parameters_of(cls))
-    if cls is not AdamW8bit:  # which bitsandbytes makes: a checkpoint is looked at without it, too
-        group = {"params": [nn.Parameter(torch.zeros(1, 1))], "muon": True}
-        tried(values, "optimizer", [group])
+    _check_numbers(values["init_args"], parameters_of(cls))
+    # A checkpoint of AdamW8bit is looked at without bitsandbytes, too; the options are those of AdamW.
+    trial = {**values, "class_path": "torch.optim.AdamW"} if cls is AdamW8bit else values
+    tried(trial, "optimizer", [{"params": [nn.Parameter(torch.zeros(1, 1))], "muon": True}])
     return values
 
 
@@ -71,27 +71,18 @@ def _check_class(cls: type[Optimizer]) -> None:
         raise ValueError(f"optimizer: {name} has no option lr, which the schedule changes")
 
 
-def _check_ranges(options: dict[str, Any], parameters: dict[str, inspect.Parameter]) -> None:
+def _check_numbers(options: dict[str, Any], defaults: dict[str, inspect.Parameter]) -> None:
+    """What constructors take or do not name: some look at neither infinite numbers nor how many betas there are."""
     if "lr" not in options:
         raise ValueError("optimizer.lr: required, but not given")
-    for name in ("lr", "weight_decay"):
-        if name in options and not _is_number(options[name]):
-            raise ValueError(f"optimizer.{name} must be a number, got {options[name]!r}")
     for name in ("lr", "eps", "weight_decay"):
-        value = options.get(name)
-        if _is_number(value) and not 0 <= value < math.inf:
-            raise ValueError(f"optimizer.{name} must not be negative or infinite, got {value}")
-    if "betas" in options:
-        betas, default = options["betas"], parameters["betas"].default
-        length = len(default) if isinstance(default, tuple) else 2
-        right = isinstance(betas, list) and len(betas) == length
-        if not right or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
-            number = {2: "two", 3: "three"}.get(length, str(length))
-            raise ValueError(f"optimizer.betas must be {number} numbers in [0, 1), got {betas}")
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+        value = options.get(name, 0)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (0 <= value < math.inf if is_number else name == "eps"):  # which is a pair of Adafactor
+            raise ValueError(f"optimizer.{name} must be a number, neither negative nor infinite, got {value!r}")
+    betas, default = options.get("betas"), getattr(defaults.get("betas"), "default", None)
+    if isinstance(betas, list) and isinstance(default, tuple) and len(betas) != len(default):
+        raise ValueError(f"optimizer.betas must be {len(default)} numbers, got {betas}")
 
 
 def check_sharding(values: Values, trainer: pl.Trainer | None) -> None:
@@ -139,7 +130,7 @@ def parameter_groups(
 
     Args:
         module: has the parameters.
-        values: the optimizer's, of :func:`optimizer_values`.
+        values: of :func:`optimizer_values`.
         matrices: names of those that FSDP1 may have flattened since; others show that they are.
         ends: the model's input embedding and output layer.
     """
@@ -158,13 +149,10 @@ def parameter_groups(
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             is_matrix = parameter.ndim >= 2 or name_without_wrappers(name) in matrices
-            hidden = cls is Muon and _is_wide(parameter) and id(parameter) not in of_tables
+            wide = parameter.ndim == 2 and min(parameter.shape) > 1
+            hidden = cls is Muon and wide and id(parameter) not in of_tables
             groups[is_matrix or decay is None, hidden]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
-
-
-def _is_wide(parameter: nn.Parameter) -> bool:
-    return parameter.ndim == 2 and min(parameter.shape) > 1
 
 
 # -- building ------------------------------------------------------------------------------------------------------
@@ -173,18 +161,12 @@ def _is_wide(parameter: nn.Parameter) -> bool:
 def build_optimizer(
     values: Values, groups: list[dict[str, Any]], *, device: torch.device, scales_gradients: bool
 ) -> Optimizer:
-    """The optimizer of values in plain form.
+    """The optimizer of values of :func:`optimizer_values`, for parameter groups on a device.
 
     AdamW is fused on devices that have it so, unless ``fused``, ``foreach`` or ``differentiable`` is given.
 
-    Args:
-        values: of :func:`optimizer_values`.
-        groups: of :func:`parameter_groups`.
-        device: of the parameters.
-        scales_gradients: whether a gradient scaler is in use.
-
     Raises:
-        InputError: the class refuses the options or groups, or would unscale gradients by itself.
+        InputError: the class refuses the options or groups, or would unscale the gradients that a scaler scales.
     """
     cls, options = class_of(values), options_of(values)
     # Under 16-mixed a fused optimizer unscales inside step(), out of reach of the rescale's log and of clipping.
@@ -197,12 +179,11 @@ def build_optimizer(
     if cls is AdamW and not said:
         options["fused"] = not scales_gradients and device.type in ("cpu", "cuda", "xpu")
     try:
-        made: Optimizer = cls(groups, **options)
+        return cast(Optimizer, cls(groups, **options))
     except InputError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"model.optimizer: {one_line(error)}") from error
-    return made
 
 
 def describe(optimizer: Optimizer) -> str | None:
@@ -265,8 +246,9 @@ class Muon(Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
+        for name, share in (("momentum", momentum), *(("betas", beta) for beta in betas)):
+            if not 0 <= share < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {share}")
         if not isinstance(ns_steps, int) or not 1 <= ns_steps < 100:
             raise ValueError(f"ns_steps must be a whole number from 1 to 99, got {ns_steps}")
         check_one_of("adjust_lr_fn", adjust_lr_fn, ("match_rms_adamw", "original"))
@@ -347,4 +329,4 @@ class AdamW8bit(Optimizer):
         bitsandbytes.optim.AdamW8bit.__init__(self, groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
-NAMES = Names({cls.__name__: cls for cls in (Muon, AdamW8bit)}, "torch.optim")
+NAMES = {**vars(torch.optim), "Muon": Muon, "AdamW8bit": AdamW8bit}

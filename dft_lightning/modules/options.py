@@ -148,24 +148,12 @@ def over_checkpoint(
 ) -> Iterator[dict[str, Any]]:
     """For ``load_from_checkpoint`` of a module: the options that are given, and whether code is trusted.
 
-    Args:
-        cls: the module's class.
-        files: checkpoint, options in place of its own, and ``weights_only``, as for
-            :func:`~dft_lightning.checkpoints.trust.loading_options`.
-        given: options that the caller gives.
-        trust_remote_code: never the file's.
+    ``files`` are the first arguments of :func:`~dft_lightning.checkpoints.trust.loading_options`.
     """
     options = dict(given)
     if "loading" in init_parameters(cls):  # a class of one's own may take no such option
-        options["loading"] = {"trust_remote_code": trust_remote_code, **_fields_of(given.get("loading"))}
+        loading = given.get("loading") or {}
+        loading = loading if isinstance(loading, Mapping) else vars(loading)  # the group itself
+        options["loading"] = {"trust_remote_code": trust_remote_code, **loading}
     with loading_options(cls, *files, options, GROUPS) as whole:
         yield whole
-
-
-def _fields_of(given: Any) -> dict[str, Any]:
-    """The fields of a group of options that are given, from the group itself, a dict or nothing."""
-    if given is None:
-        return {}
-    return (
-        dict(given) if isinstance(given, Mapping) else {each.name: getattr(given, each.name) for each in fields(given)}
-    )

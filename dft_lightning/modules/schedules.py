@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -24,7 +24,7 @@ from torch.utils.data import DistributedSampler
 
 from dft_lightning.errors import InputError, check_one_of, one_line
 from dft_lightning.foreign.lightning import shares_rows_out, training_loader
-from dft_lightning.modules.factories import Names, Values, class_of, factory_values, options_of, parameters_of, tried
+from dft_lightning.modules.factories import Values, class_of, factory_values, options_of, parameters_of, tried
 
 ScheduleCallable = Callable[[Optimizer], LRScheduler]
 Decay = Literal["cosine", "linear", "constant"]
@@ -93,17 +93,7 @@ def _check_warmup_options(warmup: Any, decay: Any, minimum: Any, total_steps: An
 def learning_rate_factor(
     step: int, *, decay: Decay, warmup_steps: int, total_steps: int | None, minimum: float
 ) -> float:
-    """What the peak learning rate is multiplied by at an optimizer step, counted from 0.
-
-    Linear warm-up from 0 over ``warmup_steps``, then decay to ``minimum`` at ``total_steps``.
-
-    Args:
-        step: optimizer steps done.
-        decay: ``"cosine"``, ``"linear"`` or ``"constant"``.
-        warmup_steps: steps of warm-up.
-        total_steps: steps of the run; not read by ``"constant"``.
-        minimum: the factor at the end, in ``[0, 1]``.
-    """
+    """What :class:`WarmupSchedule` multiplies the peak learning rate by at an optimizer step, counted from 0."""
     if step < warmup_steps:
         return step / warmup_steps
     if decay == "constant":
@@ -116,7 +106,7 @@ def learning_rate_factor(
 
 # -- options -------------------------------------------------------------------------------------------------------
 
-NAMES = Names({"WarmupSchedule": WarmupSchedule}, "torch.optim.lr_scheduler")
+NAMES = {**vars(torch.optim.lr_scheduler), "WarmupSchedule": WarmupSchedule}
 # Their constructors take functions or other schedules.
 _NOT_OF_OPTIONS = (LambdaLR, MultiplicativeLR, SequentialLR, ChainedScheduler)
 
@@ -173,22 +163,16 @@ def needs_total_steps(values: Values) -> bool:
 
 
 def build_schedule(values: Values, optimizer: Optimizer, total_steps: int | None) -> LRScheduler:
-    """The schedule of values in plain form, stepped once per optimizer step.
-
-    Args:
-        values: of :func:`schedule_values`.
-        optimizer: whose rates it sets.
-        total_steps: the run's, read where :func:`needs_total_steps`.
+    """The schedule of values of :func:`schedule_values`, which has ``total_steps`` where :func:`needs_total_steps`.
 
     Raises:
         InputError: the class refuses the options or the optimizer.
     """
     values = _with_total(values, total_steps)
     try:
-        made: LRScheduler = class_of(values)(optimizer, **options_of(values))
+        return cast(LRScheduler, class_of(values)(optimizer, **options_of(values)))
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"model.schedule: {one_line(error)}") from error
-    return made
 
 
 def _with_total(values: Values, total_steps: int | None) -> Values:

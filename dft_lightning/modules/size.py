@@ -22,12 +22,7 @@ _MIB = 2**20
 def training_size(module: nn.Module, optimizers: Iterable[Optimizer], counted: str = "parameters") -> str:
     """How many parameters are trained, and bytes of weights, gradients and AdamW's states on this rank.
 
-    Activations and logits come on top: see docs/sharding.md.
-
-    Args:
-        module: the whole of it.
-        optimizers: of its parameters.
-        counted: what a parameter's values are called.
+    Activations and logits come on top: see docs/sharding.md. ``counted`` is what a parameter's values are called.
 
     Example:
         >>> layer = nn.Linear(1023, 1024)
@@ -49,13 +44,7 @@ def training_size(module: nn.Module, optimizers: Iterable[Optimizer], counted: s
 
 
 def announce(module: nn.Module, model: nn.Module, trainer: pl.Trainer) -> None:
-    """Say at the start of a run what it trains and how.
-
-    Args:
-        module: the whole of it.
-        model: the language model in it.
-        trainer: of the run, with its optimizers made.
-    """
+    """Say at the start of a run, with its optimizers made, what it trains and how."""
     # FSDP1 has cut the parameters themselves.
     counted = "parameters" if not isinstance(trainer.model, FullyShardedDataParallel) else "values on rank 0"
     lines = [training_size(module, trainer.optimizers, counted), *map(describe, trainer.optimizers)]

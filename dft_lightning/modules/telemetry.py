@@ -1,4 +1,4 @@
-"""What is measured of the tokens of a stage, and of training between two logged steps."""
+"""What is measured of the tokens of a stage, of training between two logged steps, and of generated answers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from dft_lightning.errors import InputError
 from dft_lightning.losses import TokenLoss
 from dft_lightning.losses.base import IGNORE_INDEX
-from dft_lightning.metrics import GradientMetrics, SourceMetrics, TokenMetrics
+from dft_lightning.metrics import AnswerExtractor, ExactMatch, GradientMetrics, SourceMetrics, TokenMetrics
 from dft_lightning.metrics.exact_sums import ExactSums
 from dft_lightning.ops import TokenOutput
 
@@ -32,13 +34,7 @@ class StageTelemetry(nn.Module):
         return {name: cast(ExactSums, metric) for name, metric in self.named_children()}
 
     def update(self, output: TokenOutput, batch: Mapping[str, Any], loss: TokenLoss) -> None:
-        """Count a batch.
-
-        Args:
-            output: of the batch.
-            batch: as the module takes it.
-            loss: the objective.
-        """
+        """Count a batch, as the module takes it."""
         self.tokens.update(output, count_tokens(batch))
         if "source" not in batch:
             return
@@ -52,8 +48,7 @@ class StageTelemetry(nn.Module):
     def collect(self, source_names: Sequence[str]) -> dict[str, Any]:
         """All values since the last call, reduced over ranks; none where nothing was counted. A collective.
 
-        Args:
-            source_names: of a mixture, for ``loss/NAME`` and ``nll/NAME`` of each source that had targets.
+        Of a mixture of sources also ``loss/NAME`` and ``nll/NAME`` of each that had targets.
         """
         values: dict[str, Any] = {}
         if self.tokens.update_called:
@@ -129,3 +124,66 @@ def count_tokens(batch: Mapping[str, Any]) -> Tensor | int:
         return cast(Tensor, batch["num_tokens"])
     mask = batch.get("attention_mask")
     return cast(int, batch["input_ids"].numel()) if mask is None else cast(Tensor, mask.sum())
+
+
+STAGES = ("val", "forgetting", "test")
+
+
+class Evaluation(nn.Module):
+    """Token metrics of each stage, and exact match of the answers that an extractor finds in what is generated."""
+
+    def __init__(self, answer_extractor: AnswerExtractor) -> None:
+        super().__init__()
+        self.stages = nn.ModuleDict({stage: StageTelemetry() for stage in STAGES})
+        self.exact_match = ExactMatch(answer_extractor)
+
+    def telemetry(self, stage: str) -> StageTelemetry:
+        """Of one of :data:`STAGES`."""
+        return cast(StageTelemetry, self.stages[stage])
+
+    def update(self, stage: str, output: TokenOutput, batch: Mapping[str, Any], loss: TokenLoss) -> None:
+        """Count a batch's targets."""
+        self.telemetry(stage).update(output, batch, loss)
+
+    def collect(self, stage: str, source_names: Sequence[str]) -> dict[str, Any]:
+        """All values of a stage, reduced over ranks; none where nothing was counted. A collective."""
+        values = self.telemetry(stage).collect(source_names)
+        values.pop("tokens", None)
+        if stage == "test" and self.exact_match.update_called:
+            values["exact_match"] = self.exact_match.compute()
+            self.exact_match.reset()
+        return values
+
+    def check_answers(self, datamodule: pl.LightningDataModule | None) -> None:
+        """Whether test rows have an answer to compare with, before anything is generated.
+
+        On every rank: one that stops alone leaves the others waiting.
+        """
+        answers = getattr(datamodule, "answers", None)
+        if answers is not None:
+            self.exact_match.check(answers("test"), "test")
+
+    def score(self, records: list[dict[str, Any]]) -> None:
+        """Add ``correct`` to records of :func:`records_of`, and count them."""
+        for record in records:
+            record["correct"] = self.exact_match.score(record["completion"], record["answer"])
+        self.exact_match.update([r["completion"] for r in records], [r["answer"] for r in records])
+
+
+def check_prompts(batch: Mapping[str, Any]) -> None:
+    """Raise ``InputError`` for batches without prompts to complete."""
+    if "prompt_input_ids" not in batch:
+        raise InputError(
+            "test and predict generate from prompt_input_ids and prompt_attention_mask, with index, prompt and "
+            "answer beside them, which these batches lack: use InstructionDataModule, or override the step"
+        )
+
+
+def records_of(batch: Mapping[str, Any], completions: Sequence[str]) -> list[dict[str, Any]]:
+    """``index``, ``prompt``, ``completion`` and ``answer`` of each row, but for those that only make ranks even."""
+    rows = zip(batch["index"].tolist(), batch["prompt"], completions, batch["answer"], strict=True)
+    return [
+        {"index": index, "prompt": prompt, "completion": completion, "answer": answer}
+        for index, prompt, completion, answer in rows
+        if index >= 0  # rows of index -1 only make the ranks even
+    ]

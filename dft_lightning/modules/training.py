@@ -25,21 +25,13 @@ from dft_lightning.ops import TokenOutput
 
 @dataclass
 class _Mean:
-    """What is to be counted of a batch whose mean was handed out, when it comes to ``backward``.
-
-    Attributes:
-        batch_idx: of the micro-batch.
-        targets: of the batch, a scalar.
-        weight: the sum of their weights, where the step is divided by these.
-        share: targets, or their weight, over the divisor of the step's sums: what the mean is multiplied by.
-        has_gradient: whether anything was backpropagated through it.
-    """
+    """What is to be counted of a batch whose mean was handed out, when it comes to ``backward``."""
 
     batch_idx: int
-    targets: Tensor
-    weight: Tensor | None
-    share: Tensor
-    has_gradient: bool = False
+    targets: Tensor  # their number
+    weight: Tensor | None  # the sum of their weights, where the step is divided by these
+    share: Tensor  # targets, or their weight, over the divisor of the step's sums: what the mean is multiplied by
+    has_gradient: bool = False  # whether anything was backpropagated through it
 
     def note_gradient(self, gradient: Tensor) -> None:
         """A hook of the mean."""
@@ -48,29 +40,17 @@ class _Mean:
 
 @dataclass
 class OptimizerStep:
-    """What is known of one optimizer step.
+    """What is known of one optimizer step."""
 
-    Attributes:
-        number: optimizer steps done before it.
-        before: metrics of the window that is logged next, with their states before this step.
-        means: handed out and not come to ``backward`` yet.
-        rows: of each micro-batch whether its loss was finite, and the indices of its rows.
-        unweighted: micro-batches that came to ``backward`` without such a mean.
-        ended: whether its gradient is whole.
-        skipped: whether it is left out.
-        learning_rate: of the first group of parameters.
-        loss_name: of the objective, for messages.
-    """
-
-    number: int
-    before: list[tuple[ExactSums, dict[str, Tensor | int]]]
-    means: list[_Mean] = field(default_factory=list)
-    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    unweighted: int = 0
-    ended: bool = False
-    skipped: bool = False
-    learning_rate: float = 0.0
-    loss_name: str = "loss"
+    number: int  # of steps done before it
+    before: list[tuple[ExactSums, dict[str, Tensor | int]]]  # metrics of the window logged next, with states before it
+    means: list[_Mean] = field(default_factory=list)  # handed out and not come to backward yet
+    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # of each micro-batch: was it finite, its indices
+    unweighted: int = 0  # micro-batches that came to backward without such a mean
+    ended: bool = False  # its gradient is whole
+    skipped: bool = False  # it is left out
+    learning_rate: float = 0.0  # of the first group of parameters
+    loss_name: str = "loss"  # for messages
 
 
 class OptimizerSteps:
@@ -144,12 +124,7 @@ class OptimizerSteps:
     # -- micro-batches -----------------------------------------------------------------------------------------
 
     def divisor_of(self, num_targets: Tensor, batch_idx: int, trainer: pl.Trainer) -> float:
-        """What a batch's summed loss is to be divided by, for the range of half precision.
-
-        Args:
-            num_targets: of the batch, a scalar int64 tensor.
-            batch_idx: of the micro-batch.
-            trainer: of the run.
+        """What the summed loss of a batch with so many targets is to be divided by, for the range of half precision.
 
         Raises:
             RuntimeError: the module overrides one of the methods that this leans on, and does not call ``super()``.
@@ -169,13 +144,7 @@ class OptimizerSteps:
     ) -> Tensor:
         """The mean objective of a batch over its targets; with ``renormalize`` over their weights. 0 without any.
 
-        Args:
-            output: of the batch, its loss over ``divisor``.
-            num_targets: as for :meth:`divisor_of`.
-            divisor: what :meth:`divisor_of` returned.
-            batch: as the module takes it.
-            batch_idx: of the micro-batch.
-            loss: the objective.
+        The loss in ``output`` is over ``divisor``, of :meth:`divisor_of`.
         """
         step = cast(OptimizerStep, self._step)
         self._telemetry.update(output, batch, loss)
@@ -237,13 +206,6 @@ class OptimizerSteps:
         clip_by_value: Callable[[], None],
     ) -> None:
         """Clip as the trainer says, with the gradient's norm taken once; or leave the step out. A collective.
-
-        Args:
-            optimizer: has the parameters.
-            gradient_clip_val: of the trainer.
-            algorithm: of the trainer.
-            trainer: of the run.
-            clip_by_value: the trainer's own clipping.
 
         Raises:
             InputError: the norm is not finite, and such steps are not to be left out; or there is no way to clip.

@@ -4,15 +4,14 @@ Their states hold options beside what training made of them: a learning rate, be
 they are, they would override what a resumed run was told. So a checkpoint also holds both as they were before the first
 step: what differs between one run's and another's is an option, and all else is state.
 
-An optimizer's options become this run's, and so do those of schedules that are functions of the step
-(:class:`~dft_lightning.modules.schedules.WarmupSchedule` and every ``LambdaLR``). Others keep in their states what they
-made of their options, so that a changed one is refused by name.
+An optimizer's options become this run's, and so do those of every ``LambdaLR``, whose functions are no part of its
+state; :class:`~dft_lightning.modules.schedules.WarmupSchedule` is one. What the state of a schedule has of its options
+beside must be what the checkpoint's run had.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import lightning.pytorch as pl
@@ -27,7 +26,6 @@ from dft_lightning.modules.factories import Values, class_of, parameters_of
 
 KEY = "optimizer_options"  # of a checkpoint
 
-_MADE = ("_last_lr",)  # read off the groups
 _ANEW = "or begin anew, with model.model as the exported checkpoint"
 
 
@@ -52,16 +50,7 @@ class OptimizerOptions:
         """
         self._own = _read(trainer)
         if self._before is not None:
-            for kind in ("optimizer", "schedule"):
-                own, before = (", ".join(each["classes"][kind]) or "none" for each in (self._own, self._before))
-                if own != before:
-                    raise InputError(
-                        f"model.{kind}: {own} here, and the checkpoint's run had {before}, whose state it cannot take: "
-                        f"give that, {_ANEW}"
-                    )
-            for config in trainer.lr_scheduler_configs:
-                if not _is_function(config.scheduler) and type(config.scheduler) is class_of(self._schedule):
-                    _check_options(self._schedule, self._schedule_before)
+            self._check(trainer, self._before, self._own)
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Add them to a checkpoint."""
@@ -80,7 +69,7 @@ class OptimizerOptions:
         same options nothing changes by a bit.
 
         Raises:
-            InputError: an option differs of which another schedule's state goes on with what it made of the old value.
+            InputError: as :meth:`remember`, where a strategy reads the checkpoint later than that.
         """
         own, before, self._before = self._own, self._before, None
         if own is None:
@@ -98,19 +87,39 @@ class OptimizerOptions:
                 "options go on as in its states, whatever this run's are"
             )
             return
-        groups = list(zip(trainer.optimizers, before["groups"], own["groups"], strict=True))
-        schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
-        states = list(zip(schedules, before["schedules"], own["schedules"], strict=True))
-        for schedule, *pair in states:
-            if not _is_function(schedule):
-                of_groups = [each for optimizer, *each in groups if optimizer is schedule.optimizer]
-                _check_unchanged(schedule, *pair, *of_groups[0])
-        for optimizer, old_groups, new_groups in groups:
-            for group, old, new in zip(optimizer.param_groups, old_groups, new_groups, strict=False):
-                _set_changed(group, old, new)
-        for schedule, *pair in states:
-            if _is_function(schedule):
-                _set_function(schedule, *pair)
+        self._check(trainer, before, own)
+        for optimizer, *of_groups in zip(trainer.optimizers, before["groups"], own["groups"], strict=True):
+            for group, old, new in zip(optimizer.param_groups, *of_groups, strict=False):
+                for name, value in new.items():
+                    if name not in group or (name in old and not _same(old[name], value)):
+                        _set(group, name, value)
+        for config, *states in zip(trainer.lr_scheduler_configs, before["schedules"], own["schedules"], strict=True):
+            if _is_function(config.scheduler):
+                _set_rates(config.scheduler, *(state["base_lrs"] for state in states))
+
+    def _check(self, trainer: pl.Trainer, before: dict[str, Any], own: dict[str, Any]) -> None:
+        """Raise ``InputError`` for classes and options that the states of the checkpoint's run do not go with."""
+        for kind in ("optimizer", "schedule"):
+            classes = [", ".join(run["classes"][kind]) or "none" for run in (own, before)]
+            if classes[0] != classes[1]:
+                raise InputError(
+                    f"model.{kind}: {classes[0]} here, and the checkpoint's run had {classes[1]}, whose state it "
+                    f"cannot take: give that, {_ANEW}"
+                )
+        for i, schedule in enumerate(config.scheduler for config in trainer.lr_scheduler_configs):
+            named = type(schedule) is class_of(self._schedule) and isinstance(self._schedule_before, dict)
+            of_optimizer = trainer.optimizers.index(schedule.optimizer)
+            had, has = (
+                _options_in(schedule, run["schedules"][i], run["groups"][of_optimizer], values if named else {})
+                for run, values in ((before, self._schedule_before), (own, self._schedule))
+            )
+            for key in has:
+                if not _same(had.get(key), has[key]):
+                    here, there = (shortened(str(_one(value)), 100) for value in (has[key], had.get(key)))
+                    raise InputError(
+                        f"{key}: {here} here, and the checkpoint's run had {there}, with which the state of its "
+                        f"{type(schedule).__name__} goes on: give that, {_ANEW}"
+                    )
 
 
 def _read(trainer: pl.Trainer) -> dict[str, Any]:
@@ -127,12 +136,6 @@ def _read(trainer: pl.Trainer) -> dict[str, Any]:
     }
 
 
-def _set_changed(group: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> None:
-    for name, value in new.items():
-        if name not in group or (name in old and not _same(old[name], value)):
-            _set(group, name, value)
-
-
 def _set(group: dict[str, Any], name: str, value: Any) -> None:
     if isinstance(group.get(name), Tensor):  # of a capturable optimizer, whose graph reads this very tensor
         group[name].fill_(value)
@@ -144,75 +147,47 @@ def _is_function(schedule: Any) -> TypeGuard[LambdaLR]:
     return isinstance(schedule, LambdaLR) and type(schedule).get_lr is LambdaLR.get_lr
 
 
-def _set_function(schedule: LambdaLR, before: dict[str, Any], own: dict[str, Any]) -> None:
-    """Its functions are this run's already; what it and they keep in attributes becomes so, and the rates follow."""
-    changed = {n: v for n, v in own.items() if n not in _MADE and not (n in before and _same(before[n], v))}
-    if changed:
-        schedule.load_state_dict({**schedule.state_dict(), **copy.deepcopy(changed)})
-    # As LambdaLR has them, so that without a change they are the restored ones.
-    for group, base, factor in zip(
-        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-    ):
-        _set(group, "lr", base * factor(schedule.last_epoch))
-    rates = [copy.copy(group["lr"]) for group in schedule.optimizer.param_groups]
-    schedule.load_state_dict({**schedule.state_dict(), "_last_lr": rates})
+def _set_rates(schedule: LambdaLR, before: list[Any], own: list[Any]) -> None:
+    """As ``LambdaLR`` has them, so that without a change they are the restored ones."""
+    peaks = schedule.base_lrs if _same(before, own) else copy.deepcopy(own)
+    groups = schedule.optimizer.param_groups
+    for group, peak, factor in zip(groups, peaks, schedule.lr_lambdas, strict=True):
+        _set(group, "lr", peak * factor(schedule.last_epoch))
+    rates = [copy.copy(group["lr"]) for group in groups]
+    schedule.load_state_dict({**schedule.state_dict(), "base_lrs": peaks, "_last_lr": rates})
 
 
-def _check_options(own: Values, before: Any) -> None:
-    """Raise ``InputError`` for an option of a schedule that the checkpoint's run had otherwise."""
-    if not isinstance(before, dict) or not isinstance(before.get("init_args"), dict):
-        return
-    for name, parameter in parameters_of(class_of(own)).items():
-        had, has = (each["init_args"].get(name, parameter.default) for each in (before, own))
-        if not _same(had, has):
-            raise _refused(f"model.schedule.{name}", has, had, class_of(own).__name__)
+def _options_in(schedule: Any, state: dict[str, Any], groups: list[dict[str, Any]], values: Values) -> dict[str, Any]:
+    """What a schedule would go on with, by the key of messages: its own options first, by which it may set rates.
+
+    Args:
+        schedule: of whose class they are.
+        state: before the first step.
+        groups: of its optimizer, before the first step.
+        values: its options as the module has them, where it has them.
+    """
+    by_function, options = _is_function(schedule), parameters_of(type(schedule))
+    said = {} if by_function else values.get("init_args", {})
+    found = {f"model.schedule.{name}": said.get(name, each.default) for name, each in options.items()}
+    found |= {f"model.schedule.{name}": [group[name] for group in groups] for name in options if name in groups[0]}
+    if not by_function:
+        found["model.optimizer.lr"] = [group.get("initial_lr", group["lr"]) for group in groups]
+    for name, value in _flat(state).items():
+        # base_lrs and max_lrs are the option's value for each group; _last_lr is read off the groups.
+        option = next((each for each in (name, name[:-1]) if each in options), None)
+        if name.rpartition(".")[2] != "_last_lr" and not (by_function and name == "base_lrs"):
+            found[f"{type(schedule).__name__}'s {name}" if option is None else f"model.schedule.{option}"] = value
+    return found
 
 
-def _refused(key: str, has: Any, had: Any, schedule: str) -> InputError:
-    has, had = (shortened(str(_one(value)), 100) for value in (has, had))
-    return InputError(
-        f"{key}: {has} here, and the checkpoint's run had {had}, with which the state of its {schedule} goes on: give "
-        f"that, {_ANEW}"
-    )
-
-
-def _check_unchanged(
-    schedule: Any, before: dict[str, Any], own: dict[str, Any], old: list[dict[str, Any]], new: list[dict[str, Any]]
-) -> None:
-    """Raise ``InputError`` for an option whose old value a schedule's state would go on with."""
-    options = parameters_of(type(schedule))
-    found: dict[str, tuple[Any, Any]] = {}
-    for name, *values in _differing(before, own):
-        # base_lrs and max_lrs are the option's value for each group.
-        found.setdefault(next((each for each in (name, name[:-1]) if each in options), name), tuple(values))
-    for was, now in zip(old, new, strict=False):
-        for name in now:
-            if name in was and not _same(was[name], now[name]) and name in (*options, "lr", "initial_lr"):
-                found.setdefault(name, (was[name], now[name]))
-    if not found:
-        return
-    # The schedule's own come first: some set the groups' rates by them.
-    named = next((name for name in found if name in options), None)
-    if named is not None:
-        key = f"model.schedule.{named}"
-    else:
-        of_rate = [name for name in found if name in ("lr", "initial_lr") or name.endswith("base_lrs")]
-        named = of_rate[0] if of_rate else next(iter(found))
-        key = "model.optimizer.lr" if of_rate else f"{type(schedule).__name__}'s {named}"
-    had, has = found[named]
-    raise _refused(key, has, had, type(schedule).__name__)
-
-
-def _differing(before: Any, own: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted name and values of what is not the same in the states of two schedules."""
-    if isinstance(before, dict) and isinstance(own, dict):
-        for key in [key for key in own if key not in _MADE]:
-            yield from _differing(before.get(key), own[key], f"{name}.{key}" if name else key)
-    elif isinstance(own, list) and any(isinstance(each, dict) for each in own) and isinstance(before, list):
-        for i, pair in enumerate(zip(before, own, strict=False)):
-            yield from _differing(*pair, f"{name}.{i}")
-    elif not _same(before, own):
-        yield name, before, own
+def _flat(state: Any, name: str = "") -> dict[str, Any]:
+    """The values of nested dicts, and of dicts in lists, by dotted names."""
+    if isinstance(state, list) and any(isinstance(each, dict) for each in state):
+        state = dict(enumerate(state))
+    if not isinstance(state, dict):
+        return {name: state}
+    parts = {f"{name}.{key}" if name else str(key): each for key, each in state.items()}
+    return {path: value for part, each in parts.items() for path, value in _flat(each, part).items()}
 
 
 def _one(value: Any) -> Any:

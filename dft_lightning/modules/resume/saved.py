@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from dft_lightning.component import brief_values, class_path
 from dft_lightning.distributed.strategies import check_wrapped, on_first_rank
 from dft_lightning.errors import InputError, one_line, shortened
 from dft_lightning.files import is_local
 from dft_lightning.models.fingerprints import base_fingerprint
 from dft_lightning.models.generation import Completions
+from dft_lightning.models.head import ends_of
 from dft_lightning.models.lora.adapter import trained_names
 from dft_lightning.models.lora.saved import adapter_record, check_adapter, check_tensors
 from dft_lightning.models.reference import ReferenceModel
 from dft_lightning.modules.factories import Values
-from dft_lightning.modules.resume.record import RECORD, describe, files_of
 from dft_lightning.modules.resume.restored import OptimizerOptions
 from dft_lightning.modules.resume.run_state import RunState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RECORD = "dft_lightning"
+"""The key in a checkpoint of what :meth:`Checkpoints.record` says."""
 
 
 class Checkpoints:
@@ -79,14 +88,7 @@ class Checkpoints:
         reference: ReferenceModel | None,
         trainer: pl.Trainer | None,
     ) -> None:
-        """Add what ``export`` needs beside the weights, and what a run has in flight.
-
-        Args:
-            checkpoint: as Lightning makes it.
-            record: gives what :meth:`record` does.
-            reference: the model that the loss compares with.
-            trainer: of the run, if there is one.
-        """
+        """Add what ``export`` needs beside the weights, of :meth:`record`, and what a run has in flight."""
         self._optimizer_options.save(checkpoint)
         try:
             checkpoint[RECORD] = record()
@@ -97,35 +99,36 @@ class Checkpoints:
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             self._run_state.save(checkpoint, trainer)
 
-    def record(
-        self,
-        model: nn.Module,
-        completions: Completions,
-        trainer: pl.Trainer | None,
-    ) -> dict[str, Any]:
-        """What a checkpoint says of the model and its run; see :mod:`dft_lightning.modules.resume.record`.
+    def record(self, model: nn.Module, completions: Completions, trainer: pl.Trainer | None) -> dict[str, Any]:
+        """What a checkpoint says of the model and its run, so that it is exported without what the run began from.
 
-        Args:
-            model: the language model.
-            completions: knows the tokenizer and what ends a text.
-            trainer: of the run, if there is one.
+        In plain values that ``weights_only`` loading can read. ``base`` is the name or folder that the model was loaded
+        from, ``adapter`` of :func:`.adapter_record` and ``None`` where all of the model is trained, ``tokenizer`` the
+        files of :func:`files_of`, ``stop_token_ids`` what ends a generated text.
         """
         datamodule = getattr(trainer, "datamodule", None)
         if self._tokenizer_files is None:
             self._tokenizer_files = _files_of(completions, datamodule)
-        stops = completions.stop_token_ids(model, datamodule) if self._tokenizer_files else []
-        values, of_base = self._peft, self._base_fingerprint
-        adapter = None if values is None or of_base is None else adapter_record(values, of_base)
-        return describe(model, self._base, adapter, self._tokenizer_files, stops, trainer)
+        base, values, of_base = self._base, self._peft, self._base_fingerprint
+        config, generation = getattr(model, "config", None), getattr(model, "generation_config", None)
+        metrics = {} if trainer is None else trainer.callback_metrics
+        return {
+            "base": base if isinstance(base, str) else None,
+            "base_is_local": isinstance(base, str) and Path(base).exists(),
+            "adapter": None if values is None or of_base is None else adapter_record(values, of_base),
+            "model_class": class_path(type(model)),
+            "config_class": class_path(type(config)),
+            "config": None if config is None else _config_text(model, config),
+            "generation_config": None if generation is None else generation.to_json_string(),
+            "stop_token_ids": completions.stop_token_ids(model, datamodule) if self._tokenizer_files else [],
+            "tokenizer": self._tokenizer_files,
+            "data": {} if trainer is None else brief_values(getattr(datamodule, "hparams", {})),
+            "trainer": {} if trainer is None else _settings(trainer),
+            "metrics": {name: float(value) for name, value in metrics.items()},
+        }
 
     def keep_adapter(self, state: dict[str, Any], model: nn.Module | None, prefix: str) -> None:
-        """Of the state of a model with an adapter that alone, which is what is saved.
-
-        Args:
-            state: of the whole module, changed in place.
-            model: the language model.
-            prefix: of its names there.
-        """
+        """Leave of a module's state, where the names of a model with an adapter have a prefix, that adapter alone."""
         if self._peft is None or model is None:
             return
         self._trained |= trained_names(model)  # whatever ever was: it is no longer the base's
@@ -144,19 +147,13 @@ class Checkpoints:
     ) -> None:
         """Hold a checkpoint against this run before it is loaded, and go on from what it has in flight.
 
-        Args:
-            checkpoint: as it was saved.
-            model: the language model.
-            reference: the model that the loss compares with.
-            trainer: of the run, if there is one.
-
         Raises:
             InputError: it is of another adapter, base, reference or optimizer.
         """
-        self._optimizer_options.load(checkpoint)
         self._check_adapter(checkpoint, model, trainer)
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return
+        self._optimizer_options.load(checkpoint)
         if reference is not None:
             reference.check_remembered(checkpoint)
         check_paths(trainer, checkpoint)
@@ -186,6 +183,30 @@ class Checkpoints:
         keys.missing_keys[:] = [
             name for name in keys.missing_keys if not any(f".{name}".endswith(f".{each}") for each in frozen)
         ]
+
+
+def _config_text(model: nn.Module, config: Any) -> str:
+    """A checkpoint that has two values where its config ties them is loaded untied, and its config still ties."""
+    values = json.loads(config.to_json_string(use_diff=False))
+    ends = ends_of(model)
+    weights = [getattr(end, "weight", None) for end in ends]
+    if None not in ends and weights[0] is not weights[1]:
+        values["tie_word_embeddings"] = False
+    return json.dumps(values)
+
+
+def _settings(trainer: pl.Trainer) -> dict[str, Any]:
+    names = ("world_size", "accumulate_grad_batches", "gradient_clip_val", "max_steps", "max_epochs")
+    classes = {"precision": str(trainer.precision), "strategy": type(trainer.strategy).__name__}
+    return classes | {name: getattr(trainer, name) for name in names}
+
+
+def files_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """The files that ``save_pretrained`` writes for a tokenizer, by path; its chat templates are in them."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def _files_of(completions: Completions, datamodule: pl.LightningDataModule | None) -> dict[str, bytes]:
