@@ -19,7 +19,7 @@ from dft_lightning.cli import COMMANDS
 from dft_lightning.cli.commands import run
 from dft_lightning.data import InstructionDataModule, RowSource
 from dft_lightning.fit.command import cli_options
-from dft_lightning.fit.config import _ConfigReader
+from dft_lightning.fit.config import _ConfigReader, _Parsed, read_arguments
 from dft_lightning.fit.own_classes import PACKAGE, read_classes
 from dft_lightning.modules import CausalLMModule
 
@@ -62,8 +62,17 @@ CONFIGS = [
 @pytest.fixture(scope="module")
 def parser():
     """Made once: it takes longer than what it parses."""
+    made = []
+
+    class Keeps(_ConfigReader):
+        def parse_arguments(self, parser, args):
+            made.append(parser)
+            super().parse_arguments(parser, args)
+
     args = ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml")]
-    return _ConfigReader(CausalLMModule, InstructionDataModule, **cli_options(), args=args).parser
+    with pytest.raises(_Parsed):
+        Keeps(CausalLMModule, InstructionDataModule, **cli_options(), args=args)
+    return made[0]
 
 
 @pytest.fixture
@@ -73,7 +82,7 @@ def parse(parser, monkeypatch):
 
     def parse(args):
         if any(read_classes(args, PACKAGE)[2].values()):
-            return _ConfigReader(CausalLMModule, InstructionDataModule, **cli_options(), args=args)
+            return read_arguments(args)
         return parser.parse_args(args)
 
     return parse

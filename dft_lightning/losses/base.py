@@ -14,6 +14,7 @@ from dft_lightning.losses.statistics import Statistic, TokenStats, normalise_nee
 
 #: The target that marks a token without one.
 IGNORE_INDEX = -100
+"""The class index of what is no target."""
 
 REDUCTIONS = ("none", "mean", "sum")
 
