@@ -32,6 +32,8 @@ def _no_model(monkeypatch):
 
     from dft_lightning import CausalLMModule
 
+    at_hand()  # which may have to make a model first
+
     def refuse(*args, **kwargs):
         raise AssertionError("a model is loaded")
 
