@@ -40,16 +40,7 @@ if TYPE_CHECKING:
 
 
 class ModelBuilder:
-    """Makes the model and what the loss compares it with.
-
-    Args:
-        model: name of a checkpoint, or the values of a config.
-        loss: the objective; a later one is given with the model.
-        loading: how checkpoints are read.
-        sharding: how FSDP2 shards the model.
-        step: of whose options that of the auxiliary loss is read.
-        peft: options of an adapter, or ``None``.
-        reference_model: name of the model that the loss compares with, or ``None``.
+    """Makes the model and what the loss compares it with, of the options of the module.
 
     Raises:
         ValueError: options that contradict each other.

@@ -61,13 +61,7 @@ class OptimizerSteps:
     micro-batches and ranks is divided by all of them (:meth:`normalise`). So a term that is added to the mean counts at
     its own strength. Micro-batches without such a mean are left to Lightning, which takes the mean over them.
 
-    Args:
-        options: of the step.
-        telemetry: where steps are measured.
-        name: of the module's class, for messages.
-
-    Attributes:
-        non_finite: the steps that were left out.
+    ``telemetry`` is where steps are measured, ``non_finite`` counts those that were left out.
     """
 
     def __init__(self, options: StepOptions, telemetry: TrainTelemetry, name: str) -> None:

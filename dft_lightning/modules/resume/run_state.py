@@ -30,11 +30,8 @@ class RunState:
 
     A checkpoint is of the last optimizer step, also where it is written in the middle of the next one's micro-batches
     or of a validation. So each step is noted, as what comes after it changes random states and metrics.
-
-    Args:
-        steps: of the run.
-        telemetry: metrics that are updated at each step and logged later: checkpoints hold every rank's.
-        name: of the module's class, for messages.
+    ``telemetry`` has metrics that are updated at each step and logged later: checkpoints hold every rank's. ``name`` is
+    that of the module's class.
     """
 
     def __init__(self, steps: OptimizerSteps, telemetry: TrainTelemetry, name: str) -> None:

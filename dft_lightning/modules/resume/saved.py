@@ -36,14 +36,7 @@ RECORD = "dft_lightning"
 
 
 class Checkpoints:
-    """What a run's checkpoints hold, and how it goes on from one.
-
-    Args:
-        base: name of the model that the run starts from, or the values of a config.
-        peft: options of the adapter, or ``None``.
-        schedule: class path and options of the schedule.
-        run_state: what the run has in flight.
-    """
+    """What the checkpoints of a run hold that starts from a base, and how it goes on from one."""
 
     def __init__(
         self, base: str | dict[str, Any], peft: dict[str, Any] | None, schedule: Values, run_state: RunState
