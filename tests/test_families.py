@@ -106,9 +106,9 @@ def leaking(module, query, key, value, attention_mask, **options):
 
 def breaks(monkeypatch, cell):
     """Break what the cell is to find out."""
-    from dft_lightning.models import checks, documents
+    from dft_lightning.models import documents
 
-    monkeypatch.setattr(checks, "check_documents", lambda *args: None)
+    monkeypatch.setattr(documents, "check_documents", lambda *args: None)
     if cell in ("padded", "packed", "padding-free", "LoRA"):
         monkeypatch.setattr(family_checks, "DFTLoss", OtherLoss)
     elif cell == "documents":
