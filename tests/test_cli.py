@@ -192,6 +192,18 @@ def test_unknown_command(capfd):
     assert fails(capfd) == f"no command: {known}"
 
 
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("score", "--output", "scored", "--splits"), "argument --splits/--splits+: expected one argument"),
+        (("compare", "--output", "runs", "--config"), "argument --config/--config+: expected one argument"),
+        (("export", "--checkpoint=-a.ckpt", "--output=b"), "--checkpoint: no such file or folder: -a.ckpt"),
+    ],
+)
+def test_options_without_a_value_and_with_a_dash_in_it(capfd, args, expected):
+    assert fails(capfd, *args) == expected
+
+
 def test_help_names_every_command(capfd):
     with pytest.raises(SystemExit) as error:
         main(["--help"])

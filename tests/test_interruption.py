@@ -83,6 +83,19 @@ def test_a_checkpoint_just_written_is_not_written_again(tmp_path):
     assert saved(tmp_path).name == "own-step=2.ckpt"
 
 
+def test_a_checkpoint_of_an_earlier_step_is_not_taken_for_the_newest(tmp_path):
+    """Somebody else writes one where the run is stopped, and the run's own is older."""
+
+    class Own(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "theirs-epoch=.ckpt")
+
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=3, filename="epoch={epoch}-{step}")
+    interrupted(tmp_path, saver, Own(), SignalAt("on_train_batch_end", 8))
+    assert saved(tmp_path).name == "interrupted-step=4.ckpt"
+
+
 def test_generation_is_given_up_and_done_when_the_run_goes_on(tmp_path):
     def evaluation(asked: bool) -> GenerationEvaluation:
         callback = GenerationEvaluation(at_start=False, every_n_steps=2, at_end=False, num_samples=2)

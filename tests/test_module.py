@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaConfig
@@ -328,6 +329,17 @@ def test_learning_rate_follows_the_schedule():
 
 
 # -- subclassing ---------------------------------------------------------------------------------------------------
+
+
+def test_a_fabric_in_place_of_a_trainer_changes_no_loss():
+    """Lightning makes a trainer up of it, which has no state and no data."""
+    module = CausalLMModule(TINY_GPT2)
+    module.configure_model()
+    batch = next(iter(loader()))
+    expected = module.token_output(batch).loss_sum
+    wrapped = Fabric(accelerator="cpu", devices=1).setup(module.eval())
+    wrapped.mark_forward_method("token_output")
+    assert torch.equal(wrapped.token_output(batch).loss_sum, expected)
 
 
 def test_three_line_subclass_changes_one_thing():

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from dft_lightning.checkpoints.whole import written
 from dft_lightning.progress import training_loaders
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -138,7 +139,7 @@ class InterruptionCheckpoint(Callback):
 
     def _save(self, trainer: pl.Trainer) -> Path:
         own = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-        just_written = _newest(own) if self._saved_at == trainer.global_step else None
+        just_written = _newest(own, trainer.global_step) if self._saved_at == trainer.global_step else None
         just_written = trainer.strategy.broadcast(just_written)  # others may not see the file
         if just_written is not None:
             return Path(just_written)
@@ -159,12 +160,16 @@ def is_over(trainer: pl.Trainer) -> bool:
     return trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
 
 
-def _newest(callbacks: list[ModelCheckpoint]) -> str | None:
-    """The last whole checkpoint that one of these has written, as far as it is there."""
+def _newest(callbacks: list[ModelCheckpoint], step: int) -> str | None:
+    """The last whole checkpoint that one of these has written, where it is of this step.
+
+    That of this step may be somebody else's, or be written in a thread and not there yet.
+    """
     whole = [callback for callback in callbacks if not callback.save_weights_only]
     names = {name for each in whole for name in (each.best_model_path, each.last_model_path, *each.best_k_models)}
     there = [name for name in names if name and Path(name).exists()]
-    return max(there, key=lambda name: Path(name).stat().st_mtime_ns, default=None)
+    newest = max(there, key=lambda name: Path(name).stat().st_mtime_ns, default=None)
+    return newest if newest is not None and written(Path(newest))[1] == step else None
 
 
 def _was_started_by_another(trainer: pl.Trainer) -> bool:

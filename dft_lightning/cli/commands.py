@@ -154,11 +154,11 @@ def _divided(args: list[str], function: Callable[..., Any]) -> tuple[list[str], 
             (of_fit if takes_fit else others).extend(words)
         elif not words[0].startswith("--") or name not in parameters or name in _GIVEN:
             (of_fit if takes_fit else own).extend(words)
-        elif any(get_origin(hint) is list for hint in (hints[name], *get_args(hints[name]))):
+        elif values and any(get_origin(hint) is list for hint in (hints[name], *get_args(hints[name]))):
             lists.setdefault(name, []).extend(values)
         else:
             flag = hints[name] is bool and not (values and values[0] in ("true", "false"))
-            own += [f"--{name}=true"] if flag else [f"--{name}", *values[:1]]
+            own += [f"--{name}=true"] if flag else [f"--{name}={each}" for each in values[:1]] or [f"--{name}"]
             (of_fit if takes_fit else others).extend(values if flag else values[1:])
     own += [f"--{name}={json.dumps(values)}" for name, values in lists.items()]
     if others and not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters.values()):

@@ -98,9 +98,9 @@ class PlainHyperparameters(HyperparametersMixin):
 
 
 def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:
-    """A module's trainer; Lightning raises where it has none."""
+    """A module's trainer; Lightning raises where it has none, and makes one up of a ``Fabric``."""
     try:
-        return module.trainer
+        return module.trainer if module.fabric is None else None
     except RuntimeError:
         return None
 
