@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import dft_lightning
+from dft_lightning.foreign.torch import name_in_state
 
 PACKAGE = Path(dft_lightning.__file__).parent
 FILES = {
@@ -155,3 +156,10 @@ def test_the_list_is_whole():
     names = {name for module in FILES if ".foreign." in module for name in private_names(module)}
     assert names == HOMES.keys()
     assert len(names) <= 34
+
+
+@pytest.mark.parametrize("name", ["_fsdp_wrapped_module.a._checkpoint_wrapped_module.b.w", "a._orig_mod.w", "a.w"])
+def test_names_in_a_state_dict_are_torchs_own(name):
+    from torch.distributed.fsdp._common_utils import clean_tensor_name
+
+    assert name_in_state(name) == clean_tensor_name(name)

@@ -417,8 +417,10 @@ def test_files_that_are_there(arguments, tmp_path, capsys, monkeypatch):
 def test_a_partial_file_that_is_none_or_in_use(arguments, tmp_path, capsys):
     path = tmp_path / "s.jsonl"
     partial = tmp_path / "s.jsonl.partial"
-    partial.write_text("mine\n")
+    partial.write_text('{"options": [1]}\n')
     expected = f"--output: {partial} is there and is none of sample: give another file, or --overwrite to begin anew"
+    assert fails(capsys, "--output", path, *arguments) == expected
+    partial.write_text("mine\n")
     assert fails(capsys, "--output", path, *arguments) == expected
     assert partial.read_text() == "mine\n"
     with partial.open("rb") as file:

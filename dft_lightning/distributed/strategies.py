@@ -19,7 +19,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from dft_lightning.distributed.sharding import ShardingOptions, find_blocks
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.foreign.lightning import checkpointing_options, saves_shards
-from dft_lightning.foreign.torch import name_without_wrappers, non_persistent_buffers, wrapped_classes
+from dft_lightning.foreign.torch import name_in_state, non_persistent_buffers, wrapped_classes
 
 
 def data_parallel_mesh(trainer: pl.Trainer | None, options: ShardingOptions) -> DeviceMesh | None:
@@ -153,7 +153,7 @@ def _summoned_state(model: FullyShardedDataParallel) -> dict[str, Any]:
         copies: dict[int, torch.Tensor] = {}  # of what is tied, one
         for tensor in found.values():
             copies.setdefault(id(tensor), tensor.detach().to("cpu", copy=True))
-        return {name_without_wrappers(name): copies[id(tensor)] for name, tensor in found.items()}
+        return {name_in_state(name): copies[id(tensor)] for name, tensor in found.items()}
 
 
 @contextlib.contextmanager

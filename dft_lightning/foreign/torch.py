@@ -59,11 +59,14 @@ def discard_unreduced_gradients(module: FSDPModule) -> None:
                 parameter.unsharded_param.grad = None
 
 
+def name_in_state(name: str) -> str:
+    """A tensor's name in a state dict, which has nothing of what FSDP1 and activation checkpointing put into it."""
+    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+
+
 def name_without_wrappers(name: str) -> str:
-    """A tensor's name without what FSDP1, activation checkpointing and ``torch.compile`` put into it."""
-    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
-        name = name.replace(wrapper, "")
-    return name
+    """A tensor's name without what ``torch.compile`` puts into it, either, which a state dict keeps."""
+    return name_in_state(name).replace("_orig_mod.", "")
 
 
 def wrapped_classes(policy: ModuleWrapPolicy) -> tuple[type, ...]:

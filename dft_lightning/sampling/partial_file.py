@@ -141,7 +141,7 @@ class PartialFile:
 def _differs(first: bytes, options: dict[str, Any]) -> str | None:
     """What sets a partial file's first line apart from these options, as a message has it."""
     try:
-        begun = json.loads(first)["options"]
+        begun = dict(json.loads(first)["options"])
     except (ValueError, TypeError, KeyError):
         return "is there and is none of sample: give another file"
     for name in options:
