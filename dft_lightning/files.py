@@ -90,6 +90,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
         _open_to_others(partial)
+        sync_files(partial)
         put_in_place(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -110,7 +111,8 @@ def put_in_place(partial: Path, target: Path) -> None:
             old.rename(target)
         raise
     sync_folder(target.parent)
-    remove(old)
+    with contextlib.suppress(OSError):  # the next save into the folder tries again
+        remove(old)
 
 
 def _open_to_others(folder: Path) -> None:

@@ -204,6 +204,12 @@ def test_options_without_a_value_and_with_a_dash_in_it(capfd, args, expected):
     assert fails(capfd, *args) == expected
 
 
+def test_an_argument_of_no_option(capfd):
+    for command in ("compare", "export"):
+        assert run(command, ["runs"]) == 2
+        assert capfd.readouterr().err == "error: runs: an argument of no option; see --help for the options\n"
+
+
 def test_help_names_every_command(capfd):
     with pytest.raises(SystemExit) as error:
         main(["--help"])

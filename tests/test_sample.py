@@ -420,6 +420,9 @@ def test_a_partial_file_that_is_none_or_in_use(arguments, tmp_path, capsys):
     partial.write_text('{"options": [1]}\n')
     expected = f"--output: {partial} is there and is none of sample: give another file, or --overwrite to begin anew"
     assert fails(capsys, "--output", path, *arguments) == expected
+    partial.write_text("mine")  # without an end of its line, which a torn header has not either
+    assert fails(capsys, "--output", path, *arguments) == expected
+    assert partial.read_text() == "mine"
     partial.write_text("mine\n")
     assert fails(capsys, "--output", path, *arguments) == expected
     assert partial.read_text() == "mine\n"

@@ -60,6 +60,21 @@ def run(name: str, args: list[str], classes: Any = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # rows have characters that not every encoding has
+    try:
+        return _call(name, args, classes) or 0
+    except SystemExit as ending:  # of a parser, after its message or the help
+        return ending.code if isinstance(ending.code, int) else 1
+    except Stopped as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        return stopped.status
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        return 130
+    except Exception as error:
+        return report(error)
+
+
+def _call(name: str, args: list[str], classes: Any) -> int | None:
     function = imported(COMMANDS[name])
     if "lightning" in sys.modules:
         from dft_lightning.foreign.lightning import quiet
@@ -74,18 +89,8 @@ def run(name: str, args: list[str], classes: Any = None) -> int:
     parser.add_function_arguments(function, as_group=False, skip=set(_GIVEN), sub_configs=False)
     given = {"fit": FitArguments(tuple(fit_args), classes), "classes": classes}
     given = {key: value for key, value in given.items() if key in inspect.signature(function).parameters}
-    try:
-        return function(*others, **parser.parse_args(own).as_dict(), **given) or 0
-    except SystemExit as ending:  # of a parser, after its message or the help
-        return ending.code if isinstance(ending.code, int) else 1
-    except Stopped as stopped:
-        sys.stderr.write(f"{stopped}\n")
-        return stopped.status
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped\n")
-        return 130
-    except Exception as error:
-        return report(error)
+    status: int | None = function(*others, **parser.parse_args(own).as_dict(), **given)
+    return status
 
 
 # Arguments of a function that are no options.
@@ -162,7 +167,7 @@ def _divided(args: list[str], function: Callable[..., Any]) -> tuple[list[str], 
             (of_fit if takes_fit else others).extend(values if flag else values[1:])
     own += [f"--{name}={json.dumps(values)}" for name, values in lists.items()]
     if others and not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters.values()):
-        own, others = [*own, *others], []  # which the parser refuses
+        raise InputError(f"{others[0]}: an argument of no option; see --help for the options")
     return own, others, of_fit
 
 

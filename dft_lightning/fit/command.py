@@ -361,7 +361,7 @@ def main(
         raise
     finally:
         if not is_started:
-            del os.environ[_STARTED_BY]
+            os.environ.pop(_STARTED_BY, None)
         for process in _started_by(trainers):
             atexit.register(_let_end, process)
     return cli

@@ -147,9 +147,10 @@ class WholeAsyncCheckpointIO(AsyncCheckpointIO):
     """
 
     def remove_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._ensure_setup()
-        assert self._executor is not None
-        self._executor.submit(self._remove_unless_failed, *args, **kwargs)  # its one thread takes them in turn
+        if self._executor is None:  # nothing is being written
+            super().remove_checkpoint(*args, **kwargs)
+        else:
+            self._executor.submit(self._remove_unless_failed, *args, **kwargs)  # its one thread takes them in turn
 
     def _remove_unless_failed(self, *args: Any, **kwargs: Any) -> None:
         if self._error is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.optim import Optimizer
 
 
 class Moving(nn.Module):
@@ -38,6 +39,11 @@ def non_persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [
         (name, value) for name in module._non_persistent_buffers_set if (value := getattr(module, name)) is not None
     ]
+
+
+def unscales_itself(optimizer: Optimizer) -> bool:
+    """Whether an optimizer takes gradients that are still scaled, as fused ones do. ``GradScaler`` asks the same."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def is_hooked(layer: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from dft_lightning.distributed import TokenNormalizer
 from dft_lightning.distributed.ranks import clip_by_norm, clips_at, remove_gradients
 from dft_lightning.errors import InputError
+from dft_lightning.foreign.torch import unscales_itself
 from dft_lightning.losses import TokenLoss
 from dft_lightning.metrics.exact_sums import ExactSums
 from dft_lightning.modules.non_finite import NonFiniteSteps
@@ -208,7 +209,7 @@ class OptimizerSteps:
         if step.skipped:
             return
         scales = scales_gradients(trainer)
-        if scales and any(group.get("fused") for group in optimizer.param_groups):
+        if scales and unscales_itself(optimizer):
             # Gradients are still scaled here: the norm would be another, in the log as well as for clipping.
             raise InputError(
                 "a fused optimizer unscales its gradients only while it steps, too late for clipping and the log under "

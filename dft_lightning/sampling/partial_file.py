@@ -69,13 +69,13 @@ class PartialFile:
         options = json.loads(json.dumps(options))  # as they are read back
         self._file.seek(0)
         first = self._file.readline()
-        if first.endswith(b"\n"):
-            problem = _differs(first, options)
-            if problem is None:
-                self._drop_what_is_not_whole()
-                return
-            if not overwrite:
-                raise InputError(f"--output: {self.path} {problem}, or --overwrite to begin anew")
+        torn = not first.endswith(b"\n") and _HEADER.startswith(first[: len(_HEADER)])  # its writer ended there
+        problem = None if torn else _differs(first, options)
+        if problem is not None and not overwrite:
+            raise InputError(f"--output: {self.path} {problem}, or --overwrite to begin anew")
+        if problem is None and not torn:
+            self._drop_what_is_not_whole()
+            return
         self._file.truncate(0)
         self._write([json.dumps({"options": options})])
 
@@ -136,6 +136,9 @@ class PartialFile:
     def close(self) -> None:
         """Let another process have it."""
         self._file.close()
+
+
+_HEADER = b'{"options": {'
 
 
 def _differs(first: bytes, options: dict[str, Any]) -> str | None:
