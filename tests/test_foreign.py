@@ -94,6 +94,34 @@ def test_private_names_are_in_their_rooms(module):
     assert private_names(module) == set()
 
 
+def of_an_error(node):
+    return isinstance(node, ast.Call) and ast.unparse(node) in ("str(error)", "str(exception)", "str(problem)")
+
+
+def worded(tree):
+    """What leans on the words of somebody's message: a text looked for in an error's, a warning told by its text."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            looked_for = isinstance(node.left, ast.Constant) and isinstance(node.ops[0], (ast.In, ast.NotIn))
+            if looked_for and of_an_error(node.comparators[0]):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            looked_into = [*node.args, node.func.value]
+            if node.func.attr == "filterwarnings" and any(each.arg == "message" for each in node.keywords):
+                yield ast.unparse(node)
+            elif node.func.attr in ("search", "match", "fullmatch", "findall", "startswith", "endswith", "partition"):
+                yield from (ast.unparse(node) for each in looked_into if of_an_error(each))
+
+
+# Python's own words for a JSON file of several objects.
+WORDS_OF_PYTHON = {"'Extra data' in str(error)"}
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if ".foreign." not in name])
+def test_words_of_others_are_in_their_rooms(module):
+    assert {*worded(TREES[module])} <= WORDS_OF_PYTHON
+
+
 # Where each is in the releases that the package is for. ``None``: it is looked for by getattr, and may be missing.
 HOMES = {
     "_accelerator_connector": "lightning.pytorch.trainer.trainer.Trainer",
@@ -163,3 +191,43 @@ def test_names_in_a_state_dict_are_torchs_own(name):
     from torch.distributed.fsdp._common_utils import clean_tensor_name
 
     assert name_in_state(name) == clean_tensor_name(name)
+
+
+# Parts of messages that doors know, and where they are said. What torch says in C++, and what is put together of parts,
+# is tried where it is met: test_cli, test_checkpoints, test_sample.
+WORDS = {
+    "jsonargparse._typehints": (
+        "expects a function or a callable class",
+        "Problem with given class_path",
+        "Does not validate against any of the Union subtypes",
+    ),
+    "jsonargparse._core": ("does not accept option", "Unexpected config: ", "are required: ", "' is not accepted"),
+    "jsonargparse._util": ("Unexpected import path format", "Expected a dot import path string"),
+    "jsonargparse._from_config": ("Problems parsing config",),
+    "jsonargparse._common": ("is not allowed, denied by",),
+    "jsonargparse._subcommands": ("but it was not provided",),
+    "jsonargparse._actions": ("Parser key",),
+    "lightning.pytorch.loops.fit_loop": ("`val_check_interval`",),
+    "lightning.fabric.strategies.model_parallel": ("The sizes `data_parallel_size",),
+    "lightning.pytorch.callbacks.early_stopping": ("Early stopping conditioned on metric",),
+    "lightning.pytorch.cli": ("to NOT exist",),
+    "lightning.pytorch.trainer.connectors.checkpoint_connector": ("checkpoint contains only the model",),
+    "lightning.fabric.loggers.csv_logs": ("exists and is not empty",),
+    "lightning.pytorch.trainer.connectors.data_connector": ("does not have many workers",),
+    "lightning.pytorch.utilities.data": ("across ranks is zero", "Your `IterableDataset` has `__len__` defined"),
+    "lightning.pytorch.trainer.connectors.logger_connector.result": ("It is recommended to use `self.log(",),
+    "lightning.pytorch.trainer.connectors.logger_connector.logger_connector": ("litlogger",),
+    "peft.tuners.lora.layer": ("ParamWrapper",),
+    "peft.tuners.tuners_utils": ("incompatible with Mamba",),
+    "torch.distributed.checkpoint.state_dict_loader": ("torch.distributed is disabled",),
+    "torch._weights_only_unpickler": ("GLOBAL ",),
+    "torch.nn.modules.module": ("loading state_dict",),
+    "transformers.dynamic_module_utils": ("trust_remote_code",),
+}
+
+
+@pytest.mark.parametrize(("module", "words"), WORDS.items(), ids=WORDS)
+def test_words_are_said(module, words):
+    source = inspect.getsource(importlib.import_module(module))
+    for text in words:
+        assert text in source

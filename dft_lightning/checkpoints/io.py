@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from dft_lightning.checkpoints.whole import WRITTEN, clear_leftovers, newest_whole, put_back
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.files import is_local, remove, replacing_file, unwritable
+from dft_lightning.foreign.torch import is_of_writing
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -112,7 +113,6 @@ def reason_of(error: BaseException, folder: Path) -> str | None:
         if isinstance(seen, OSError):
             return seen.strerror or one_line(seen)
         seen = seen.__cause__ or seen.__context__
-    if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
-        # torch's writer has swallowed the system's error: writing once more tells it.
+    if is_of_writing(error):  # writing once more tells the system's own
         return unwritable(folder) or f"torch could not write ({one_line(Exception(str(error)), 200)})"
     return None

@@ -30,6 +30,7 @@ from dft_lightning.checkpoints.whole import unreadable
 from dft_lightning.component import Component, class_path, init_parameters, named_class
 from dft_lightning.errors import InputError, one_line, shortened
 from dft_lightning.foreign.jsonargparse import kept_settings
+from dft_lightning.foreign.transformers import wants_code
 
 
 def check_classes(values: Any, key: str, way_out: str, allowed: Collection[str] = ()) -> set[str]:
@@ -75,7 +76,7 @@ def code_refused(path: str, key: str, error: Exception) -> InputError | None:
         key: of the option that has it.
         error: transformers' own.
     """
-    if "trust_remote_code" not in str(error):
+    if not wants_code(error):
         return None
     files = [Path(path) / name for name in ("config.json", "tokenizer_config.json")]
     texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import struct
 import zipfile
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ import torch
 
 from dft_lightning.errors import one_line
 from dft_lightning.files import MARKER, is_being_written, partials, remove, write_text
+from dft_lightning.foreign.torch import unpickling_problem
 
 META = "meta.pt"  # beside the shards: all of a checkpoint that is no tensor of model or optimizer
 INDEX = ".metadata"  # of the shards
@@ -171,10 +171,10 @@ def content_of(path: Path) -> dict[str, Any]:
 
 def unreadable(error: Exception) -> str:
     """Why a checkpoint was not read, without torch's advice to read it all the same."""
-    if named := re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error)):
-        return f"it holds more than values, {named[1]}, and opening it would run code"
-    reason = re.search(r"WeightsUnpickler error: *(.+)", str(error))
-    return one_line(error if reason is None else Exception(reason[1]), 200)
+    named, reason = unpickling_problem(error)
+    if named is not None:
+        return f"it holds more than values, {named}, and opening it would run code"
+    return one_line(error if reason is None else Exception(reason), 200)
 
 
 def _content_problem(path: Path) -> str | None:

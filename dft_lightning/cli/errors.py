@@ -11,50 +11,36 @@ from dft_lightning.cli import COMMANDS
 from dft_lightning.cli.shipped_configs import hint
 from dft_lightning.component import imported
 from dft_lightning.errors import did_you_mean, nearest
-from dft_lightning.foreign.jsonargparse import actions, type_of
+from dft_lightning.foreign.jsonargparse import (
+    actions,
+    factory_named,
+    keys_of,
+    kind_of,
+    kind_of_factory,
+    of_key,
+    reasons_of,
+    type_of,
+    without_class_advice,
+)
 from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-_NOISE = (
-    "Does not validate against any of the Union subtypes",
-    "Subtypes:",
-    "Errors:",
-    "Given value",
-    "Expected a path but",
-    "Problem with given class_path",
-    "Expected a <class 'NoneType'>",
-)
-_PREFIX = re.compile(r'^[\s-]*(Parser key "[^"]+":)?\s*')
-
 
 def shorten(message: str, parser: ArgumentParser) -> str:
     """One or two lines for a parsing error."""
-    for pattern, rewrite in _RULES:
-        if match := re.search(pattern, message, re.DOTALL):
-            return rewrite(match, message, parser)
-    key, reasons = _key_and_reasons(message)
+    if found := kind_of(message):
+        kind, match = found
+        return _RULES[kind](match, message, parser)
+    key, reasons = _key_of(message), reasons_of(message)
     text = "; ".join(reasons[:3] or [message])
     return f"{key}: {text}" if key else text
 
 
-def _key_and_reasons(message: str) -> tuple[str, list[str]]:
-    """The dotted key that a message is about, and its lines without wrapping."""
-    keys = re.findall(r'Parser key "([^"]+)":', message)
-    reasons = []
-    for line in message.splitlines():
-        text = _PREFIX.sub("", line)
-        if text and not text.startswith(_NOISE):
-            reasons.append(_plain_types(text))
-    return ".".join(_strip_subcommand(key) for key in keys), reasons
-
-
-def _plain_types(text: str) -> str:
-    """``Expected a <class 'float'>`` and ``Expected a typing.Literal[...]`` in words."""
-    text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
-    text = re.sub(r"<class '([^']+)'>", r"\1", text)
-    return re.sub(r"^Expected an? one of", "expected one of", text).replace("Expected a ", "expected ")
+def _key_of(message: str) -> str:
+    """The dotted key that a message is about."""
+    return ".".join(map(_strip_subcommand, keys_of(message)))
 
 
 def _strip_subcommand(key: str) -> str:
@@ -92,7 +78,7 @@ def _known_keys(parser: Any) -> list[str]:
 
 
 def _unknown_class(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
-    key, _ = _key_and_reasons(message)
+    key = _key_of(message)
     known = sorted(known_classes(key, parser))
     choices = f"known: {', '.join(known)}, or the" if known else "give the"
     end = did_you_mean(match.group(1), known)
@@ -131,19 +117,19 @@ def _is_own(cls: type) -> bool:
 
 
 def _not_subclass(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
-    return f"{_key_and_reasons(message)[0]}: {match.group(1)} is not a subclass of {match.group(2)}"
+    return f"{_key_of(message)}: {match.group(1)} is not a subclass of {match.group(2)}"
 
 
 def _import_failed(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
-    return f"{_key_and_reasons(message)[0]}: cannot import {match.group(1)!r}: {match.group(2)}"
+    return f"{_key_of(message)}: cannot import {match.group(1)!r}: {match.group(2)}"
 
 
 def _not_imported(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
-    return f"{_key_and_reasons(message)[0]}: {match.group(1)} is not imported because a file names it"
+    return f"{_key_of(message)}: {match.group(1)} is not imported because a file names it"
 
 
 def _bad_option(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
-    return _no_option(_key_and_reasons(message)[0], match.group(1), match.group(2), 1)
+    return _no_option(_key_of(message), match.group(1), match.group(2), 1)
 
 
 def _no_option(key: str, class_path: str, name: str, left_out: int) -> str:
@@ -159,34 +145,32 @@ def _no_option(key: str, class_path: str, name: str, left_out: int) -> str:
 
 def _factory(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
     """Of a class that is named without being made: an optimizer, a schedule."""
-    key, reason, value = _key_and_reasons(message[: match.start()])[0], match.group(1), match.group(2)
-    named = re.match(r"Namespace\(class_path='([^']+)'", value)
-    if named and (found := re.fullmatch(r"Option '([^']+)' is not accepted", reason)):
-        return _no_option(key, named.group(1), found.group(1), 2)
-    if found := re.match(r"Expected '([^']+)' to be a subclass of <class '([^']+)'>", reason):
+    key, reason, value = _key_of(message[: match.start()]), match.group(1), match.group(2)
+    kind, found = kind_of_factory(reason) or ("", match)
+    if kind == "option" and (named := factory_named(value)):
+        return _no_option(key, named, found.group(1), 2)
+    if kind == "no subclass":
         return f"{key}: {found.group(1)} is not a subclass of {found.group(2)}"
-    if re.match(r"No module named|module .* has no attribute", reason):
+    if kind == "import":
         return f"{key}: cannot import {value!r}: {reason}"
-    if re.match(r"Dict must include|Expected an import path|Expected '.*' to be a function|'OverloadedName'", reason):
+    if kind == "no class":
         return f"{key}: expected a class: its path, or class_path and init_args; got {value[:80]}"
-    # An lr may be a tensor to torch, which no config can say.
-    inner = re.sub(r"\n[ -]*Expected a dot import path string: [^\n]*", "", reason)
-    return shorten(f'Parser key "{key}":\n  {inner}', parser)
+    return shorten(of_key(key, without_class_advice(reason)), parser)
 
 
 def _required(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
-    outer = _key_and_reasons(message)[0]
+    outer = _key_of(message)
     names = [_strip_subcommand(name.strip()) for name in match.group(1).splitlines()[0].split(",")]
     keys = [f"{outer}.{name}" if outer else name for name in names]
     return f"{', '.join(keys)}: required, but not given"
 
 
 def _missing_file(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
-    return f"{_key_and_reasons(message)[0] or 'config'}: no such file: {match.group(1)}{hint(match.group(1))}"
+    return f"{_key_of(message) or 'config'}: no such file: {match.group(1)}{hint(match.group(1))}"
 
 
 def _option_of_text(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
-    key = _key_and_reasons(message)[0]
+    key = _key_of(message)
     return f"{key}.{match.group(2)}: {key} is {match.group(1)!r}, which has no options; name a class first"
 
 
@@ -211,22 +195,21 @@ def _no_mapping(match: re.Match[str], message: str, parser: ArgumentParser) -> s
     return f"config: expected a file of keys and values, got one of {match.group(1).strip()[:80] or 'nothing'}"
 
 
-_RULES: list[tuple[str, Callable[[re.Match[str], str, Any], str]]] = [
-    (r"Type [^\n]+ expects a function or a callable class: (.*)\. Got value: (.*)", _factory),
-    (r"unrecognized arguments: (\S+)", _unrecognized),
-    (r"Group '([^']+)' does not accept option '([^']+)'", _group_option),
-    (r"Subcommand '[^']+' does not accept option '([^']+)'", _unrecognized),
-    (r"Unexpected import path format: (\S+)[\s\S]*NestedArg\(key='([^']+)'", _option_of_text),
-    (r"Problems parsing config: (.+)", _broken_config),
-    (r"Unexpected config: (.*)", _no_mapping),
-    (r"Problem with given class_path '([^']+)':\s*Option '([^']+)' is not accepted", _bad_option),
-    (r"Problem with given class_path '([^']+)':\s*(No module named [^\n]+|module [^\n]+has no attribute[^\n]+)",
-     _import_failed),
-    (r"Importing '([^']+)' is not allowed, denied by the '\*' entry", _not_imported),
-    (r"Import path (\S+) does not correspond to a subclass of (\S+)", _not_subclass),
-    (r"Expected a dot import path string: (\S+)", _unknown_class),
-    (r"the following arguments are required: ([^\n]+)", _required),
-    (r"File does not exist: '([^']+)'", _missing_file),
-    (r"argument subcommand: invalid choice: '([^']*)' \(choose from (.*)\)", _unknown_command),
-    (r'expected "subcommand" to be one of \{([\w,]+)\}, but it was not provided', _no_command),
-]  # fmt: skip
+_RULES: dict[str, Callable[[re.Match[str], str, Any], str]] = {
+    "factory": _factory,
+    "unrecognized": _unrecognized,
+    "group option": _group_option,
+    "subcommand option": _unrecognized,
+    "option of a text": _option_of_text,
+    "broken config": _broken_config,
+    "no mapping": _no_mapping,
+    "option of a class": _bad_option,
+    "import": _import_failed,
+    "import not allowed": _not_imported,
+    "no subclass": _not_subclass,
+    "unknown class": _unknown_class,
+    "required": _required,
+    "no file": _missing_file,
+    "unknown command": _unknown_command,
+    "no command": _no_command,
+}

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 from tqdm import tqdm
 
+from dft_lightning.cli.commands import handling
 from dft_lightning.compare.files import Clock
 from dft_lightning.compare.grid import Run
 from dft_lightning.errors import InputError
@@ -206,16 +207,10 @@ def _signal(processes: list[subprocess.Popen[bytes]], number: signal.Signals) ->
             os.killpg(process.pid, number)
 
 
-@contextlib.contextmanager
-def ending_on_signals() -> Iterator[None]:
+def ending_on_signals() -> contextlib.AbstractContextManager[None]:
     """A scheduler's SIGTERM and a closed terminal's SIGHUP end the comparison as Ctrl-C does: its runs with it."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    old = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    return handling((signal.SIGTERM, signal.SIGHUP), interrupt)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
@@ -36,6 +35,7 @@ from dft_lightning.data.tokens import ConversationEncoder
 from dft_lightning.data.workers import start_worker
 from dft_lightning.errors import InputError
 from dft_lightning.foreign.lightning import PlainHyperparameters
+from dft_lightning.foreign.torch import called_by_torchdata
 from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.metrics.exact_sums import MAX_SOURCES
 from dft_lightning.progress import last_step
@@ -662,8 +662,7 @@ class InstructionDataModule(PlainHyperparameters, pl.LightningDataModule):
         )
         if goes_on:
             self.row_position.apply(sampler, self.batch_size * ranks, self._row_order())
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's call of torch
+        with called_by_torchdata():
             loader: DataLoader[Any] = StatefulDataLoader(
                 dataset,
                 batch_size=self.batch_size if split == "train" else self.eval_batch_size,

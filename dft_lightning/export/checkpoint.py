@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from dft_lightning.checkpoints.whole import INDEX, META, put_back, unreadable, whole_problem, written
 from dft_lightning.errors import InputError
+from dft_lightning.foreign.torch import loading_alone
 from dft_lightning.modules.resume.saved import RECORD
 
 _PREFIX = "model."
@@ -105,8 +105,7 @@ def _read_shards(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             for name, entry in entries.items()
             if name.startswith(root + _PREFIX) and isinstance(entry, TensorStorageMetadata)
         }
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant to be
+        with loading_alone():
             load(wanted, storage_reader=reader, no_dist=True)
     except Exception as error:  # a file that is missing or cut raises whatever its reader stumbled on
         raise InputError(f"{path} is cut short or no checkpoint: {unreadable(error)}") from error

@@ -116,9 +116,9 @@ class DFTLightningCLI(CommandLine):
         for group, paths in self._class_paths.items():  # a file of a group alone is not looked at before
             check_known(group, (self.config.get(self.config.subcommand) or {}).get(f"{group}.class_path"), paths[-1:])
 
-    def _parse(self, parser: LightningArgumentParser, **options: Any) -> Namespace:
+    def _parse(self, parser: LightningArgumentParser) -> Namespace:
         given = isinstance(self._args, (dict, Namespace))
-        parsed: Namespace = (parser.parse_object if given else parser.parse_args)(self._args, **options)
+        parsed: Namespace = (parser.parse_object if given else parser.parse_args)(self._args)
         return parsed
 
     def options_parser(self) -> LightningArgumentParser:

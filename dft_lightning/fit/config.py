@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
@@ -16,6 +16,9 @@ from dft_lightning.fit.command import DFTLightningCLI, cli_options
 from dft_lightning.fit.own_classes import PACKAGE, Classes
 from dft_lightning.fit.parser import Parser
 from dft_lightning.modules import CausalLMModule
+
+Split = Literal["train", "validation", "forgetting", "test", "predict"]
+"""Rows of a config that a command may be asked to look at."""
 
 
 class _ConfigReader(DFTLightningCLI):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
@@ -13,6 +12,7 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader, Dataset
 
 from dft_lightning.callbacks.interruption import Interrupted
+from dft_lightning.cli.commands import handling
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.modules import CausalLMModule
 
@@ -74,18 +74,9 @@ def predict(
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-@contextmanager
-def ending_on_signals() -> Iterator[None]:
+def ending_on_signals() -> AbstractContextManager[None]:
     """Ctrl-C and SIGTERM end the command as an error would, so that what was begun is deleted."""
-    if threading.current_thread() is not threading.main_thread():  # Python lets no other set them
-        yield
-        return
-    before = {number: signal.signal(number, _end) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return handling(_SIGNALS, _end)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -1,8 +1,10 @@
-"""jsonargparse, where it has no option for what this command needs. Other programs' parsers stay as they are."""
+"""jsonargparse, where it has no option for what this command needs, and how its messages are worded: it has no classes
+of errors. Other programs' parsers stay as they are."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,3 +68,90 @@ def actions(parser: ArgumentParser, subcommands: bool = False) -> list[Any]:
 def type_of(action: Any) -> Any:
     """The type hint that an option was made from, ``None`` where it was from none."""
     return getattr(action, "_typehint", None)
+
+
+# -- messages ----------------------------------------------------------------------------------------------------------
+
+# By what they are about, in the order in which they are looked for.
+_WORDINGS = {
+    "factory": r"Type [^\n]+ expects a function or a callable class: (.*)\. Got value: (.*)",
+    "unrecognized": r"unrecognized arguments: (\S+)",
+    "group option": r"Group '([^']+)' does not accept option '([^']+)'",
+    "subcommand option": r"Subcommand '[^']+' does not accept option '([^']+)'",
+    "option of a text": r"Unexpected import path format: (\S+)[\s\S]*NestedArg\(key='([^']+)'",
+    "broken config": r"Problems parsing config: (.+)",
+    "no mapping": r"Unexpected config: (.*)",
+    "option of a class": r"Problem with given class_path '([^']+)':\s*Option '([^']+)' is not accepted",
+    "import": r"Problem with given class_path '([^']+)':\s*"
+    r"(No module named [^\n]+|module [^\n]+has no attribute[^\n]+)",
+    "import not allowed": r"Importing '([^']+)' is not allowed, denied by the '\*' entry",
+    "no subclass": r"Import path (\S+) does not correspond to a subclass of (\S+)",
+    "unknown class": r"Expected a dot import path string: (\S+)",
+    "required": r"the following arguments are required: ([^\n]+)",
+    "no file": r"File does not exist: '([^']+)'",
+    "unknown command": r"argument subcommand: invalid choice: '([^']*)' \(choose from (.*)\)",
+    "no command": r'expected "subcommand" to be one of \{([\w,]+)\}, but it was not provided',
+}
+# The first text that a message gives as the reason for refusing a class that is named without being made.
+_OF_A_FACTORY = {
+    "option": r"Option '([^']+)' is not accepted",
+    "no subclass": r"Expected '([^']+)' to be a subclass of <class '([^']+)'>",
+    "import": r"No module named|module .* has no attribute",
+    "no class": r"Dict must include|Expected an import path|Expected '.*' to be a function|'OverloadedName'",
+}
+_NOISE = (
+    "Does not validate against any of the Union subtypes",
+    "Subtypes:",
+    "Errors:",
+    "Given value",
+    "Expected a path but",
+    "Problem with given class_path",
+    "Expected a <class 'NoneType'>",
+)
+_PREFIX = re.compile(r'^[\s-]*(Parser key "[^"]+":)?\s*')
+
+
+def kind_of(message: str) -> tuple[str, re.Match[str]] | None:
+    """What a message is about, and its words for it; ``None`` for one of no known kind."""
+    found = ((kind, re.search(pattern, message, re.DOTALL)) for kind, pattern in _WORDINGS.items())
+    return next(((kind, match) for kind, match in found if match), None)
+
+
+def kind_of_factory(reason: str) -> tuple[str, re.Match[str]] | None:
+    """What is wrong with a class that is named without being made, as :func:`kind_of` has it for whole messages."""
+    found = ((kind, re.match(pattern, reason)) for kind, pattern in _OF_A_FACTORY.items())
+    return next(((kind, match) for kind, match in found if match), None)
+
+
+def factory_named(value: str) -> str | None:
+    """The class path in the value of such a message."""
+    named = re.match(r"Namespace\(class_path='([^']+)'", value)
+    return named and named.group(1)
+
+
+def without_class_advice(reason: str) -> str:
+    """A reason without what would be right as a class: an lr may be a tensor to torch, which no config can say."""
+    return re.sub(r"\n[ -]*Expected a dot import path string: [^\n]*", "", reason)
+
+
+def keys_of(message: str) -> list[str]:
+    """The keys that a message is about, an outer one before the one in it."""
+    return re.findall(r'Parser key "([^"]+)":', message)
+
+
+def of_key(key: str, message: str) -> str:
+    """A message as one about a key would be."""
+    return f'Parser key "{key}":\n  {message}'
+
+
+def reasons_of(message: str) -> list[str]:
+    """A message's lines without wrapping, types in words."""
+    lines = [_PREFIX.sub("", line) for line in message.splitlines()]
+    return [_plain_types(line) for line in lines if line and not line.startswith(_NOISE)]
+
+
+def _plain_types(text: str) -> str:
+    """``Expected a <class 'float'>`` and ``Expected a typing.Literal[...]`` in words."""
+    text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
+    text = re.sub(r"<class '([^']+)'>", r"\1", text)
+    return re.sub(r"^Expected an? one of", "expected one of", text).replace("Expected a ", "expected ")

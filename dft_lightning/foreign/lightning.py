@@ -39,6 +39,11 @@ def quiet() -> None:
         threading.excepthook = functools.partial(_thread_ends, threading.excepthook)
 
 
+def believe_lengths() -> None:
+    """No warning of a dataset that is iterated and has a length, where one process reads it and the length is exact."""
+    warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
+
+
 def _thread_ends(otherwise: Callable[[threading.ExceptHookArgs], Any], ended: threading.ExceptHookArgs) -> None:
     """TensorBoard's writer meets a full disk in a thread of its own, and says so again where the run ends by it."""
     if not isinstance(ended.exc_value, OSError) or type(ended.thread).__name__ != "_AsyncWriterThread":

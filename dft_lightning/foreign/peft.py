@@ -1,7 +1,8 @@
-"""peft, where it changes more than it is asked for."""
+"""peft, where it changes or says more than it is asked for, and what its messages leave unsaid."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,3 +24,20 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
+
+
+@contextmanager
+def looking_for_experts() -> Iterator[None]:
+    """Without the warning that peft's own patterns of experts, looked for among the modules, are not there."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        yield
+
+
+def way_out(error: Exception) -> str:
+    """What peft leaves unsaid of modules that ``all-linear`` takes along."""
+    if "ParamWrapper" in str(error):
+        return " (it is what adapts a model's experts: leave that out, or list target_modules without the experts')"
+    if "incompatible with Mamba" in str(error):
+        return " (or name it in model.peft.exclude_modules)"
+    return ""

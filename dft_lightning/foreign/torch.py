@@ -1,9 +1,11 @@
-"""torch, where what is needed has no public form."""
+"""torch, where what is needed has no public form, and where its errors are told apart by their words alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -78,3 +80,40 @@ def name_without_wrappers(name: str) -> str:
 def wrapped_classes(policy: ModuleWrapPolicy) -> tuple[type, ...]:
     """The classes of a policy, which it takes and does not show."""
     return tuple(policy._module_classes)
+
+
+# -- messages ----------------------------------------------------------------------------------------------------------
+
+
+def is_of_writing(error: BaseException) -> bool:
+    """Whether ``torch.save`` could not write: its writer swallows the system's error."""
+    return "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
+
+
+def unpickling_problem(error: Exception) -> tuple[str | None, str | None]:
+    """The class that a file names and ``weights_only`` refuses, and the reason without torch's advice to read it all
+    the same; each ``None`` where the message has none."""
+    named = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error))
+    reason = re.search(r"WeightsUnpickler error: *(.+)", str(error))
+    return named and named[1], reason and reason[1]
+
+
+def is_of_a_draw(error: RuntimeError) -> bool:
+    """Whether a token was drawn from probabilities that are not finite."""
+    return "probability tensor" in str(error)
+
+
+@contextmanager
+def called_by_torchdata() -> Iterator[None]:
+    """Without the warning of a function that torch deprecates and torchdata's loader calls."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+        yield
+
+
+@contextmanager
+def loading_alone() -> Iterator[None]:
+    """Without the warning that a distributed checkpoint is loaded by one process, as is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

@@ -1,4 +1,4 @@
-"""transformers, where a model says something of itself under a private name alone."""
+"""transformers, where a model says something of itself under a private name alone, or an error by its words."""
 
 from __future__ import annotations
 
@@ -30,3 +30,8 @@ def let_pass(config: GenerationConfig) -> None:
     """Have a generation config saved as it is. Some published ones, with sampling options without ``do_sample``, say,
     would not pass as new ones, and a new one is what it counts as by its hash alone."""
     config._original_object_hash = hash(config)
+
+
+def wants_code(error: Exception) -> bool:
+    """Whether a model or tokenizer was not loaded for want of trust in code that it brings along."""
+    return "trust_remote_code" in str(error)

@@ -5,21 +5,20 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dft_lightning.cli.commands import FitArguments
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.data.sources import FirstRows, as_source
 from dft_lightning.errors import InputError
 from dft_lightning.files import write_text
-from dft_lightning.fit.config import data_of, read_fit
+from dft_lightning.fit.config import Split, data_of, read_fit
 from dft_lightning.fit.own_classes import Classes
 from dft_lightning.inspection.summary import summarise
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-Split = Literal["train", "validation", "forgetting", "test", "predict"]
 STAGES = {"train": "fit", "validation": "validate", "forgetting": "validate", "test": "test", "predict": "predict"}
 _OF_A_STREAM = 1000
 _PAGE_WIDTH = 120

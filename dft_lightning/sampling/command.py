@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -20,7 +20,7 @@ from dft_lightning.cli.commands import FitArguments, Stopped
 from dft_lightning.distributed.strategies import check_half_precision, check_precision
 from dft_lightning.errors import InputError
 from dft_lightning.evaluation.completions import sampled_shares
-from dft_lightning.fit.config import module_of, read_fit
+from dft_lightning.fit.config import Split, module_of, read_fit
 from dft_lightning.fit.one_device import ending_on_signals, of_one_device, predict, status_of
 from dft_lightning.metrics import ExactMatch
 from dft_lightning.models.fingerprints import hash_weights
@@ -29,7 +29,6 @@ from dft_lightning.sampling.completions import Completion, Sampler
 from dft_lightning.sampling.partial_file import Job, PartialFile
 from dft_lightning.sampling.prompts import Prompts, jobs_by_length, read_prompts
 
-Split = Literal["train", "validation", "forgetting", "test", "predict"]
 # What of the model decides its answers and which of them are right.
 _OF_THE_MODEL = (
     "model",

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dft_lightning.errors import InputError
 from dft_lightning.evaluation.completions import measuring
+from dft_lightning.foreign.torch import is_of_a_draw
 from dft_lightning.losses.base import IGNORE_INDEX
 from dft_lightning.models.generation import GenerationOptions, completion_lengths, decode_completions
 from dft_lightning.modules import CausalLMModule
@@ -100,7 +101,7 @@ class Sampler:
             with _generated_tokens(self.module) as calls:
                 texts = self.module.generate(ids.to(device), mask.to(device), self.options)
         except RuntimeError as error:  # torch's, of a draw from NaN
-            if "probability tensor" not in str(error):
+            if not is_of_a_draw(error):
                 raise
             raise InputError(_BROKEN) from error
         said = [decode_completions(self.module.tokenizer, tokens, self.stop_token_ids) for tokens in calls]

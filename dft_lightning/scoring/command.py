@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from dft_lightning.files import check_replaceable, replacing_folder
 from dft_lightning.fit.command import DFTLightningCLI, cli_options
 from dft_lightning.fit.one_device import ending_on_signals, of_one_device, predict, status_of
 from dft_lightning.fit.own_classes import PACKAGE
+from dft_lightning.foreign.lightning import believe_lengths
 from dft_lightning.losses import CrossEntropyLoss
 from dft_lightning.scoring.batches import ScoredWriter, ScoringBatches, target_log_probs
 from dft_lightning.scoring.rows import SplitRows
@@ -123,8 +123,7 @@ class ScoringCLI(DFTLightningCLI):
         with replacing_folder(self.output) as folder:
             writer = ScoredWriter(batches, folder)
             self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
-            # The data loader reads in this process, where the length is exact.
-            warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
+            believe_lengths()
             predict(self.trainer, self.model, data, batches, partial(target_log_probs, self.model), self._checkpoint)
             record = self._record(splits, writer)
             (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

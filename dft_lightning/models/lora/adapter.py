@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dft_lightning.errors import InputError, one_line
+from dft_lightning.foreign.peft import looking_for_experts, way_out
 from dft_lightning.models.head import ends_of
 
 if TYPE_CHECKING:
@@ -51,12 +51,10 @@ def attach(model: nn.Module, config: LoraConfig, values: bool = True) -> LoraMod
         raise InputError("model.peft.use_dora needs the base's weights when it begins: set model.sharding.load: whole")
     tied, asked = _tied_ends(model), copy.deepcopy(config)
     try:
-        with warnings.catch_warnings():
-            # peft looks for its own patterns of experts among the modules, where they are not.
-            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        with looking_for_experts():
             tuner: LoraModel = LoraModel(model, config, ADAPTER)
     except Exception as error:  # whatever peft and torch raise over a name or a size
-        raise InputError(f"model.peft: {one_line(error)}{_way_out(error)}") from error
+        raise InputError(f"model.peft: {one_line(error)}{way_out(error)}") from error
     _check_matches(model, asked, tuner)
     _check_linear(model)
     if tied and _changed_ends(model):
@@ -68,15 +66,6 @@ def attach(model: nn.Module, config: LoraConfig, values: bool = True) -> LoraMod
     if values:
         _draw(model, config)
     return tuner
-
-
-def _way_out(error: Exception) -> str:
-    """What peft leaves unsaid of modules that ``all-linear`` takes along."""
-    if "ParamWrapper" in str(error):
-        return " (it is what adapts a model's experts: leave that out, or list target_modules without the experts')"
-    if "incompatible with Mamba" in str(error):
-        return " (or name it in model.peft.exclude_modules)"
-    return ""
 
 
 def _check_matches(model: nn.Module, config: LoraConfig, tuner: LoraModel) -> None:
