@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import os
 import signal
 import sys
 import threading
@@ -82,7 +83,12 @@ def run(name: str, args: list[str], classes: Any = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # rows have characters that not every encoding has
     try:
-        return _call(name, args, classes) or 0
+        status = _call(name, args, classes) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who reads the output, such as head, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written
+        return 1
     except SystemExit as ending:  # of a parser, after its message or the help
         return ending.code if isinstance(ending.code, int) else 1
     except Stopped as stopped:
