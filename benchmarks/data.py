@@ -50,19 +50,20 @@ def ours(options: argparse.Namespace) -> dict:
     source = str(options.rows) if options.synthetic is None else ArithmeticRows(options.synthetic, max_digits=3)
     data = InstructionDataModule(
         source,
-        tokenizer=str(options.tokenizer),
-        prompt_column="question" if options.synthetic is None else "prompt",
-        completion_column="answer" if options.synthetic is None else "completion",
-        max_length=options.max_length,
-        packing="bfd",
         num_proc=options.num_proc,
+        text={"tokenizer": str(options.tokenizer), "max_length": options.max_length},
+        rows={
+            "prompt_column": "question" if options.synthetic is None else "prompt",
+            "completion_column": "answer" if options.synthetic is None else "completion",
+        },
+        batches={"packing": "bfd"},
     )
     data.tokenizer = data.build_tokenizer()
     started = time.perf_counter()
     data.load("fit")
     seconds = time.perf_counter() - started
     return {
-        "rows_per_second": data.counts["train"].rows / seconds,
+        "rows_per_second": data.splits.counts["train"].rows / seconds,
         "efficiency": data.packs.efficiency(options.max_length),
         "packed_rows": len(data.packs),
         "peak_mib": peak_mib(),

@@ -61,7 +61,7 @@ def config(folder: Path, kind: str, steps: int) -> list[str]:
     saver["init_args"] |= {"mode": "max", "filename": "{step}", "enable_version_counter": False}
     values = {
         "model": {"model": MODEL, "loss": {"class_path": "dft_lightning.DFTLoss"}, "optimizer": {"lr": 1e-3}},
-        "data": {"train": rows(90, 1), "validation": rows(16, 2), "tokenizer": "asset://arithmetic-base"},
+        "data": {"train": rows(90, 1), "validation": rows(16, 2), "text": {"tokenizer": "asset://arithmetic-base"}},
         "trainer": {
             "max_steps": steps,
             "accelerator": "cpu",

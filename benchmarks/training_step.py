@@ -89,17 +89,17 @@ def run_ours(options: argparse.Namespace, folder: str, padding_free: bool = Fals
 
     arguments = ["fit", "--model.model", str(options.model), "--model.loss", "DFTLoss"]
     arguments += ["--data.train", rows_file(options, folder)]
-    arguments += ["--data.prompt_column", "question", "--data.completion_column", "answer"]
-    arguments += ["--data.batch_size", str(options.batch_size), "--data.shuffle", "false"]
+    arguments += ["--data.rows.prompt_column", "question", "--data.rows.completion_column", "answer"]
+    arguments += ["--data.batch_size", str(options.batch_size), "--data.batches.shuffle", "false"]
     arguments += ["--model.loading.gradient_checkpointing", str(options.gradient_checkpointing).lower()]
     arguments += ["--trainer.max_steps", str(options.steps), "--trainer.precision", "bf16-mixed"]
     arguments += ["--trainer.accelerator", options.device, "--trainer.devices", "1"]
     arguments += ["--trainer.gradient_clip_val", "1.0", "--trainer.enable_checkpointing", "false"]
     arguments += ["--trainer.default_root_dir", folder]
     if padding_free:
-        arguments += ["--data.padding_free", "true", "--model.loading.attn_implementation", "documents"]
+        arguments += ["--data.batches.padding_free", "true", "--model.loading.attn_implementation", "documents"]
     if packed:
-        arguments += ["--data.packing", "bfd", "--data.max_length", "1024", "--data.batch_size", "1"]
+        arguments += ["--data.batches.packing", "bfd", "--data.text.max_length", "1024", "--data.batch_size", "1"]
     main(arguments, module_class=Watched)
     return clock.result()
 
@@ -164,7 +164,11 @@ def run_products(options: argparse.Namespace, folder: str) -> dict:
     rows = rows_file(options, folder)
     columns = {"prompt_column": "question", "completion_column": "answer"}
     data = InstructionDataModule(
-        rows, tokenizer=str(options.model), batch_size=options.batch_size, shuffle=False, **columns
+        rows,
+        batch_size=options.batch_size,
+        rows=columns,
+        text={"tokenizer": str(options.model)},
+        batches={"shuffle": False},
     )
     data.prepare_data()
     data.setup("fit")

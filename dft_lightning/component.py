@@ -12,7 +12,9 @@ import os
 import sys
 from collections.abc import Collection, Mapping
 from importlib import import_module
-from typing import Any, TypeVar
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -112,6 +114,14 @@ def _brief(value: Any) -> Any:
 _MOST, _LONGEST = 100, 20_000
 
 
+def not_saved(values: Any, key: str) -> list[tuple[str, str]]:
+    """Dotted keys of what values in plain form say that it is not saved, and what they say of it."""
+    if isinstance(values, str) and values.startswith("not saved: "):
+        return [(key, values)]
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    return [found for name, item in items for found in not_saved(item, f"{key}.{name}")]
+
+
 def class_path(cls: type) -> str:
     """Dotted path of a class; of one of ``torch.optim`` there, and not inside of it, where it may move."""
     if getattr(sys.modules.get("torch.optim"), cls.__name__, None) is cls:
@@ -201,6 +211,8 @@ def from_plain(value: T | dict[str, Any], base: type[T]) -> T:
     init_args = value.get("init_args") or {}
     if not isinstance(init_args, dict):
         raise ValueError(f"the options of {value['class_path']} were {init_args}; pass the {base.__name__} itself")
+    if lacking := not_saved(init_args, cls.__name__):
+        raise ValueError(f"{lacking[0][0]} was {lacking[0][1]}; pass the {base.__name__} itself")
     return cls(**{name: _rebuild(item) for name, item in init_args.items()})
 
 
@@ -211,3 +223,36 @@ def _rebuild(value: Any) -> Any:
             return from_plain(value, Component)
         return {key: _rebuild(item) for key, item in value.items()}
     return [_rebuild(item) for item in value] if isinstance(value, list) else value
+
+
+def group_of(cls: type[T], given: T | Mapping[str, Any], key: str) -> T:
+    """A group of options, from itself or from a dict of its fields.
+
+    Raises:
+        ValueError: the dict has a key that is no field, or a value of another type; or ``given`` is neither.
+    """
+    if isinstance(given, cls):
+        return given
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{key}: expected {cls.__name__} or a dict of its fields, got {type(given).__name__}")
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"{key}: {cls.__name__} has no {', '.join(map(str, unknown))}; it has {', '.join(known)}")
+    hints = get_type_hints(cls)
+    for name, value in given.items():
+        _check_scalar(f"{key}.{name}", value, hints[name])
+    return cls(**given)
+
+
+def _check_scalar(key: str, value: Any, hint: Any) -> None:
+    """Where a field is of nothing but plain scalars: ``"false"`` would be true, and a length of 5.5 is none."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if any(kind not in (*_NUMBERS, str, type(None)) for kind in kinds):
+        return
+    given = next((kind for kind, name in _NUMBERS.items() if isinstance(value, name)), type(value))
+    if given not in kinds and not (given is int and float in kinds):
+        names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"{key}: expected {names}, got {value!r}")
+
+
+_NUMBERS: dict[type, type] = {bool: bool, int: Integral, float: Real}  # numpy's, too; a bool is an Integral as well

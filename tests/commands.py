@@ -6,6 +6,6 @@ from functools import partial
 
 from dft_lightning.cli.commands import run
 
-compare, configs, export, inspect, sample, score = (
-    partial(run, name) for name in ("compare", "configs", "export", "inspect", "sample", "score")
+cache, compare, configs, export, inspect, sample, score = (
+    partial(run, name) for name in ("cache", "compare", "configs", "export", "inspect", "sample", "score")
 )

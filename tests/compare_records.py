@@ -61,7 +61,7 @@ def write_run(
     common = {"run": run, "versions": {"torch": "2"}, "device": "cpu", "world_size": 1, "precision": "32-true"}
     config = {
         "model": {"loss": LOSSES.get(loss), "optimizer": {"init_args": {"lr": rate}}},
-        "data": {"seed": seed},
+        "data": {"batches": {"seed": seed}},
         "seed_everything": seed,
     }
     (path / "config.yaml").write_text(yaml.safe_dump(config))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dft_lightning import CausalLMModule, DFTLoss
-from dft_lightning.data.batches import Collator
+from dft_lightning.data.batches.collating import Collator
 from dft_lightning.errors import InputError
 from dft_lightning.export.adapter import merged_model
 from dft_lightning.export.checkpoint import open_checkpoint

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from dft_lightning import InstructionDataModule
-from dft_lightning.data.sources import RowSource
+from dft_lightning.data.rows.sources import RowSource
 from dft_lightning.errors import InputError
+from small_runs import data_options
 
 USER, REPLY = {"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}
 GOOD = {
@@ -56,7 +57,8 @@ def line(row):
 def load(source, **options):
     """The data module after ``prepare_data``."""
     data = InstructionDataModule(
-        source if isinstance(source, RowSource) else str(source), **{"tokenizer": "asset://arithmetic-base", **options}
+        source if isinstance(source, RowSource) else str(source),
+        **data_options(**{"tokenizer": "asset://arithmetic-base", **options}),
     )
     data.prepare_data()
     return data
@@ -77,5 +79,9 @@ def refused_or_skipped(path, row, expected, **options):
     assert message.startswith(f"{path}: 1 of 2 rows are bad\n  row {row}: ")
     assert expected in message
     data = load(path, on_bad_rows="skip", **options)
-    assert (data.counts["train"].rows, data.counts["train"].bad, data.counts["train"].dropped) == (2, 1, 0)
-    assert len(data.lengths("train")) == 1
+    assert (data.splits.counts["train"].rows, data.splits.counts["train"].bad, data.splits.counts["train"].dropped) == (
+        2,
+        1,
+        0,
+    )
+    assert len(data.splits.lengths("train")) == 1

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dft_lightning import CausalLMModule, TokenLoss
-from dft_lightning.data.batches import Collator
+from dft_lightning.data.batches.collating import Collator
 from small_runs import TINY_ARITHMETIC
 
 

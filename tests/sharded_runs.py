@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from dft_lightning import CausalLMModule, DFTLoss, HuggingFaceExport, TokenLoss
-from dft_lightning.data.batches import Collator
+from dft_lightning.data.batches.collating import Collator
 from dft_lightning.distributed import gather_lists
 from dft_lightning.distributed.strategies import check_precision
 from dft_lightning.errors import InputError

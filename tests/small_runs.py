@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from dft_lightning import CausalLMModule, InstructionDataModule
 from dft_lightning.data import ArithmeticRows
+from dft_lightning.data.options import BatchOptions, RowOptions, StreamOptions, TextOptions
 
 # GPT-2 computes in the parameters' dtype throughout. Llama's norms and rotary embedding go through float32, whose
 # rounding (1e-8 on a gradient) would hide what a float64 test is after.
@@ -38,10 +39,25 @@ TINY_ARITHMETIC = {**TINY_GPT2, "vocab_size": 20}
 CLIP = 0.01  # less than any of these gradients' norms
 
 
+def data_options(**options):
+    """The arguments of a data module from options by name, those of its groups put into them."""
+    found = {}
+    for name, value in options.items():
+        group = next((key for key, cls in _GROUPS.items() if name in cls.__dataclass_fields__), None)
+        if group is None:
+            found[name] = {**found.get(name, {}), **value} if name == "streaming" and value is not None else value
+        else:
+            found.setdefault(group, {})[name] = value
+    return found
+
+
+_GROUPS = {"rows": RowOptions, "text": TextOptions, "batches": BatchOptions, "streaming": StreamOptions}
+
+
 def arithmetic_data(num_rows: int = 16, **options: Any) -> InstructionDataModule:
     """Very ragged rows: 1 to 9 digits."""
     rows = ArithmeticRows(num_rows, min_digits=1, max_digits=9, seed=3)
-    return InstructionDataModule(rows, tokenizer="asset://arithmetic-base", **options)
+    return InstructionDataModule(rows, **data_options(**{"tokenizer": "asset://arithmetic-base", **options}))
 
 
 def trainer(**options: Any) -> pl.Trainer:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from conftest import TINY_LLAMA
 from dft_lightning import CausalLMModule, DFTLoss
-from dft_lightning.data.batches import Collator
+from dft_lightning.data.batches.collating import Collator
 from dft_lightning.errors import InputError
 from dft_lightning.modules import building, size
 from small_runs import TINY_ARITHMETIC, arithmetic_data, trainer

@@ -12,10 +12,12 @@ import sys
 import pytest
 
 from conftest import ROOT, SHARED, at_hand, shared
-from dft_lightning.data.forms import Conversation
-from dft_lightning.data.template import ChatTemplate
-from dft_lightning.data.tokenizer import as_parts, end_of_turn, load_tokenizer
-from dft_lightning.data.tokens import ConversationEncoder
+from dft_lightning.data.options import TextOptions
+from dft_lightning.data.rows.forms import Conversation
+from dft_lightning.data.text import layout
+from dft_lightning.data.text.template import ChatTemplate
+from dft_lightning.data.text.tokenizer import as_parts, end_of_turn, load_tokenizer
+from dft_lightning.data.text.tokens import ConversationEncoder
 from dft_lightning.errors import InputError
 from stand_ins import MARKED
 
@@ -71,33 +73,25 @@ ENDS = {
 THOUGHTLESS = "<think>\n\n</think>\n\n"
 BEGINNINGS = {
     "": "",
-    "deepseek": "<｜Assistant｜>",  # here and below: TRL's blocks begin before the header
     "glm4moe": "\n<think></think>\n",
     "gptoss": "<|channel|>final<|message|>",
-    "gptoss_training": "<|start|>assistant<|channel|>final<|message|>",
     "idefics3": " ",
     "llava_next": " ",
     "muse_glimmer": " to=user<|message|>",
-    "muse_glimmer_training": "<|start|>assistant to=user<|message|>",
-    "nemotron": "<think></think>",
     "own qwen3": THOUGHTLESS,
-    "qwen2_5_training": "\n",
     "qwen3": THOUGHTLESS,
     "qwen3_5_nothink": "",  # the generation prompt has the empty thoughts
-    "qwen3_5_nothink_training": THOUGHTLESS,
     "qwen3_5_think": "\n</think>\n\n",  # the generation prompt begins them
-    "qwen3_5_think_training": THOUGHTLESS,
     "qwen3_6": "\n</think>\n\n",
-    "qwen3_6_training": THOUGHTLESS,
     "qwen3_8": "\n</think>\n\n",
-    "qwen3_8_training": THOUGHTLESS,
     "qwen3_instruct": "",
     "qwen3_vl": "",
     "smolvlm": " ",
 }
 # Their generation prompt begins thoughts that the rendered answer does not have.
-OTHER_PROMPT = ["nemotron_small", "deepseek_r1_distill", "deepseekv3"]
+OTHER_PROMPT = ["deepseek_r1_distill", "deepseekv3"]
 OTHER_PROMPT += [f"nemotron_3_{name}" for name in ("5_lightning", "nano", "super", "ultra")]
+OTHER_PROMPT += ["nemotron_small", *(f"{name}_training" for name in OTHER_PROMPT)]
 # They render the last answer otherwise than earlier ones.
 REWRITES = ["own qwen3", "gptoss", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6"]
 NO_SYSTEM = ["gemma", "gemma_training"]
@@ -121,21 +115,26 @@ def tokenizer_of(name):
 
 @functools.cache
 def encoder_of(name, **options):
-    return ConversationEncoder(tokenizer_of(name), **options)
+    return ConversationEncoder(tokenizer_of(name), TextOptions(**options))
 
 
 def decode(tokenizer, ids):
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
+def encode_all(name, messages, **options):
+    (rows,) = encoder_of(name, **options).encode([Conversation(messages)])
+    if isinstance(rows, InputError):
+        raise rows
+    return rows
+
+
 def encode(name, messages, **options):
-    (row,) = encoder_of(name, **options).encode([Conversation(messages)])
-    if isinstance(row, InputError):
-        raise row
+    (row,) = encode_all(name, messages, **options)
     return row
 
 
-def check_learnt(name, row, answers):
+def check_learnt(name, row, answers, thoughts=False):
     """The learnt tokens are, run by run, those of the answers with what begins and ends each."""
     tokenizer = tokenizer_of(name)
     ids, learnt = row.input_ids.tolist(), (row.labels != -100).tolist()
@@ -145,7 +144,9 @@ def check_learnt(name, row, answers):
     ends = [longest(ENDS, name)] * len(answers)
     if name == "gptoss_training":
         ends[:-1] = ["<|end|>"] * (len(answers) - 1)
-    expected = [f"{longest(BEGINNINGS, name)}{answer}{end}" for answer, end in zip(answers, ends, strict=True)]
+    begin = longest(BEGINNINGS, name)
+    begin = "" if "think>" in begin and not thoughts else begin
+    expected = [f"{begin}{answer}{end}" for answer, end in zip(answers, ends, strict=True)]
     found = [decode(tokenizer, ids[start:end]) for start, end in runs]
     if name == "own stories260K":  # SentencePiece's space before a word is the word's
         found = [text.lstrip() for text in found]
@@ -171,13 +172,14 @@ def test_path_is_as_the_template_says(name):
     assert end is None or end[0].endswith(tokenizer.convert_ids_to_tokens(end[1]))
 
 
+@pytest.mark.parametrize("thoughts", [False, True], ids=["", "empty thoughts"])
 @pytest.mark.parametrize("name", NAMES)
-def test_one_turn(name):
+def test_one_turn(name, thoughts):
     if name in OTHER_PROMPT:
         with pytest.raises(InputError, match=r"turn 2 does not begin with the generation prompt.*chat_template_kwargs"):
-            encode(name, TURN)
+            encode(name, TURN, train_empty_thoughts=thoughts)
         return
-    check_learnt(name, encode(name, TURN), ANSWERED[:1])
+    check_learnt(name, encode(name, TURN, train_empty_thoughts=thoughts), ANSWERED[:1], thoughts)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -186,23 +188,32 @@ def test_every_assistant_turn(name):
     if name in NO_SYSTEM:
         with pytest.raises(InputError, match="System role not supported"):
             encode(name, [SYSTEM, *TURNS])
-    problem = "does not begin with the generation prompt" if name in OTHER_PROMPT else "is rendered otherwise once more"
-    if name in OTHER_PROMPT + REWRITES:
-        with pytest.raises(InputError, match=rf"turn 3 {problem}.* At character \d+ it has '.*; set data\."):
+    if name in OTHER_PROMPT:
+        problem = r"turn [35] does not begin with the generation prompt\. At character \d+ it has '.*; set data\."
+        with pytest.raises(InputError, match=problem):
             encode(name, messages)
-        if name in OTHER_PROMPT:
-            return
-    else:
-        check_learnt(name, encode(name, messages), ANSWERED)
+        return
     last = encode(name, messages, train_turns="last")
     check_learnt(name, last, ANSWERED[1:])
     earlier = [{**message, "weight": 0.0} if message["content"] == ANSWERED[0] else message for message in messages]
     assert encode(name, earlier).labels.tolist() == last.labels.tolist()
+    each = encode_all(name, messages, train_turns="each")
+    if name in REWRITES:
+        found = encode_all(name, messages)
+        assert [row.labels.tolist() for row in found] == [row.labels.tolist() for row in each]
+    else:
+        check_learnt(name, encode(name, messages), ANSWERED)
+    # In use a model meets each turn after the ones before it, and none behind it.
+    alone = encode(name, messages[:-2])
+    assert [row.input_ids.tolist() for row in each] == [row.input_ids.tolist() for row in (alone, last)]
+    assert [row.labels.tolist() for row in each] == [row.labels.tolist() for row in (alone, last)]
 
 
 @pytest.mark.parametrize("name", [name for name in OTHER_PROMPT if "nemotron" in name and name in TRIED])
 def test_prompt_without_thoughts_makes_the_turns_exact(name):
-    rendered = ChatTemplate(tokenizer_of(name), template_kwargs={"enable_thinking": False}).render(Conversation(TURNS))
+    (rendered,) = ChatTemplate(tokenizer_of(name), TextOptions(chat_template_kwargs={"enable_thinking": False})).rows(
+        Conversation(TURNS)
+    )
     learnt = [rendered.text[span.start : span.end] for span in rendered.spans]
     assert learnt == [f"{answer}<|im_end|>" for answer in ANSWERED]
 
@@ -221,10 +232,9 @@ VARIED = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_rendering_is_as_good_as_growing_prefixes(name):
-    template = ChatTemplate(tokenizer_of(name), allow_special_tokens=True)
-    if template.path == "generation":
-        return
+def test_one_rendering_is_as_good_as_all(name, monkeypatch):
+    template = ChatTemplate(tokenizer_of(name), TextOptions(allow_special_tokens=True))
+    monkeypatch.setattr(layout, "_SAMPLE", 0)  # of which all are rendered in every way
     for i, (asked, answered) in enumerate(VARIED):
         after, then = VARIED[i - 1]
         first = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
@@ -232,14 +242,15 @@ def test_one_rendering_is_as_good_as_growing_prefixes(name):
         weighed = [first[0], {**first[1], "weight": 0.0}, second[0], {**second[1], "weight": 0.5}]
         for messages in (weighed, [{**SYSTEM, "content": after}, *first, *second]):
             try:
-                laid_out = template._laid_out(messages, None)
+                laid_out = template._layouts.fill(messages)
             except InputError:  # the template refuses the system message, or the contents
                 continue
             if laid_out is not None:
-                assert laid_out == template._grown(messages, None)
+                assert laid_out == template._masked(messages)
     # And it is what is taken, most of the time.
     if name not in OTHER_PROMPT:
-        assert template._laid_out(TURN, None) is not None
+        plain = [{**message, "content": message["content"].rstrip(".?")} for message in TURN]
+        assert template._layouts.fill(plain) is not None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -249,29 +260,34 @@ def test_generation_blocks_are_as_transformers_finds_them(name, messages):
     if encoder_of(name).template.path == "prefixes":
         return
     tools = docs.TOOLS if messages is docs.TOOL_TURNS else None
-    (row,) = encoder_of(name).encode([Conversation(messages, tools)])
-    if isinstance(row, InputError):
-        assert tools is not None
-        assert "leaves out tool calls" in str(row)
+    encoder = encoder_of(name, train_empty_thoughts=True)
+    (rows,) = encoder.encode([Conversation(messages, tools)])
+    if isinstance(rows, InputError):
+        assert "leaves out tool calls" in str(rows) or name in OTHER_PROMPT
         return
+    (row,) = rows
     given = as_parts(messages) if name.startswith(("idefics3", "llava", "smolvlm")) else messages
     found = tokenizer.apply_chat_template(
         given, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     ids, mask = found["input_ids"], found["assistant_masks"]
     assert row.input_ids.tolist() == ids
+    prompt, _ = encoder.prompt(Conversation(messages, tools))
+    text = tokenizer.apply_chat_template(given, tools=tools, tokenize=False)
+    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    starts = [i for i in range(len(ids)) if mask[i] and not mask[i - 1]]
+    header = ids[starts[-1] : sum(end <= len(prompt) for _, end in places)]  # which some mark with the turn
     # The end-of-turn tokens right after a block are learnt, and what a block has after them is not.
     end = tokenizer.convert_tokens_to_ids(re.findall(r"<.*?>", longest(ENDS, name)))
     expected = [0] * len(ids)
-    start = 0
-    while start < len(ids):
+    for start in starts:
         stop = start
         while stop < len(ids) and mask[stop]:
             stop += 1
         places = [i for i in range(start, stop + 1) if ids[i : i + len(end)] == end]
-        through = max(places) + len(end) if places and stop > start else stop
+        through = max(places) + len(end) if places else stop
+        start += len(header) * (ids[start : start + len(header)] == header)
         expected[start:through] = [1] * (through - start)
-        start = max(stop, through) + 1
     assert (row.labels != -100).astype(int).tolist() == expected
 
 
@@ -294,8 +310,8 @@ def small(template):
 
 
 def learnt(template, messages, tools=None, **options):
-    rendered = ChatTemplate(small(template), **options).render(Conversation(messages, tools))
-    return [rendered.text[span.start : span.end] for span in rendered.spans]
+    rows = ChatTemplate(small(template), TextOptions(**options)).rows(Conversation(messages, tools))
+    return [row.text[span.start : span.end] for row in rows for span in row.spans]
 
 
 SUMS = [
@@ -350,7 +366,7 @@ def test_contents_as_lists_of_parts():
 def test_tool_calls_that_a_template_leaves_out_are_refused():
     call = {"type": "function", "function": {"name": "add", "arguments": {}}}
     messages = [SUMS[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
-    with pytest.raises(InputError, match=r"leaves out tool calls; set data\.chat_template"):
+    with pytest.raises(InputError, match=r"leaves out tool calls; set data\.text\.chat_template"):
         learnt(TURNS_OF, messages)
     called = "{{ m.tool_calls[0].function.name if m.tool_calls }}"
     assert learnt(TURNS_OF.replace("{{ m.content }}", "{{ m.content }}" + called), messages) == ["add$"]
@@ -362,7 +378,10 @@ def test_the_remedy_is_of_the_problem():
     ):
         learnt(TURNS_OF + "{{ '-' if add_generation_prompt }}", SUMS[:2])
     rewriting = TURNS_OF.replace("m.content }}", "m.content }}{{ '+' if loop.last and m.role == 'assistant' }}")
+    # Where turns are rewritten each has a row; where that has been asked to be one row there is nothing to be done.
+    assert learnt(rewriting, SUMS) == ["2+$", "4+$"]
+    passages = ChatTemplate(small(rewriting))._passages
     with pytest.raises(
-        InputError, match=r"turn 2 is rendered otherwise .* it has '\+\$' there and .*train_turns: last"
+        InputError, match=r"turn 2 is rendered otherwise .* it has '\+\$' there and .*train_turns: each or last"
     ):
-        learnt(rewriting, SUMS)
+        passages.grown(SUMS)

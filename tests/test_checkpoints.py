@@ -406,7 +406,7 @@ def test_logs_on_a_full_disk_end_in_one_message(tmp_path, capfd, room):
         "data": {"train": {"class_path": "ArithmeticRows", "init_args": {"num_rows": 80}}, "batch_size": 1},
         "trainer": {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "log_every_n_steps": 1},
     }
-    values["data"]["tokenizer"] = "asset://arithmetic-base"
+    values["data"]["text"] = {"tokenizer": "asset://arithmetic-base"}
     values["trainer"] |= {"enable_progress_bar": False, "enable_model_summary": False}
     with disk(tmp_path / "small", "size=64k") as small:
         values["trainer"]["default_root_dir"] = str(small / "runs")

@@ -35,8 +35,8 @@ def config(tmp_path):
             "train": rows,
             "validation": rows,
             "test": rows,
-            "tokenizer": "asset://arithmetic-base",
             "batch_size": 3,
+            "text": {"tokenizer": "asset://arithmetic-base"},
         },
         "trainer": {
             "max_steps": 2,
@@ -100,7 +100,7 @@ def fails(capfd, *args, lines=3):
         (["--model.model", "./nowhere"], "no such folder: ./nowhere"),
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--data.train", "LocalRows"], "data.train.path: required, but not given"),
-        (["--data.tokenizer", "./nowhere"], "data.tokenizer: no such folder: ./nowhere"),
+        (["--data.text.tokenizer", "./nowhere"], "data.text.tokenizer: no such folder: ./nowhere"),
         (["--data.train", ""], "data.train: empty"),
         (["--trainer.devices", "foo"], "trainer: "),
         (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches: must be at least 1, not 0"),
@@ -187,9 +187,9 @@ def test_unknown_command(capfd):
     assert fails(capfd, "inspec") == "unknown command 'inspec'; did you mean inspect?"
     assert fails(capfd, "exprt") == "unknown command 'exprt'; did you mean export?"
     assert fails(capfd, "config") == "unknown command 'config'; did you mean configs?"
-    known = "give one of fit, validate, test, predict, compare, inspect, score, sample, export, configs; see --help"
-    assert fails(capfd, "xyz") == f"unknown command 'xyz': {known}"
-    assert fails(capfd) == f"no command: {known}"
+    known = "fit, validate, test, predict, compare, inspect, score, sample, export, cache, configs; see --help"
+    assert fails(capfd, "xyz") == f"unknown command 'xyz': give one of {known}"
+    assert fails(capfd) == f"no command: give one of {known}"
 
 
 @pytest.mark.parametrize(

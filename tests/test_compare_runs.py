@@ -25,7 +25,7 @@ from dft_lightning.compare.records import Record
 from dft_lightning.data import ArithmeticRows
 from dft_lightning.errors import InputError
 from dft_lightning.modules import GenerationOptions
-from small_runs import TINY_ARITHMETIC, run_two_processes, trainer
+from small_runs import TINY_ARITHMETIC, data_options, run_two_processes, trainer
 from test_compare_report import fails
 from test_compare_settings import write
 
@@ -43,7 +43,9 @@ def rows_of(forgetting=True, data_seed=0, batch_size=4):
     }
     if forgetting:
         sources["forgetting"] = ArithmeticRows(6, min_digits=1, max_digits=1, seed=4)
-    return InstructionDataModule(**sources, tokenizer="asset://arithmetic-base", batch_size=batch_size, seed=data_seed)
+    return InstructionDataModule(
+        batch_size=batch_size, **data_options(tokenizer="asset://arithmetic-base", seed=data_seed, **sources)
+    )
 
 
 def fit(
@@ -87,7 +89,7 @@ def test_what_is_recorded_of_a_fit(tmp_path):
     data.prepare_data()
     log_probs = []
     with torch.no_grad():
-        for row in [data._rows["validation"][i] for i in range(5)]:
+        for row in [data.splits.tokenized("validation")[i] for i in range(5)]:
             ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
             logits = module.model.eval()(ids).logits[0, :-1].double().log_softmax(-1)
             log_probs.append(logits[labels != -100].gather(1, labels[labels != -100][:, None]))
@@ -105,7 +107,7 @@ def test_probabilities_are_of_the_first_training_rows_before_and_after(tmp_path)
     for when, model in (("before", before.model), ("after", module.model)):
         expected = []
         with torch.no_grad():
-            for row in [data._rows["train"][i] for i in range(6)]:
+            for row in [data.splits.tokenized("train")[i] for i in range(6)]:
                 ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
                 probabilities = model.eval()(ids).logits[0, :-1].softmax(-1)
                 expected.append(probabilities[labels != -100].gather(1, labels[labels != -100][:, None])[:, 0])
@@ -232,7 +234,7 @@ def test_two_processes_record_what_one_does(tmp_path):
 def test_a_recorder_refuses_what_it_cannot_record(tmp_path):
     module = CausalLMModule(TINY_ARITHMETIC)
     recorder = RunRecorder(str(tmp_path), RunIdentity("x", "x"), EVALUATION)
-    without = InstructionDataModule(ArithmeticRows(4), tokenizer="asset://arithmetic-base")
+    without = InstructionDataModule(ArithmeticRows(4), text={"tokenizer": "asset://arithmetic-base"})
     with pytest.raises(InputError, match="needs validation rows: set data.validation"):
         trainer(callbacks=[recorder]).fit(module, datamodule=without)
 

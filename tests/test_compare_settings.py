@@ -27,7 +27,13 @@ BASE = {
         "loss": "FocalLoss",
         "evaluation": {"generation": {"max_new_tokens": 3}},
     },
-    "data": {"train": ROWS, "validation": ROWS, "test": ROWS, "tokenizer": "asset://arithmetic-base", "batch_size": 3},
+    "data": {
+        "train": ROWS,
+        "validation": ROWS,
+        "test": ROWS,
+        "batch_size": 3,
+        "text": {"tokenizer": "asset://arithmetic-base"},
+    },
     "trainer": {"max_steps": 2, "accelerator": "cpu", "devices": 1, "log_every_n_steps": 1, "logger": False},
 }
 COMPARISON = {
@@ -66,7 +72,7 @@ def test_the_grid(tmp_path):
     assert model["loss"]["class_path"] == "dft_lightning.DFTLoss"
     optimizer = model["optimizer"]["init_args"]
     assert (optimizer["lr"], optimizer["weight_decay"], model["step"]["renormalize"]) == (0.01, 0.5, True)
-    assert (run.config["seed_everything"], data["seed"]) == (4, 4)
+    assert (run.config["seed_everything"], data["batches"]["seed"]) == (4, 4)
     assert trainer["default_root_dir"] == str(tmp_path / "out" / "runs" / "sharp-dft-lr0.01-seed4")
     assert [c["class_path"] for c in trainer["callbacks"]] == ["dft_lightning.compare.RunRecorder"]
     assert list(runs[0].commands()) == ["test"]
@@ -93,9 +99,11 @@ def test_every_run_exports_into_its_own_folder(tmp_path):
 
 def test_a_seed_is_another_order_and_no_other_split(tmp_path):
     data = {key: value for key, value in BASE["data"].items() if key != "validation"}
-    base = {**BASE, "data": {**data, "validation_fraction": 0.5, "seed": 5}}
+    base = {**BASE, "data": {**data, "validation_fraction": 0.5, "batches": {"seed": 5}}}
     runs = grid(write(tmp_path, base, seeds=[3, 4]), tmp_path / "out")
-    assert {(run.config["data"]["split_seed"], run.config["data"]["seed"]) for run in runs} == {(5, 3), (5, 4)}
+    assert {
+        (batches["split_seed"], batches["seed"]) for batches in (run.config["data"]["batches"] for run in runs)
+    } == {(5, 3), (5, 4)}
 
 
 def test_another_way_to_the_same_folder_is_no_other_config(tmp_path, monkeypatch):
@@ -179,7 +187,7 @@ def test_print_commands_writes_configs_and_runs_nothing(tmp_path, capsys):
         ({"overrides": {"model": {"loss": "DFTLoss"}}}, "overrides: model.loss is set for each run: use losses"),
         ({"overrides": {"seed_everything": 3}}, "overrides: seed_everything is set for each run: use seeds"),
         ({"overrides": {"trainer": {"limit_test_batches": 1}}}, "limit_test_batches: every loss is tested on all"),
-        ({"overrides": {"data": {"streaming": True}}}, "data.streaming: training rows are measured before and after"),
+        ({"overrides": {"data": {"streaming": {}}}}, "data.streaming: training rows are measured before and after"),
         ({"seeds": [-1]}, "seeds must not be negative"),
         ({"seeds": [1, 1]}, "seeds: 1 is there twice"),
         ({"seeds": [1], "seeds_at_best": [1]}, "seeds_at_best: 1 is among seeds already"),
@@ -217,10 +225,15 @@ LOCAL = {"class_path": "LocalRows", "init_args": {"path": "rows.jsonl"}}
         (NO_ANSWERS, {"validation": LOCAL}, {}, "validation row 1: LastNumber() finds nothing in the answer"),
         (NO_ANSWERS, {"test": LOCAL}, {}, "test row 1: LastNumber() finds nothing in the answer"),
         (NO_ANSWERS, {"forgetting": LOCAL}, {}, "forgetting row 1: .*; or set evaluation.forgetting_answers: false"),
-        (None, {"tokenizer": "no/where"}, {}, "data.tokenizer"),
-        (None, {"tokenizer": None}, {}, "data.tokenizer is not set"),
-        (None, {"max_length": 2}, {}, "data.train: no row has a target left within max_length 2"),
-        (None, {"packing": "bfd"}, {}, "packing"),
+        (None, {"text": {"tokenizer": "no/where"}}, {}, "data.text.tokenizer"),
+        (None, {"text": {"tokenizer": None}}, {}, "data.text.tokenizer is not set"),
+        (
+            None,
+            {"text": {**BASE["data"]["text"], "max_length": 2}},
+            {},
+            "data.train: no row has a target left within max_length 2",
+        ),
+        (None, {"batches": {"packing": "bfd"}}, {}, "packing"),
         (None, {}, {"losses": {"CE": "CrossEntropyLoss", "iw": "ProximalLoss"}}, "ProximalLoss reads reference_log_pr"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from conftest import ROOT, TINY_LLAMA
-from dft_lightning.data.accumulation import micro_batches_of
+from dft_lightning.data.batches.accumulation import micro_batches_of
 from dft_lightning.fit import main
 from dft_lightning.fit.config import read_fit_config
 from dft_lightning.models.loading import load_causal_lm
@@ -39,7 +39,7 @@ def stack(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_runs(path, tmp_path):
     rows = tmp_path / "rows.jsonl"
-    wanted = yaml.safe_load(path.read_text()).get("data", {})
+    wanted = yaml.safe_load(path.read_text()).get("data", {}).get("rows", {})
     prompt, completion = wanted.get("prompt_column", "prompt"), wanted.get("completion_column", "completion")
     if "alpaca" in path.stem:
         prompt, completion = "instruction", "output"
@@ -58,7 +58,7 @@ def test_config_runs(path, tmp_path):
                     "loading": {"gradient_checkpointing": False},
                     "evaluation": {"generation": {"max_new_tokens": 4}},
                 },
-                "data": {"train": str(rows), "test": str(rows), "tokenizer": "asset://arithmetic-base"},
+                "data": {"train": str(rows), "test": str(rows), "text": {"tokenizer": "asset://arithmetic-base"}},
                 "trainer": {
                     "max_steps": 2,
                     "accelerator": "cpu",
@@ -131,7 +131,7 @@ def test_trainer_overlay_runs(tmp_path):
     small = tmp_path / "small.yaml"
     content = {
         "model": {"model": TINY, "evaluation": {"generation": {"max_new_tokens": 4}}},
-        "data": {"train": str(rows), "test": str(rows), "tokenizer": "asset://arithmetic-base"}
+        "data": {"train": str(rows), "test": str(rows), "text": {"tokenizer": "asset://arithmetic-base"}}
         | {"batch_size": 4, "global_batch_size": 16},
         "trainer": {"accelerator": "cpu", "devices": 2, "num_nodes": 1, "strategy": strategy, "max_steps": 2}
         | {"default_root_dir": str(tmp_path), "enable_progress_bar": False, "val_check_interval": None},

@@ -13,17 +13,21 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from conftest import at_hand
-from dft_lightning.data import ArithmeticRows, HubRows, InstructionDataModule, LocalRows, arithmetic_tokenizer, cache
-from dft_lightning.data.accumulation import micro_batches_of
-from dft_lightning.data.arithmetic import is_held_out
-from dft_lightning.data.batches import Collator, RowSampler, TokenizedRows
-from dft_lightning.data.forms import Conversation, RowColumns
-from dft_lightning.data.messages import read_messages
-from dft_lightning.data.sources import as_source
-from dft_lightning.data.tokenizer import end_of_turn, load_tokenizer
-from dft_lightning.data.tokens import ConversationEncoder
+from dft_lightning.data import ArithmeticRows, HubRows, InstructionDataModule, LocalRows, arithmetic_tokenizer
+from dft_lightning.data.batches.accumulation import micro_batches_of
+from dft_lightning.data.batches.collating import Collator, ItemRows
+from dft_lightning.data.batches.sampling import RowSampler
+from dft_lightning.data.options import RowOptions, TextOptions
+from dft_lightning.data.rows.arithmetic import is_held_out
+from dft_lightning.data.rows.forms import Conversation, Reading
+from dft_lightning.data.rows.reading import read_messages
+from dft_lightning.data.rows.sources import as_source
+from dft_lightning.data.text import cache
+from dft_lightning.data.text.tokenizer import end_of_turn, load_tokenizer
+from dft_lightning.data.text.tokens import ConversationEncoder
 from dft_lightning.errors import InputError
-from small_runs import TINY_ARITHMETIC, GradientRecorder, arithmetic_data, trainer
+from small_runs import TINY_ARITHMETIC, GradientRecorder, arithmetic_data, data_options, trainer
+from stand_ins import CHATML
 
 TURN = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
 MULTI = [
@@ -42,9 +46,10 @@ def write(path, rows):
 
 
 def encode(tokenizer, messages, **options):
-    (row,) = ConversationEncoder(tokenizer, **options).encode([Conversation(messages)])
-    if isinstance(row, InputError):
-        raise row
+    (rows,) = ConversationEncoder(tokenizer, TextOptions(**options)).encode([Conversation(messages)])
+    if isinstance(rows, InputError):
+        raise rows
+    (row,) = rows
     return row
 
 
@@ -74,7 +79,11 @@ def real_tokenizer(tmp_path):
     ("row", "columns", "expected"),
     [
         ({"prompt": "1+1=", "completion": "2"}, {}, TURN),
-        ({"question": "1+1=", "answer": "2", "id": 7}, {"prompt": "question", "completion": "answer"}, TURN),
+        (
+            {"question": "1+1=", "answer": "2", "id": 7},
+            {"prompt_column": "question", "completion_column": "answer"},
+            TURN,
+        ),
         ({"instruction": "1+1=", "input": "", "output": "2"}, {}, TURN),
         ({"instruction": "1+1=", "output": "2"}, {}, TURN),
         (
@@ -83,20 +92,20 @@ def real_tokenizer(tmp_path):
             [{"role": "user", "content": "Add.\n\n1+1"}, {"role": "assistant", "content": "2"}],
         ),
         ({"messages": MULTI}, {}, MULTI),
-        ({"chat": MULTI}, {"messages": "chat"}, MULTI),
+        ({"chat": MULTI}, {"messages_column": "chat"}, MULTI),
         ({"prompt": "no", "completion": "no", "messages": MULTI}, {}, MULTI),
         ({"prompt": "1+1=", "completion": "2", "messages": 3}, {"form": "prompt_completion"}, TURN),
     ],
 )
 def test_row_forms(tmp_path, suffix, row, columns, expected):
     source = LocalRows(write(tmp_path / f"rows{suffix}", [row, row]))
-    assert read_messages(source, RowColumns(**columns)).messages == [expected, expected]
+    assert read_messages(source, Reading(RowOptions(**columns))).messages == [expected, expected]
 
 
 def test_json_lines_may_hold_unicode_separators_and_blank_lines(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('\ufeff{"prompt": "a\u2028b", "completion": "c"}\n\n{"prompt": "d", "completion": "e"}\n')
-    read = read_messages(LocalRows(path), RowColumns())
+    read = read_messages(LocalRows(path), Reading())
     assert [messages[0]["content"] for messages in read.messages] == ["a\u2028b", "d"]
     assert read.numbers == [1, 3]  # as an editor counts the lines
 
@@ -110,7 +119,7 @@ GOOD = {"prompt": "a", "completion": "b"}
         ('{"prompt": "a", "completion": ', "row 2: broken JSON at character 30"),
         ('{"prompt": "a"}', "row 2: completion: missing"),
         ('{"prompt": "a", "completion": null}', "row 2: completion: null"),
-        ('{"prompt": 3, "completion": "b"}', "row 2: prompt: expected a string, got int"),
+        ('{"prompt": true, "completion": "b"}', "row 2: prompt: expected a string, got bool"),
         ('{"prompt": "a", "completion": " "}', "row 2: completion: empty"),
         ("[1]", "row 2: expected an object, got a list"),
         ('{"prompt": "a", "completion": "\\ud83d"}', "row 2: completion: half a surrogate pair at character 0"),
@@ -120,13 +129,13 @@ def test_bad_rows_name_file_row_and_column(tmp_path, text, expected):
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{json.dumps(GOOD)}\n{text}\n{json.dumps(GOOD)}\n")
     with pytest.raises(InputError) as error:
-        read_messages(LocalRows(path), RowColumns())
+        read_messages(LocalRows(path), Reading())
     assert str(error.value).splitlines()[0] == f"{path}: 1 of 3 rows are bad"
     assert expected in str(error.value)
 
 
 def read(path, **options):
-    return read_messages(as_source(str(path), "train"), RowColumns(**options))
+    return read_messages(as_source(str(path), "train"), Reading(RowOptions(**options)))
 
 
 def test_csv_rows_are_text_as_it_stands(tmp_path):
@@ -169,9 +178,9 @@ def test_parquet_and_saved_datasets(tmp_path):
     for name in ("rows.parquet", "saved", "splits"):
         assert read(tmp_path / name).messages == [MULTI, TURN], name
     other = LocalRows(tmp_path / "splits", split="other")
-    assert read_messages(other, RowColumns()).messages == [TURN]
+    assert read_messages(other, Reading()).messages == [TURN]
     with pytest.raises(InputError, match="no split 'nope' there, but 'train', 'other'"):
-        read_messages(LocalRows(tmp_path / "splits", split="nope"), RowColumns())
+        read_messages(LocalRows(tmp_path / "splits", split="nope"), Reading())
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(InputError, match="rows.parquet: cannot be read as Parquet"):
         read(tmp_path / "rows.parquet")
@@ -216,13 +225,13 @@ def test_a_folder_of_files(tmp_path):
 )
 def test_bad_messages(tmp_path, messages, expected):
     with pytest.raises(InputError, match=expected):
-        read_messages(LocalRows(write(tmp_path / "rows.jsonl", [{"messages": messages}])), RowColumns())
+        read_messages(LocalRows(write(tmp_path / "rows.jsonl", [{"messages": messages}])), Reading())
 
 
 def test_ten_bad_rows_are_shown_and_all_are_counted(tmp_path):
     path = write(tmp_path / "rows.jsonl", [GOOD] + [{"prompt": "a"}] * 23)
     with pytest.raises(InputError) as error:
-        read_messages(LocalRows(path), RowColumns())
+        read_messages(LocalRows(path), Reading())
     lines = str(error.value).splitlines()
     assert lines[0].endswith("23 of 24 rows are bad")
     assert len(lines) == 12
@@ -248,7 +257,7 @@ def test_bad_files(tmp_path, name, content, expected):
     if content is not None:
         path.write_text(content)
     with pytest.raises(InputError, match=expected) as error:
-        read_messages(LocalRows(path), RowColumns())
+        read_messages(LocalRows(path), Reading())
     assert str(path) in str(error.value)
 
 
@@ -256,7 +265,7 @@ def test_file_that_is_not_utf8(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(InputError, match="row 1: not UTF-8 text: invalid start byte at byte 13"):
-        read_messages(LocalRows(path), RowColumns())
+        read_messages(LocalRows(path), Reading())
 
 
 def test_hub_rows_load_a_local_folder_as_they_would_a_hub_name(tmp_path):
@@ -269,7 +278,9 @@ def test_hub_rows_load_a_local_folder_as_they_would_a_hub_name(tmp_path):
 
 def test_rows_without_an_answer_are_completed_where_the_last_turn_is_learnt(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"prompt": "1+1="}])
-    data = InstructionDataModule(predict=str(path), tokenizer="asset://arithmetic-base", train_turns="last")
+    data = InstructionDataModule(
+        predict=str(path), text={"tokenizer": "asset://arithmetic-base", "train_turns": "last"}
+    )
     data.setup("predict")
     assert next(iter(data.predict_dataloader()))["prompt"] == ["^1+1="]
 
@@ -286,7 +297,7 @@ def test_arithmetic_row_by_hand():
 
 
 def test_train_on_prompts_learns_all_but_the_first_token():
-    row = encode(arithmetic_tokenizer(), TURN, train_on_prompts=True)
+    row = encode(arithmetic_tokenizer(), TURN, prompt_weight=1)
     assert row.labels.tolist() == [-100, *row.input_ids[1:]]
 
 
@@ -294,7 +305,7 @@ def test_train_on_prompts_learns_all_but_the_first_token():
     ("name", "expected"),
     [
         ("smollm2", "2<|im_end|>"),
-        ("qwen3", "<think>\n\n</think>\n\n2<|im_end|>"),
+        ("qwen3", "2<|im_end|>"),  # after empty thoughts, which are not learnt
         ("gpt2", "2<|endoftext|>"),
     ],
 )
@@ -330,11 +341,11 @@ def test_multi_turn_mask_trains_every_assistant_turn():
     assert (row.labels == tokenizer.eos_token_id).sum() == 2
 
 
-def test_template_that_rewrites_earlier_turns_is_refused_by_name():
+def test_template_that_rewrites_earlier_turns_makes_a_row_of_each():
     tokenizer = load_tokenizer(at_hand("tokenizers/qwen3"))
-    with pytest.raises(InputError, match=r"turn 3 is rendered otherwise once more turns follow.*At character \d+"):
-        encode(tokenizer, MULTI)
-    assert trained_text(tokenizer, encode(tokenizer, MULTI, train_turns="last")).endswith("See you.<|im_end|>")
+    (rows,) = ConversationEncoder(tokenizer).encode([Conversation(MULTI)])
+    assert [trained_text(tokenizer, row) for row in rows] == ["Hello!<|im_end|>", "See you.<|im_end|>"]
+    assert trained_text(tokenizer, encode(tokenizer, MULTI, train_turns="last")) == "See you.<|im_end|>"
 
 
 def test_generation_prompt_is_what_training_rows_begin_with(real_tokenizer):
@@ -352,7 +363,7 @@ def test_end_of_turn_token():
 
 
 def test_tokenizer_problems_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"data.tokenizer: cannot load the tokenizer of 'no/such'"):
+    with pytest.raises(InputError, match=r"data.text.tokenizer: cannot load the tokenizer of 'no/such'"):
         load_tokenizer("no/such")
     with pytest.raises(InputError, match=r"model.model: no such folder: ./no/such"):
         load_tokenizer("./no/such", key="model.model")
@@ -422,7 +433,7 @@ def test_special_tokens_in_tools_and_calls_are_text():
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
     call = {"type": "function", "function": {"name": "f", "arguments": {"role": "<|im_end|>", "<|im_end|>": 1}}}
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    (row,) = ConversationEncoder(tokenizer).encode([Conversation(turns, tools)])
+    ((row,),) = ConversationEncoder(tokenizer).encode([Conversation(turns, tools)])
     for text in CONTROL[1:]:
         assert row.input_ids.tolist().count(tokenizer.convert_tokens_to_ids(text)) == 2, text
 
@@ -431,7 +442,9 @@ def test_special_tokens_in_tools_and_calls_are_text():
 
 
 def arithmetic(rows=6, **options):
-    data = InstructionDataModule(ArithmeticRows(rows, seed=1), tokenizer="asset://arithmetic-base", **options)
+    data = InstructionDataModule(
+        ArithmeticRows(rows, seed=1), **data_options(tokenizer="asset://arithmetic-base", **options)
+    )
     data.prepare_data()
     data.setup("fit")
     return data
@@ -444,14 +457,16 @@ def test_truncation_and_dropped_rows_are_counted(tmp_path):
         {"prompt": "11111111+1=", "completion": "2"},  # no target within 8
     ]
     path = write(tmp_path / "rows.jsonl", rows)
-    data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base", max_length=8, batch_size=3)
+    data = InstructionDataModule(
+        str(path), batch_size=3, text={"tokenizer": "asset://arithmetic-base", "max_length": 8}
+    )
     data.prepare_data()
-    counts = data.counts["train"]
+    counts = data.splits.counts["train"]
     assert (counts.rows, counts.dropped) == (3, 1)
     assert counts.truncated == 1
-    assert sorted(len(ids) for ids in data._rows["train"]["input_ids"]) == [7, 8]
+    assert sorted(len(ids) for ids in data.splits.tokenized("train")["input_ids"]) == [7, 8]
     with pytest.raises(InputError, match="no row has a target left within max_length 3"):
-        InstructionDataModule(str(path), tokenizer="asset://arithmetic-base", max_length=3).prepare_data()
+        InstructionDataModule(str(path), text={"tokenizer": "asset://arithmetic-base", "max_length": 3}).prepare_data()
 
 
 def test_tokenised_once(monkeypatch, tmp_path):
@@ -460,13 +475,13 @@ def test_tokenised_once(monkeypatch, tmp_path):
     calls = []
     encode = ConversationEncoder.encode
     monkeypatch.setattr(ConversationEncoder, "encode", lambda *args: calls.append(1) or encode(*args))
-    InstructionDataModule(str(path), **options).prepare_data()
-    InstructionDataModule(str(path), **options).prepare_data()
+    InstructionDataModule(str(path), **data_options(**options)).prepare_data()
+    InstructionDataModule(str(path), **data_options(**options)).prepare_data()
     assert len(calls) == 1
-    InstructionDataModule(str(path), train_on_prompts=True, **options).prepare_data()
+    InstructionDataModule(str(path), **data_options(prompt_weight=1.0, **options)).prepare_data()
     assert len(calls) == 2
     write(path, [{"prompt": "77+2=", "completion": "79"}])
-    InstructionDataModule(str(path), **options).prepare_data()
+    InstructionDataModule(str(path), **data_options(**options)).prepare_data()
     assert len(calls) == 3
 
 
@@ -475,9 +490,9 @@ def test_a_cached_file_that_is_cut_between_stretches_is_refused(tmp_path):
     import pyarrow
 
     path = write(tmp_path / "rows.jsonl", [GOOD] * 400)
-    data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base")
+    data = InstructionDataModule(str(path), text={"tokenizer": "asset://arithmetic-base"})
     data.setup("fit")
-    cached = data.tokenized("train").cache_files[0]["filename"]
+    cached = data.splits.tokenized("train").cache_files[0]["filename"]
     with pyarrow.ipc.open_stream(cached) as stream:
         stretches = list(stream)
     assert len(stretches) == 2
@@ -485,25 +500,25 @@ def test_a_cached_file_that_is_cut_between_stretches_is_refused(tmp_path):
     with pyarrow.ipc.new_stream(cached, stretches[0].schema) as stream:
         stream.write_batch(stretches[0])
     with pytest.raises(InputError, match=r"\.arrow: has 250 rows of 400: delete it"):
-        InstructionDataModule(str(path), tokenizer="asset://arithmetic-base").setup("fit")
+        InstructionDataModule(str(path), text={"tokenizer": "asset://arithmetic-base"}).setup("fit")
 
 
 def test_two_writers_of_one_entry_leave_it_whole(tmp_path, monkeypatch):
     """Of one process id, as on two machines that share the folder."""
 
     def load():
-        data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base")
+        data = InstructionDataModule(str(path), text={"tokenizer": "asset://arithmetic-base"})
         data.setup("fit")
-        return len(data.tokenized("train"))
+        return len(data.splits.tokenized("train"))
 
-    def encode(task, num_proc):
-        monkeypatch.setattr(cache, "_encode", alone)
+    def encode(*args):
+        monkeypatch.setattr(cache, "encoded", alone)
         assert load() == 7
-        return alone(task, num_proc)
+        return alone(*args)
 
     path = write(tmp_path / "rows.jsonl", [GOOD] * 7)
-    alone = cache._encode
-    monkeypatch.setattr(cache, "_encode", encode)
+    alone = cache.encoded
+    monkeypatch.setattr(cache, "encoded", encode)
     assert load() == load() == 7
 
 
@@ -511,9 +526,9 @@ def test_rows_that_moved_have_their_new_numbers(tmp_path):
     for blank in ("", "\n\n"):
         path = tmp_path / "rows.jsonl"
         path.write_text(blank + json.dumps(GOOD))
-        data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base")
+        data = InstructionDataModule(str(path), text={"tokenizer": "asset://arithmetic-base"})
         data.setup("fit")
-        assert data.tokenized("train")["number"][0] == str(1 + len(blank))
+        assert data.splits.tokenized("train")["number"][0] == str(1 + len(blank))
 
 
 def test_changed_special_tokens_are_tokenised_anew(tmp_path, real_tokenizer):
@@ -523,9 +538,9 @@ def test_changed_special_tokens_are_tokenised_anew(tmp_path, real_tokenizer):
     ends = []
     for eos in ("<|endoftext|>", "!"):
         config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token": eos}))
-        data = InstructionDataModule(ArithmeticRows(1), tokenizer=str(tmp_path / "gpt2"))
+        data = InstructionDataModule(ArithmeticRows(1), text={"tokenizer": str(tmp_path / "gpt2")})
         data.prepare_data()
-        ends.append(data._rows["train"]["labels"][0][-1])
+        ends.append(data.splits.tokenized("train")["labels"][0][-1])
         assert ends[-1] == data.tokenizer.eos_token_id
     assert ends[0] != ends[1]
 
@@ -533,7 +548,7 @@ def test_changed_special_tokens_are_tokenised_anew(tmp_path, real_tokenizer):
 def test_rows_too_long_to_learn_from_are_still_tested(tmp_path):
     rows = [{"prompt": "1+1" * 9 + "=", "completion": "2"}, {"prompt": "1+1=", "completion": "2"}]
     path = str(write(tmp_path / "rows.jsonl", rows))
-    data = InstructionDataModule(test=path, tokenizer="asset://arithmetic-base", max_length=10)
+    data = InstructionDataModule(test=path, text={"tokenizer": "asset://arithmetic-base", "max_length": 10})
     data.setup("test")
     batch = next(iter(data.test_dataloader()))
     assert batch["index"].tolist() == [0, 1]
@@ -544,13 +559,16 @@ def test_rows_too_long_to_learn_from_are_still_tested(tmp_path):
 def test_rows_that_cannot_be_scored_are_bad_rows_of_test(tmp_path):
     path = str(write(tmp_path / "rows.jsonl", [{"messages": [*TURN, TURN[0]]}]))
     with pytest.raises(InputError, match=r"row 1: messages: must end in an assistant message"):
-        InstructionDataModule(test=path, tokenizer="asset://arithmetic-base").setup("test")
-    InstructionDataModule(path, tokenizer="asset://arithmetic-base").setup("fit")
+        InstructionDataModule(test=path, text={"tokenizer": "asset://arithmetic-base"}).setup("test")
+    InstructionDataModule(path, text={"tokenizer": "asset://arithmetic-base"}).setup("fit")
 
 
 def test_rows_a_template_cannot_mask_are_named(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"messages": TURN}, {"messages": MULTI}])
-    data = InstructionDataModule(str(path), tokenizer=str(at_hand("tokenizers/qwen3")))
+    thinks = CHATML + "{{ '<think>' if add_generation_prompt and messages | length > 2 }}"
+    data = InstructionDataModule(
+        str(path), text={"tokenizer": str(at_hand("tokenizers/qwen3")), "chat_template": thinks}
+    )
     with pytest.raises(InputError) as error:
         data.prepare_data()
     assert str(error.value).splitlines()[0] == f"{path}: 1 of 2 rows are bad"
@@ -559,13 +577,15 @@ def test_rows_a_template_cannot_mask_are_named(tmp_path):
 
 def test_seeded_split_is_disjoint_and_complete():
     data = arithmetic(20, validation_fraction=0.25)
-    train, validation = ({tuple(ids) for ids in data._rows[name]["input_ids"]} for name in ("train", "validation"))
+    train, validation = (
+        {tuple(ids) for ids in data.splits.tokenized(name)["input_ids"]} for name in ("train", "validation")
+    )
     assert (len(train), len(validation)) == (15, 5)
     assert not train & validation
     again = arithmetic(20, validation_fraction=0.25)
-    assert again._rows["validation"]["input_ids"][:] == data._rows["validation"]["input_ids"][:]
+    assert again.splits.tokenized("validation")["input_ids"][:] == data.splits.tokenized("validation")["input_ids"][:]
     other = arithmetic(20, validation_fraction=0.25, seed=1)
-    assert other._rows["validation"]["input_ids"][:] != data._rows["validation"]["input_ids"][:]
+    assert other.splits.tokenized("validation")["input_ids"][:] != data.splits.tokenized("validation")["input_ids"][:]
 
 
 def test_rows_that_are_divided_are_read_once():
@@ -576,27 +596,27 @@ def test_rows_that_are_divided_are_read_once():
             reads.append(1)
             return super().rows()
 
-    data = InstructionDataModule(Counted(8), validation_fraction=0.25, tokenizer="asset://arithmetic-base")
+    data = InstructionDataModule(Counted(8), validation_fraction=0.25, text={"tokenizer": "asset://arithmetic-base"})
     data.prepare_data()
     data.setup("fit")
     assert len(reads) == 1
-    assert (len(data._rows["train"]), len(data._rows["validation"])) == (6, 2)
+    assert (len(data.splits.tokenized("train")), len(data.splits.tokenized("validation"))) == (6, 2)
 
 
 def test_bad_sources_are_named():
     with pytest.raises(InputError, match="data.train is not set"):
-        InstructionDataModule(tokenizer="asset://arithmetic-base").prepare_data()
-    with pytest.raises(InputError, match=r"data.tokenizer is not set"):
+        InstructionDataModule(text={"tokenizer": "asset://arithmetic-base"}).prepare_data()
+    with pytest.raises(InputError, match=r"data.text.tokenizer is not set"):
         InstructionDataModule(ArithmeticRows(2)).prepare_data()
     with pytest.raises(InputError, match="data.validation is not set"):
-        InstructionDataModule("a.jsonl", tokenizer="asset://arithmetic-base").setup("validate")
+        InstructionDataModule("a.jsonl", text={"tokenizer": "asset://arithmetic-base"}).setup("validate")
     with pytest.raises(InputError, match="data.predict is not set, nor data.test"):
-        InstructionDataModule("a.jsonl", tokenizer="asset://arithmetic-base").setup("predict")
+        InstructionDataModule("a.jsonl", text={"tokenizer": "asset://arithmetic-base"}).setup("predict")
     with pytest.raises(ValueError, match="not both"):
         InstructionDataModule("a.jsonl", validation="b.jsonl", validation_fraction=0.1)
     for options in ({"num_proc": -1}, {"num_workers": -1}):
         with pytest.raises(ValueError, match=next(iter(options))):
-            InstructionDataModule("a.jsonl", **options)
+            InstructionDataModule("a.jsonl", **data_options(**options))
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         InstructionDataModule("a.jsonl", batch_size=0)
 
@@ -624,7 +644,7 @@ def test_batches_are_padded_on_the_right_and_prompts_on_the_left():
 
 @pytest.mark.parametrize(("size", "ranks"), [(8, 1), (8, 2), (7, 2), (10, 4)])
 def test_rows_are_shared_out_once_and_in_the_same_order(size, ranks):
-    dataset = TokenizedRows([{"input_ids": [1], "labels": [-100]}] * size, pad_token_id=0)
+    dataset = ItemRows([{"input_ids": [1], "labels": [-100]}] * size, pad_token_id=0)
 
     def order(num_replicas, rank, epoch):
         sampler = RowSampler(dataset, num_replicas, rank, shuffle=True, seed=5)
@@ -647,7 +667,7 @@ def test_pad_token_missing(real_tokenizer, tmp_path):
     """Llama-3 and GPT-2 have no pad token; padding is masked, so any id will do."""
     assert real_tokenizer("tokenizers/gpt2").pad_token is None
     rows = ArithmeticRows(5, min_digits=1)
-    data = InstructionDataModule(rows, tokenizer=str(tmp_path / "gpt2"), batch_size=5)
+    data = InstructionDataModule(rows, batch_size=5, text={"tokenizer": str(tmp_path / "gpt2")})
     data.prepare_data()
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
@@ -763,7 +783,7 @@ def test_bytes_and_offsets_find_the_same_tokens(name):
     asked = []
     encode_all = fast._encode_all
     fast._encode_all = lambda found: asked.extend(found) or encode_all(found)
-    for one, other in zip(fast.encode(rows), slow.encode(rows), strict=True):
+    for (one,), (other,) in zip(fast.encode(rows), slow.encode(rows), strict=True):
         assert one.input_ids.tolist() == other.input_ids.tolist()
         assert one.labels.tolist() == other.labels.tolist()
     assert len(asked) == 0 if name == "smollm2" else 0 < len(asked) < len(rows)
@@ -786,11 +806,28 @@ def test_bytes_and_offsets_find_the_same_tokens(name):
         "{% for c in m.content %}{{ c }}{% endfor %}",
         "{{ m.content[:3] }}",
         "{{ say(m) }}",
-        "{% generation %}{{ m.content }}{% endgeneration %}",
+        "{{ m.get('content') }}",
+        "{{ m.values() | join }}",
+        "{% for key in m %}{{ key }}{% endfor %}",
+        "{% filter trim %}{{ m.content }}{% endfilter %}",
+        "{% set c %}{{ m.content }}{% endset %}{{ c | trim }}",
+        "{% macro say() %}{{ caller() }}{% endmacro %}{% call say() %}{{ m.content }}{% endcall %}",
+        "{% autoescape true %}{{ m.content }}{% endautoescape %}",
+        "{% for x in [m] %}{{ x.content | trim }}{% endfor %}",
+        "{{ loop.nextitem }}",
+        "{{ (messages | last).content | trim }}",
+        "{{ [m.content] | first }}",
+        "{{ '%s' % m.content }}",
+        "{{ -m.content }}",
+        "{% with c = m.content %}{{ c }}{% endwith %}",
+        "{% include 'x' %}",
+        "{{ 'ab' | random }}",
     ],
 )
 def test_templates_that_may_read_contents_are_told(inside):
-    from dft_lightning.data.template_source import copies_contents
+    from dft_lightning.data.text.template_source import copies_contents
 
     assert copies_contents("{% for m in messages %}{{ '<' + m.role + m['content'] ~ messages[0].role }}{% endfor %}")
+    assert copies_contents("{% for m in messages %}{% if m.content is string %}{{ m.content }}{% endif %}{% endfor %}")
+    assert copies_contents("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
     assert not copies_contents("{% for m in messages %}{{ m.role }}" + inside + "{% endfor %}")

@@ -23,10 +23,12 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import ROOT, at_hand
 from dft_lightning import InstructionDataModule
-from dft_lightning.data.forms import Conversation
-from dft_lightning.data.tokenizer import load_tokenizer
-from dft_lightning.data.tokens import ConversationEncoder
+from dft_lightning.data.options import TextOptions
+from dft_lightning.data.rows.forms import Conversation
+from dft_lightning.data.text.tokenizer import load_tokenizer
+from dft_lightning.data.text.tokens import ConversationEncoder
 from dft_lightning.errors import InputError
+from small_runs import data_options
 from stand_ins import CHATML, MARKED, SMOLLM, byte_level
 
 sys.path.insert(0, str(ROOT / "docs"))
@@ -214,8 +216,8 @@ def test_what_is_learnt_is_what_the_assistant_says(name):
     @example([exchange("", "\n\nx")])  # GPT-2's first token straddles the border
     @given(st.lists(conversations(), min_size=1, max_size=6))
     def check(drawn):
-        for messages, row in zip(drawn, encoder.encode([Conversation(each) for each in drawn]), strict=True):
-            assert not isinstance(row, InputError)
+        for messages, rows in zip(drawn, encoder.encode([Conversation(each) for each in drawn]), strict=True):
+            (row,) = rows
             text, weights, turns, controls = as_bytes(name, layout(messages))
             of_tokens = [tokens[i] for i in row.input_ids.tolist()]
             assert b"".join(of_tokens) == text
@@ -260,7 +262,7 @@ class Data(InstructionDataModule):
 
 
 def batches_of(path, tokenizer, **options):
-    data = Data(str(path), shuffle=False, **options)
+    data = Data(str(path), **data_options(shuffle=False, **options))
     data.made = tokenizer
     data.setup("fit")
     return data, list(data.train_dataloader())
@@ -329,9 +331,11 @@ def test_batches_have_the_rows_however_they_are_made(tmp_path_factory):
         lines = [json.dumps({"messages": messages}, ensure_ascii=False) for messages in drawn]
         path.write_bytes("\n".join(lines).encode())
         options = {"batch_size": batch_size, "seed": seed}
-        rows = [row for row in encoder.encode([Conversation(each) for each in drawn]) if row.has_target]
-        cut_off = ConversationEncoder(tokenizer, max_length).encode([Conversation(each) for each in drawn])
-        cut_off = [row for row in cut_off if row.has_target]
+        rows = [row for (row,) in encoder.encode([Conversation(each) for each in drawn]) if row.has_target]
+        cut_off = ConversationEncoder(tokenizer, TextOptions(max_length=max_length)).encode(
+            [Conversation(each) for each in drawn]
+        )
+        cut_off = [row for (row,) in cut_off if row.has_target]
         if not rows:
             with pytest.raises(InputError, match="no row has a target"):
                 batches_of(path, tokenizer, **options)

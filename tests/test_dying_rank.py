@@ -27,8 +27,8 @@ def config(folder: Path, dies: int, mistake: str | None) -> Path:
         "model": {"model": TINY_ARITHMETIC, "loss": {"class_path": "dying_loss.DyingLoss", "init_args": {}}},
         "data": {
             "train": {"class_path": "ArithmeticRows", "init_args": {"num_rows": 8}},
-            "tokenizer": "asset://arithmetic-base",
             "batch_size": 4,
+            "text": {"tokenizer": "asset://arithmetic-base"},
         },
         "trainer": {
             "max_steps": 1000000,

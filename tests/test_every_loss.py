@@ -47,12 +47,13 @@ from dft_lightning import (
     TokenLoss,
     TokenStats,
 )
-from dft_lightning.data.tokenizer import load_tokenizer
+from dft_lightning.data.text.tokenizer import load_tokenizer
 from dft_lightning.losses import statistics_from_logits, token_loss_and_weight
 from dft_lightning.ops import TokenOutput, linear_token_loss, linear_token_statistics, logits_token_loss
 from small_runs import (
     TINY_ARITHMETIC,
     GradientRecorder,
+    data_options,
     on_two_processes,
     trainer,
 )
@@ -591,17 +592,19 @@ def steps(
 ) -> list[Tensor]:
     """Gradient of each of the first steps, every one over all rows."""
     pl.seed_everything(0)
-    data_options = dict(SPLITS[split])
+    settings = dict(SPLITS[split])
     module = GradientRecorder(
         f"{folder}/base",
         loss=TRAINED[name][0],
-        loading={"dtype": "float64", "head": data_options.pop("head", "fused")},
+        loading={"dtype": "float64", "head": settings.pop("head", "fused")},
         optimizer={"lr": 0.003},
         schedule={"decay": "constant"},
         peft=peft,
     )
-    data_options["batch_size"] = max(1, data_options["batch_size"] // devices)
-    data = InstructionDataModule(f"{folder}/scored/train", tokenizer=f"{folder}/base", shuffle=False, **data_options)
+    settings["batch_size"] = max(1, settings["batch_size"] // devices)
+    data = InstructionDataModule(
+        f"{folder}/scored/train", **data_options(tokenizer=f"{folder}/base", shuffle=False, **settings)
+    )
     data.prepare_data()
     data.setup("fit")
     micro_batches = len(data.train_dataloader())

@@ -138,7 +138,9 @@ def test_another_dtype_and_several_files(run, tmp_path):
 def test_a_published_model(tmp_path):
     model = at_hand("models/stories260K")
     rows = ArithmeticRows(8, seed=1)
-    module = trained(str(model), tmp_path / "a.ckpt", InstructionDataModule(rows, tokenizer=str(model), batch_size=4))
+    module = trained(
+        str(model), tmp_path / "a.ckpt", InstructionDataModule(rows, batch_size=4, text={"tokenizer": str(model)})
+    )
     output = exported(tmp_path / "a.ckpt", tmp_path / "out")
     assert_same_tensors(module, output)
     ids = torch.randint(3, 500, (4, 100), generator=torch.Generator().manual_seed(0))
@@ -332,8 +334,7 @@ def test_what_a_base_brings_along(tmp_path):
     tokenizer.save_pretrained(base)
     state = load_file(base / "model.safetensors")
     save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"] + 1}, base / "model.safetensors")
-    data = arithmetic_data(8, batch_size=4)
-    data.tokenizer_name = str(base)
+    data = arithmetic_data(8, batch_size=4, tokenizer=str(base))
     module = trained(str(base), tmp_path / "a.ckpt", data)
     ends = module.model.get_input_embeddings().weight, module.model.get_output_embeddings().weight
     assert module.model.config.tie_word_embeddings

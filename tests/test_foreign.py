@@ -130,11 +130,14 @@ HOMES = {
     "_attn_implementation": "transformers.PretrainedConfig",
     "_batches_that_stepped": "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop",
     "_common": "jsonargparse",
+    "_compile_jinja_template": "transformers.utils.chat_template_utils",
     "_data_fetcher": "lightning.pytorch.loops.fit_loop._FitLoop",
     "_data_source": "lightning.pytorch.loops.fit_loop._FitLoop",
     "_disable_adapters": "peft.tuners.tuners_utils.BaseTunerLayer",
     "_error": "lightning.pytorch.plugins.io.AsyncCheckpointIO",
+    "_ex_iterable": "datasets.IterableDataset",
     "_executor": "lightning.pytorch.plugins.io.AsyncCheckpointIO",
+    "_fingerprint": "datasets.Dataset",
     "_foreach_mul_": "torch",
     "_forward_hooks": "torch.nn.Module",
     "_forward_pre_hooks": "torch.nn.Module",
@@ -183,7 +186,7 @@ def test_the_list_is_whole():
     """A new one is to be weighed: is there no public form? There were 69 in 24 files."""
     names = {name for module in FILES if ".foreign." in module for name in private_names(module)}
     assert names == HOMES.keys()
-    assert len(names) <= 34
+    assert len(names) <= 37
 
 
 @pytest.mark.parametrize("name", ["_fsdp_wrapped_module.a._checkpoint_wrapped_module.b.w", "a._orig_mod.w", "a.w"])

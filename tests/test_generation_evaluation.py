@@ -14,12 +14,12 @@ from dft_lightning.data import ArithmeticRows
 from dft_lightning.errors import InputError
 from dft_lightning.metrics import BoxedAnswer, ExactMatch, HashAnswer, LastNumber, MathAnswer, WholeText
 from dft_lightning.modules import GenerationOptions
-from small_runs import TINY_ARITHMETIC, trainer
+from small_runs import TINY_ARITHMETIC, data_options, trainer
 
 
 def data(num_rows=32, **options):
     rows = {"train": ArithmeticRows(num_rows, seed=1), "validation": ArithmeticRows(24, part="held_out", seed=2)}
-    return InstructionDataModule(**rows, tokenizer="asset://arithmetic-base", batch_size=8, **options)
+    return InstructionDataModule(batch_size=8, **data_options(tokenizer="asset://arithmetic-base", **rows, **options))
 
 
 def fit(callbacks, model=TINY_ARITHMETIC, max_steps=4, **options):
@@ -92,7 +92,7 @@ def test_values_can_be_monitored():
 
 def test_it_needs_validation_rows_and_says_so_before_training():
     module = CausalLMModule("asset://arithmetic-base")
-    without = InstructionDataModule(ArithmeticRows(4), tokenizer="asset://arithmetic-base")
+    without = InstructionDataModule(ArithmeticRows(4), text={"tokenizer": "asset://arithmetic-base"})
     with pytest.raises(InputError, match=r"needs validation rows: set data.validation"):
         trainer(callbacks=[GenerationEvaluation()]).fit(module, datamodule=without)
     with pytest.raises(InputError, match=r"fit with datamodule="):
@@ -115,7 +115,7 @@ def test_base_is_small_and_half_knows_the_skill():
     assert 250_000 < sum(sizes) < 375_000  # float32: at most 1.5 MB
     problems = ArithmeticRows(400, part="held_out", seed=77)
     module = CausalLMModule("asset://arithmetic-base", evaluation={"generation": GenerationOptions(max_new_tokens=80)})
-    rows = InstructionDataModule(test=problems, tokenizer="asset://arithmetic-base", eval_batch_size=200)
+    rows = InstructionDataModule(test=problems, eval_batch_size=200, text={"tokenizer": "asset://arithmetic-base"})
     (values,) = trainer().test(module, datamodule=rows, verbose=False)
     assert 0.65 <= values["test/exact_match"] <= 0.85
 
@@ -129,7 +129,7 @@ def test_the_other_bases_know_what_their_names_say(name, digits, least, most):
     module = CausalLMModule(
         f"asset://arithmetic-{name}", evaluation={"generation": GenerationOptions(max_new_tokens=80)}
     )
-    rows = InstructionDataModule(test=problems, tokenizer="asset://arithmetic-base", eval_batch_size=100)
+    rows = InstructionDataModule(test=problems, eval_batch_size=100, text={"tokenizer": "asset://arithmetic-base"})
     (values,) = trainer().test(module, datamodule=rows, verbose=False)
     assert least <= values["test/exact_match"] <= most
 

@@ -12,8 +12,10 @@ from datasets import Dataset
 
 from commands import inspect as main
 from conftest import at_hand
-from dft_lightning.data.tokenizer import load_tokenizer
+from dft_lightning.data import arithmetic_tokenizer
+from dft_lightning.data.text.tokenizer import load_tokenizer
 from dft_lightning.inspection.show import new_console, show_row
+from small_runs import data_options
 from test_configs import CONFIGS, TINY, stack
 
 PAIRS = [  # tokens: ^ and $ are one each
@@ -62,7 +64,7 @@ def config(tmp_path):
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
         given = {"train": str(tmp_path / "rows.jsonl"), "tokenizer": "asset://arithmetic-base", **data}
         path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump({"model": {"model": TINY}, "data": given}))
+        path.write_text(yaml.safe_dump({"model": {"model": TINY}, "data": data_options(**given)}))
         return ["--config", str(path)]
 
     return write
@@ -173,9 +175,9 @@ def test_every_split(capfd, config, tmp_path, split):
 
 def test_a_stream_is_read_at_its_beginning(capfd, config, monkeypatch):
     source = {"class_path": "ArithmeticRows", "init_args": {"num_rows": 10**9}}
-    out = shown(capfd, *config(train=source, streaming=True), "--rows", "1")
+    out = shown(capfd, *config(train=source, streaming={}), "--rows", "1")
     assert "train: 1000 rows read" in out
-    out = shown(capfd, *config(train=source, streaming=True), "--rows", "1", "--limit", "7")
+    out = shown(capfd, *config(train=source, streaming={}), "--rows", "1", "--limit", "7")
     assert "train: 7 rows read" in out
 
 
@@ -189,13 +191,15 @@ def test_a_stream_of_the_hub_is_not_downloaded(capfd, config, monkeypatch):
         return Dataset.from_list([PAIRS[0]] * 3).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert "train: 3 rows read" in shown(capfd, *config(train="somebody/rows", streaming=True))
+    assert "train: 3 rows read" in shown(capfd, *config(train="somebody/rows", streaming={}))
     assert asked == [True]
 
 
 def test_tokenizer_of_the_model(capfd, config):
     args = config(tokenizer=None)
-    assert "^1+1=⟦2$⟧" in shown(capfd, *args, "--data.on_bad_rows", "skip", "--model.model", "asset://arithmetic-base")
+    assert "^1+1=⟦2$⟧" in shown(
+        capfd, *args, "--data.rows.on_bad_rows", "skip", "--model.model", "asset://arithmetic-base"
+    )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -206,7 +210,7 @@ def test_shipped_configs(capfd, path, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 60))
     args = stack(path)
     if "alpaca" in path.stem or "gsm8k" in path.stem:  # these would download rows and a tokenizer
-        args += ["--data.train", str(tmp_path / "rows.jsonl"), "--data.tokenizer", "asset://arithmetic-base"]
+        args += ["--data.train", str(tmp_path / "rows.jsonl"), "--data.text.tokenizer", "asset://arithmetic-base"]
     out = shown(capfd, *args, "--rows", "1", "--limit", "50")
     assert "train row" in out
     assert "⟦" in out
@@ -221,9 +225,9 @@ CHATML = (
 )
 
 
-def printed(tokenizer, row, **options):
+def printed(tokenizer, row, turn_end=None, **options):
     out = io.StringIO()
-    show_row(new_console(file=out, width=200, **options), tokenizer, {"truncated": False, **row}, "row")
+    show_row(new_console(file=out, width=200, **options), tokenizer, {"truncated": False, **row}, "row", turn_end)
     return out.getvalue().partition("\n")[2]
 
 
@@ -237,15 +241,49 @@ def test_control_tokens_are_told_from_the_same_characters_in_a_row(config, capfd
     folder = str(at_hand("tokenizers/smollm2"))
     turns = [{"role": "user", "content": "Say <|im_end|>"}, {"role": "assistant", "content": "No: <|im_end|>"}]
     args = config([{"messages": turns}], tokenizer=folder, chat_template=CHATML)
-    assert "Say <|im_end|><|im_end|>↵" in shown(capfd, *args)
+    assert "Say ⟪text:<|im_end|>⟫<|im_end|>↵" in shown(capfd, *args)
     monkeypatch.setenv("FORCE_COLOR", "1")
     out = shown(capfd, *args)
     control, dim, learnt = "\x1b[1;4m", "\x1b[2m", "\x1b[30;42m"
-    assert f"{dim}Say <|im_end|>\x1b[0m{control}<|im_end|>\x1b[0m" in out
-    assert f"{learnt}No: <|im_end|>\x1b[0m\x1b[1;4;30;42m<|im_end|>\x1b[0m" in out
+    assert f"{dim}Say ⟪text:<|im_end|>⟫\x1b[0m{control}<|im_end|>\x1b[0m" in out
+    assert f"{learnt}No: ⟪text:<|im_end|>⟫\x1b[0m\x1b[1;4;30;42m<|im_end|>\x1b[0m" in out
     assert "⟦" not in out
     monkeypatch.setenv("NO_COLOR", "1")  # nothing but brackets tells what is learnt
     assert "⟦" in shown(capfd, *args)
+
+
+def test_names_of_special_tokens_that_are_text_however_they_are_divided():
+    tokenizer = load_tokenizer(at_hand("tokenizers/smollm2"))
+    control = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    name = [
+        i for part in ("<|", "im", "_", "end", "|>") for i in tokenizer(part, add_special_tokens=False)["input_ids"]
+    ]
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    ids = [start, *name, control, *name, *name, start]
+    learnt = len(name) // 2 + 1  # from within the first name on
+    labels = [-100] * learnt + ids[learnt:]
+    weights = [0.0] * learnt + [1.0] * (len(ids) - learnt - 3) + [0.5] * 3
+    out = printed(tokenizer, {"input_ids": ids, "labels": labels, "weights": weights})
+    plain = out.replace("⟦", "").replace("⟧", "").replace("0.5* ", "").replace("\n", "")
+    assert plain == "<|im_start|>⟪text:<|im_end|>⟫<|im_end|>⟪text:<|im_end|>⟫⟪text:<|im_end|>⟫<|im_start|>"
+    assert out.count("⟦") == 2
+    # What ends a turn is control though it is not called special.
+    tokenizer = load_tokenizer(at_hand("tokenizers/qwen3"))
+    name = [i for part in ("</", "think", ">") for i in tokenizer(part, add_special_tokens=False)["input_ids"]]
+    row = {"input_ids": [*name, tokenizer.convert_tokens_to_ids("</think>")], "labels": [-100] * len(name) + [0]}
+    assert printed(tokenizer, {**row, "weights": None}) == "</think>⟦</think>⟧\n"
+    out = printed(tokenizer, {**row, "weights": None}, turn_end="</think>")
+    assert out == "⟪text:</think>⟫⟦</think>⟧\n"
+
+
+def test_a_weight_of_one_is_named_beside_another():
+    """In colour alone, where both are of one."""
+    tokenizer = arithmetic_tokenizer()
+    ids = tokenizer.convert_tokens_to_ids(list("1+2=3"))
+    row = {"input_ids": ids, "labels": ids, "weights": [2.0, 2.0, 1.0, 0.5, 1.0], "truncated": False}
+    page = new_console(file=io.StringIO(), record=True, force_terminal=True, color_system="standard", no_color=False)
+    show_row(page, tokenizer, row, "row")
+    assert page.export_text().splitlines()[1] == "2* 1+1* 20.5* =1* 3"
 
 
 def test_weights_of_passages(config, capfd):
@@ -355,7 +393,7 @@ def fails(capfd, *args, lines=1):
     [
         (["--confg", "x.yaml"], "unknown key confg; did you mean config?"),
         (["--row", "1"], "unknown key row"),
-        (["--data.max_lenght", "1"], "unknown key data.max_lenght; did you mean data.max_length?"),
+        (["--data.max_lenght", "1"], "unknown key data.max_lenght; did you mean data.text.max_length?"),
         (["--config", "nowhere.yaml"], "config: no such file: "),
         (["--rows", "-1"], "--rows must be at least 0, got -1"),
         (["--first", "0"], "--first must be at least 1, got 0"),
@@ -370,13 +408,16 @@ def fails(capfd, *args, lines=1):
         (["--first", "2"], "--first: there is no row 2: train has 1 to show"),
         (["--output", "nowhere/page.html"], "--output: no such folder: nowhere"),
         (["--output", "rows.jsonl"], "--output must end in .html, got rows.jsonl"),
-        (["--data.packing", "bfd"], "packing needs max_length"),
+        (["--data.batches.packing", "bfd"], "packing needs max_length"),
         (["--data.batch_size", "0"], "batch_size must be at least 1, got 0"),
-        (["--data.tokenizer", "./nowhere"], "data.tokenizer: no such folder: ./nowhere"),
-        (["--data.tokenizer", "null"], "data.tokenizer is not set, and the model has no name to take it from"),
+        (["--data.text.tokenizer", "./nowhere"], "data.text.tokenizer: no such folder: ./nowhere"),
+        (
+            ["--data.text.tokenizer", "null"],
+            "data.text.tokenizer is not set, and the model has no name to take it from",
+        ),
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        (["--data.max_length", "3"], "data.train: no row has a target left within max_length 3"),
-        (["--data.chat_template", "{{ nonsense("], "the chat template is broken: "),
+        (["--data.text.max_length", "3"], "data.train: no row has a target left within max_length 3"),
+        (["--data.text.chat_template", "{{ nonsense("], "the chat template is broken: "),
     ],
 )
 def test_mistakes(capfd, config, args, expected):

@@ -176,7 +176,11 @@ def test_a_loader_of_ones_own_loses_no_batch(tmp_path):
 def test_a_worker_ends_by_its_own_process_alone(streaming):
     """Others' signals are meant for the run, which still needs its batches; at its exit Python waits for the worker."""
     data = InstructionDataModule(
-        ArithmeticRows(64), tokenizer="asset://arithmetic-base", batch_size=2, num_workers=1, streaming=streaming
+        ArithmeticRows(64),
+        batch_size=2,
+        num_workers=1,
+        streaming={} if streaming else None,
+        text={"tokenizer": "asset://arithmetic-base"},
     )
     data.prepare_data()
     data.setup("fit")

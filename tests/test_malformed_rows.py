@@ -60,13 +60,14 @@ PAIRS = {
     "null prompt": (pair(prompt=None), "prompt: null"),
     "null completion": (pair(completion=None), "completion: null"),
     "blank completion": (pair(completion=" \n"), "completion: empty"),
-    "number as prompt": (pair(prompt=3), "prompt: expected a string, got int"),
+    "NaN as prompt": (pair(prompt=float("nan")), "prompt: expected a string, got nan"),
+    "infinity as completion": (pair(completion=float("inf")), "completion: expected a string, got inf"),
     "boolean as prompt": (pair(prompt=True), "prompt: expected a string, got bool"),
     "object as prompt": (pair(prompt=USER), "prompt: expected a string, got dict"),
-    "list as completion": (pair(completion=["2"]), "completion: expected a string, got list"),
+    "list as completion": (pair(completion=["2"]), "completion[0]: expected an object with role and content, got str"),
     "nested lists": (pair(prompt=[[USER]]), "prompt[0]: expected an object with role and content, got list"),
     "empty list": (pair(prompt=[]), "prompt: expected a list of at least one message"),
-    "object after messages": (pair(prompt=[USER], completion=REPLY), "completion: expected a list"),
+    "object after messages": (pair(prompt=[USER], completion=REPLY), "completion: expected a string, got dict"),
     "NUL as text": (pair(completion="2\0"), "completion: a NUL at character 1"),
     "half a surrogate pair": (pair(prompt="1\ud83d"), "prompt: half a surrogate pair at character 1"),
     "special token": (pair(completion="2$3"), "the row spells the special token '$'"),
@@ -85,7 +86,7 @@ PAIRS = {
     "empty weight": (pair(weight=""), "weight: expected a number, got ''"),
 }  # fmt: skip
 FORMS = {
-    "instruction": ("alpaca", {"instruction": 1, "output": "2"}, "instruction: expected a string, got int"),
+    "instruction": ("alpaca", {"instruction": True, "output": "2"}, "instruction: expected a string, got bool"),
     "input": ("alpaca", {"instruction": "1", "input": ["1"], "output": "2"}, "input: expected a string, got list"),
     "output": ("alpaca", {"instruction": "1", "output": {}}, "output: expected a string, got dict"),
     "no output": ("alpaca", {"instruction": "1"}, "output: missing"),
@@ -100,7 +101,7 @@ FORMS = {
     "no role": ("messages", turns({"content": "1"}, REPLY), "messages[0].role: expected one of"),
     "no content": ("messages", turns(USER, {"role": "assistant"}), "messages[1].content: expected a string, got None"),
     "empty content": ("messages", turns(USER, {**REPLY, "content": ""}), "messages[1].content: empty"),
-    "content of a number": ("messages", turns({**USER, "content": 1.5}, REPLY), "messages[0].content: expected a str"),
+    "content of a boolean": ("messages", turns({**USER, "content": True}, REPLY), "messages[0].content: expected a"),
     "content with an image": (
         "messages", turns({**USER, "content": [{"type": "image"}]}, REPLY),
         "messages[0].content[0]: expected a part of type text, got 'image'",
@@ -117,11 +118,11 @@ FORMS = {
     "surrogate in a key": (
         "messages", '{"messages": [{"role": "user", "content": "1", "\\ud83d": 1}]}', "messages[0]: half a surrogate",
     ),
-    "extra nested 400 deep": (
-        "messages", f'{{"messages": [{{"role": "user", "content": "1", "x": {nested(400)}}}]}}', "nested more than 100",
+    "thought nested 400 deep": (
+        "messages", f'{{"messages": [{{"role": "user", "content": "1", "reasoning": {nested(400)}}}]}}', "than 100",
     ),
-    "extra nested 800 deep": (
-        "messages", f'{{"messages": [{{"role": "user", "content": "1", "x": {nested(800)}}}]}}', "nested more than 100",
+    "tools nested 800 deep": (
+        "messages", f'{{"messages": {json.dumps([USER, REPLY])}, "tools": [{{"a": {nested(800)}}}]}}', "more than 100",
     ),
     "calls of text": ("messages", calls("f()"), "messages[1].tool_calls: expected a list, got str"),
     "call of null": ("messages", calls([None]), "messages[1].tool_calls[0]: expected an object, got NoneType"),
@@ -140,7 +141,7 @@ FORMS = {
     "gpt first": ("sharegpt", shares(("gpt", "2"), ("human", "1")), "cannot begin with the assistant"),
     "broken function call": ("sharegpt", shares(("human", "1"), ("function_call", "f(")), "value: broken JSON"),
     "system of a number": ("sharegpt", {**GOOD["sharegpt"], "system": 1}, "system: expected a string, got int"),
-    "chosen of a number": ("preference", {"prompt": "1", "chosen": 2}, "chosen: expected a string, got int"),
+    "chosen of a boolean": ("preference", {"prompt": "1", "chosen": True}, "chosen: expected a string, got bool"),
     "chosen of null": ("preference", {"prompt": "1", "chosen": None}, "chosen: null"),
     "chosen of another prompt": (
         "preference",
@@ -173,7 +174,7 @@ def test_a_bad_first_row_is_named_or_skipped(tmp_path, name):
     assert message.startswith(f"{path}: ")
     assert "row 1: " in message
     data = load(path, on_bad_rows="skip")
-    assert (data.counts["train"].rows, data.counts["train"].bad) == (2, 1)
+    assert (data.splits.counts["train"].rows, data.splits.counts["train"].bad) == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -212,10 +213,10 @@ def test_no_depth_of_nesting_ends_otherwise(tmp_path, depth):
 def test_megabytes_in_one_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(pair(completion=20_000 * "1+")))
-    counts = load(path, max_length=64).counts["train"]
+    counts = load(path, max_length=64).splits.counts["train"]
     assert (counts.rows, counts.truncated, counts.dropped) == (1, 1, 0)
     path.write_text(json.dumps(pair(prompt=BIG * "\n")))  # one token of the arithmetic tokenizer
-    assert load(path, max_length=64).counts["train"].truncated == 0
+    assert load(path, max_length=64).splits.counts["train"].truncated == 0
     path.write_text(PAIR + "\n" + BIG * "[")
     refused_or_skipped(path, 2, "JSON that cannot be read")
 
@@ -237,7 +238,7 @@ def test_rows_of_ignored_tokens_alone(tmp_path, row, options, expected):
     if "target" in expected:  # beside a good one they are counted
         path.write_bytes(line(row) + b"\n" + line(GOOD["messages" if "messages" in row else "pairs"]))
         if options.get("max_length") != 1:
-            assert load(path, **options).counts["train"].dropped == 1
+            assert load(path, **options).splits.counts["train"].dropped == 1
 
 
 # -- rows that a template or tokenizer refuses -------------------------------------------------------------------------
@@ -263,7 +264,7 @@ def test_templates_that_fail_on_a_row(tmp_path, condition, expected):
 def test_special_tokens_as_control_and_as_text(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(pair(completion="2$3")))
-    assert load(path, allow_special_tokens=True).counts["train"].bad == 0
+    assert load(path, allow_special_tokens=True).splits.counts["train"].bad == 0
     tokenizer = str(at_hand("tokenizers/smollm2"))
     path.write_text(f"{PAIR}\n{json.dumps(pair(completion='2<|im_end|>'))}")
     for allowed, more in ((False, 0), (True, 1)):
@@ -304,7 +305,7 @@ def test_streams(tmp_path, name, content, expected):
     """What is wrong comes as a batch, so that a loader's worker ends in no traceback."""
     path = tmp_path / name
     path.write_text(content)
-    data = load(path, streaming=True, batch_size=1, num_workers=int(name == "rows.json"), shuffle=False)
+    data = load(path, streaming={}, batch_size=1, num_workers=int(name == "rows.json"), shuffle=False)
     data.setup("fit")
     with pytest.raises(InputError) as error:
         any(data.on_before_batch_transfer(batch, 0) is None for batch in data.train_dataloader())
@@ -316,7 +317,7 @@ def test_streams(tmp_path, name, content, expected):
 def test_a_stream_skips_and_counts(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{{}}\n{PAIR}\n{{"prompt": 1}}\n{{\n{PAIR}')
-    data = load(path, streaming=True, batch_size=2, shuffle=False, on_bad_rows="skip")
+    data = load(path, streaming={}, batch_size=2, shuffle=False, on_bad_rows="skip")
     data.setup("fit")
     with pytest.warns(UserWarning, match="row 1: cannot tell the row form"):
         data.on_before_batch_transfer(next(iter(data.train_dataloader())), 0)

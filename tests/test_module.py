@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from conftest import TINY_LLAMA, TINY_QWEN2, at_hand
 from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss, TokenLoss
 from dft_lightning.component import from_plain, to_plain
-from dft_lightning.data.batches import Collator
+from dft_lightning.data.batches.collating import Collator
 from dft_lightning.errors import InputError
 from dft_lightning.models.generation import GenerationOptions, decode_completions
 from dft_lightning.models.loading import load_causal_lm

@@ -15,7 +15,7 @@ from dft_lightning.data import ArithmeticRows, MixedRows
 from dft_lightning.errors import InputError
 from dft_lightning.models.generation import GenerationOptions
 from dft_lightning.modules.monitors import logged_by_module
-from small_runs import TINY_ARITHMETIC, arithmetic_data, trainer
+from small_runs import TINY_ARITHMETIC, arithmetic_data, data_options, trainer
 
 
 def run(*callbacks, module=CausalLMModule, steps=4, validation=True, **options):
@@ -108,7 +108,10 @@ def test_names_are_those_of_a_run_that_logs_all_it_can():
     rows = {"train": MixedRows(parts), "validation": MixedRows(parts), "forgetting": MixedRows(parts)}
     module = CausalLMModule(TINY_ARITHMETIC, step={"log_train_entropy": True})
     ended = trainer(max_steps=4, log_every_n_steps=1, max_epochs=-1)
-    ended.fit(module, datamodule=InstructionDataModule(**rows, tokenizer="asset://arithmetic-base", batch_size=8))
+    ended.fit(
+        module,
+        datamodule=InstructionDataModule(batch_size=8, **data_options(tokenizer="asset://arithmetic-base", **rows)),
+    )
     assert {*ended.callback_metrics, "train/skipped_steps"} == {*logged_by_module(ended, module.loss, module.step)}
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss
-from dft_lightning.data.batches import Collator
+from dft_lightning.data.batches.collating import Collator
 from dft_lightning.distributed import TokenNormalizer
 from small_runs import (
     CLIP,

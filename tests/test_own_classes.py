@@ -182,11 +182,12 @@ def test_texts_of_a_config_stay_texts(config, tmp_path, capfd):
     """Also where it is written anew without its class."""
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(
-        'model: {class_path: own_modules.OwnModule, loading: {revision: "1234e56"}}\ndata: {system_prompt: "1e5"}'
+        'model: {class_path: own_modules.OwnModule, loading: {revision: "1234e56"}}\n'
+        'data: {rows: {system_prompt: "1e5"}}'
     )
     assert status_of("fit", "--config", config, "--config", overlay, "--print_config") == 0
     printed = yaml.safe_load(capfd.readouterr().out)
-    assert (printed["model"]["loading"]["revision"], printed["data"]["system_prompt"]) == ("1234e56", "1e5")
+    assert (printed["model"]["loading"]["revision"], printed["data"]["rows"]["system_prompt"]) == ("1234e56", "1e5")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +246,7 @@ def test_a_config_that_can_be_read_but_once(config, tmp_path, capfd):
 
 
 def test_inspect(config, capfd):
-    assert fails(capfd, "inspect", "--config", config).startswith("data.tokenizer is not set")
+    assert fails(capfd, "inspect", "--config", config).startswith("data.text.tokenizer is not set")
     assert status_of("inspect", "--config", config, *NAMED) == 0
     assert "4 rows read" in capfd.readouterr().out
     assert status_of("inspect", "--config", config, module_class=OwnModule, datamodule_class=OwnData) == 0
@@ -340,7 +341,9 @@ def test_compare(config, tmp_path, runs_here, capfd):
     assert "- **module**: own\\_modules.OwnModule\n- **data module**: own\\_modules.OwnData\n" in report
     run = yaml.safe_load((tmp_path / "out" / "runs" / "dft-lr0.001-seed0" / "config.yaml").read_text())
     assert (run["model"]["class_path"], run["model"]["own_start"]) == (NAMED[1], 0.25)
-    comparison(tmp_path, config, overrides={**own, "model": {}, "data": {"tokenizer": "asset://arithmetic-base"}})
+    comparison(
+        tmp_path, config, overrides={**own, "model": {}, "data": {"text": {"tokenizer": "asset://arithmetic-base"}}}
+    )
     assert "(model.own_start: 0.25 there, not set now)" in fails(capfd, *asked)
 
 

@@ -8,7 +8,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from dft_lightning import CausalLMModule
-from dft_lightning.data.batches import Collator
+from dft_lightning.data.batches.collating import Collator
 from own_term_runs import expected, found_steps
 from small_runs import TINY_ARITHMETIC, on_two_processes, trainer
 

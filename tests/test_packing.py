@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from conftest import at_hand
 from dft_lightning import CausalLMModule, DFTLoss, InstructionDataModule
 from dft_lightning.data import ArithmeticRows, MixedRows
-from dft_lightning.data.batches import Collator, PackedRows, RowSampler
-from dft_lightning.data.packing import Pieces, cut, pack, whole
+from dft_lightning.data.batches.collating import Collator, PackedRows
+from dft_lightning.data.batches.packing import Pieces, cut, pack, whole
+from dft_lightning.data.batches.sampling import RowSampler
 from dft_lightning.errors import InputError
-from small_runs import TINY_ARITHMETIC, arithmetic_data, trainer
+from small_runs import TINY_ARITHMETIC, arithmetic_data, data_options, trainer
 from test_padding_free import GEMMA3, GPT2, LLAMA, QWEN2, SequenceMean, loss_and_gradient, rows
 
 # -- what comes together ---------------------------------------------------------------------------------------------
@@ -167,13 +168,15 @@ def test_an_attention_that_finds_documents_in_one_row_alone_is_refused(monkeypat
     find = masking_utils.find_packed_sequence_indices
     alone = lambda position_ids: find(position_ids) if len(position_ids) == 1 else None  # noqa: E731
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", alone)
-    with pytest.raises(InputError, match=r"with attn_implementation sdpa does not keep .* set data.padding_free: true"):
+    with pytest.raises(
+        InputError, match=r"with attn_implementation sdpa does not keep .* set data.batches.padding_free: true"
+    ):
         packed_result(LLAMA, "sdpa", False, rows())
     packed_result(LLAMA, "sdpa", True, rows())
 
 
 def test_documents_attention_takes_one_row():
-    with pytest.raises(InputError, match="documents takes one row at a time: set data.padding_free: true"):
+    with pytest.raises(InputError, match="documents takes one row at a time: set data.batches.padding_free: true"):
         packed_result(LLAMA, "documents", False, rows())
 
 
@@ -219,10 +222,10 @@ def test_long_rows_are_cut_off_or_into_pieces():
         data = arithmetic_data(12, packing=packing, max_length=16, batch_size=1)
         data.sources["validation"] = data.sources["train"]
         data.setup("fit")
-        assert data.counts["train"].truncated == truncated
-        assert data.counts["validation"].truncated == 9  # these are never packed
+        assert data.splits.counts["train"].truncated == truncated
+        assert data.splits.counts["validation"].truncated == 9  # these are never packed
         targets = sum(int((batch["labels"] != -100).sum()) for batch in data.train_dataloader())
-        whole_targets = sum(label != -100 for labels in data.tokenized("train")["labels"] for label in labels)
+        whole_targets = sum(label != -100 for labels in data.splits.tokenized("train")["labels"] for label in labels)
         assert targets == whole_targets
         assert all(batch["input_ids"].shape[1] <= 16 for batch in data.train_dataloader())
 
@@ -240,13 +243,13 @@ def test_options_that_contradict():
         ({"packing": "wrapped", "max_length": 8}, "packing must be one of None, bfd, bfd_split"),
     ):
         with pytest.raises(ValueError, match=expected):
-            InstructionDataModule("rows.jsonl", **options)
+            InstructionDataModule("rows.jsonl", **data_options(**options))
 
 
 def test_packs_share_out_over_ranks():
     data = arithmetic_data(30, packing="bfd", max_length=200, batch_size=1)
     data.setup("fit")
-    dataset = PackedRows(data.tokenized("train"), data.packs, 0)
+    dataset = PackedRows(data.splits.tokenized("train"), data.packs, 0)
     shares = [list(RowSampler(dataset, 2, rank, shuffle=True)) for rank in range(2)]
     assert sorted(i for share in shares for i in share if i >= 0) == list(range(len(data.packs)))
     filler = Collator(0)([dataset[-1]])
@@ -258,9 +261,9 @@ def test_pieces_of_documents_are_taken_from_the_rows():
     data = arithmetic_data(3)
     data.setup("fit")
     pieces = Pieces(np.array([2, 0]), np.array([1, 0]), np.array([4, 3]))
-    (item,) = (PackedRows(data.tokenized("train"), pack(pieces, 8), 0)[0],)
+    (item,) = (PackedRows(data.splits.tokenized("train"), pack(pieces, 8), 0)[0],)
     found = sorted((document["input_ids"], document["labels"]) for document in item["documents"])
-    table = data.tokenized("train")
+    table = data.splits.tokenized("train")
     assert found == sorted((table[i]["input_ids"][a:b], table[i]["labels"][a:b]) for i, a, b in ((2, 1, 4), (0, 0, 3)))
 
 
@@ -304,7 +307,9 @@ def test_each_source_is_logged_by_name(options):
     module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), loading={"dtype": "float64"}, optimizer={"lr": 0.0})
 
     def train_and_validate(source):
-        data = InstructionDataModule(source, source, tokenizer="asset://arithmetic-base", batch_size=12, **options)
+        data = InstructionDataModule(
+            source, source, batch_size=12, **data_options(tokenizer="asset://arithmetic-base", **options)
+        )
         one = trainer(max_epochs=1, precision="64-true", log_every_n_steps=1, limit_val_batches=None)
         one.fit(module, datamodule=data)
         return {name: float(value) for name, value in one.callback_metrics.items()}
@@ -364,7 +369,7 @@ def test_flash_attention_finds_the_documents_of_one_row():
     output, gradient = packed_result(LLAMA, "varlen", True, rows())
     torch.testing.assert_close(output.log_prob, expected.log_prob, rtol=1e-5, atol=1e-5)
     assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
-    with pytest.raises(InputError, match=r"varlen does not keep .* apart.* set data.padding_free: true"):
+    with pytest.raises(InputError, match=r"varlen does not keep .* apart.* set data.batches.padding_free: true"):
         packed_result(LLAMA, "varlen", False, rows())
 
 

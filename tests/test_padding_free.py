@@ -9,7 +9,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from conftest import TINY_LLAMA, TINY_QWEN2, at_hand
 from dft_lightning import CausalLMModule, DFTLoss, InstructionDataModule, TokenLoss
-from dft_lightning.data.batches import Collator
+from dft_lightning.data.batches.collating import Collator
 from dft_lightning.errors import InputError
 from dft_lightning.models import documents
 from dft_lightning.models.documents import check_documents, document_index, document_lengths
@@ -135,9 +135,9 @@ def test_test_and_generation_go_on_with_padding_free_batches():
         )
         data = InstructionDataModule(
             test=arithmetic_data().sources["train"],
-            tokenizer="asset://arithmetic-base",
             batch_size=4,
-            padding_free=padding_free,
+            text={"tokenizer": "asset://arithmetic-base"},
+            batches={"padding_free": padding_free},
         )
         results.append(trainer().test(module, data, verbose=False)[0])
     assert results[0] == pytest.approx(results[1], rel=1e-5)
@@ -174,7 +174,7 @@ def test_attention_that_crosses_documents_is_found_out(monkeypatch):
     ids=["mamba", "falcon_h1"],
 )
 def test_recurrent_and_hybrid_models_are_refused(model):
-    with pytest.raises(InputError, match=r"row of documents|documents of a row.*data.padding_free: false"):
+    with pytest.raises(InputError, match=r"row of documents|documents of a row.*data.batches.padding_free: false"):
         loss_and_gradient(model, True)
 
 
@@ -223,4 +223,4 @@ def test_other_rows_or_a_mask_beside_positions_are_refused():
 
 def test_padding_to_a_multiple_contradicts():
     with pytest.raises(ValueError, match="padding_free batches have nothing to pad"):
-        InstructionDataModule("rows.jsonl", padding_free=True, pad_to_multiple_of=8)
+        InstructionDataModule("rows.jsonl", batches={"padding_free": True, "pad_to_multiple_of": 8})

@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT, TINY_LLAMA
 from dft_lightning import CausalLMModule, GenerationEvaluation, InstructionDataModule
 from dft_lightning.data import HubRows
-from dft_lightning.data.accumulation import micro_batches_of
+from dft_lightning.data.batches.accumulation import micro_batches_of
 from dft_lightning.errors import InputError
 from dft_lightning.fit import main
 from dft_lightning.fit.config import read_fit_config
@@ -45,9 +45,9 @@ def test_what_a_recipe_says(name):
     assert (list(optimizer["betas"]), optimizer["weight_decay"]) == ([0.9, 0.95], 0.01)
     assert (schedule["decay"], schedule["warmup"], schedule["minimum"]) == ("cosine", 0.1, 0.0)
     assert (run["gradient_clip_val"], run["max_epochs"], run["max_steps"]) == (1.0, 1, -1)
-    assert (data["global_batch_size"], data["max_length"]) == (256, 2048)
+    assert (data["global_batch_size"], data["text"]["max_length"]) == (256, 2048)
     assert data["train"]["init_args"]["num_rows"] == 100_000
-    assert data["prompt_suffix"] == "\nPlease reason step by step, and put your final answer within \\boxed{}."
+    assert data["rows"]["prompt_suffix"] == "\nPlease reason step by step, and put your final answer within \\boxed{}."
     assert model["evaluation"]["generation"]["max_new_tokens"] == 4096
     (evaluation,) = run["callbacks"]
     values = evaluation["init_args"]
@@ -85,10 +85,9 @@ def test_how_a_row_looks_to_the_model(name, tmp_path):
     row = {"source": "amc", "problem": "1+1?", "solution": "It is $\\boxed{2}$.", "messages": [{"role": "user"}]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     recipe, own = (yaml.safe_load((PAPER / f"{part}.yaml").read_text())["data"] for part in ("recipe", name))
-    columns = {key: recipe[key] for key in ("row_form", "prompt_column", "completion_column", "prompt_suffix")}
-    own = {key: value for key, value in own.items() if key != "eval_batch_size"}
-    rows = str(tmp_path / "rows.jsonl")
-    data = InstructionDataModule(rows, test=rows, tokenizer=str(tmp_path / "tokenizer"), **columns, **own)
+    rows, text = ({**recipe.get(group, {}), **own.get(group, {})} for group in ("rows", "text"))
+    source, text = str(tmp_path / "rows.jsonl"), {**text, "tokenizer": str(tmp_path / "tokenizer")}
+    data = InstructionDataModule(source, test=source, rows=rows, text=text)
     data.prepare_data()
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
@@ -114,7 +113,12 @@ def test_one_of_them_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "rows.jsonl").write_text(lines)
     values = {
         "model": {"model": {**TINY_LLAMA, "vocab_size": 300}, "evaluation": {"generation": {"max_new_tokens": 4}}},
-        "data": {"train": "rows.jsonl", "test": "rows.jsonl", "tokenizer": "tokenizer", "global_batch_size": 4}
+        "data": {
+            "train": "rows.jsonl",
+            "test": "rows.jsonl",
+            "text": {"tokenizer": "tokenizer"},
+            "global_batch_size": 4,
+        }
         | {"batch_size": 2},
         "trainer": {"max_steps": 2, "accelerator": "cpu", "devices": 1, "default_root_dir": "run"}
         | {"enable_progress_bar": False},
@@ -141,7 +145,7 @@ class Alternating(CausalLMModule):
 def test_what_is_sampled_in_test(tmp_path):
     """By hand: two problems with four samples each, one of four right in either."""
     (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps({"prompt": "1+1=", "completion": "1+1+0=2c0|2"})] * 2))
-    data = InstructionDataModule(test=str(tmp_path / "rows.jsonl"), tokenizer="asset://arithmetic-base")
+    data = InstructionDataModule(test=str(tmp_path / "rows.jsonl"), text={"tokenizer": "asset://arithmetic-base"})
     module = Alternating(TINY_ARITHMETIC)
     module.test_step = lambda batch, batch_idx: None
     callback = GenerationEvaluation(False, at_end=False, num_samples=4, at_test=True)

@@ -19,7 +19,7 @@ import yaml
 from conftest import ROOT
 from dft_lightning import DFTLoss
 from dft_lightning.data import ArithmeticRows
-from dft_lightning.data.arithmetic import solve
+from dft_lightning.data.rows.arithmetic import solve
 from dft_lightning.losses import LOSSES
 from dft_lightning.ops.call import DEFAULT_CHUNK_BYTES
 from test_normalization import TOLERANCE
@@ -104,7 +104,7 @@ def step_passages() -> Iterator[str]:
     (turns,) = {len(result["turns"]) for result in STEPS["results"]}
     script = (ROOT / "benchmarks" / "training_step.py").read_text()
     (batch,) = re.findall(r'"--batch_size", type=int, default=(\d+)', script)
-    (length,) = re.findall(r'"--data.max_length", "(\d+)"', script)
+    (length,) = re.findall(r'"--data.text.max_length", "(\d+)"', script)
     yield f"(batch {batch}, or packed to {length} tokens, bf16-mixed), medians of {WORDS[turns]} turns"
     release = STEPS["packages"]["trl"].removesuffix(".0")
     yield f'| packed | padding-free | padded | TRL {release}, `loss_type="dft"` |'

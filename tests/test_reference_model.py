@@ -175,8 +175,8 @@ def test_negative_weights_are_refused_where_they_mean_nothing(tmp_path):
 
     rows = [{"prompt": "1+1=", "completion": "2", "advantage": value} for value in (1.0, -1.0)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = InstructionDataModule(str(tmp_path / "rows.jsonl"), tokenizer=BASE, batch_size=2)
-    with pytest.raises(InputError, match=r"advantage: -1, and AnchoredLoss means nothing with a negative weight"):
+    data = InstructionDataModule(str(tmp_path / "rows.jsonl"), batch_size=2, text={"tokenizer": BASE})
+    with pytest.raises(InputError, match=r"-1, and AnchoredLoss means nothing with a negative weight"):
         trainer().fit(CausalLMModule(BASE, loss=AnchoredLoss()), datamodule=data)
 
 

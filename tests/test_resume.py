@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from dft_lightning.data.batches import RowSampler
+from dft_lightning.data.batches.sampling import RowSampler
 from resumed_runs import FIXED_BATCH, HOOKS, WITHOUT_DROPOUT, SaveAt, assert_same, fit, goes_on_alike, result
 from small_runs import arithmetic_data, run_two_processes
 
@@ -25,7 +25,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"max_steps": 9, "max_epochs": -1, "check_val_every_n_epoch": None, "val_check_interval": 4},
     ),
     "streamed": (
-        {"streaming": True, "shuffle_buffer_size": 5},
+        {"streaming": {}, "shuffle_buffer_size": 5},
         {"max_steps": 6, "accumulate_grad_batches": 2, "check_val_every_n_epoch": None, "val_check_interval": 3},
     ),
 }
@@ -139,7 +139,7 @@ def test_batches_of_another_size_and_rows_in_another_order_are_said(tmp_path):
     with pytest.warns(UserWarning, match="6 rows into its epoch, and batches are of 4 rows now .*: 2 rows come twice"):
         run, _ = fit({"num_rows": 20, "batch_size": 4}, {"max_steps": -1, "max_epochs": 1}, ckpt_path=path)
     assert run.global_step == 3 + 4  # of five batches of four rows the first is done
-    with pytest.warns(UserWarning, match=r"another order now: data.seed 7 \(it was 0\). Some rows"):
+    with pytest.warns(UserWarning, match=r"another order now: data.batches.seed 7 \(it was 0\). Some rows"):
         run, _ = fit({"num_rows": 20, "seed": 7}, {"max_steps": -1, "max_epochs": 1}, ckpt_path=path)
     assert run.global_step == 10
 

@@ -46,7 +46,7 @@ def command(tmp_path_factory):
     shown["logger"] = {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder)}}
     values = {
         "model": {"model": {**TINY_LLAMA, "vocab_size": 20}},
-        "data": {"train": rows, "validation": rows, "test": rows, "tokenizer": "asset://arithmetic-base"},
+        "data": {"train": rows, "validation": rows, "test": rows, "text": {"tokenizer": "asset://arithmetic-base"}},
         "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 6, "default_root_dir": str(folder), **shown},
     }
     values["data"]["batch_size"] = 3

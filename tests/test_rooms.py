@@ -65,6 +65,19 @@ def test_every_room_has_its_place():
         assert inner <= FILES.keys(), name
 
 
+DATA = ["options", "notes", "rows", "text", "requirements", "batches", "splits", "datamodule", "__init__"]
+
+
+def test_the_rooms_of_data_are_above_each_other_too():
+    def floor(name):
+        return DATA.index(name.split(".")[1])
+
+    for name, inner in IMPORTS.items():
+        for other in inner:
+            if room_of(name) == room_of(other) == "data":
+                assert floor(other) <= floor(name), f"{name} imports {other}"
+
+
 @pytest.mark.parametrize("name", sorted(FILES.keys() - {"__init__"}))
 def test_no_import_climbs(name):
     for other in IMPORTS[name]:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers.modeling_outputs import CausalLMOutput
 
 from conftest import TINY_LLAMA
-from dft_lightning import CausalLMModule
+from dft_lightning import CausalLMModule, InstructionDataModule
 from dft_lightning.errors import InputError
 from dft_lightning.models import generation
 from dft_lightning.models.documents import check_documents
 from dft_lightning.models.loading import load_causal_lm
 from dft_lightning.models.row_checks import check_rows
+from small_runs import TINY_GPT2, data_options, trainer
 
 ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 ENCODER |= {"vocab_size": 97, "max_position_embeddings": 64}
@@ -116,7 +121,7 @@ class Far(Leaking):
 
 def test_documents_are_tried_that_are_longer_than_a_window():
     check_documents(Far(), longest=8)
-    with pytest.raises(InputError, match=r"a second of 14 tokens move by .*set data.max_length to 8 or less"):
+    with pytest.raises(InputError, match=r"a second of 14 tokens move by .*set data.text.max_length to 8 or less"):
         check_documents(Far())
 
 
@@ -180,3 +185,53 @@ def test_a_model_that_cannot_generate_what_its_logits_say_is_refused():
     with pytest.raises(InputError, match="does not generate what its logits say, not even one row at a time"):
         generation.generate(model, ids, torch.ones_like(ids), options, stop_token_ids=[], pad_token_id=1)
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ({"input_ids": torch.ones(2, 3, dtype=torch.long)}, "each [B, T]: this one has input_ids"),
+        ({}, "this one has nothing"),
+        ([torch.ones(2, 3, dtype=torch.long)] * 2, "this one is of type list"),
+    ],
+)
+def test_what_is_no_batch_says_what_one_is(batch, expected):
+    """In training and in validation, whatever loader it comes from."""
+    module = CausalLMModule(TINY_LLAMA)
+    for run in (trainer(max_steps=1).fit, trainer().validate):
+        with pytest.raises(InputError, match=re.escape(expected)):
+            run(module, DataLoader([batch], batch_size=None))
+
+
+LLAMA_OF_16 = {**TINY_LLAMA, "vocab_size": 20, "max_position_embeddings": 16}
+POSITIONS = {"gpt2": ({**TINY_GPT2, "vocab_size": 20, "n_positions": 16}, True), "llama": (LLAMA_OF_16, False)}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+@pytest.mark.parametrize("options", [{}, {"streaming": {}, "shuffle": False}, {"packing": "bfd_split"}], ids=str)
+def test_rows_longer_than_the_positions_are_named(tmp_path, name, options):
+    """Before the first step, where they are not streamed; as pieces of a packed row they are no longer than that."""
+    model, learned = POSITIONS[name]
+    rows = [{"prompt": "1" * length, "completion": "2"} for length in (3, 20, 30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cut = {"max_length": 16} if "packing" in options else {}
+    text = {"tokenizer": "asset://arithmetic-base", **cut}
+    options = data_options(**options)
+    data = InstructionDataModule(str(tmp_path / "rows.jsonl"), batch_size=1, text=text, **options)
+    fit = partial(trainer(max_steps=3).fit, CausalLMModule(model), datamodule=data)
+    if cut:
+        fit()
+    elif learned:
+        said = (
+            r"row 2 has 23 tokens, more than the model has positions: set data.text.max_length: 16"
+            if "streaming" in options
+            else r"data.train: 2 of 3 rows have more tokens than .* positions \(16\): the longest, row 3, has 33"
+        )
+        with pytest.raises(InputError, match=said):
+            fit()
+    elif "streaming" in options:
+        with pytest.warns(UserWarning, match=r"more tokens than the model has positions, 16: it was not trained on"):
+            fit()
+    else:
+        with pytest.warns(UserWarning, match=r"the longest, row 3, has 33. It was not trained on what is beyond"):
+            fit()

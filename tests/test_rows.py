@@ -12,22 +12,23 @@ from datasets import Dataset
 from conftest import at_hand
 from dft_lightning import CausalLMModule
 from dft_lightning.data import ArithmeticRows, InstructionDataModule, LocalRows, MixedRows
-from dft_lightning.data.forms import Conversation, RowColumns
-from dft_lightning.data.messages import read_messages
-from dft_lightning.data.tokenizer import load_tokenizer
-from dft_lightning.data.tokens import ConversationEncoder
+from dft_lightning.data.options import RowOptions, TextOptions
+from dft_lightning.data.rows.forms import Conversation, Reading
+from dft_lightning.data.rows.reading import read_messages
+from dft_lightning.data.text.tokenizer import load_tokenizer
+from dft_lightning.data.text.tokens import ConversationEncoder
 from dft_lightning.errors import InputError
-from small_runs import TINY_ARITHMETIC, GradientRecorder, trainer
+from small_runs import TINY_ARITHMETIC, GradientRecorder, data_options, trainer
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
 
 
-def read(tmp_path, *rows, last_turn="any", **columns):
+def read(tmp_path, *rows, last_turn="any", unsigned="", **columns):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    return read_messages(LocalRows(path), RowColumns(**columns), last_turn=last_turn)
+    return read_messages(LocalRows(path), Reading(RowOptions(**columns), last_turn, unsigned))
 
 
 def one(tmp_path, row, **options):
@@ -115,7 +116,7 @@ def test_tool_calls_are_learnt_and_tool_answers_are_not(tmp_path):
     tokenizer = load_tokenizer(at_hand("tokenizers/smollm2"), chat_template=TOOL_TEMPLATE)
     turns = [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "3"}, ANSWER]
     found = one(tmp_path, {"messages": turns, "tools": TOOLS})
-    (row,) = ConversationEncoder(tokenizer).encode([found])
+    ((row,),) = ConversationEncoder(tokenizer).encode([found])
     text = tokenizer.decode(row.input_ids)
     learnt = tokenizer.decode([label for label in row.labels if label != -100])
     assert text.startswith(json.dumps(TOOLS))
@@ -126,7 +127,7 @@ def test_tool_calls_are_learnt_and_tool_answers_are_not(tmp_path):
 def test_arrow_fills_keys_that_other_messages_have(tmp_path):
     turns = [USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]
     Dataset.from_list([{"messages": [*turns, ANSWER]}]).to_parquet(tmp_path / "rows.parquet")
-    (found,) = read_messages(LocalRows(tmp_path / "rows.parquet"), RowColumns())
+    (found,) = read_messages(LocalRows(tmp_path / "rows.parquet"), Reading())
     assert found.messages[0] == USER
     assert found.messages[2] == ANSWER
 
@@ -135,7 +136,7 @@ def test_arrow_fills_keys_that_other_messages_have(tmp_path):
     ("row", "options", "expected"),
     [
         ({"text": "a text"}, {}, Conversation([], text="a text")),
-        ({"body": "a text", "weight": 2}, {"text": "body"}, Conversation([], text="a text", weight=2.0)),
+        ({"body": "a text", "weight": 2}, {"text_column": "body"}, Conversation([], text="a text", weight=2.0)),
     ],
 )
 def test_plain_text(tmp_path, row, options, expected):
@@ -145,18 +146,18 @@ def test_plain_text(tmp_path, row, options, expected):
 def test_plain_text_is_learnt_whole_with_its_end():
     """stories260K puts <s> before a text, which nothing predicts; GPT-2 has no such token."""
     tokenizer = load_tokenizer(at_hand("models/stories260K"))
-    (row,) = ConversationEncoder(tokenizer).encode([Conversation([], text="Once upon a time")])
+    ((row,),) = ConversationEncoder(tokenizer).encode([Conversation([], text="Once upon a time")])
     expected = [*tokenizer("Once upon a time")["input_ids"], tokenizer.eos_token_id]
     assert row.input_ids.tolist() == expected
     assert row.labels.tolist() == [-100, *expected[1:]]
-    (weighed,) = ConversationEncoder(tokenizer).encode([Conversation([], text="Once upon a time", weight=0.5)])
+    ((weighed,),) = ConversationEncoder(tokenizer).encode([Conversation([], text="Once upon a time", weight=0.5)])
     assert weighed.weights.tolist() == [0] + [0.5] * (len(expected) - 1)
 
 
 def test_plain_text_has_nothing_to_generate_from(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "1+1="}\n' * 4)
-    data = InstructionDataModule(str(path), str(path), str(path), tokenizer="asset://arithmetic-base")
+    data = InstructionDataModule(str(path), str(path), str(path), text={"tokenizer": "asset://arithmetic-base"})
     data.setup("fit")
     with pytest.raises(InputError, match=r"data.validation: plain text has no prompt to generate from"):
         data.generation_dataloader()
@@ -172,7 +173,9 @@ def test_weights_of_rows_and_messages_multiply(tmp_path):
     found = one(tmp_path, {"messages": turns, "weight": 4})
     assert [message.get("weight") for message in found.messages] == [None, 2, None, 4, None, 0]
     assert "weight" not in one(tmp_path, {"messages": [USER, {**ANSWER, "weight": 0.25}], "weight": 4}).messages[1]
-    assert one(tmp_path, {"prompt": "a", "completion": "b", "importance": "0.5"}, weight="importance").messages[1] == {
+    assert one(tmp_path, {"prompt": "a", "completion": "b", "importance": "0.5"}, weight_column="importance").messages[
+        1
+    ] == {
         "role": "assistant",
         "content": "b",
         "weight": 0.5,
@@ -184,38 +187,15 @@ def test_weights_lie_on_the_tokens_of_their_turn():
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "22", "weight": 0.5}]
     turns += [{"role": "user", "content": "3"}, {"role": "assistant", "content": "4", "weight": 0.0}]
     turns += [{"role": "user", "content": "5"}, {"role": "assistant", "content": "6"}]
-    (row,) = ConversationEncoder(tokenizer).encode([Conversation(turns)])
+    ((row,),) = ConversationEncoder(tokenizer).encode([Conversation(turns)])
     # ^ 1 2 2 $ ^ 3 4 $ ^ 5 6 $
     assert row.weights.tolist() == [0, 0, 0.5, 0.5, 0.5, 0, 0, 0, 0, 0, 0, 1, 1]
     assert [label != -100 for label in row.labels] == [weight > 0 for weight in row.weights]
-    (last,) = ConversationEncoder(tokenizer, train_turns="last").encode([Conversation(turns)])
+    ((last,),) = ConversationEncoder(tokenizer, TextOptions(train_turns="last")).encode([Conversation(turns)])
     assert last.weights is None  # all are 1
     assert [label != -100 for label in last.labels] == [False] * 11 + [True] * 2
-    (learnt,) = ConversationEncoder(tokenizer, train_on_prompts=True).encode([Conversation(turns[:2])])
+    ((learnt,),) = ConversationEncoder(tokenizer, TextOptions(prompt_weight=1)).encode([Conversation(turns[:2])])
     assert learnt.weights.tolist() == [0, 1, 0.5, 0.5, 0.5]
-
-
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"prompt": "1+1=", "completion": "2", "weight": 0}, "weight: 0, and data.train_on_prompts learns every token"),
-        ({"text": "1+1=2", "weight": 0.5}, "weight: 0.5, and data.train_on_prompts"),
-        (
-            {"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER]},
-            "weight of a message of role assistant: 0, and data.train_on_prompts",
-        ),
-        ({"prompt": [USER, ANSWER, USER], "completion": [ANSWER], "weight": 1}, None),
-    ],
-)
-def test_weights_beside_trained_prompts_are_refused(tmp_path, row, expected):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(row))
-    data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base", train_on_prompts=True)
-    if expected is None:
-        assert len(read(tmp_path, row, weighted=False)) == 1
-        return
-    with pytest.raises(InputError, match=expected):
-        data.setup("fit")
 
 
 def test_weights_reach_the_batches(tmp_path):
@@ -223,7 +203,9 @@ def test_weights_reach_the_batches(tmp_path):
     rows = [{"prompt": "1+1=", "completion": "2", "weight": 0.5}, {"prompt": "1+1=", "completion": "2"}]
     path.write_text("\n".join(map(json.dumps, rows)))
     for options in ({}, {"packing": "bfd", "max_length": 20}, {"padding_free": True}):
-        data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base", batch_size=2, **options)
+        data = InstructionDataModule(
+            str(path), batch_size=2, **data_options(tokenizer="asset://arithmetic-base", **options)
+        )
         data.setup("fit")
         batch = next(iter(data.train_dataloader()))
         assert sorted(batch["token_weight"][batch["labels"] != -100].tolist()) == [0.5, 0.5, 1, 1], options
@@ -239,9 +221,9 @@ PAIR = {"prompt": "1+1=", "completion": "2"}
         ({"reward": 1.0}, {}, None),
         ({"advantage": "-1.5"}, {}, -1.5),
         ({"weight": None, "reward": None, "advantage": 2}, {}, 2.0),
-        ({"reward": 3, "weight": 0.25}, {"weight": "weight"}, 0.25),
-        ({"reward": "good"}, {"weight": "weight"}, None),
-        ({"weight": 3, "advantage": -2}, {"weight": "advantage"}, -2.0),
+        ({"reward": 3, "weight": 0.25}, {"weight_column": "weight"}, 0.25),
+        ({"reward": "good"}, {"weight_column": "weight"}, None),
+        ({"weight": 3, "advantage": -2}, {"weight_column": "advantage"}, -2.0),
     ],
 )
 def test_a_row_is_weighted_by_its_reward_or_advantage(tmp_path, row, columns, expected):
@@ -265,17 +247,16 @@ def test_an_advantage_multiplies_the_messages_weights(tmp_path):
         ),
         ({"reward": 0, "advantage": 0}, {}, "reward and advantage: two weights of one row"),
         ({"reward": -1}, {}, "reward: expected a number from 0 to 3.4e38, got -1; only an advantage may be negative"),
-        ({"reward": "good"}, {}, "got 'good'; .*is left alone with data.weight_column: weight"),
+        ({"reward": "good"}, {}, "got 'good'; .*is left alone with data.rows.weight_column: weight"),
         ({"advantage": 4e38}, {}, "advantage: expected a number from -3.4e38 to 3.4e38, got 4e"),
         ({"advantage": float("nan")}, {}, "advantage: expected a number from -3.4e38"),
         ({"weight": -1}, {}, "weight: expected a number from 0 to 3.4e38, got -1$"),
-        ({"mine": -1}, {"weight": "mine"}, "mine: expected a number from 0 to 3.4e38, got -1$"),
+        ({"mine": -1}, {"weight_column": "mine"}, "mine: expected a number from 0 to 3.4e38, got -1$"),
         (
             {"advantage": -1},
             {"unsigned": "model.step.renormalize divides by the sum of the weights"},
             "advantage: -1, and model.step.renormalize divides by the sum of the weights",
         ),
-        ({"advantage": 2}, {"weighted": False}, "advantage: 2, and data.train_on_prompts"),
     ],
 )
 def test_weights_that_are_refused(tmp_path, row, columns, expected):
@@ -297,22 +278,19 @@ def test_what_weights_the_rows_is_said_once(tmp_path, monkeypatch):
     rows = [{**PAIR, "reward": reward} for reward in (1.0, 0.0, 0.5)]
     path.write_text("\n".join(map(json.dumps, rows)))
     said = []
-    for place in ("messages", "stream_position"):
+    for place in ("splits", "batches.stream_position"):
         monkeypatch.setattr(f"dft_lightning.data.{place}.rank_zero_info", said.append)
-    data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base", batch_size=1)
+    data = InstructionDataModule(str(path), batch_size=1, text={"tokenizer": "asset://arithmetic-base"})
     data.setup("fit")
-    assert said == [f"{path}: the column reward weights the rows' losses (another by data.weight_column)"]
-    assert (data.counts["train"].rows, data.counts["train"].dropped) == (3, 1)
+    expected = "the column reward weights the rows' losses (another by data.rows.weight_column)"
+    assert said[1:] == [f"{path}: {expected.replace('reward', 'reward (3 rows)')}"]
+    assert (data.splits.counts["train"].rows, data.splits.counts["train"].dropped) == (3, 1)
     said.clear()
-    data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base", batch_size=1, streaming=True)
+    data = InstructionDataModule(str(path), batch_size=1, streaming={}, text={"tokenizer": "asset://arithmetic-base"})
     data.setup("fit")
     for batch, _ in zip(data.train_dataloader(), range(3), strict=False):
         data.on_before_batch_transfer(batch, 0)
-    assert said == ["data.train: the column reward weights the rows' losses (another by data.weight_column)"]
-    said.clear()
-    read(tmp_path, {**PAIR, "weight": 2})
-    read(tmp_path, {**PAIR, "reward": 2}, weight="reward")
-    assert said == []
+    assert said == [f"data.train: {expected}"]
 
 
 @pytest.mark.parametrize("loss", ["CrossEntropyLoss", "DFTLoss"])
@@ -333,7 +311,10 @@ def test_gradients_of_rewards_and_advantages_by_hand(tmp_path, loss, head):
     module.configure_model()
     before = [parameter.detach().clone() for parameter in module.parameters()]
     data = InstructionDataModule(
-        str(tmp_path / "rows.jsonl"), tokenizer="asset://arithmetic-base", batch_size=2, shuffle=False
+        str(tmp_path / "rows.jsonl"),
+        batch_size=2,
+        text={"tokenizer": "asset://arithmetic-base"},
+        batches={"shuffle": False},
     )
     trainer(accumulate_grad_batches=2).fit(module, datamodule=data)
     with torch.no_grad():
@@ -358,14 +339,17 @@ def test_renormalize_takes_no_negative_weights(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({**PAIR, "advantage": -1}))
     for streaming in (False, True):
         data = InstructionDataModule(
-            str(tmp_path / "rows.jsonl"), tokenizer="asset://arithmetic-base", batch_size=1, streaming=streaming
+            str(tmp_path / "rows.jsonl"),
+            batch_size=1,
+            streaming={} if streaming else None,
+            text={"tokenizer": "asset://arithmetic-base"},
         )
         module = CausalLMModule(TINY_ARITHMETIC, step={"renormalize": True})
-        with pytest.raises(
-            InputError, match="row 1: advantage: -1, and model.step.renormalize divides by the sum of the"
-        ):
+        with pytest.raises(InputError, match="row 1: .*-1, and model.step.renormalize divides by the sum of the"):
             trainer().fit(module, datamodule=data)
-    data = InstructionDataModule(str(tmp_path / "rows.jsonl"), tokenizer="asset://arithmetic-base", batch_size=1)
+    data = InstructionDataModule(
+        str(tmp_path / "rows.jsonl"), batch_size=1, text={"tokenizer": "asset://arithmetic-base"}
+    )
     trainer().fit(CausalLMModule(TINY_ARITHMETIC), datamodule=data)
 
 
@@ -432,21 +416,21 @@ def test_parts_of_a_mixture_have_their_own_form_and_columns(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
     renamed = LocalRows(tmp_path / "a.jsonl", rename_columns={"question": "prompt", "answer": "completion"})
     with pytest.raises(InputError) as error:
-        read_messages(MixedRows({"a": renamed, "b": str(tmp_path / "b.jsonl")}), RowColumns())
+        read_messages(MixedRows({"a": renamed, "b": str(tmp_path / "b.jsonl")}), Reading())
     assert str(error.value).splitlines() == [
         "a + b: 1 of 2 rows are bad",
         "  row b:1: messages: no assistant message to learn from",
     ]
-    assert read_messages(renamed, RowColumns()).messages == [[USER, ANSWER]]
+    assert read_messages(renamed, Reading()).messages == [[USER, ANSWER]]
     missing = LocalRows(tmp_path / "a.jsonl", rename_columns={"q": "prompt"})
     with pytest.raises(InputError, match="row 1: q: missing, which rename_columns names"):
-        read_messages(missing, RowColumns())
+        read_messages(missing, Reading())
 
 
 def test_parts_that_cannot_be_told_are_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"x": "Hi"}\n')
     with pytest.raises(InputError, match=r"row a:1: cannot tell the row form from the columns \['x'\]"):
-        read_messages(MixedRows({"a": str(tmp_path / "a.jsonl")}), RowColumns())
+        read_messages(MixedRows({"a": str(tmp_path / "a.jsonl")}), Reading())
 
 
 @pytest.mark.parametrize(
@@ -468,7 +452,7 @@ def test_bad_mixtures(options, expected):
 
 def test_sources_of_all_splits_are_at_most_64():
     mixtures = [MixedRows({f"{split}{i}": ArithmeticRows(1) for i in range(40)}) for split in "ab"]
-    data = InstructionDataModule(*mixtures, tokenizer="asset://arithmetic-base")
+    data = InstructionDataModule(*mixtures, text={"tokenizer": "asset://arithmetic-base"})
     with pytest.raises(InputError, match=r"data.validation: with the other splits' its sources have 80 names"):
         data.setup("fit")
 
@@ -480,44 +464,44 @@ def test_bad_rows_are_skipped_and_counted(tmp_path):
     """What cannot be read, and what the template refuses, at once."""
     path = tmp_path / "rows.jsonl"
     good = {"prompt": "1+1=", "completion": "2"}
-    rows = [good, {"prompt": "a"}, {"prompt": "1$", "completion": "2"}, good, {"prompt": 3, "completion": "2"}]
+    rows = [good, {"prompt": "a"}, {"prompt": "1$", "completion": "2"}, good, {"prompt": True, "completion": "2"}]
     path.write_text("\n".join(map(json.dumps, rows)) + "\nnonsense")
     options = {"tokenizer": "asset://arithmetic-base"}
     for _ in range(2):  # the second from the cache
-        data = InstructionDataModule(str(path), on_bad_rows="skip", **options)
+        data = InstructionDataModule(str(path), **data_options(on_bad_rows="skip", **options))
         with pytest.warns(UserWarning, match="4 of 6 rows are bad") as caught:
             data.setup("fit")
         report = next(str(warning.message) for warning in caught if "rows are bad" in str(warning.message))
         for number in (2, 3, 5, 6):
             assert f"row {number}: " in report
-        counts = data.counts["train"]
+        counts = data.splits.counts["train"]
         assert (counts.rows, counts.bad, counts.dropped) == (6, 4, 0)
-        assert len(data.tokenized("train")) == 2
-    with pytest.raises(InputError, match="3 of 6 rows are bad"):
-        InstructionDataModule(str(path), **options).setup("fit")
+        assert len(data.splits.tokenized("train")) == 2
+    with pytest.raises(InputError, match="4 of 6 rows are bad"):  # which the cache knows
+        InstructionDataModule(str(path), **data_options(**options)).setup("fit")
     path.write_text('{"prompt": "a"}\n' * 3)
     with pytest.raises(InputError, match="3 of 3 rows are bad"):
-        InstructionDataModule(str(path), on_bad_rows="skip", **options).setup("fit")
+        InstructionDataModule(str(path), **data_options(on_bad_rows="skip", **options)).setup("fit")
 
 
-def test_bad_rows_of_a_divided_source_are_counted_with_the_training_rows(tmp_path):
+def test_bad_rows_of_a_divided_source_are_counted_where_they_fall(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"{i}+1=", "completion": str(i + 1) if i % 3 else None} for i in range(12)]
     path.write_text("\n".join(map(json.dumps, rows)))
     data = InstructionDataModule(
-        str(path), tokenizer="asset://arithmetic-base", validation_fraction=0.25, on_bad_rows="skip"
+        str(path), validation_fraction=0.25, text={"tokenizer": "asset://arithmetic-base"}, rows={"on_bad_rows": "skip"}
     )
-    with pytest.warns(UserWarning, match="4 of 10 rows are bad"):
+    with pytest.warns(UserWarning, match="3 of 9 rows are bad"):
         data.setup("fit")
-    assert (data.counts["train"].rows, data.counts["train"].bad) == (10, 4)
-    assert (data.counts["validation"].rows, data.counts["validation"].bad) == (2, 0)
+    assert (data.splits.counts["train"].rows, data.splits.counts["train"].bad) == (9, 3)
+    assert (data.splits.counts["validation"].rows, data.splits.counts["validation"].bad) == (3, 1)
 
 
 def test_memory_of_a_source_is_not_held(tmp_path):
     """Conversations lie on disk, and their folder goes with them."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "1+1=", "completion": "2"}\n' * 2500)
-    found = read_messages(LocalRows(path), RowColumns())
+    found = read_messages(LocalRows(path), Reading())
     folder = found._folder.name
     assert len(found) == 2500
     assert found.select([3, 4]).numbers == [4, 5]
@@ -532,8 +516,10 @@ def test_several_processes_tokenise_the_same(tmp_path):
     options = {"tokenizer": "asset://arithmetic-base"}
     tables = []
     for num_proc, columns in ((1, {}), (2, {"max_length": 10_000})):  # another option: not from the cache
-        data = InstructionDataModule(ArithmeticRows(2300, seed=9), num_proc=num_proc, **columns, **options)
+        data = InstructionDataModule(
+            ArithmeticRows(2300, seed=9), num_proc=num_proc, **data_options(**columns, **options)
+        )
         data.setup("fit")
-        tables.append(data.tokenized("train").to_dict())
+        tables.append(data.splits.tokenized("train").to_dict())
     assert tables[0] == tables[1]
-    assert torch.equal(data.lengths("train"), torch.tensor([len(ids) for ids in tables[0]["input_ids"]]))
+    assert torch.equal(data.splits.lengths("train"), torch.tensor([len(ids) for ids in tables[0]["input_ids"]]))

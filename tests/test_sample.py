@@ -22,13 +22,15 @@ from conftest import ROOT
 from dft_lightning import InstructionDataModule
 from dft_lightning.assets import resolve
 from dft_lightning.compare.settings import read_settings
-from dft_lightning.data.forms import Conversation, RowColumns
+from dft_lightning.data.options import RowOptions
+from dft_lightning.data.rows.forms import Conversation
 from dft_lightning.fit import main as fit
 from dft_lightning.fit.config import read_fit_config
 from dft_lightning.metrics import LastNumber
 from dft_lightning.models.generation import GenerationOptions
 from dft_lightning.sampling.completions import Sampler, seed_of
 from dft_lightning.sampling.prompts import KEYS, check_columns, jobs_by_length, question_of, read_prompts
+from small_runs import data_options
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 ROWS = [  # of several lengths; the model is right of some
@@ -209,7 +211,7 @@ def test_lines_are_asked_as_the_rows_were(tmp_path):
         "prompt_suffix": "|",
         "chat_template": template,
     }
-    config = read_fit_config([QUICKSTART], {"data": {**options, "train": str(path)}})
+    config = read_fit_config([QUICKSTART], {"data": {**data_options(**options), "train": str(path)}})
     data, prompts = read_prompts(config, "train", None)
     assert data.tokenizer.decode(prompts.ids[0]).replace(" ", "") == "^9+9^1+1=|"
     assert prompts.question(0) == prompts.question(1) == {"question": "1+1="}
@@ -222,12 +224,12 @@ def test_lines_are_asked_as_the_rows_were(tmp_path):
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     given = [list(ids) for ids in prompts.ids]
     for source in ("rows", "lines"):
-        other = InstructionDataModule(test=str(tmp_path / f"{source}.jsonl"), **options)
+        other = InstructionDataModule(test=str(tmp_path / f"{source}.jsonl"), **data_options(**options))
         other.setup("test")
-        assert other.tokenized("test")["prompt_ids"] == given
-    train = InstructionDataModule(str(tmp_path / "lines.jsonl"), **options)
+        assert other.splits.tokenized("test")["prompt_ids"] == given
+    train = InstructionDataModule(str(tmp_path / "lines.jsonl"), **data_options(**options))
     train.setup("fit")
-    for row, ids in zip(train.tokenized("train"), given, strict=True):
+    for row, ids in zip(train.splits.tokenized("train"), given, strict=True):
         assert row["input_ids"] == ids + train.tokenizer.convert_tokens_to_ids(["5", "$"])
         assert row["labels"] == [-100] * len(ids) + row["input_ids"][len(ids) :]  # the answer alone is learnt
 
@@ -239,9 +241,9 @@ def test_fit_learns_the_right_answers_alone(arguments, tmp_path):
     run = ["--data.train", str(path), "--trainer.max_steps", "2", "--trainer.default_root_dir", str(tmp_path)]
     run += ["--trainer.callbacks", "null", "--trainer.enable_progress_bar", "false"]
     cli = fit(["fit", *arguments, *run])
-    counts = cli.datamodule.counts["train"]
+    counts = cli.datamodule.splits.counts["train"]
     assert (counts.rows, counts.rows - counts.dropped) == (24, right)
-    learnt = cli.datamodule.tokenized("train")
+    learnt = cli.datamodule.splits.tokenized("train")
     texts = ["".join(cli.datamodule.tokenizer.convert_ids_to_tokens(ids)) for ids in learnt["input_ids"]]
     assert texts == [f"^{line['prompt']}{line['completion']}$" for line in lines if line["correct"]]
     assert set(learnt["weights"]) == {None} if None in learnt["weights"] else learnt["weights"] == [None] * right
@@ -253,10 +255,10 @@ def test_a_part_of_the_training_rows_is_sampled_from_as_fit_divides_them(argumen
     config["data"]["train"] = str(tmp_path / "rows.jsonl")
     _, prompts = read_prompts(config, split, None)
     stated = InstructionDataModule(
-        str(tmp_path / "rows.jsonl"), validation_fraction=0.25, tokenizer="asset://arithmetic-base"
+        str(tmp_path / "rows.jsonl"), validation_fraction=0.25, text={"tokenizer": "asset://arithmetic-base"}
     )
     stated.setup("fit")
-    expected = [json.loads(number) for number in stated.tokenized(split)["number"]]
+    expected = [json.loads(number) for number in stated.splits.tokenized(split)["number"]]
     assert prompts.rows.numbers == expected
     _, first = read_prompts(config, split, 1)
     assert first.rows.numbers == expected[:1]
@@ -276,7 +278,7 @@ def test_the_recipe_samples_and_fits(tmp_path, monkeypatch, capsys):
         cli = fit(["fit", *problems, "--config", str(folder / f"{name}.yaml"), *small])
         assert type(cli.model.loss).__name__ == loss
         assert cli.trainer.default_root_dir == f"runs/offline_rl/{name}"
-        assert len(cli.datamodule.tokenized("train")) == right
+        assert len(cli.datamodule.splits.tokenized("train")) == right
     settings = read_settings([folder / "compare.yaml"])
     assert list(settings.losses) == ["CE", "DFT"]
     read_fit_config(settings.base, settings.overrides)
@@ -300,9 +302,9 @@ def test_what_the_page_has_for_vllm_writes_what_fit_reads(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "problems.jsonl").write_text(json.dumps({"prompt": "1+2=", "completion": "3"}) + "\n")
     exec(compile(code, "offline_rl.md", "exec"), {})
-    data = InstructionDataModule("samples.jsonl", tokenizer="asset://arithmetic-base")
+    data = InstructionDataModule("samples.jsonl", text={"tokenizer": "asset://arithmetic-base"})
     data.setup("fit")
-    (row,) = data.tokenized("train")
+    (row,) = data.splits.tokenized("train")
     assert "".join(data.tokenizer.convert_ids_to_tokens(row["input_ids"])) == "^1+2=1+2=3$"
 
 
@@ -354,7 +356,10 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(arguments, tmp_path, mo
         (["--k", "3"], "was begun with --k 2, and it is 3 now: give that again, or --overwrite to begin anew"),
         (["--temperature", "0.5"], "was begun with --temperature 1.0, and it is 0.5 now"),
         (["--seed", "1"], "was begun with --seed 0, and it is 1 now"),
-        (["--data.prompt_suffix", "1"], "was begun with other prompts (rows, tokenizer or template): give them again"),
+        (
+            ["--data.rows.prompt_suffix", "1"],
+            "was begun with other prompts (rows, tokenizer or template): give them again",
+        ),
         (["--model.loading.dtype", "bfloat16"], "was begun with model.loading.dtype float32, and it is bfloat16 now"),
     ],
 )
@@ -455,8 +460,14 @@ def test_a_partial_file_that_is_none_or_in_use(arguments, tmp_path, capsys):
         (["--split", "predict"], "data.predict is not set, nor data.test"),
         (["--ckpt_path", "last"], "--ckpt_path: sample takes no checkpoint: `export` it, and give the folder as"),
         (["--model.modle", "x"], "unknown key model.modle; did you mean model.model?"),
-        (["--data.prompt_column", "gold_answer"], "data.prompt_column: gold_answer is another column of the samples"),
-        (["--data.text_column", "prompt", "--data.row_form", "text"], "plain text has no prompt to generate from"),
+        (
+            ["--data.rows.prompt_column", "gold_answer"],
+            "data.rows.prompt_column: gold_answer is another column of the samples",
+        ),
+        (
+            ["--data.rows.text_column", "prompt", "--data.rows.form", "text"],
+            "plain text has no prompt to generate from",
+        ),
         (
             ["--model.evaluation.answer_extractor", "HashAnswer"],
             "train row 1: HashAnswer() finds nothing in the answer 'x|579'",
@@ -480,13 +491,17 @@ def test_rows_without_an_answer_are_named(arguments, tmp_path, capsys):
 
 
 def test_columns_that_lines_cannot_have():
-    check_columns(RowColumns(prompt="question", completion="answer"))
-    for columns in (RowColumns(messages="prompt"), RowColumns(prompt="conversations"), RowColumns(prompt="sample")):
-        with pytest.raises(ValueError, match="data.prompt_column: .* rename"):
+    check_columns(RowOptions(prompt_column="question", completion_column="answer"))
+    for columns in (
+        RowOptions(messages_column="prompt"),
+        RowOptions(prompt_column="conversations"),
+        RowOptions(prompt_column="sample"),
+    ):
+        with pytest.raises(ValueError, match="data.rows.prompt_column: .* rename"):
             check_columns(columns)
-    check_columns(RowColumns(weight="reward"))
-    with pytest.raises(ValueError, match="data.weight_column: weight leaves the samples' reward out"):
-        check_columns(RowColumns(weight="weight"))
+    check_columns(RowOptions(weight_column="reward"))
+    with pytest.raises(ValueError, match="data.rows.weight_column: weight leaves the samples' reward out"):
+        check_columns(RowOptions(weight_column="weight"))
 
 
 def test_a_loss_with_a_reference_model_is_not_asked_for_it(arguments, tmp_path):
@@ -508,7 +523,7 @@ def test_broken_weights_end_in_a_message(arguments, tmp_path, capsys, monkeypatc
 
 def test_questions_by_hand():
     user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.0}
-    columns = RowColumns()
+    columns = RowOptions()
     assert question_of(Conversation([user, answer]), columns) == {"prompt": "a"}
     assert question_of(Conversation([user]), columns) == {"prompt": "a"}
     named = {**user, "name": "Ann"}

@@ -20,11 +20,11 @@ from conftest import TINY_LLAMA
 from dft_lightning import CausalLMModule, InstructionDataModule
 from dft_lightning.assets import resolve
 from dft_lightning.data import ArithmeticRows
-from dft_lightning.data.tokenizer import load_tokenizer
+from dft_lightning.data.text.tokenizer import load_tokenizer
 from dft_lightning.errors import InputError
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss
 from dft_lightning.scoring import command as scoring
-from small_runs import trainer
+from small_runs import data_options, trainer
 
 TOKENIZER = "asset://arithmetic-base"
 OTHER_TEMPLATE = (
@@ -83,7 +83,7 @@ def arguments(tmp_path, model, data, **options):
     config = tmp_path / "config.yaml"
     options = {"trainer": {"accelerator": "cpu", "enable_progress_bar": False}, **options}
     data = {"tokenizer": TOKENIZER, "batch_size": 5, **data}
-    config.write_text(yaml.safe_dump({"model": {"model": model}, "data": data, **options}))
+    config.write_text(yaml.safe_dump({"model": {"model": model}, "data": data_options(**data), **options}))
     return ["--config", str(config), "--output", str(tmp_path / "scored")]
 
 
@@ -106,7 +106,7 @@ def in_pieces(llama, tmp_path_factory):
 
 
 def data_of(rows, **options):
-    return InstructionDataModule(str(rows), tokenizer=TOKENIZER, **{"batch_size": 4, **options})
+    return InstructionDataModule(str(rows), **data_options(tokenizer=TOKENIZER, **{"batch_size": 4, **options}))
 
 
 def loaded(rows, stage="fit", **options):
@@ -189,11 +189,11 @@ def test_every_batch_has_them_at_their_tokens(options, share, llama, of_llama):
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("packing", [{}, {"packing": "bfd", "max_length": 96}], ids=["rows", "packed"])
 def test_streams_have_them(num_workers, packing, llama, of_llama):
-    data = loaded(of_llama, streaming=True, shuffle_buffer_size=5, num_workers=num_workers, **packing)
+    data = loaded(of_llama, streaming={}, shuffle_buffer_size=5, num_workers=num_workers, **packing)
     assert check_batches(llama, itertools.islice(data.train_dataloader(), 4)) > 100
 
 
-@pytest.mark.parametrize("options", [{}, {"padding_free": True}, {"streaming": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"padding_free": True}, {"streaming": {}}], ids=str)
 def test_pieces_have_those_of_their_own_context(options, llama, in_pieces):
     data = loaded(in_pieces, packing="bfd_split", max_length=24, **options)
     batches = data.train_dataloader()
@@ -215,7 +215,7 @@ def test_mixtures_have_them(llama, of_llama, tmp_path):
     from dft_lightning.component import from_plain
     from dft_lightning.data import RowSource
 
-    data = InstructionDataModule(from_plain(source, RowSource), tokenizer=TOKENIZER, batch_size=4)
+    data = InstructionDataModule(from_plain(source, RowSource), batch_size=4, text={"tokenizer": TOKENIZER})
     data.setup("fit")
     assert check_batches(llama, data.train_dataloader()) == 2 * TARGETS
 
@@ -231,7 +231,7 @@ def test_a_resumed_run_has_the_same(streaming, llama, of_llama, tmp_path):
     def fit(steps, **options):
         module = Recorder(llama, loss=CrossEntropyLoss())
         run = trainer(max_steps=steps, default_root_dir=tmp_path)
-        run.fit(module, datamodule=data_of(of_llama, streaming=streaming), **options)
+        run.fit(module, datamodule=data_of(of_llama, streaming={} if streaming else None), **options)
         return run, module.seen
 
     _, whole = fit(4)
@@ -279,7 +279,7 @@ OTHERS = (
     ("change", "options", "message"),
     [
         (None, {"chat_template": OTHER_TEMPLATE}, OTHERS),
-        (None, {"train_on_prompts": True}, OTHERS),
+        (None, {"prompt_weight": 1}, OTHERS),
         (None, {"prompt_suffix": "+"}, OTHERS),
         (changed("completion", "1+1+0=2c0|2"), {}, OTHERS),
         (changed("prompt", "1+1="), {}, OTHERS),
@@ -324,7 +324,7 @@ def test_log_probs_of_another_row_are_refused(change, options, message, of_llama
         message = message.replace("row rows.jsonl:2", "row rows.jsonl:1")
     for streaming in (False, True):
         with pytest.raises(InputError, match=message):
-            first_batch(data_of(tmp_path / "changed", streaming=streaming, shuffle=False, **options))
+            first_batch(data_of(tmp_path / "changed", streaming={} if streaming else None, shuffle=False, **options))
 
 
 def test_rows_in_another_order_keep_theirs(llama, of_llama, tmp_path):
@@ -337,7 +337,7 @@ def test_a_changed_row_may_be_skipped(llama, of_llama, tmp_path):
     rows = read(of_llama)
     rows[1]["completion"] += "0"
     data = loaded(write(tmp_path / "rows.jsonl", rows), on_bad_rows="skip")
-    assert data.counts["train"].bad == 1
+    assert data.splits.counts["train"].bad == 1
     assert check_batches(llama, data.train_dataloader()) == TARGETS - len(ROWS[1]["completion"]) - 1
 
 
@@ -376,7 +376,7 @@ def test_a_larger_max_length_is_refused(llama, tmp_path):
 def test_all_rows_have_them_or_none(streaming, lacking, place, of_llama, tmp_path):
     rows = read(of_llama)
     rows[lacking] = ROWS[lacking]
-    data = data_of(write(tmp_path / "rows.jsonl", rows), streaming=streaming, shuffle=False)
+    data = data_of(write(tmp_path / "rows.jsonl", rows), streaming={} if streaming else None, shuffle=False)
     with pytest.raises(
         InputError, match=r"row \d has (a|no) reference_log_prob, and others have.*: score every source"
     ):
@@ -387,7 +387,7 @@ def test_all_rows_have_them_or_none(streaming, lacking, place, of_llama, tmp_pat
     ("options", "stage", "where"),
     [
         ({"train": "plain"}, "fit", "train"),
-        ({"train": "plain", "streaming": True}, "fit", "train"),
+        ({"train": "plain", "streaming": {}}, "fit", "train"),
         ({"train": "plain", "validation_fraction": 0.5}, "validate", "train"),
         ({"train": "scored", "validation": "plain"}, "fit", "validation"),
         ({"train": "scored", "validation": "scored", "forgetting": "plain"}, "fit", "forgetting"),
@@ -398,7 +398,7 @@ def test_what_a_loss_reads_must_be_there(options, stage, where, llama, of_llama,
     monkeypatch.setattr(CausalLMModule, "configure_model", lambda self: pytest.fail("a model is loaded"))
     sources = {"plain": write(tmp_path / "rows.jsonl"), "scored": str(of_llama)}
     options = {name: sources.get(value, value) if name != "streaming" else value for name, value in options.items()}
-    data = InstructionDataModule(tokenizer=TOKENIZER, **options)
+    data = InstructionDataModule(**data_options(tokenizer=TOKENIZER, **options))
     message = f"data.{where}: FromReference reads reference_log_prob, which the rows lack: run `python -m dft"
     with pytest.raises(InputError, match=message):
         getattr(trainer(), stage)(CausalLMModule(llama, loss=FromReference()), datamodule=data)
@@ -410,7 +410,7 @@ def test_splits_that_are_not_run_need_none(of_llama, tmp_path):
     run.strategy.connect(CausalLMModule({"model_type": "llama"}, loss=FromReference()))
     data.trainer = run
     data.setup("fit")
-    assert data.has_split("validation")
+    assert "validation" in data.splits
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -486,7 +486,7 @@ def test_bad_rows_are_refused_or_left_out(llama, tmp_path, capfd, monkeypatch):
         patch.setattr(CausalLMModule, "configure_model", lambda self: pytest.fail("a model is loaded"))
         assert "rows.jsonl: 1 of 3 rows are bad\n  row 2: completion: missing" in fails(capfd, args)
     assert not (tmp_path / "scored").exists()
-    assert main([*args, "--data.on_bad_rows", "skip"]) == 0
+    assert main([*args, "--data.rows.on_bad_rows", "skip"]) == 0
     assert len(read(tmp_path / "scored" / "train")) == 2
     assert json.loads((tmp_path / "scored" / "score.json").read_text())["splits"]["train"]["bad_rows"] == 1
 
@@ -549,7 +549,7 @@ def test_a_model_that_overflows_is_refused(llama, tmp_path, monkeypatch, capfd):
         (["--model.model", "no/such/model"], "model.model"),
         (["--ckpt_path", "none.ckpt"], "--ckpt_path: no such checkpoint: none.ckpt"),
         (["--ckpt_path", "."], "--ckpt_path: . is a folder of shards, and score runs on one device: export it"),
-        (["--data.max_length", "2"], "rows.jsonl: no row has a target"),
+        (["--data.text.max_length", "2"], "rows.jsonl: no row has a target"),
     ],
 )
 def test_one_message_for_one_mistake(options, message, llama, tmp_path, capfd):

@@ -192,7 +192,7 @@ def resume(whole, tmp_path, monkeypatch):  # noqa: F811
     base = torch.load(whole, weights_only=True)["hyper_parameters"]["model"]
     values = {
         "model": {"model": base},
-        "data": {"train": rows, "validation": rows, "tokenizer": "asset://arithmetic-base", "batch_size": 4},
+        "data": {"train": rows, "validation": rows, "batch_size": 4, "text": {"tokenizer": "asset://arithmetic-base"}},
         "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 2, "default_root_dir": str(tmp_path), **quiet},
     }
     values["trainer"]["callbacks"] = [{"class_path": OF_THE_TRAINER}]

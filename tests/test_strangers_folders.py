@@ -20,8 +20,8 @@ from dft_lightning.compare.grid import Run, write_config
 from dft_lightning.compare.recorder import RunIdentity
 from dft_lightning.compare.records import read_records
 from dft_lightning.data import HubRows, LocalRows
-from dft_lightning.data.template_source import copies_contents
-from dft_lightning.data.tokenizer import end_of_turn, load_tokenizer
+from dft_lightning.data.text.template_source import copies_contents
+from dft_lightning.data.text.tokenizer import end_of_turn, load_tokenizer
 from dft_lightning.errors import InputError
 from dft_lightning.models.loading import empty_causal_lm, load_causal_lm
 from dft_lightning.modules.resume.saved import files_of
@@ -60,7 +60,7 @@ def test_code_of_a_tokenizer(folder, stranger):  # noqa: F811
 
 @pytest.mark.parametrize("name", ["pipeline", "AutoModelForCausalLM", "utils", "__name__", 5, {"a": 1}])
 def test_classes_of_tokenizers(folder, name):
-    with pytest.raises(InputError, match="data.tokenizer: cannot load the tokenizer of"):
+    with pytest.raises(InputError, match="data.text.tokenizer: cannot load the tokenizer of"):
         load_tokenizer(folder(tokenizer_class=name))
 
 
@@ -105,7 +105,7 @@ def test_templates_have_no_way_out(stranger, template):  # noqa: F811
 @pytest.mark.parametrize("iterated", ["range(3000)", "'x' * 3000"])
 def test_templates_that_do_not_end(monkeypatch, iterated):
     """One that would, after a second: without the limit this test fails and does not hang."""
-    monkeypatch.setattr("dft_lightning.data.time_limit.SECONDS", 0.05)
+    monkeypatch.setattr("dft_lightning.data.text.time_limit.SECONDS", 0.05)
     loops = f"{{% for a in {iterated} %}}{{% for b in {iterated} %}}{{% endfor %}}{{% endfor %}}"
     rest = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
     with pytest.raises(InputError, match="the chat template has not come to its end after 0.05 s of computing"):
@@ -193,7 +193,7 @@ def test_pictures_in_rows_are_not_opened(tmp_path, address, nested, streamed):
         (tmp_path / "rows").mkdir()
         table = data.data.table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": said}})})
         pyarrow.parquet.write_table(table, tmp_path / "rows" / "train.parquet")
-        source = HubRows(str(tmp_path / "rows"), streaming=True)
+        source = HubRows(str(tmp_path / "rows"), streaming={})
     else:
         data.save_to_disk(tmp_path / "rows")
         info = tmp_path / "rows" / "dataset_info.json"

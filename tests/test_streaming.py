@@ -11,15 +11,16 @@ import torch
 
 from dft_lightning import CausalLMModule, DFTLoss, InstructionDataModule
 from dft_lightning.data import ArithmeticRows, HubRows, MixedRows
-from dft_lightning.data.batches import Collator
-from dft_lightning.data.forms import RowColumns
-from dft_lightning.data.messages import RowReader
-from dft_lightning.data.stream_position import StreamRecord
-from dft_lightning.data.streaming import StreamedBatches, StreamOptions
-from dft_lightning.data.tokenizer import load_tokenizer
-from dft_lightning.data.tokens import ConversationEncoder
+from dft_lightning.data.batches.collating import Collator
+from dft_lightning.data.batches.stream_position import StreamRecord
+from dft_lightning.data.batches.streaming import Stream, StreamedBatches
+from dft_lightning.data.options import BatchOptions, StreamOptions
+from dft_lightning.data.rows.forms import Reading
+from dft_lightning.data.rows.reading import RowReader
+from dft_lightning.data.text.tokenizer import load_tokenizer
+from dft_lightning.data.text.tokens import ConversationEncoder
 from dft_lightning.errors import InputError
-from small_runs import TINY_ARITHMETIC, trainer
+from small_runs import TINY_ARITHMETIC, data_options, trainer
 
 TOKENIZER = load_tokenizer("asset://arithmetic-base")
 ROWS = 37
@@ -34,11 +35,18 @@ def source(tmp_path):
 
 
 def stream(source, rank=0, world_size=1, position=None, **options):
-    from dft_lightning.data.sources import as_source
+    from dft_lightning.data.rows.sources import as_source
 
-    settings = StreamOptions(batch_size=3, **{"shuffle_buffer_size": 8, "seed": 1, **options})
-    reader = RowReader(as_source(source, "train"), RowColumns(), "any")
-    return StreamedBatches(reader, ConversationEncoder(TOKENIZER), Collator(0), settings, rank, world_size, position)
+    found = data_options(**{"shuffle_buffer_size": 8, "seed": 1, **options})
+    read = Stream(
+        RowReader(as_source(source, "train"), Reading()),
+        ConversationEncoder(TOKENIZER),
+        StreamOptions(**found["streaming"]),
+        BatchOptions(**found["batches"]),
+        batch_size=3,
+        max_length=found.get("text", {}).get("max_length"),
+    )
+    return StreamedBatches(read, Collator(0), rank, world_size, position)
 
 
 def documents(batch):
@@ -54,9 +62,9 @@ def documents(batch):
 
 
 def every_row(source):
-    data = InstructionDataModule(source, tokenizer="asset://arithmetic-base")
+    data = InstructionDataModule(source, text={"tokenizer": "asset://arithmetic-base"})
     data.setup("fit")
-    return Counter(TOKENIZER.decode(ids) for ids in data.tokenized("train")["input_ids"])
+    return Counter(TOKENIZER.decode(ids) for ids in data.splits.tokenized("train")["input_ids"])
 
 
 @pytest.mark.parametrize("options", [{}, {"shuffle_buffer_size": 1}, {"packing": "bfd", "max_length": 128}])
@@ -83,10 +91,10 @@ def test_a_hub_stream_has_each_row_once_for_any_number_of_workers(tmp_path):
     for num_workers in (0, 2):
         data = InstructionDataModule(
             HubRows(str(tmp_path), streaming=True),
-            tokenizer="asset://arithmetic-base",
-            streaming=True,
             batch_size=5,
             num_workers=num_workers,
+            streaming={},
+            text={"tokenizer": "asset://arithmetic-base"},
         )
         data.setup("fit")
         seen = Counter(text for batch in islice(data.train_dataloader(), 6) for text in documents(batch))
@@ -116,7 +124,9 @@ def test_a_stream_goes_on_at_the_exact_row(source, options):
 
     def module():
         data = InstructionDataModule(
-            source, tokenizer="asset://arithmetic-base", streaming=True, batch_size=3, shuffle_buffer_size=8, **options
+            source,
+            batch_size=3,
+            **data_options(tokenizer="asset://arithmetic-base", streaming={}, shuffle_buffer_size=8, **options),
         )
         data.setup("fit")
         return data
@@ -141,7 +151,7 @@ def test_a_resumed_run_ends_with_the_same_weights(source, tmp_path):
     def fit(max_steps, ckpt_path=None):
         torch.manual_seed(0)
         module = CausalLMModule(TINY_ARITHMETIC, loss=DFTLoss(), optimizer={"lr": 1e-3}, schedule={"decay": "constant"})
-        data = InstructionDataModule(source, tokenizer="asset://arithmetic-base", streaming=True, batch_size=4)
+        data = InstructionDataModule(source, batch_size=4, streaming={}, text={"tokenizer": "asset://arithmetic-base"})
         run = trainer(max_steps=max_steps, accumulate_grad_batches=2)
         run.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
         return run, module
@@ -167,7 +177,7 @@ def test_an_epoch_begins_where_the_last_one_ended(source, num_workers):
 
     def module():
         return InstructionDataModule(
-            source, tokenizer="asset://arithmetic-base", streaming=True, batch_size=3, num_workers=num_workers
+            source, batch_size=3, num_workers=num_workers, streaming={}, text={"tokenizer": "asset://arithmetic-base"}
         )
 
     data = module()
@@ -208,11 +218,15 @@ def test_another_number_of_workers_is_refused(source):
 def test_bad_rows_are_named_or_counted(tmp_path):
     path = tmp_path / "rows.jsonl"
     good = json.dumps({"prompt": "1+1=", "completion": "2"})
-    path.write_text(f'{good}\n{{"prompt": 3, "completion": "2"}}\n{good}\nnonsense\n')
+    path.write_text(f'{good}\n{{"prompt": true, "completion": "2"}}\n{good}\nnonsense\n')
 
     def take(on_bad_rows, count):
         data = InstructionDataModule(
-            str(path), tokenizer="asset://arithmetic-base", streaming=True, batch_size=2, on_bad_rows=on_bad_rows
+            str(path),
+            batch_size=2,
+            streaming={},
+            text={"tokenizer": "asset://arithmetic-base"},
+            rows={"on_bad_rows": on_bad_rows},
         )
         data.setup("fit")
         for batch in islice(iter(data.train_dataloader()), count):
@@ -231,7 +245,11 @@ def test_bad_rows_are_counted_once_by_a_run_that_is_resumed(tmp_path):
 
     def module():
         data = InstructionDataModule(
-            str(path), tokenizer="asset://arithmetic-base", streaming=True, batch_size=2, on_bad_rows="skip"
+            str(path),
+            batch_size=2,
+            streaming={},
+            text={"tokenizer": "asset://arithmetic-base"},
+            rows={"on_bad_rows": "skip"},
         )
         data.setup("fit")
         return data
@@ -250,7 +268,7 @@ def test_bad_rows_are_counted_once_by_a_run_that_is_resumed(tmp_path):
 def test_a_stream_without_a_row_to_learn_from_ends(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("")
-    data = InstructionDataModule(str(path), tokenizer="asset://arithmetic-base", streaming=True)
+    data = InstructionDataModule(str(path), streaming={}, text={"tokenizer": "asset://arithmetic-base"})
     data.setup("fit")
     with pytest.raises(InputError, match=r"rows.jsonl: a pass over the rows of worker 0 of 1 has none with a target"):
         data.on_before_batch_transfer(next(iter(data.train_dataloader())), 0)
@@ -259,7 +277,9 @@ def test_a_stream_without_a_row_to_learn_from_ends(tmp_path):
 def test_a_stream_of_a_mixture_has_its_sources():
     parts = {"easy": ArithmeticRows(9, max_digits=3), "hard": ArithmeticRows(9, min_digits=5)}
     data = InstructionDataModule(
-        MixedRows(parts, {"easy": 1, "hard": 1}, "all_exhausted"), tokenizer="asset://arithmetic-base", streaming=True
+        MixedRows(parts, {"easy": 1, "hard": 1}, "all_exhausted"),
+        streaming={},
+        text={"tokenizer": "asset://arithmetic-base"},
     )
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
@@ -272,7 +292,7 @@ def test_a_stream_of_a_mixture_has_its_sources():
 def test_a_mixture_whose_passes_leave_the_same_rows_out_is_refused():
     """Five rows of the one source, and about as many of the thousand of the other, would be all of the run."""
     mixture = MixedRows({"large": ArithmeticRows(1000), "small": ArithmeticRows(5)}, {"large": 1, "small": 1})
-    data = InstructionDataModule(mixture, tokenizer="asset://arithmetic-base", streaming=True)
+    data = InstructionDataModule(mixture, streaming={}, text={"tokenizer": "asset://arithmetic-base"})
     with pytest.raises(InputError, match="set its stopping_strategy: all_exhausted"):
         data.setup("fit")
 
@@ -285,20 +305,22 @@ def test_the_modules_own_hook_is_called(source, streaming):
             return batch
 
     seen = []
-    data = InstructionDataModule(source, tokenizer="asset://arithmetic-base", streaming=streaming, batch_size=3)
+    data = InstructionDataModule(
+        source, batch_size=3, streaming={} if streaming else None, text={"tokenizer": "asset://arithmetic-base"}
+    )
     trainer(max_steps=2).fit(Hooked(TINY_ARITHMETIC, schedule={"decay": "constant"}), datamodule=data)
     assert seen == [["attention_mask", "input_ids", "labels"]] * 2
 
 
 def test_streamed_rows_cannot_be_evaluated(source):
-    data = InstructionDataModule(source, tokenizer="asset://arithmetic-base", streaming=True)
+    data = InstructionDataModule(source, streaming={}, text={"tokenizer": "asset://arithmetic-base"})
     data.setup("fit")
     with pytest.raises(InputError, match=r"data.streaming: the training rows cannot be gone back to"):
         data.evaluation_dataloader("train", 4)
 
 
 def test_what_a_stream_needs(source):
-    data = InstructionDataModule(source, source, tokenizer="asset://arithmetic-base", streaming=True)
+    data = InstructionDataModule(source, source, streaming={}, text={"tokenizer": "asset://arithmetic-base"})
     with pytest.raises(InputError, match="goes round without end: set trainer.max_steps"):
         trainer(max_epochs=1, max_steps=-1).fit(CausalLMModule(TINY_ARITHMETIC), datamodule=data)
     with pytest.raises(InputError, match="no end of an epoch to validate at: set trainer.val_check_interval"):
@@ -307,11 +329,11 @@ def test_what_a_stream_needs(source):
     run.fit(CausalLMModule(TINY_ARITHMETIC), datamodule=data)
     assert "val/nll" in run.callback_metrics
     with pytest.raises(ValueError, match="no known rows to group or divide"):
-        InstructionDataModule(source, streaming=True, validation_fraction=0.1)
+        InstructionDataModule(source, validation_fraction=0.1, streaming={})
 
 
 def test_hub_parts_of_a_streamed_mixture_are_streamed():
     mixture = MixedRows({"a": HubRows("some/name"), "b": "other/name"})
-    data = InstructionDataModule(mixture, tokenizer="asset://arithmetic-base", streaming=True)
+    data = InstructionDataModule(mixture, streaming={}, text={"tokenizer": "asset://arithmetic-base"})
     data.setup("fit")
     assert all(source.streaming for source in mixture.sources.values())

@@ -15,14 +15,14 @@ from dft_lightning.data import ArithmeticRows
 from dft_lightning.errors import InputError
 from dft_lightning.metrics import GradientMetrics, TokenMetrics
 from dft_lightning.ops import TokenOutput
-from small_runs import TINY_ARITHMETIC, arithmetic_data, run_two_processes, trainer
+from small_runs import TINY_ARITHMETIC, arithmetic_data, data_options, run_two_processes, trainer
 
 NAMES = {"loss", "nll", "perplexity", "token_accuracy", "entropy", "mean_weight", "target_tokens"}
 
 
 def validation_data(num_rows=15, **options):
     rows = ArithmeticRows(num_rows, min_digits=1, max_digits=9, seed=8)
-    return InstructionDataModule(rows, validation=rows, tokenizer="asset://arithmetic-base", **options)
+    return InstructionDataModule(rows, validation=rows, **data_options(tokenizer="asset://arithmetic-base", **options))
 
 
 def validate(loss, batch_size, num_rows=15, **options):

@@ -19,7 +19,7 @@ OPTIONS |= {"check_val_every_n_epoch": None}
 PLANS = {
     "ddp": ({"num_rows": 28}, "on_train_batch_end", (3, 7)),  # in the middle of a step, and at the epoch's end
     "shards": ({"packing": "bfd", "max_length": 64, "num_rows": 60}, "on_train_batch_end", (5,)),
-    "one file": ({"streaming": True, "shuffle_buffer_size": 5}, "on_validation_batch_end", (2,)),
+    "one file": ({"streaming": {}, "shuffle_buffer_size": 5}, "on_validation_batch_end", (2,)),
 }
 
 

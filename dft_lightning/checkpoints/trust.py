@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dft_lightning.checkpoints.whole import unreadable
-from dft_lightning.component import Component, class_path, init_parameters, named_class
+from dft_lightning.component import Component, class_path, init_parameters, named_class, not_saved
 from dft_lightning.errors import InputError, one_line, shortened
 from dft_lightning.foreign.jsonargparse import kept_settings
 from dft_lightning.foreign.transformers import wants_code
@@ -169,8 +169,8 @@ def loading_options(
         from the checkpoint.
 
     Raises:
-        InputError: the checkpoint cannot be read, or names a class that would have to be imported; or there is no such
-            argument.
+        InputError: the checkpoint cannot be read, names a class that would have to be imported, or does not hold an
+            option of a group; or there is no such argument.
     """
     _check_arguments(cls, given)
     try:
@@ -183,10 +183,12 @@ def loading_options(
         load = load_hparams_from_tags_csv if str(hparams_file).lower().endswith(".csv") else load_hparams_from_yaml
         options |= load(hparams_file)
     whole = {name: _with_rest(name, value, options.get(name), groups) for name, value in given.items()}
+    left = _of_the_file(options, given, groups)
+    for key, said in not_saved({name: left[name] for name in groups if name in left}, cls.__name__):
+        raise InputError(f"{key}: {said}: pass it to load_from_checkpoint")
     if weights_only is False:
         yield whole
         return
-    left = _of_the_file(options, given, groups)
     # By the caller; what is given in part may still have its class from the file.
     named = import_paths(given) | {path for _, path in _class_paths(given, cls.__name__)}
     named |= check_classes({**left, **whole}, cls.__name__, _IMPORT_IT, named)

@@ -8,5 +8,6 @@ COMMANDS = {
     "score": "dft_lightning.scoring.command.score",
     "sample": "dft_lightning.sampling.command.sample",
     "export": "dft_lightning.export.command.export",
+    "cache": "dft_lightning.inspection.cache.cache",
     "configs": "dft_lightning.cli.shipped_configs.configs",
 }

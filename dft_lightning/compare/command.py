@@ -125,7 +125,7 @@ def _check_fit_config(fit_config: dict[str, Any], path: Path) -> None:
         raise InputError(f"{path}: the base config has no data.{missing}: set it there or in overrides")
     if data["validation"] is None and not data["validation_fraction"]:
         raise InputError(f"{path}: the base config has no data.validation: learning rates are chosen on those rows")
-    if data["streaming"]:
+    if data["streaming"] is not None:
         raise InputError(f"{path}: data.streaming: training rows are measured before and after; read them at once")
     if sets_rates_itself(fit_config["model"]["schedule"]):
         raise InputError(

@@ -20,7 +20,7 @@ from dft_lightning.files import refuse_link, write_text
 
 RUNS = "runs"
 _PATHS = {"trainer": {"default_root_dir", "logger"}}
-_PLACE = {"model": {"loss"}, "data": {"seed"}}  # of a run in the grid, with its learning rate
+_PLACE = {"model": {"loss"}}  # of a run in the grid, with its learning rate and seed
 _REPLACED = ("GenerationEvaluation", "ModelCheckpoint", "RunRecorder")
 
 
@@ -104,9 +104,10 @@ def _run(settings: Settings, fit_config: dict[str, Any], output: Path, run: RunI
     if run.loss is not None:
         config["model"]["loss"] = settings.losses[run.loss]
         config["model"]["optimizer"]["init_args"]["lr"] = run.learning_rate
-    if config["data"]["split_seed"] is None:  # a seed is another order of rows and not another split
-        config["data"]["split_seed"] = config["data"]["seed"]
-    config["seed_everything"] = config["data"]["seed"] = run.seed
+    batches = config["data"]["batches"]
+    if batches["split_seed"] is None:  # a seed is another order of rows and not another split
+        batches["split_seed"] = batches["seed"]
+    config["seed_everything"] = batches["seed"] = run.seed
     recorder = {
         "class_path": "dft_lightning.compare.RunRecorder",
         "init_args": {"folder": str(folder), "run": dataclasses.asdict(run), "evaluation": settings.evaluation},
@@ -174,6 +175,7 @@ def common_part(config: dict[str, Any]) -> dict[str, Any]:
     """What the configs of all runs of a comparison share: all but loss, learning rate, seed and paths."""
     plain = _without(config, {**_PATHS, **_PLACE}, {"folder", "run"})
     plain.pop("seed_everything", None)
+    plain.get("data", {}).get("batches", {}).pop("seed", None)
     plain.get("model", {}).get("optimizer", {}).get("init_args", {}).pop("lr", None)
     return plain
 

@@ -53,7 +53,7 @@ def check_inputs(runs: Sequence[Run], evaluation: dict[str, Any], classes: Class
 
 def _check_answers(data: InstructionDataModule, scorer: ExactMatch, evaluation: dict[str, Any]) -> None:
     for split in ("validation", "test", *(["forgetting"] if evaluation["forgetting_answers"] else [])):
-        if data.has_split(split):
+        if split in data.splits:
             with naming_the_way_out(split):
                 scorer.check(data.answers(split, None if split == "test" else evaluation["limit"]), split)
 

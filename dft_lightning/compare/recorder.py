@@ -168,7 +168,7 @@ class RunRecorder(Callback):
 
     def _splits(self, trainer: pl.Trainer) -> list[str]:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        return ["validation", *(["forgetting"] if data.has_split("forgetting") else [])]
+        return ["validation", *(["forgetting"] if "forgetting" in data.splits else [])]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, CausalLMModule)
@@ -295,7 +295,7 @@ class RunRecorder(Callback):
             **self._common(trainer),
             "seconds": time.time() - self._started,
             "weights": weights,
-            "problems": hash_texts(trainer.datamodule.problems("test")),  # type: ignore[attr-defined]
+            "problems": hash_texts(trainer.datamodule.splits.problems("test")),  # type: ignore[attr-defined]
             "num_samples": evaluation.num_samples,
             "values": logged | shares(greedy, sampled, evaluation.num_samples),
             "curve": curve,

@@ -187,7 +187,7 @@ def _check(settings: Settings) -> None:
 def _check_overrides(settings: Settings) -> None:
     """What the grid sets for each run cannot be overridden for all of them."""
     rates = (("model", "optimizer", "lr"), ("model", "optimizer", "init_args", "lr"))
-    for keys in (("seed_everything",), ("model", "loss"), *rates, ("data", "seed")):
+    for keys in (("seed_everything",), ("model", "loss"), *rates, ("data", "batches", "seed")):
         below: Any = settings.overrides
         for key in keys:
             below = below.get(key) if isinstance(below, dict) else None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 from transformers import GenerationConfig
+from transformers.utils import chat_template_utils
 
 
 def names_let_be(model: object) -> list[str]:
@@ -35,3 +39,16 @@ def let_pass(config: GenerationConfig) -> None:
 def wants_code(error: Exception) -> bool:
     """Whether a model or tokenizer was not loaded for want of trust in code that it brings along."""
     return "trust_remote_code" in str(error)
+
+
+@contextlib.contextmanager
+def template_clock(chat_template: str, strftime: Callable[[str], str]) -> Iterator[None]:
+    """Have ``strftime_now`` of a chat template tell another day. It is a global of the environment in which
+    transformers compiles the template; a variable of that name would have to be plain data, and no function."""
+    functions = chat_template_utils._compile_jinja_template(chat_template).environment.globals
+    before = functions["strftime_now"]
+    functions["strftime_now"] = strftime
+    try:
+        yield
+    finally:
+        functions["strftime_now"] = before

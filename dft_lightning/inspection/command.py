@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from dft_lightning.cli.commands import FitArguments
 from dft_lightning.data import InstructionDataModule
-from dft_lightning.data.sources import FirstRows, as_source
+from dft_lightning.data.rows.sources import FirstRows, as_source
+from dft_lightning.data.text.tokenizer import end_of_turn
 from dft_lightning.errors import InputError
 from dft_lightning.files import write_text
 from dft_lightning.fit.config import Split, data_of, read_fit
@@ -35,9 +36,9 @@ def inspect(
 ) -> None:
     """Show rows of a fit config as the model will see them, and count them. No model is loaded.
 
-    Learnt tokens are in colour, or in ⟦brackets⟧ where there is none, after their weight where it is not 1. In colour,
-    special tokens are bold and underlined where they are control, and not where a row spells them as text. All other
-    options are those of fit.
+    Learnt tokens are in colour, or in ⟦brackets⟧ where there is none, after their weight where it is not 1. Where a row
+    spells a special token as text, it stands in ⟪text:...⟫; in colour, those that are control are bold and underlined.
+    All other options are those of fit.
 
     Args:
         split: which rows
@@ -55,8 +56,9 @@ def inspect(
     _check_numbers(rows, first, limit)
     _check_page(output)
     data = load(read_fit(fit), split, limit, fit.classes)
-    table, tokenizer = data.tokenized(split), data.tokenizer
+    table, tokenizer = data.splits.tokenized(split), data.tokenizer
     assert tokenizer is not None
+    turn_end = end_of_turn(tokenizer, data.text.chat_template_kwargs)
     if rows and first > len(table):
         raise InputError(f"--first: there is no row {first}: {split} has {len(table)} to show")
     shown = [table[i] for i in range(first - 1, min(first - 1 + rows, len(table)))]
@@ -64,7 +66,8 @@ def inspect(
 
     def show(console: Console) -> None:
         for row in shown:
-            show_row(console, tokenizer, row, f"{split} row {json.loads(row['number'])}")
+            title = f"{split} row {json.loads(row['number'])}"
+            show_row(console, tokenizer, row, title, turn_end[0] if turn_end else None)
         show_counts(console, data, split, summary)
         if limit is not None and data.validation_fraction:
             console.print(f"of the first {limit} rows alone: fit divides all of them, and otherwise")
@@ -108,9 +111,9 @@ def load(
         InputError: as the data module's.
     """
     data = data_of(config, classes)
-    streaming = data.streaming and split == "train"
+    streaming = data.streaming is not None and split == "train"
     if streaming:
-        limit, data.streaming = limit or _OF_A_STREAM, False
+        limit, data.streaming = limit or _OF_A_STREAM, None
     # Where validation is a part of the training rows, those are read.
     origin = "train" if split == "validation" and data.validation_fraction else split
     source = data.sources[origin]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from dft_lightning.data.text.special_tokens import special_tokens
 from dft_lightning.inspection.summary import SplitSummary
 from dft_lightning.losses.base import IGNORE_INDEX
 
@@ -33,26 +35,45 @@ def new_console(**options: Any) -> Console:
     return Console(markup=False, emoji=False, highlight=False, **options)
 
 
-def show_row(console: Console, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], title: str) -> None:
+def show_row(
+    console: Console,
+    tokenizer: PreTrainedTokenizerBase,
+    row: dict[str, Any],
+    title: str,
+    turn_end: str | None = None,
+) -> None:
     """A row's tokens: what is learnt in colour, or in ⟦brackets⟧ where there is none, with weights that are not 1.
 
-    In colour, special tokens that are control are bold and underlined; the same characters as text are not.
+    The name of a special token that is none here, but text, is ⟪text:...⟫. In colour, those that are control are bold
+    and underlined.
+
+    Args:
+        console: to show it on.
+        tokenizer: of the row.
+        row: of a tokenised split.
+        title: of it.
+        turn_end: what ends a turn: control, whether or not the tokenizer calls it special.
     """
     learnt = sum(label != IGNORE_INDEX for label in row["labels"])
     cut = ", truncated" if row["truncated"] else ""
     console.rule(f"{title}: {len(row['input_ids'])} tokens, {learnt} targets{cut}", align="left")
     text = Text(overflow="fold")
     coloured = console.color_system is not None and not console.no_color
-    for weight, passage in groupby(_pieces(tokenizer, row), lambda piece: piece.weight):
+    special = special_tokens(tokenizer, turn_end)
+    pieces = _named(list(_pieces(tokenizer, row, special)), special)
+    before: float | None = None
+    for weight, passage in groupby(pieces, lambda piece: piece.weight):
         style = "dim" if weight is None else "black on green" if weight >= 1 else "black on yellow"
         brackets = not coloured and weight is not None
-        if weight not in (None, 1):
+        # Green beside green has no border.
+        if weight not in (None, 1) or (coloured and weight == 1 and before not in (None, 1)):
             text.append(f"{weight:g}* ", style="bold yellow")
         text.append("⟦" if brackets else "")
         for piece in passage:
             control = "bold underline not dim" if piece.control else ""
             text.append(piece.text.translate(_CONTROLS), style=f"{style} {control}".strip())
         text.append("⟧" if brackets else "")
+        before = weight
     console.print(text)
 
 
@@ -65,8 +86,7 @@ class _Piece:
     control: bool
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> Iterator[_Piece]:
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+def _pieces(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], special: Container[int]) -> Iterator[_Piece]:
     ids, weights = row["input_ids"], row["weights"] or [1.0] * len(row["labels"])
     kinds = [
         (None if label == IGNORE_INDEX else weight, token in special)
@@ -81,24 +101,40 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> Iterator
         before = through
 
 
+def _named(pieces: list[_Piece], special: dict[int, str]) -> Iterator[_Piece]:
+    """The pieces, with the names of special tokens marked that are text, in whole or in part."""
+    names = "|".join(map(re.escape, sorted(special.values(), key=len, reverse=True))) or "(?!)"
+    whole = "".join(piece.text for piece in pieces)
+    is_control = [piece.control for piece in pieces for _ in piece.text]
+    spelled = [found for found in re.finditer(names, whole) if not all(is_control[found.start() : found.end()])]
+    begin, end = {found.start() for found in spelled}, {found.end() - 1 for found in spelled}
+    place = 0
+    for piece in pieces:
+        marked = (
+            f"{'⟪text:' * (i in begin)}{character}{'⟫' * (i in end)}" for i, character in enumerate(piece.text, place)
+        )
+        yield replace(piece, text="".join(marked) if spelled else piece.text)
+        place += len(piece.text)
+
+
 def show_counts(console: Console, data: InstructionDataModule, split: str, summary: SplitSummary) -> None:
     """Tables of rows, tokens and lengths, and what batches will look like."""
-    counts = data.counts[split]
+    counts = data.splits.counts[split]
     console.rule(f"{split}: {counts.rows} rows read", align="left")
-    to = "" if data.max_length is None else f" to {data.max_length} tokens"
+    to = "" if data.text.max_length is None else f" to {data.text.max_length} tokens"
     console.print(
         f"{counts.bad} bad and skipped, {counts.dropped} dropped without a target, {counts.truncated} truncated{to}"
     )
     console.print(_sources_table(summary))
     bar = "#" if console.options.ascii_only else "█"
     console.print(_histogram(summary, bar * min(_BAR, max(console.width - _BESIDE_BAR, 1))))
-    if split == "train" and data.packs is not None and data.max_length is not None:
+    if split == "train" and data.packs is not None and data.text.max_length is not None:
         packs = data.packs
         console.print(
-            f"packed: {len(packs.pieces)} documents in {len(packs)} rows of {data.max_length} tokens, "
-            f"{packs.efficiency(data.max_length):.2%} full"
+            f"packed: {len(packs.pieces)} documents in {len(packs)} rows of {data.text.max_length} tokens, "
+            f"{packs.efficiency(data.text.max_length):.2%} full"
         )
-    elif data.padding_free:
+    elif data.batches.padding_free:
         console.print("padding-free: rows are joined, none are padded")
     else:
         size = data.batch_size if split == "train" else data.eval_batch_size
@@ -118,7 +154,7 @@ def _sources_table(summary: SplitSummary) -> Table:
 
 def _histogram(summary: SplitSummary, longest_bar: str) -> Table:
     lengths = summary.lengths
-    table = Table("tokens of a row", "rows", "", title=_quantiles(lengths), title_justify="left", title_style="")
+    table = Table("tokens of a row", "rows", "", title=_quantiles(summary), title_justify="left", title_style="")
     counts, edges = np.histogram(lengths, bins=min(_BINS, int(np.ptp(lengths)) + 1))
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         bar = longest_bar[: round(len(longest_bar) * int(count) / int(counts.max()))]
@@ -127,6 +163,12 @@ def _histogram(summary: SplitSummary, longest_bar: str) -> Table:
     return table
 
 
-def _quantiles(lengths: Any) -> str:
+def _quantiles(summary: SplitSummary) -> str:
+    lengths, positions = summary.lengths, summary.positions
     low, middle, high, most = (int(value) for value in np.quantile(lengths, [0, 0.5, 0.95, 1], method="nearest"))
-    return f"shortest {low}, median {middle}, 95% up to {high}, longest {most}"
+    found = f"shortest {low}, median {middle}, 95% up to {high}, longest {most}"
+    if positions is None:
+        return found
+    longer = int((lengths > positions).sum())
+    beyond = f", and {longer} row{'s are' if longer > 1 else ' is'} longer" if longer else ""
+    return f"{found}; the model has {positions} positions{beyond}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dft_lightning.losses.base import IGNORE_INDEX
+from dft_lightning.models.loading import number_of_positions
 
 if TYPE_CHECKING:
     from dft_lightning.data import InstructionDataModule
@@ -42,10 +43,12 @@ class SplitSummary:
     Attributes:
         sources: one, or the parts of a mixture.
         lengths: tokens of each row, ``[rows]``.
+        positions: that the model has; ``None`` where its config has no number.
     """
 
     sources: list[SourceSummary]
     lengths: Counts
+    positions: int | None = None
 
     @property
     def total(self) -> SourceSummary:
@@ -65,10 +68,10 @@ class SplitSummary:
 
 def summarise(data: InstructionDataModule, split: str) -> SplitSummary:
     """Count a loaded split."""
-    names = data.sources_of(split) or [split]
+    names = data.splits.sources_of(split) or [split]
     sums = np.zeros((len(names), 3))
     rows = np.zeros(len(names), np.int64)
-    table = data.tokenized(split)
+    table = data.splits.tokenized(split)
     for start in range(0, len(table), _ROWS_AT_ONCE):
         stretch = table[start : start + _ROWS_AT_ONCE]
         for ids, labels, weights, part in zip(*(stretch[name] for name in _COLUMNS), strict=True):
@@ -79,7 +82,11 @@ def summarise(data: InstructionDataModule, split: str) -> SplitSummary:
         SourceSummary(name, int(number), int(tokens), int(targets), float(weight))
         for name, number, (tokens, targets, weight) in zip(names, rows, sums, strict=True)
     ]
-    return SplitSummary(sources, data.lengths(split).numpy().astype(np.int64))
+    loading = data.model_hparams.get("loading") or {}
+    options = {name: loading[name] for name in ("revision", "trust_remote_code") if name in loading}
+    model = data.model_hparams.get("model")
+    positions = None if model is None else number_of_positions(model, **options)
+    return SplitSummary(sources, data.splits.lengths(split).numpy().astype(np.int64), positions)
 
 
 _COLUMNS = ("input_ids", "labels", "weights", "part")

@@ -16,7 +16,7 @@ from dft_lightning.models.head import LanguageModelHead, check_head, find_head, 
 from dft_lightning.models.row_checks import apart, check_rows, rotary_length, rounding, trying, vocabulary_of
 
 ATTENTION = "documents"
-WAY_OUT = "train on padded rows (data.padding_free: false, no data.packing)"
+WAY_OUT = "train on padded rows (data.batches.padding_free: false, no data.batches.packing)"
 
 
 def register_documents_attention() -> None:
@@ -64,7 +64,9 @@ def model_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
         )
     if attention_of(model) == ATTENTION:
         if len(positions) != 1:
-            raise InputError("attn_implementation: documents takes one row at a time: set data.padding_free: true")
+            raise InputError(
+                "attn_implementation: documents takes one row at a time: set data.batches.padding_free: true"
+            )
         if getattr(text_config(model), "output_router_logits", False):
             raise InputError(
                 "attn_implementation: documents puts documents' lengths in place of a mask, which the auxiliary loss "
@@ -75,7 +77,7 @@ def model_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
             raise InputError(
                 f"attn_implementation: documents attends to whole documents, and one of {max(lengths)} tokens is "
                 f"longer than the model's window of attention, {span}: use sdpa or flash_attention_2, or a smaller "
-                "data.max_length"
+                "data.text.max_length"
             )
         # transformers hands a mask of four dimensions to the attention as it is.
         inputs["attention_mask"] = torch.tensor(lengths).view(1, 1, 1, -1)
@@ -152,8 +154,8 @@ def _check_documents_of(length: int, model: nn.Module, num_rows: int) -> None:
             raise InputError(
                 f"{name} does not keep the documents of a row apart: with {change} the logits of a second of {length} "
                 f"tokens move by {difference:.3g}; "
-                + ("set data.padding_free: true, " if num_rows > 1 else "")
-                + (f"set data.max_length to {span} or less, " if length > _CHECKED_TOKENS else "")
+                + ("set data.batches.padding_free: true, " if num_rows > 1 else "")
+                + (f"set data.text.max_length to {span} or less, " if length > _CHECKED_TOKENS else "")
                 + f"use another attn_implementation (sdpa, documents, flash_attention_2), or {WAY_OUT}"
             )
 
@@ -217,7 +219,7 @@ class ModelChecks:
             rank_zero_warn(
                 f"model: {type(model).__name__}'s rotary frequencies ({kind}) are others for the whole batch as soon "
                 f"as one of its rows is longer than {length} tokens, so that losses and metrics depend on what comes "
-                f"together: set data.max_length to {length} or less, or a batch size of 1"
+                f"together: set data.text.max_length to {length} or less, or a batch size of 1"
             )
             self._rotary = None  # said once
 

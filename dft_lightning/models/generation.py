@@ -85,7 +85,7 @@ class Completions:
     def tokenizer(self, datamodule: pl.LightningDataModule | None) -> PreTrainedTokenizerBase:
         """As :meth:`find_tokenizer`. Raises ``InputError`` where there is none."""
         if (tokenizer := self.find_tokenizer(datamodule)) is None:
-            raise InputError("no tokenizer: a model made from a config has none, set data.tokenizer")
+            raise InputError("no tokenizer: a model made from a config has none, set data.text.tokenizer")
         return tokenizer
 
     def stop_token_ids(self, model: nn.Module | None, datamodule: pl.LightningDataModule | None) -> list[int]:

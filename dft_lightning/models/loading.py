@@ -168,6 +168,28 @@ def _read_config(path: str, trust_remote_code: bool, revision: str | None) -> An
     return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
 
 
+def number_of_positions(
+    model: str | dict[str, Any], revision: str | None = None, trust_remote_code: bool = False
+) -> int | None:
+    """How many tokens a model's config says that it has positions for, without the model.
+
+    Returns:
+        The number; ``None`` where it has none, or there is no such config.
+    """
+    from transformers import AutoConfig
+
+    try:
+        if isinstance(model, str):
+            config = _read_config(resolve(model, "model.model"), trust_remote_code, revision)
+        else:
+            values = dict(model)
+            config = AutoConfig.for_model(values.pop("model_type"), **values)
+    except Exception:  # whatever a config's own code raises: who loads the model says it
+        return None
+    number = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return number if isinstance(number, int) and number > 0 else None
+
+
 def _safetensors_files(path: str, options: dict[str, Any]) -> list[Path]:
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
     from transformers.utils.hub import cached_file

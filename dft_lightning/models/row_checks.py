@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -134,3 +135,34 @@ def rotary_length(config: Any) -> tuple[str, int] | None:
             length = rope.get("original_max_position_embeddings") or config.max_position_embeddings
             return rope["rope_type"], int(getattr(config, "original_max_position_embeddings", None) or length)
     return None
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How many tokens of a row a model has positions for.
+
+    Attributes:
+        number: of them.
+        learned: whether they are parameters, so that there is nothing beyond them; rotary ones go on, into what the
+            model was not trained on.
+    """
+
+    number: int
+    learned: bool
+
+
+def positions_of(model: nn.Module, config: Any) -> Positions | None:
+    """A language model's positions; ``None`` where its config names no number of them.
+
+    Args:
+        model: whose tables are looked at.
+        config: of the language model.
+    """
+    number = getattr(config, "max_position_embeddings", None)
+    if not isinstance(number, int) or number < 1 or getattr(config, "alibi", False):
+        return None
+    tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    tables += [name for name, _ in model.named_buffers()]
+    names = [name.rpartition(".")[2] for name in tables]
+    there = any(name == "wpe" or ("pos" in name and "emb" in name) for name in names)
+    return Positions(number, there and not getattr(config, "rope_parameters", None))

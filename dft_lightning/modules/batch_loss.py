@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -63,6 +63,7 @@ class BatchObjective:
         Raises:
             InputError: the model, the head or the batch is none for what is asked.
         """
+        check_batch(batch)
         self._checks.before_batch(model, batch, max_length)
         inputs = _token_inputs(batch, loss)
         if self._head == "full":
@@ -86,6 +87,18 @@ class BatchObjective:
         total = auxiliary * (output.weight.sum() if self._step.renormalize else targets)
         loss = output.loss + (total if normalizer is None else total / normalizer)
         return dataclasses.replace(output, loss=loss, loss_sum=output.loss_sum + auxiliary.detach() * targets)
+
+
+def check_batch(batch: Any) -> None:
+    """Raise ``InputError`` for what is no batch: any loader may make them."""
+    named = isinstance(batch, Mapping)
+    if named and "input_ids" in batch and "labels" in batch:
+        return
+    found = f"has {', '.join(map(str, batch)) or 'nothing'}" if named else f"is of type {type(batch).__name__}"
+    raise InputError(
+        "a batch must be a dict with input_ids, labels (aligned with them, -100 where nothing is learnt) and, where "
+        f"there is padding, attention_mask, each [B, T]: this one {found}"
+    )
 
 
 def _fused(

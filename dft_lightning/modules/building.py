@@ -26,12 +26,13 @@ from dft_lightning.distributed.strategies import (
 from dft_lightning.errors import InputError
 from dft_lightning.foreign.torch import non_persistent_buffers
 from dft_lightning.losses.base import TokenLoss, require_default_forward_options
-from dft_lightning.models.head import ends_of, find_head
+from dft_lightning.models.head import ends_of, find_head, text_config
 from dft_lightning.models.loading import checkpoint_activations, empty_causal_lm, load_causal_lm
 from dft_lightning.models.lora.adapter import attach, base_name, raise_to_float32
 from dft_lightning.models.lora.options import lora_config
 from dft_lightning.models.quantization import is_quantized
 from dft_lightning.models.reference import ReferenceModel, needs_reference_model, reference_of
+from dft_lightning.models.row_checks import positions_of
 from dft_lightning.modules.batch_loss import check_top_k, set_auxiliary_loss
 from dft_lightning.modules.options import LoadingOptions, StepOptions
 
@@ -77,7 +78,7 @@ class ModelBuilder:
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer beside the model; ``None`` for one that is made of a config."""
-        from dft_lightning.data.tokenizer import load_tokenizer
+        from dft_lightning.data.text.tokenizer import load_tokenizer
 
         name, loading = self._model, self._loading
         if not isinstance(name, str):
@@ -124,6 +125,13 @@ class ModelBuilder:
         if self._loading.gradient_checkpointing:
             checkpoint_activations(model)
         return reference
+
+    def check_lengths(self, model: nn.Module, data: Any) -> None:
+        """Name rows that are longer than the model has positions for, where the data module is the package's own."""
+        from dft_lightning.data.splits import Splits
+
+        if isinstance(splits := getattr(data, "splits", None), Splits):
+            splits.check_lengths(positions_of(model, text_config(model)))
 
     def wrap(
         self,
@@ -205,8 +213,8 @@ def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
     rows, highest = embedding.weight.shape[0], max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise InputError(
-            f"data.tokenizer has token ids up to {highest}, but the model's embedding has {rows} rows: use the model's "
-            "own tokenizer"
+            f"data.text.tokenizer has token ids up to {highest}, but the model's embedding has {rows} rows: use the "
+            "model's own tokenizer"
         )
 
 

@@ -25,7 +25,7 @@ from dft_lightning.models.generation import Completions, GenerationOptions
 from dft_lightning.models.loading import config_values
 from dft_lightning.models.lora.options import lora_values
 from dft_lightning.models.reference import ReferenceModel
-from dft_lightning.modules.batch_loss import BatchObjective
+from dft_lightning.modules.batch_loss import BatchObjective, check_batch
 from dft_lightning.modules.building import ModelBuilder, objective_of
 from dft_lightning.modules.monitors import check_monitors, check_monitors_by_validation
 from dft_lightning.modules.optimizer_building import OptimizerBuilder
@@ -155,6 +155,7 @@ class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
             self.model, files = builder.empty() if own and builder.reads_shards(mesh) else (self.build_model(), [])
             tokenizer = getattr(self._datamodule, "tokenizer", None)
             self._reference = builder.prepare(self.model, self.loss, tokenizer, trainer)
+        builder.check_lengths(self.model, self._datamodule)
         self._optimization.see(self, trainer)
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             # What a subclass freezes or trains there counts when the model is wrapped: DDP and FSDP look but once.
@@ -209,7 +210,7 @@ class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
         """
         assert self.model is not None, "call configure_model() first"
         options = {"normalizer": normalizer, "statistics": statistics, "step": self._steps.done(trainer_of(self))}
-        max_length = getattr(getattr(self._datamodule, "hparams", None), "max_length", None)
+        max_length = getattr(getattr(self._datamodule, "text", None), "max_length", None)
         return self._objective.output(self.model, self, batch, self.loss, self._reference, max_length, **options)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -218,6 +219,7 @@ class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
         What is added to it counts at its own strength, each micro-batch weighted as its targets are: ``backward`` puts
         the share of the step on.
         """
+        check_batch(batch)
         synchronise(self, self.sharding, steps=step_ends(self.trainer))
         targets = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
         divisor = self._steps.divisor_of(targets, batch_idx, self.trainer)

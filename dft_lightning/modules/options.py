@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from dft_lightning.checkpoints.trust import loading_options
-from dft_lightning.component import from_plain, init_parameters
+from dft_lightning.component import from_plain, group_of, init_parameters
 from dft_lightning.distributed.sharding import ShardingOptions
 from dft_lightning.errors import check_one_of
 from dft_lightning.metrics import AnswerExtractor, LastNumber
@@ -21,8 +21,6 @@ from dft_lightning.modules.schedules import schedule_values
 
 Head = Literal["fused", "full"]
 OnNonFinite = Literal["raise", "skip"]
-
-G = TypeVar("G")
 
 GROUPS = ("loading", "sharding", "step", "evaluation", "generation")
 """Names of the arguments that are groups of options, and of those within them."""
@@ -111,22 +109,6 @@ class EvaluationOptions:
         generation = group_of(GenerationOptions, self.generation, "generation")
         object.__setattr__(self, "generation", generation)
         object.__setattr__(self, "answer_extractor", from_plain(self.answer_extractor, AnswerExtractor))
-
-
-def group_of(cls: type[G], given: G | Mapping[str, Any], key: str) -> G:
-    """A group of options, from itself or from a dict of its fields.
-
-    Raises:
-        ValueError: the dict has a key that is no field, or ``given`` is neither.
-    """
-    if isinstance(given, cls):
-        return given
-    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{key}: expected {cls.__name__} or a dict of its fields, got {type(given).__name__}")
-    if unknown := [name for name in given if name not in known]:
-        raise ValueError(f"{key}: {cls.__name__} has no {', '.join(map(str, unknown))}; it has {', '.join(known)}")
-    return cls(**given)
 
 
 def whole_options(values: dict[str, Any]) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def sample(
             if config.get("ckpt_path") is not None:
                 raise InputError(
                     "--ckpt_path: sample takes no checkpoint: `export` it, and give the folder as --model.model, with "
-                    "--data.tokenizer where the config names one"
+                    "--data.text.tokenizer where the config names one"
                 )
             data, prompts = read_prompts(config, split, limit, fit.classes)
             # Sampling needs no loss, and one may read what rows do not have.
@@ -210,7 +210,7 @@ def line_of(job: Job, completion: Completion, prompts: Prompts, scorer: ExactMat
     correct = completion.finished and scorer.score(completion.text, answer)
     return {
         **prompts.question(index),
-        prompts.columns.completion: completion.text,
+        prompts.options.completion_column: completion.text,
         "gold_answer": answer,
         "correct": correct,
         "reward": float(correct),

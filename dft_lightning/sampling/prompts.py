@@ -11,10 +11,11 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dft_lightning.data import InstructionDataModule
-from dft_lightning.data.forms import Conversation, RowColumns, convert_row, recognise_form
-from dft_lightning.data.messages import Conversations, Problems, load_conversation
-from dft_lightning.data.sources import FirstRows, as_source
-from dft_lightning.data.tokens import ConversationEncoder, attempt
+from dft_lightning.data.options import RowOptions
+from dft_lightning.data.rows.forms import Conversation, Reading, convert_row, recognise_form
+from dft_lightning.data.rows.reading import Conversations, Problems, load_conversation
+from dft_lightning.data.rows.sources import FirstRows, as_source
+from dft_lightning.data.text.tokens import ConversationEncoder, attempt
 from dft_lightning.errors import InputError
 from dft_lightning.fit.config import data_of
 from dft_lightning.fit.own_classes import Classes
@@ -31,13 +32,13 @@ class Prompts:
     Attributes:
         rows: their conversations, without what the data options put into every one.
         ids: tokens of each prompt as the model is given it.
-        columns: how ``fit`` reads the lines.
+        options: how ``fit`` reads the lines.
         digest: of all that decides what lines say beside the model's own words.
     """
 
     rows: Conversations
     ids: list[IntArray]
-    columns: RowColumns
+    options: RowOptions
     digest: str
 
     def __len__(self) -> int:
@@ -45,7 +46,7 @@ class Prompts:
 
     def question(self, index: int) -> dict[str, Any]:
         """The columns of a line that ask: the prompt, and ``tools`` where there are some."""
-        return question_of(self._conversation(index), self.columns)
+        return question_of(self._conversation(index), self.options)
 
     def answer(self, index: int) -> str | None:
         """What a completion is scored against: the row's final assistant turn; ``None`` where it has none."""
@@ -59,20 +60,28 @@ class Prompts:
         return load_conversation(self.rows.table[index]["conversation"])
 
 
-def question_of(conversation: Conversation, columns: RowColumns) -> dict[str, Any]:
-    """A row's prompt: a text where it is one message of a user, messages otherwise."""
-    messages = conversation.messages
-    before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    before = [{key: value for key, value in message.items() if key != "weight"} for message in before]
+def question_of(conversation: Conversation, options: RowOptions) -> dict[str, Any]:
+    """A row's prompt: a text where it is one message of a user, messages otherwise; with its tools and variables."""
+    *before, last = conversation.messages
+    begun = last["content"][: last.get("prefix_length", 0)]  # of the answer, where the prompt begins it
+    if last["role"] != "assistant":
+        before = [*before, last]
+    elif begun:
+        before = [*before, {"role": "assistant", "content": begun}]
+    before = [{key: value for key, value in message.items() if key not in _WEIGHTS} for message in before]
     alone = len(before) == 1 and before[0].keys() == {"role", "content"} and before[0]["role"] == "user"
-    tools = {} if conversation.tools is None else {"tools": conversation.tools}
-    return {columns.prompt: before[0]["content"] if alone else before, **tools}
+    others = {"tools": conversation.tools, "chat_template_kwargs": conversation.template_kwargs}
+    prompt = {options.prompt_column: before[0]["content"] if alone else before}
+    return prompt | {column: value for column, value in others.items() if value is not None}
+
+
+_WEIGHTS = ("weight", "content_weights")
 
 
 def answer_of(conversation: Conversation) -> str | None:
     """A row's final assistant turn."""
-    last = conversation.messages[-1] if conversation.messages else {"role": ""}
-    return str(last["content"]) if last["role"] == "assistant" else None
+    last: dict[str, Any] = conversation.messages[-1] if conversation.messages else {"role": ""}
+    return str(last["content"])[last.get("prefix_length", 0) :] if last["role"] == "assistant" else None
 
 
 def read_prompts(
@@ -90,49 +99,53 @@ def read_prompts(
         InputError: no such rows, bad ones, or ones without a prompt; columns that lines have for something else.
     """
     # What is put into every row is put in by ``fit`` again: lines are without.
-    common = {name: config["data"][name] for name in ("system_prompt", "prompt_suffix")}
-    data = data_of({**config, "data": {**config["data"], **dict.fromkeys(common)}}, classes)
-    columns = replace(data.columns, form="prompt_completion", **common)
-    check_columns(columns)
-    data.streaming = False
+    rows_of = config["data"]["rows"]
+    common = {name: rows_of[name] for name in ("system_prompt", "prompt_suffix")}
+    data = data_of({**config, "data": {**config["data"], "rows": {**rows_of, **dict.fromkeys(common)}}}, classes)
+    options = replace(data.rows, form="prompt_completion", **common)
+    check_columns(options)
+    data.streaming = None
     source = data.sources[split]
     divided = bool(data.validation_fraction) and split in ("train", "validation")
     if limit is not None and source is not None and not divided:
         data.sources[split] = FirstRows(as_source(source, "test" if split == "predict" else split), limit)
-    rows, encoder = data.read_split(split)
+    rows, encoder = data.splits.read(split), data.splits.encoder(split)
+    assert rows is not None
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
-    rows, ids = _encoded(rows, encoder, columns, skip=data.on_bad_rows == "skip")
-    digest = hashlib.sha256(f"{rows.digest} {columns.prompt} {columns.completion}".encode())
+    rows, ids = _encoded(rows, encoder, options)
+    digest = hashlib.sha256(f"{rows.digest} {options.prompt_column} {options.completion_column}".encode())
     for tokens in ids:
         digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())
-    return data, Prompts(rows, ids, columns, digest.hexdigest())
+    return data, Prompts(rows, ids, options, digest.hexdigest())
 
 
-def check_columns(columns: RowColumns) -> None:
+def check_columns(options: RowOptions) -> None:
     """Whether lines with these columns are read as what they are.
 
     Raises:
         InputError: names the option.
     """
-    names = (columns.prompt, columns.completion, "tools", *KEYS)
-    for option, name in (("prompt_column", columns.prompt), ("completion_column", columns.completion)):
+    names = (options.prompt_column, options.completion_column, "tools", "chat_template_kwargs", *KEYS)
+    for option, name in (("prompt_column", options.prompt_column), ("completion_column", options.completion_column)):
         if names.count(name) > 1:
-            raise InputError(f"data.{option}: {name} is another column of the samples: rename it by rename_columns")
-    if columns.weight not in (None, "reward"):
+            raise InputError(
+                f"data.rows.{option}: {name} is another column of the samples: rename it by rename_columns"
+            )
+    if options.weight_column not in (None, "reward"):
         raise InputError(
-            f"data.weight_column: {columns.weight} leaves the samples' reward out, so that wrong answers were learnt "
-            "as right ones: leave it out, or set reward"
+            f"data.rows.weight_column: {options.weight_column} leaves the samples' reward out, so that wrong answers "
+            "were learnt as right ones: leave it out, or set reward"
         )
-    if recognise_form(dict.fromkeys(names), replace(columns, form="auto")) != "prompt_completion":
+    if recognise_form(dict.fromkeys(names), replace(options, form="auto")) != "prompt_completion":
         raise InputError(
-            f"data.prompt_column: rows with the columns {columns.prompt} and {columns.completion} are not read as "
-            "prompt and completion: rename them by rename_columns"
+            f"data.rows.prompt_column: rows with the columns {options.prompt_column} and {options.completion_column} "
+            "are not read as prompt and completion: rename them by rename_columns"
         )
 
 
 def _encoded(
-    rows: Conversations, encoder: ConversationEncoder, columns: RowColumns, skip: bool
+    rows: Conversations, encoder: ConversationEncoder, options: RowOptions
 ) -> tuple[Conversations, list[IntArray]]:
     """Rows that have a prompt, and its tokens: those that ``fit`` makes of the line."""
     ids: list[IntArray] = []
@@ -141,17 +154,17 @@ def _encoded(
     for place, (conversation, number) in enumerate(zip(rows, rows.numbers, strict=True)):
         if conversation.text is not None:
             raise InputError(f"{rows.name}: plain text has no prompt to generate from: give rows of another form")
-        line = {**question_of(conversation, columns), columns.completion: "."}  # any: a prompt ends before it
-        found = attempt(encoder.prompt, convert_row(line, "prompt_completion", columns, "any"))
+        line = {**question_of(conversation, options), options.completion_column: "."}  # any: a prompt ends before it
+        found = attempt(encoder.prompt, convert_row(line, "prompt_completion", Reading(options)))
         if isinstance(found, InputError):
             problems.add(number, found)
         else:
             ids.append(np.array(found[1], np.int32))
             kept.append(place)
-    if problems.count and (not skip or not ids):
+    if problems.count and (options.on_bad_rows == "raise" or not ids):
         raise InputError(problems.report(len(rows)))
     if problems.count:
-        rank_zero_warn(f"data.on_bad_rows: skip\n{problems.report(len(rows))}")
+        rank_zero_warn(f"data.rows.on_bad_rows: skip\n{problems.report(len(rows))}")
         rows = rows.select(kept)
     return rows, ids
 

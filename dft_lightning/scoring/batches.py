@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import IterableDataset
 
-from dft_lightning.data.batches import Collator
-from dft_lightning.data.references import FINGERPRINT, LOG_PROB
+from dft_lightning.data.batches.collating import Collator
+from dft_lightning.data.rows.references import FINGERPRINT, LOG_PROB
 from dft_lightning.errors import InputError
 from dft_lightning.losses.base import IGNORE_INDEX
 from dft_lightning.modules import CausalLMModule

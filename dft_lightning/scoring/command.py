@@ -142,9 +142,9 @@ class ScoringCLI(DFTLightningCLI):
             "checkpoint": self._checkpoint,
             "dtype": model["loading"]["dtype"],
             "precision": self.trainer.precision,
-            "tokenizer": data.tokenizer_name or model["model"],
-            "max_length": data.max_length,
-            "packing": data.packing,
+            "tokenizer": data.text.tokenizer or model["model"],
+            "max_length": data.text.max_length,
+            "packing": data.batches.packing,
             "versions": versions,
             "splits": {
                 split.split: {
@@ -179,7 +179,7 @@ def _chosen(data: InstructionDataModule, splits: Sequence[Split] | None) -> list
 def _say(split: SplitRows) -> None:
     if split.problems.count:
         rank_zero_warn(
-            f"data.on_bad_rows: skip\n{split.problems.report(split.total)}\nThey are left out of what is written"
+            f"data.rows.on_bad_rows: skip\n{split.problems.report(split.total)}\nThey are left out of what is written"
         )
     if split.left_out:
         names = ", ".join(sorted(split.left_out))

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from dft_lightning.data.files import BrokenRow, BrokenText, load_json
-from dft_lightning.data.forms import Conversation, UnknownForm
-from dft_lightning.data.messages import Problems, RowReader
-from dft_lightning.data.packing import cut
-from dft_lightning.data.references import FINGERPRINT, LOG_PROB, fingerprint_of
-from dft_lightning.data.tokens import EncodedRow
-from dft_lightning.data.turns import BadRow
+from dft_lightning.data.batches.packing import cut
+from dft_lightning.data.rows.checks import BadRow
+from dft_lightning.data.rows.forms import Conversation, UnknownForm
+from dft_lightning.data.rows.reading import Problems, RowReader
+from dft_lightning.data.rows.references import FINGERPRINT, LOG_PROB, fingerprint_of
+from dft_lightning.data.rows.values import BrokenRow, BrokenText, load_json
+from dft_lightning.data.text.tokens import EncodedRow
 from dft_lightning.errors import InputError, shortened
 from dft_lightning.losses.base import IGNORE_INDEX
 
@@ -60,9 +60,9 @@ class SplitRows:
 
     def __init__(self, data: InstructionDataModule, split: str) -> None:
         self.split = split
-        self.on_bad_rows = data.on_bad_rows
+        self.on_bad_rows = data.rows.on_bad_rows
         self._data = data
-        self.source = data.reader(split).source
+        self.source = data.splits.reader(split).source
         if self.source.parts:
             raise InputError(
                 f"data.{split}: a mixture's rows cannot be scored together: score each of its sources by "
@@ -92,7 +92,7 @@ class SplitRows:
     def stretches(self) -> Iterator[list[SourceRow]]:
         """The good rows, some at a time."""
         self.problems = Problems(self.source.name)
-        reader, again = self._data.reader(self.split), self._data.reader(self.split)
+        reader, again = self._data.splits.reader(self.split), self._data.splits.reader(self.split)
         source = self.source.rows()
         while stretch := list(islice(source, _ROWS_AT_ONCE)):
             found = [self._read(number, row, reader, again) for number, row in stretch]
@@ -133,13 +133,19 @@ class SplitRows:
             return kept
 
     def _encode(self, found: list[tuple[int | str, dict[str, Any], Conversation]]) -> list[SourceRow]:
-        encoder = self._data.encoder(self.split)
+        encoder = self._data.splits.encoder(self.split)
         rows = []
         whole = encoder.encode_whole([conversation for _, _, conversation in found])
-        for (number, values, _), tokens in zip(found, whole, strict=True):
-            if isinstance(tokens, InputError):
-                self.problems.add(number, tokens)
+        for (number, values, _), made in zip(found, whole, strict=True):
+            if isinstance(made, InputError):
+                self.problems.add(number, made)
                 continue
+            if len(made) > 1:
+                raise InputError(
+                    f"{self.source.name}: row {number}: {len(made)} rows are made of it, one of each turn, and "
+                    f"{LOG_PROB} is of one: set data.text.train_turns: last"
+                )
+            (tokens,) = made
             fingerprint = fingerprint_of(tokens.input_ids, tokens.labels, encoder.piece_length)
             kept = tokens.cut(encoder.max_length)
             rows.append(SourceRow(number, values, kept, fingerprint, _pieces(kept, encoder.piece_length)))
