@@ -22,9 +22,10 @@ from typing import Any
 
 from transformers import GPT2Tokenizer, PreTrainedTokenizerBase
 
-from dft_lightning.data.forms import Conversation
-from dft_lightning.data.template import ChatTemplate, Rendered
-from dft_lightning.data.tokenizer import end_of_turn, load_tokenizer
+from dft_lightning.data.options import TextOptions
+from dft_lightning.data.rows.forms import Conversation
+from dft_lightning.data.text.template import ChatTemplate, Rendered
+from dft_lightning.data.text.tokenizer import end_of_turn, load_tokenizer
 from dft_lightning.errors import InputError
 
 TURN = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello!"}]
@@ -56,21 +57,50 @@ _SPECIAL = re.compile(
 _HEAD = """\
 # Chat templates and what is learnt
 
-Each row is a chat template and the passages of a conversation that are learnt from it, as text (`\\n` is a line break).
-Path `generation` takes what the template marks by `{% generation %}`. Path `prefixes` renders the conversation up to
-each assistant turn with the generation prompt, and up to its end: what the second has beyond the first is learnt, if
-both are what the whole conversation begins with. On either path a turn is learnt up to and including the tokens that
-end it; what follows them is not, nor is the next turn's header. What stands at a turn's beginning in the table is what
-the model itself has to write after the prompt, or what the template marks: some templates' blocks (of DeepSeek, GPT-OSS
-and Muse here) begin before the turn's own header, which is learnt with them.
+Each row is a chat template and the passages of a conversation that are learnt from it, as text (`\\n` is a line
+break). Path `generation` takes what the template marks by `{% generation %}`. Path `prefixes` renders the
+conversation up to each assistant turn with the generation prompt, and up to its end: what the second has beyond the
+first is learnt, if both are what the whole conversation begins with. On either path a turn is learnt up to and
+including the tokens that end it; what follows them is not, nor is the next turn's header. What stands at a turn's
+beginning in the table is what the model itself has to write after the prompt.
 
-**Where a template is refused** the error shows the first place where the texts differ. If earlier turns are rendered
-otherwise than last ones, set `data.train_turns: last`, or give the earlier assistant messages `"weight": 0`: the last
-turn is learnt, after the earlier ones as the template shows them. If turns do not begin with the generation prompt, set
-the template's variables by `data.chat_template_kwargs`, such as `enable_thinking: false`. In either case a template
-that marks its turns by `{% generation %}` can stand in `data.chat_template`: those named `_training` below come with
-TRL. Templates that leave out tool calls are refused for rows that have them. A template that ends turns with no token
-of its own is warned of: the model does not learn to stop.
+**Text and prompt begin alike.** What generation of a row's last turn starts from must be what the row's text begins
+with, on either path. Nothing of it is learnt: some templates' `{% generation %}` blocks (of DeepSeek, GPT-OSS, Muse
+and Qwen2.5 here) begin with the turn's own header, which is left out, in earlier turns as in the last.
+
+**Empty thoughts are not learnt** where a turn begins with them (`<think>\\n\\n</think>\\n\\n`, `[THINK][/THINK]`,
+those of Cohere, Gemma, GPT-OSS, Apertus and Kimi), whether the template writes them, the row does, or the prompt
+begins them. `data.text.train_empty_thoughts: true` learns them.
+
+**A row each.** Where a template rewrites earlier turns once more follow, each assistant turn makes a row of its own:
+the conversation up to it, rendered as the model meets it in use, of which that turn is learnt. The run says of how
+many conversations. `data.text.train_turns: each` does so whatever the template, `last` learns the last turn alone,
+after the others as the template shows them. A template that marks its turns by `{% generation %}` is taken at its
+word, and makes one row: those named `_training` below come with TRL.
+
+**Marks are followed.** transformers takes the place of a `{% generation %}` block to be the length of what was
+written before it, which is another place where the block stands in a macro, a `{% set %}` block, `{% call %}` or a
+filter. Such marks are found in the text itself; where a filter changes what they are around, the row is refused.
+
+**Many turns** are not each rendered with all that is before them, which would take time that grows with their square.
+The first, one in the middle and the last are; the others are rendered with the turn before them, and the whole text
+must be what these renderings have, one after the other. Where anything differs each is held against the whole after
+all.
+
+**Where a template is refused** the error shows the first place where the texts differ. If turns do not begin with the
+generation prompt, set the template's variables by `data.text.chat_template_kwargs`, such as `enable_thinking: false`,
+or another `data.text.chat_template`. A template that ends turns with no token of its own is warned of: the model does
+not learn to stop.
+
+**What a template leaves out.** Templates that leave out tool calls are refused for rows that have them. Tools, thoughts
+of learnt turns (`reasoning_content`, `reasoning`, `thinking`) and contents that it does not write are named in a
+warning, with the number of rows. What is not in the text as it stands is looked for a second time, with a word in its
+place that nothing else has, as templates may escape or divide it. Many take the thoughts out of turns before the last:
+of turns that are not learnt that is not said. The way out is another `data.text.chat_template`; a thought may also
+stand in the content, as `<think>…</think>`.
+
+**Variables** of the template are `data.text.chat_template_kwargs`, and a row's own `chat_template_kwargs`, which goes
+before them for that row, in training and generation. Those that the template does not read are named in a warning.
 """
 
 _TABLE = """\
@@ -137,30 +167,23 @@ def _with_system(template: ChatTemplate) -> str:
 
 def _learnt(template: ChatTemplate, messages: list[dict[str, Any]], tools: Any = None) -> str:
     conversation = Conversation(messages, tools)
-    found = _render(template, conversation)
-    if isinstance(found, Rendered):
-        return _passages(found)
+    found = _rows(template, conversation)
+    if isinstance(found, list):
+        passages = [" ".join(_code(row.text[span.start : span.end]) for span in row.spans) for row in found]
+        return ("a row each: " if len(found) > 1 else "") + " and ".join(passages)
     cell = f"refused: {_reason(found)}"
-    remedies: dict[str, dict[str, Any]] = {
-        "`train_turns: last`": {"train_turns": "last"},
-        "`enable_thinking: false`": {"template_kwargs": {"enable_thinking": False}},
-    }
-    for option, settings in remedies.items():
-        remedied = _render(ChatTemplate(template.tokenizer, **settings), conversation)
-        if isinstance(remedied, Rendered):
-            return f"{cell}; {option}: {_passages(remedied)}"
+    without = TextOptions(chat_template_kwargs={"enable_thinking": False})
+    if isinstance(_rows(ChatTemplate(template.tokenizer, without), conversation), list):
+        remedied = _learnt(ChatTemplate(template.tokenizer, without), messages, tools)
+        return f"{cell}; `enable_thinking: false`: {remedied}"
     return cell
 
 
-def _render(template: ChatTemplate, conversation: Conversation) -> Rendered | InputError:
+def _rows(template: ChatTemplate, conversation: Conversation) -> list[Rendered] | InputError:
     try:
-        return template.render(conversation)
+        return template.rows(conversation)
     except InputError as error:
         return error
-
-
-def _passages(found: Rendered) -> str:
-    return " ".join(_code(found.text[span.start : span.end]) for span in found.spans)
 
 
 def _reason(error: InputError) -> str:
