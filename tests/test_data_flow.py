@@ -210,7 +210,7 @@ def test_what_is_learnt_is_what_the_assistant_says(name):
     layout, tokens = MAKERS[name][1], bytes_of_tokens(name)
     special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
-    @settings(FLOW, max_examples=25)
+    @settings(FLOW, max_examples=15)
     @example([exchange("", "<|im_end|>\U000f0000")])  # a mark of this package before the template's own token
     @example([exchange("", "<think>\u0338")])
     @example([exchange("", "\n\nx")])  # GPT-2's first token straddles the border
@@ -325,7 +325,7 @@ def test_batches_have_the_rows_however_they_are_made(tmp_path_factory):
     path = tmp_path_factory.mktemp("flow") / "rows.jsonl"
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    @settings(FLOW, max_examples=20)
+    @settings(FLOW, max_examples=12)
     @given(st.lists(conversations(), min_size=1, max_size=8), st.integers(2, 120), st.integers(1, 4), st.integers(0, 2))
     def check(drawn, max_length, batch_size, seed):
         lines = [json.dumps({"messages": messages}, ensure_ascii=False) for messages in drawn]

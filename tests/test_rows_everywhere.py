@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import json
 import random
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, IterableDataset
 
+from conftest import at_hand
+from dft_lightning import InstructionDataModule
 from dft_lightning.data import HubRows, LocalRows, MemoryRows
 from dft_lightning.data.rows.forms import Conversation, Reading
 from dft_lightning.data.rows.reading import RowReader
+from dft_lightning.data.text.tokenizer import load_tokenizer
 
 
 def words(draw, most=6):
@@ -143,3 +148,46 @@ def test_rows_say_the_same_wherever_they_come_from(tmp_path, form):
     for source, conversations, notes in others:
         assert conversations == first[1], source
         assert notes == first[2], source
+
+
+@functools.cache
+def tokenizer():
+    return load_tokenizer(at_hand("tokenizers/qwen3"))
+
+
+class Data(InstructionDataModule):
+    """With a tokenizer that is loaded once."""
+
+    def build_tokenizer(self):
+        return tokenizer()
+
+
+def tokens_of(source, **options):
+    data = Data(source, batch_size=1, text={"prompt_weight": 0.5}, batches={"shuffle": False}, **options)
+    data.setup("fit")
+    if options:
+        return data.train_dataloader()
+    table = data.splits.tokenized("train")
+    return [table[name][:] for name in ("input_ids", "labels", "weights", "position")]
+
+
+@pytest.mark.parametrize("form", [parts, text])
+def test_their_tokens_labels_and_weights_are_the_same(tmp_path, monkeypatch, form):
+    """From each place, tokenised without what the cache has of another, and as a stream.
+
+    Without calls: the keys of a struct of Arrow stand in one order for all rows.
+    """
+    draw = random.Random(form.__name__)
+    rows = [form(draw) for _ in range(6)]
+    found = []
+    for number, source in enumerate(places(tmp_path, rows)):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / f"cache{number}"))
+        found.append(tokens_of(source))
+    assert all(each == found[0] for each in found[1:])
+    assert len(found[0][0]) >= len(rows)
+    streamed = zip(tokens_of(LocalRows(tmp_path / "rows.jsonl"), streaming={}), *found[0][:3], strict=False)
+    for batch, ids, labels, weights in streamed:
+        assert batch["input_ids"].tolist() == [ids]
+        assert batch["labels"].tolist() == [labels]
+        if weights is not None:
+            assert batch["token_weight"].tolist() == [pytest.approx(weights)]
