@@ -16,6 +16,8 @@ def read_tools(row: dict[str, Any]) -> Calls | None:
     A list of objects, or the same as JSON in a string. ShareGPT's rows leave out what is around a schema, which
     templates read: it is put there.
     """
+    if "tools" not in row and "functions" not in row:  # most rows
+        return None
     found = {column: value for column in ("tools", "functions") if (value := _schemas(row.get(column), column))}
     if len(found) > 1:
         raise BadRow("functions: beside tools: leave one out")

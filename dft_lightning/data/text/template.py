@@ -86,6 +86,7 @@ class ChatTemplate:
         self.special_tokens = SpecialTokens(tokenizer, self._turn_end, options.allow_special_tokens, self._asked())
         self.path: MaskPath = "generation" if has_marks(self._rendering.source) else "prefixes"
         self._span_weights = [(re.compile(text), weight) for text, weight in (options.span_weights or {}).items()]
+        self._weighs = bool(self._span_weights or options.prompt_weight)
         self._copies_contents = copies_contents(self._rendering.source)
         self._words = sought(self._rendering.source) | ({self._turn_end} if self._turn_end else set())
         self._prepare()
@@ -119,8 +120,10 @@ class ChatTemplate:
             return [self._plain(conversation, mark)]
         self._probes.check_tool_calls(conversation.messages, conversation.tools)
         rows = self._rows(conversation, mark)
-        self.notes.add("dropped", {name: None for row in rows for name in row.left_out})
-        self.notes.add("unread variables", self._rendering.unread)
+        if dropped := {name: None for row in rows for name in row.left_out}:
+            self.notes.add("dropped", dropped)
+        if self._rendering.unread:
+            self.notes.add("unread variables", self._rendering.unread)
         return rows
 
     def prompt(self, conversation: Conversation) -> Rendered:
@@ -176,6 +179,8 @@ class ChatTemplate:
         spans, tools = turns, conversation.tools
         if not self.options.train_empty_thoughts:
             spans = without_empty_thoughts(text, spans)
+        if not self._weighs and not any("content_weights" in message for message in messages):  # most rows
+            return spans
         if self._span_weights:
             spans = weighted(text, spans, self._span_weights, mark)
         prompts = self.options.prompt_weight * conversation.weight
