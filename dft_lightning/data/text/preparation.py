@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import marshal
 import multiprocessing
 import os
 import pickle
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from dft_lightning.data.notes import Notes
 from dft_lightning.data.rows.checks import BadRow
 from dft_lightning.data.rows.forms import Conversation, Reading, UnknownForm
-from dft_lightning.data.rows.reading import RowReader, dump_conversation, load_conversation
+from dft_lightning.data.rows.reading import RowReader
 from dft_lightning.data.rows.sources import RowSource
 from dft_lightning.data.rows.turns import Message
 from dft_lightning.data.text.tokens import ConversationEncoder, attempt
@@ -32,18 +33,19 @@ if TYPE_CHECKING:
     import pyarrow
 
 _ROWS_AT_ONCE = 250  # few enough that processes end at about the same time
-_CHARACTERS_AT_ONCE = 2_000_000  # of the rows' JSON
+_BYTES_AT_ONCE = 2_000_000
+_MARSHAL = 2  # the last of its formats that says nothing of which values are one object
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row that could be read: its position in the source, its part, its place as JSON, and what it says."""
+    """A row that could be read: position in the source, part, place as JSON, what it says, and that as bytes."""
 
     position: int
     part: int
     number: str
     conversation: Conversation
-    text: str
+    plain: bytes
 
 
 @dataclass
@@ -67,8 +69,7 @@ class Stretch:
         """Of all that its tokens are made from."""
         total = hashlib.sha256(f"{self.start} {self.read}".encode())
         for row in self.rows:
-            text = row.text.encode()
-            total.update(f"\n{row.position} {row.part} {row.number} {len(text)} ".encode() + text)
+            total.update(f"\n{row.position} {row.part} {row.number} {len(row.plain)} ".encode() + row.plain)
         return total.hexdigest()[:32]
 
 
@@ -127,10 +128,10 @@ class SourceRows:
                 if self._check is not None:
                     self._check(found)
                     self._check = None
-                text = dump_conversation(found)
-                size += len(text)
-                stretch.rows.append(Row(position, part, json.dumps(number), found, text))
-            if stretch.read == _ROWS_AT_ONCE or size >= _CHARACTERS_AT_ONCE:
+                plain = marshal.dumps(vars(found), _MARSHAL)
+                size += len(plain)
+                stretch.rows.append(Row(position, part, json.dumps(number), found, plain))
+            if stretch.read == _ROWS_AT_ONCE or size >= _BYTES_AT_ONCE:
                 yield stretch
                 stretch, size = Stretch(position + 1), 0
         if stretch.read:
@@ -317,8 +318,8 @@ def encoded(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _sent(stretch: Stretch) -> list[tuple[int, int, str, str]]:
-    return [(row.position, row.part, row.number, row.text) for row in stretch.rows]
+def _sent(stretch: Stretch) -> list[tuple[int, int, str, bytes]]:
+    return [(row.position, row.part, row.number, row.plain) for row in stretch.rows]
 
 
 def _received(pair: tuple[Stretch, Encoded | Future[Encoded]]) -> tuple[Stretch, Encoded]:
@@ -345,8 +346,11 @@ def _end_with_the_first() -> None:
     os._exit(1)
 
 
-def _encode_in_process(rows: list[tuple[int, int, str, str]]) -> Encoded:
+def _encode_in_process(rows: list[tuple[int, int, str, bytes]]) -> Encoded:
     assert _task_of_process is not None
     return _task_of_process(
-        [Row(position, part, number, load_conversation(text), text) for position, part, number, text in rows]
+        [
+            Row(position, part, number, Conversation(**marshal.loads(plain)), plain)
+            for position, part, number, plain in rows
+        ]
     )
