@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, ClassVar
 
 import datasets
 import pytest
@@ -20,6 +21,7 @@ import commands
 from dft_lightning import CausalLMModule, InstructionDataModule
 from dft_lightning.data import ArithmeticRows, LocalRows, MixedRows, RowForm, RowSource
 from dft_lightning.data.rows.forms import Reading
+from dft_lightning.data.rows.identity import cache_folder
 from dft_lightning.data.rows.reading import RowReader
 from dft_lightning.data.text import cache, preparation
 from dft_lightning.data.text.preparation import SourceRows
@@ -274,7 +276,7 @@ def test_one_more_row_is_tokenised_alone(tmp_path, counted):
     found = []
     assert spent(counted, lambda: found.append(loaded(str(path)))) == (701, 201)
     anew = InstructionDataModule(rows_of(700) + rows_of(1, 900), text={"tokenizer": TOKENIZER})
-    cache.cache_folder().rename(tmp_path / "elsewhere")
+    cache_folder().rename(tmp_path / "elsewhere")
     anew.setup("fit")
     assert found[0].splits.tokenized("train").to_dict() == anew.splits.tokenized("train").to_dict()
     assert found[0].splits.counts["train"].rows == 701
@@ -300,6 +302,34 @@ def test_a_source_that_is_known_by_nothing_is_read_and_not_tokenised(tmp_path, c
     loaded(source)
     assert spent(counted, lambda: loaded(source)) == (30, 0)
     assert spent(counted, lambda: loaded(Unknown(31, str(tmp_path / "log")))) == (31, 31)
+
+
+def test_what_is_wrong_and_unread_is_said_of_the_rows_as_they_are(tmp_path, monkeypatch):
+    """Of a source that is known by nothing, whose good rows are the same."""
+
+    class Changing(Noted):
+        bad: ClassVar[dict[str, Any]] = {}
+
+        def identity(self):
+            return None
+
+        def rows(self):
+            yield from super().rows()
+            yield 5, {"prompt": "1+1=", "completion": "2", **self.bad}
+
+    said = []
+    for name in ("rank_zero_info", "rank_zero_warn"):
+        monkeypatch.setattr(f"dft_lightning.data.splits.{name}", said.append)
+    for bad, expected in (
+        ({"completion": None}, "row 5: completion: null"),
+        ({"prompt": True}, "row 5: prompt: expected a string, got bool"),
+        ({"id": 7}, "not read: id (1 row)"),
+        ({"source": "x"}, "not read: source (1 row)"),
+    ):
+        Changing.bad = bad
+        said.clear()
+        loaded(Changing(4, str(tmp_path / "log")), on_bad_rows="skip")
+        assert any(expected in line for line in said), said
 
 
 # -- size and room ---------------------------------------------------------------------------------------------------

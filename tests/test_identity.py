@@ -61,12 +61,10 @@ def test_a_settled_file_is_read_once(tmp_path, monkeypatch, reads):
     assert reads == ["a.jsonl"]
 
 
-def test_a_young_file_is_read_again_unless_it_is_trusted(tmp_path, monkeypatch, reads):
+def test_a_young_file_is_read_again(tmp_path, monkeypatch, reads):
     path = old(tmp_path / "a.jsonl")
     digest_of(path)
     digest_of(path)
-    assert reads == ["a.jsonl"] * 2
-    digest_of(path, trust_young=True)
     assert reads == ["a.jsonl"] * 2
     as_if_later(monkeypatch, 5)
     digest_of(path)  # the record was made when it was young, and is not of use for its age now
@@ -74,9 +72,8 @@ def test_a_young_file_is_read_again_unless_it_is_trusted(tmp_path, monkeypatch, 
     assert reads == ["a.jsonl"] * 3
 
 
-@pytest.mark.parametrize("trust_young", [False, True])
 @pytest.mark.parametrize("change", ["bytes", "size", "another file", "a link elsewhere"])
-def test_a_changed_file_is_read_again(tmp_path, monkeypatch, change, trust_young):
+def test_a_changed_file_is_read_again(tmp_path, monkeypatch, change):
     """Its modification time is set back to what it was, as copying and unpacking do."""
     path, other = old(tmp_path / "a.jsonl"), old(tmp_path / "b.jsonl", PAIR.replace("2", "3"))
     link = tmp_path / "link.jsonl"
@@ -92,7 +89,7 @@ def test_a_changed_file_is_read_again(tmp_path, monkeypatch, change, trust_young
     else:
         link.unlink()
         link.symlink_to(other)
-    assert digest_of(link, trust_young=trust_young) != before
+    assert digest_of(link) != before
 
 
 def test_records_that_are_broken_or_cannot_be_written(tmp_path, monkeypatch, reads):

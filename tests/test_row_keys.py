@@ -15,7 +15,7 @@ from dft_lightning.data.rows.checks import BadRow
 from dft_lightning.data.rows.forms import Conversation, Reading
 from dft_lightning.data.rows.reading import RowReader, dump_conversation, load_conversation
 from dft_lightning.data.rows.sources import RowSource
-from dft_lightning.sampling.prompts import answer_of, question_of
+from dft_lightning.sampling.prompts import question_of
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -401,7 +401,7 @@ def test_a_row_that_is_sampled_keeps_its_beginning_and_variables():
     found = read(row)
     question = question_of(found, RowOptions())
     assert question == {"prompt": [USER, begun], **rest, "tools": found.tools}
-    assert answer_of(found) == "lo"
+    assert found.answer == "lo"
     again = read({**question, "completion": "lo", "weight": 2})
     assert again == found
     assert question_of(read({"prompt": "Hi", "completion": "Hello"}), RowOptions()) == {"prompt": "Hi"}
@@ -484,6 +484,6 @@ def test_each_part_of_a_mixture_has_its_own_notes():
     }
 
 
-def test_a_conversation_survives_json():
+def test_a_conversation_survives_its_bytes():
     found = read(turns(USER, {**ANSWER, "weight": 0.5}, chat_template_kwargs={"a": [1]}, tools=[SCHEMA]))
     assert asdict(load_conversation(dump_conversation(found))) == asdict(found)

@@ -498,18 +498,19 @@ def test_bad_rows_of_a_divided_source_are_counted_where_they_fall(tmp_path):
 
 
 def test_memory_of_a_source_is_not_held(tmp_path):
-    """Conversations lie on disk, and their folder goes with them."""
+    """Conversations lie on disk, in a file that no folder has, and it goes with them."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "1+1=", "completion": "2"}\n' * 2500)
     found = read_messages(LocalRows(path), Reading())
-    folder = found._folder.name
+    file = found._records._file
     assert len(found) == 2500
     assert found.select([3, 4]).numbers == [4, 5]
     import os
 
-    assert os.path.isdir(folder)
+    assert os.fstat(file.fileno()).st_size > 2500 * len(found[0].messages[0]["content"])
+    assert os.fstat(file.fileno()).st_nlink == 0
     del found
-    assert not os.path.isdir(folder)
+    assert file.closed
 
 
 def test_several_processes_tokenise_the_same(tmp_path):

@@ -16,9 +16,10 @@ from dft_lightning.data.batches.streaming import Stream
 from dft_lightning.data.options import BatchOptions, RowOptions, StreamOptions, TextOptions
 from dft_lightning.data.requirements import Run, check_lengths
 from dft_lightning.data.rows.forms import Conversation, LastTurn, Reading
+from dft_lightning.data.rows.identity import cache_folder
 from dft_lightning.data.rows.reading import Conversations, RowReader, read_messages, validation_positions
 from dft_lightning.data.rows.sources import RowSource, as_source
-from dft_lightning.data.text.cache import RowCounts, TokenizedRows, cache_folder, column_of, tokenized
+from dft_lightning.data.text.cache import RowCounts, TokenizedRows, column_of, tokenized
 from dft_lightning.data.text.preparation import PartOfRows, Preparation, SourceRows, Spool
 from dft_lightning.data.text.tokens import ConversationEncoder
 from dft_lightning.errors import InputError
@@ -152,12 +153,14 @@ class Splits:
             return
         if not self._is_there(split, required):
             return
-        found = self._tokenized(split)
+        preparation = self._preparation(split)
+        found = self._tokenized(split, preparation)
         self.names[split] = found.name
         if split == "train" and data.validation_fraction:
             found = found.without(self._validation_rows(found.read))
-        self._say(split, found)
-        self._check_rows(split, found)
+        self._say(split, preparation, found)
+        self._check_rows(split, found.rows)
+        self._name_sources(split, preparation.source.parts)
         self._rows[split] = found.rows
         if split == "train" and data.batches.packing is not None:
             self.packs = self._pack()
@@ -192,8 +195,7 @@ class Splits:
             raise InputError(f"data.{split} is not set" + (", nor data.test" if split == "predict" else ""))
         return divided or data.sources[split] is not None
 
-    def _tokenized(self, split: str) -> TokenizedRows:
-        preparation = self._preparation(split)
+    def _tokenized(self, split: str, preparation: Preparation) -> TokenizedRows:
         name, num_proc = self.names.get(split), self._data.num_proc
         found = tokenized(preparation, name=name, num_proc=num_proc, desc=f"Tokenising {split} rows")
         self._check_name(split, found.name, name)
@@ -294,7 +296,7 @@ class Splits:
 
     # -- what is said and checked --------------------------------------------------------------------------------------
 
-    def _say(self, split: str, found: TokenizedRows) -> None:
+    def _say(self, split: str, preparation: Preparation, found: TokenizedRows) -> None:
         counts = self.counts[split] = found.counts
         bad = f", {counts.bad} bad" if counts.bad else ""
         weighted = len(found.rows) - column_of(found.rows, "weights").null_count
@@ -305,8 +307,8 @@ class Splits:
             f"{split}: {counts.rows} rows{made}{bad}, {counts.truncated} truncated, {counts.dropped} dropped without a "
             f"target{weights}"
         )
-        source = self._preparation(split).source
-        if (day := self.encoder(split).template.date) is not None and self._data.text.date is None:
+        source = preparation.source
+        if (day := preparation.encoder.template.date) is not None and self._data.text.date is None:
             self._tell(f"the chat template writes today's date, {day}: data.text.date pins a day")
         if counts.bad:
             rank_zero_warn(f"data.rows.on_bad_rows: skip\n{found.problems(source.name)}")
@@ -319,8 +321,8 @@ class Splits:
             self._said.add(line)
             (rank_zero_warn if warns else rank_zero_info)(line)
 
-    def _check_rows(self, split: str, found: TokenizedRows) -> None:
-        rows, max_length = found.rows, self._data.text.max_length
+    def _check_rows(self, split: str, rows: Dataset) -> None:
+        max_length = self._data.text.max_length
         if len(rows) == 0:
             within = "" if max_length is None else f" left within max_length {max_length}"
             raise InputError(f"data.{split}: no row has a target{within}")
@@ -329,7 +331,6 @@ class Splits:
             self._referenced.add(split)
         if split == "train":
             run.check_signs("data.train", rows)
-        self._name_sources(split, self._preparation(split).source.parts)
 
     def check_lengths(self, positions: Positions | None) -> None:
         """Name the rows, or those of a stream to come, that a model has no positions for.
@@ -340,14 +341,14 @@ class Splits:
         if positions is None:
             return
         self._positions = positions
-        max_length = self._data.text.max_length
         for split, rows in self._rows.items():
+            if (split, positions) in self._measured:
+                continue
+            self._measured.add((split, positions))
             lengths = self.lengths(split)
             if split == "train" and self._data.batches.packing == "bfd_split":  # in pieces
-                lengths = lengths.clamp(max=max_length)
-            if (split, positions) not in self._measured:
-                self._measured.add((split, positions))
-                check_lengths(f"data.{split}", rows, lengths, positions)
+                lengths = lengths.clamp(max=self._data.text.max_length)
+            check_lengths(f"data.{split}", rows, lengths, positions)
 
     def _name_sources(self, split: str, parts: list[str]) -> None:
         """Each part's place among the names of all mixtures."""

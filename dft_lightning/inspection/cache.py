@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.table import Column, Table
 
-from dft_lightning.data.text.cache import cache_folder
+from dft_lightning.data.rows.identity import cache_folder
 from dft_lightning.errors import InputError
 from dft_lightning.inspection.show import new_console
 

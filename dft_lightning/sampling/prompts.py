@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.data.options import RowOptions
 from dft_lightning.data.rows.forms import Conversation, Reading, convert_row, recognise_form
-from dft_lightning.data.rows.reading import Conversations, Problems, load_conversation
+from dft_lightning.data.rows.reading import Conversations, Problems
 from dft_lightning.data.rows.sources import FirstRows, as_source
 from dft_lightning.data.text.tokens import ConversationEncoder, attempt
 from dft_lightning.errors import InputError
@@ -46,18 +46,15 @@ class Prompts:
 
     def question(self, index: int) -> dict[str, Any]:
         """The columns of a line that ask: the prompt, and ``tools`` where there are some."""
-        return question_of(self._conversation(index), self.options)
+        return question_of(self.rows[index], self.options)
 
     def answer(self, index: int) -> str | None:
         """What a completion is scored against: the row's final assistant turn; ``None`` where it has none."""
-        return answer_of(self._conversation(index))
+        return self.rows[index].answer
 
     def answers(self) -> Iterator[str | None]:
         """Of all prompts in their order."""
         return map(self.answer, range(len(self)))
-
-    def _conversation(self, index: int) -> Conversation:
-        return load_conversation(self.rows.table[index]["conversation"])
 
 
 def question_of(conversation: Conversation, options: RowOptions) -> dict[str, Any]:
@@ -76,12 +73,6 @@ def question_of(conversation: Conversation, options: RowOptions) -> dict[str, An
 
 
 _WEIGHTS = ("weight", "content_weights")
-
-
-def answer_of(conversation: Conversation) -> str | None:
-    """A row's final assistant turn."""
-    last: dict[str, Any] = conversation.messages[-1] if conversation.messages else {"role": ""}
-    return str(last["content"])[last.get("prefix_length", 0) :] if last["role"] == "assistant" else None
 
 
 def read_prompts(
@@ -110,7 +101,6 @@ def read_prompts(
     if limit is not None and source is not None and not divided:
         data.sources[split] = FirstRows(as_source(source, "test" if split == "predict" else split), limit)
     rows, encoder = data.splits.read(split), data.splits.encoder(split)
-    assert rows is not None
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     rows, ids = _encoded(rows, encoder, options)

@@ -115,6 +115,13 @@ def as_plain(value: Any, where: str, depth: int = 0) -> Any:
     raise BadRow(f"{where}: expected text, a number, a list or an object, got {kind_of(value)}")
 
 
+def from_text(value: Any, where: str) -> Any:
+    """A value, or what its JSON says where it stands in a text, as in a CSV file; ``None`` for an empty text."""
+    if not isinstance(value, str):
+        return value
+    return parse_json(value, where) if value.strip() else None
+
+
 def parse_json(text: str, where: str) -> Any:
     """JSON that stands in a string of a row."""
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dft_lightning.data.options import RowForm, RowFormName, RowOptions
-from dft_lightning.data.rows.checks import BadRow, Noted, as_content, as_plain, as_text, as_weight, is_there, parse_json
+from dft_lightning.data.rows.checks import BadRow, Noted, as_content, as_plain, as_text, as_weight, from_text, is_there
 from dft_lightning.data.rows.references import FINGERPRINT, LOG_PROB, read_reference
 from dft_lightning.data.rows.toolcalls import read_tools
 from dft_lightning.data.rows.turns import Message, are_turns, both_have, continued, joined, read_turns
@@ -59,6 +59,18 @@ class Conversation:
     reference_log_prob: str | None = None
     reference_fingerprint: str | None = None
     template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def answer(self) -> str | None:
+        """What a completion is scored against: the final assistant turn, without what of it the prompt has.
+
+        ``None`` where there is none, or the prompt has all of it.
+        """
+        last: Message = self.messages[-1] if self.messages else {"role": ""}
+        given = last.get("prefix_length") or 0
+        if last["role"] != "assistant" or (given and given >= len(last["content"])):
+            return None
+        return str(last["content"])[given:]
 
 
 class UnknownForm(BadRow):
@@ -240,9 +252,7 @@ def _with_system(messages: list[Message], row: dict[str, Any]) -> list[Message]:
 
 def _template_kwargs(row: dict[str, Any]) -> dict[str, Any] | None:
     column = "chat_template_kwargs"
-    value = row.get(column)
-    if isinstance(value, str):
-        value = parse_json(value, column) if value.strip() else None
+    value = from_text(row.get(column), column)
     if not is_there(value):
         return None
     if not isinstance(value, dict):
@@ -341,9 +351,7 @@ def _alpaca(row: dict[str, Any], form: _Form) -> Turns:
 
 def _history(row: dict[str, Any], noted: Noted) -> list[Message]:
     """The turns before this one: pairs of what the user says and what the assistant answers, which is learnt too."""
-    pairs = row.get("history")
-    if isinstance(pairs, str):  # of a CSV file
-        pairs = parse_json(pairs, "history") if pairs.strip() else None
+    pairs = from_text(row.get("history"), "history")
     if not is_there(pairs):
         return []
     if not isinstance(pairs, list):

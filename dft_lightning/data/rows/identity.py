@@ -14,7 +14,7 @@ import pickle
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,32 @@ _AT_ONCE = 1 << 20
 _MOST_FILES = 10_000  # of a folder that is an argument
 
 
-def digest_of(path: Path, *, trust_young: bool = False) -> str:
+def cache_folder() -> Path:
+    """Where all that is kept of rows is: in the cache of ``datasets``, which ``HF_DATASETS_CACHE`` moves."""
+    from datasets import config
+
+    return Path(config.HF_DATASETS_CACHE) / "dft_lightning"
+
+
+@contextlib.contextmanager
+def writing_to_cache() -> Iterator[Path]:
+    """The folder, made where it is not there.
+
+    Raises:
+        InputError: nothing can be written to it.
+    """
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written: {error.strerror or one_line(error)}: make room there, or set "
+            "HF_DATASETS_CACHE to another folder"
+        ) from error
+
+
+def digest_of(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal digits, from a record where the file is unchanged since.
 
     A record is of the file's size, times and inode. It is kept in the cache of ``datasets``, and holds where the file
@@ -36,7 +61,6 @@ def digest_of(path: Path, *, trust_young: bool = False) -> str:
 
     Args:
         path: of the file.
-        trust_young: take the record of a file of just now, too: one that another process has read a moment ago.
 
     Raises:
         InputError: the file cannot be read.
@@ -45,7 +69,7 @@ def digest_of(path: Path, *, trust_young: bool = False) -> str:
         found = os.stat(path)
         record = _record_of(path)
         kept = _read_record(record)
-        if kept is not None and kept["stat"] == _stamp(found) and (trust_young or kept["settled"]):
+        if kept is not None and kept["stat"] == _stamp(found) and kept["settled"]:
             return str(kept["sha256"])
         begun = time.time_ns()
         digest = _sha256(path)
@@ -64,10 +88,8 @@ def _stamp(found: os.stat_result) -> list[int]:
 
 
 def _record_of(path: Path) -> Path:
-    from datasets import config
-
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-    return Path(config.HF_DATASETS_CACHE) / "dft_lightning" / "digests" / f"{name}.json"
+    return cache_folder() / "digests" / f"{name}.json"
 
 
 def _read_record(record: Path) -> dict[str, Any] | None:

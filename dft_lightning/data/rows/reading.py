@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import marshal
+import pickle
 import tempfile
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -25,17 +27,14 @@ from dft_lightning.data.rows.forms import (
     own_row,
     recognise_form,
 )
+from dft_lightning.data.rows.identity import writing_to_cache
 from dft_lightning.data.rows.sources import Row, RowSource
 from dft_lightning.data.rows.turns import Message
 from dft_lightning.data.rows.unread import unread_columns
 from dft_lightning.data.rows.values import BrokenRow
 from dft_lightning.errors import InputError, one_line, shortened
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 MAX_SHOWN = 10
-_WRITTEN_AT_ONCE = 1000
 
 
 @dataclasses.dataclass
@@ -69,32 +68,68 @@ class Problems:
         return "\n".join(lines)
 
 
+class Records:
+    """Values on disk, in a file that has no name: nothing is left of it when its process ends, however it does.
+
+    Args:
+        folder: of the file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed with this)
+
+    def add(self, value: Any) -> int:
+        """Write a value behind the others; returns its place. None is read before all are there."""
+        place = self._file.tell()
+        pickle.dump(value, self._file)
+        return place
+
+    def __getitem__(self, place: int) -> Any:
+        self._file.seek(place)
+        return pickle.load(self._file)  # which nobody else can have written
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Conversations:
-    """Rows as conversations, in a table on disk of ``conversation`` (JSON), ``number``,
-    ``part`` and ``position`` in the source.
+    """Rows as conversations, which lie on disk.
 
     Attributes:
         name: of the source.
-        parts: what the source is mixed from, by index in the column ``part``; empty for a single one.
         digest: of all the content.
         problems: the rows that were skipped.
     """
 
     def __init__(
-        self, name: str, parts: list[str], table: Dataset, digest: str, problems: Problems, folder: Any
+        self,
+        name: str,
+        records: Records,
+        places: Sequence[int],
+        positions: Sequence[int],
+        digest: str,
+        problems: Problems,
     ) -> None:
         self.name = name
-        self.parts = parts
-        self.table = table
         self.digest = digest
         self.problems = problems
-        self._folder = folder  # on disk as long as this is here
+        self._records = records  # of a row's number and what it says
+        self._places = places  # there
+        self._positions = positions  # in the source
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self._places)
 
     def __iter__(self) -> Iterator[Conversation]:
-        return map(load_conversation, self.table["conversation"])
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, index: int) -> Conversation:
+        conversation: Conversation = self._records[self._places[index]][1]
+        return conversation
 
     @property
     def messages(self) -> list[list[Message]]:
@@ -104,18 +139,17 @@ class Conversations:
     @property
     def numbers(self) -> list[int | str]:
         """Of each row, as the source counts."""
-        return [json.loads(number) for number in self.table["number"]]
+        return [self._records[place][0] for place in self._places]
 
-    def select(self, chosen: Sequence[int], problems: Problems | None = None) -> Conversations:
-        """Some of the rows, by position, and the skipped ones that are counted with them."""
+    def select(self, chosen: Sequence[int]) -> Conversations:
+        """Some of the rows, by index."""
         digest = hashlib.sha256(f"{self.digest}{list(chosen)}".encode()).hexdigest()
-        return Conversations(
-            self.name, self.parts, self.table.select(chosen), digest, problems or Problems(self.name), self._folder
-        )
+        places, positions = (array("q", [each[i] for i in chosen]) for each in (self._places, self._positions))
+        return Conversations(self.name, self._records, places, positions, digest, Problems(self.name))
 
     def at(self, chosen: Callable[[int], bool]) -> Conversations:
         """The rows whose position in the source is chosen."""
-        return self.select([i for i, position in enumerate(self.table["position"]) if chosen(position)])
+        return self.select([i for i, position in enumerate(self._positions) if chosen(position)])
 
 
 def validation_positions(total: int, validation_fraction: float, seed: int) -> set[int]:
@@ -134,18 +168,21 @@ def validation_positions(total: int, validation_fraction: float, seed: int) -> s
     return set(order[:size].tolist())
 
 
-def dump_conversation(conversation: Conversation) -> str:
-    """A conversation as JSON."""
-    return json.dumps(vars(conversation))
+def dump_conversation(conversation: Conversation) -> bytes:
+    """A conversation as bytes, the same for the same one."""
+    return marshal.dumps(vars(conversation), _MARSHAL)
 
 
-def load_conversation(text: str) -> Conversation:
-    """A conversation from its JSON."""
-    return Conversation(**json.loads(text))
+def load_conversation(plain: bytes) -> Conversation:
+    """A conversation from its bytes."""
+    return Conversation(**marshal.loads(plain))
+
+
+_MARSHAL = 2  # the last of its formats that says nothing of which values are one object
 
 
 def read_messages(source: RowSource, reading: Reading) -> Conversations:
-    """Read a whole source as conversations. Memory does not grow with it.
+    """Read a whole source as conversations. Memory does not grow with what they say.
 
     Args:
         source: where rows come from.
@@ -154,19 +191,19 @@ def read_messages(source: RowSource, reading: Reading) -> Conversations:
     Raises:
         InputError: no rows, or bad ones: names the source, row and column of up to ten, and how many there are.
     """
-    on_bad_rows = reading.options.on_bad_rows
-    problems = Problems(source.name)
-    writer = _spool(len(source.parts))
-    reader = RowReader(source, reading)
-    for position, (part, number, found) in enumerate(reader.read()):
-        if isinstance(found, UnknownForm) and on_bad_rows == "raise":
-            raise InputError(shortened(f"{source.name}: row {number}: {found}"))  # as all the others will be
-        if isinstance(found, BadRow):
-            problems.add(number, found)
-        else:
-            writer.write(found, number, part, position)
-    total = writer.count + problems.count
-    if problems.count and (on_bad_rows == "raise" or not writer.count):
+    problems, places, positions = Problems(source.name), array("q"), array("q")
+    reader, digest = RowReader(source, reading), hashlib.sha256()
+    with writing_to_cache() as folder:
+        records = Records(folder)
+        for position, (_, number, found) in enumerate(reader.read()):
+            if isinstance(found, BadRow):
+                problems.add(number, found)
+                continue
+            places.append(records.add((number, found)))
+            positions.append(position)
+            digest.update(f"{number} ".encode() + dump_conversation(found))
+    total = len(places) + problems.count
+    if problems.count and (reading.options.on_bad_rows == "raise" or not places):
         raise InputError(problems.report(total))
     if not total:
         raise InputError(f"{source.name}: no rows")
@@ -174,7 +211,7 @@ def read_messages(source: RowSource, reading: Reading) -> Conversations:
         name = f"{source.name} ({source.parts[part]})" if source.parts else source.name
         for line, warns in notes.lines(name):
             (rank_zero_warn if warns else rank_zero_info)(line)
-    return Conversations(source.name, source.parts, writer.table(), writer.digest(), problems, writer.folder)
+    return Conversations(source.name, records, places, positions, digest.hexdigest(), problems)
 
 
 class RowReader:
@@ -195,11 +232,15 @@ class RowReader:
         """Part, number, and what the row says or what is wrong with it.
 
         Raises:
-            InputError: the source cannot be read, or not to its end.
+            InputError: the source cannot be read, or not to its end; or a row is of no known form and bad rows end the
+                run: all others will be like it.
         """
         try:
             for part, number, row in self.source.rows_of_parts():
-                yield part, number, self.convert(part, row)
+                found = self.convert(part, row)
+                if isinstance(found, UnknownForm) and self.reading.options.on_bad_rows == "raise":
+                    raise InputError(shortened(f"{self.source.name}: row {number}: {found}"))
+                yield part, number, found
         except OSError as error:  # of somebody's own: a file or a connection that it has not
             raise InputError(f"{self.source.name}: cannot be read: {one_line(error)}") from error
 
@@ -241,65 +282,3 @@ class RowReader:
 
 
 _MOST_SHAPES = 1000  # of rows whose columns differ
-
-
-def _spool(parts: int) -> _Spool:
-    try:
-        return _Spool(parts)
-    except OSError as error:
-        raise InputError(
-            f"{error.filename or 'HF_DATASETS_CACHE'}: cannot be written: {error.strerror or one_line(error)}: set "
-            "HF_DATASETS_CACHE to another folder"
-        ) from error
-
-
-class _Spool:
-    """Conversations on their way to disk."""
-
-    def __init__(self, parts: int) -> None:
-        import pyarrow
-        from datasets import config
-
-        self.count = 0
-        self._hash = hashlib.sha256(str(parts).encode())
-        cache = Path(config.HF_DATASETS_CACHE)
-        cache.mkdir(parents=True, exist_ok=True)
-        self.folder = tempfile.TemporaryDirectory(prefix="rows-", dir=cache, ignore_cleanup_errors=True)
-        self._schema = pyarrow.schema(
-            {
-                "conversation": pyarrow.large_string(),
-                "number": pyarrow.string(),
-                "part": pyarrow.int32(),
-                "position": pyarrow.int64(),
-            }
-        )
-        self._path = Path(self.folder.name) / "rows.arrow"
-        self._stream = pyarrow.ipc.new_stream(str(self._path), self._schema)
-        self._pending: list[tuple[str, str, int, int]] = []
-
-    def write(self, conversation: Conversation, number: int | str, part: int, position: int) -> None:
-        text, place = dump_conversation(conversation), json.dumps(number)
-        self._hash.update(f"{part}{place}{text}".encode())
-        self._pending.append((text, place, part, position))
-        self.count += 1
-        if len(self._pending) == _WRITTEN_AT_ONCE:
-            self._flush()
-
-    def _flush(self) -> None:
-        import pyarrow
-
-        columns = zip(zip(*self._pending, strict=True), self._schema, strict=True)
-        arrays = [pyarrow.array(values, field.type) for values, field in columns]
-        self._stream.write_batch(pyarrow.record_batch(arrays, schema=self._schema))
-        self._pending = []
-
-    def table(self) -> Dataset:
-        from datasets import Dataset
-
-        if self._pending:
-            self._flush()
-        self._stream.close()
-        return Dataset.from_file(str(self._path))
-
-    def digest(self) -> str:
-        return self._hash.hexdigest()

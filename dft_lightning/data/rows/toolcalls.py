@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dft_lightning.data.rows.checks import BadRow, as_plain, as_text, is_there, parse_json
+from dft_lightning.data.rows.checks import BadRow, as_plain, as_text, from_text, is_there, parse_json
 from dft_lightning.data.rows.values import kind_of
 
 Calls = list[dict[str, Any]]
@@ -25,8 +25,7 @@ def read_tools(row: dict[str, Any]) -> Calls | None:
 
 
 def _schemas(value: Any, column: str) -> Calls | None:
-    if isinstance(value, str):
-        value = parse_json(value, column) if value.strip() else None
+    value = from_text(value, column)
     if value is None or value == []:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):

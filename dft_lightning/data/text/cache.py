@@ -22,7 +22,7 @@ import numpy as np
 from dft_lightning.component import to_plain
 from dft_lightning.data.notes import WHOLE, Notes
 from dft_lightning.data.options import RowForm
-from dft_lightning.data.rows.identity import identity_of, identity_text
+from dft_lightning.data.rows.identity import cache_folder, identity_of, identity_text, writing_to_cache
 from dft_lightning.data.rows.reading import MAX_SHOWN, Problems
 from dft_lightning.data.rows.sources import RowSource
 from dft_lightning.data.text.preparation import Encoded, Preparation, Stretch, Tokenizing, encoded, schema
@@ -79,10 +79,10 @@ class TokenizedRows:
 
     def without(self, chosen: set[int]) -> TokenizedRows:
         """All but the rows at some positions."""
-        kept = np.array([position not in chosen for position in self.rows["position"]], bool)
+        left_out = np.isin(column_of(self.rows, "position").to_numpy(), list(chosen))
         return dataclasses.replace(
             self,
-            rows=self.rows.select(np.flatnonzero(kept)),
+            rows=self.rows.select(np.flatnonzero(~left_out)),
             read=self.read - len(chosen),
             dropped=[position for position in self.dropped if position not in chosen],
             bad=[found for found in self.bad if found[0] not in chosen],
@@ -116,13 +116,6 @@ def column_of(rows: Dataset, name: str) -> pyarrow.ChunkedArray:
     """A column of rows as Arrow has it, of those alone that were selected."""
     table: pyarrow.Table = rows.select_columns([name]).with_format("arrow")[:]
     return table[name]
-
-
-def cache_folder() -> Path:
-    """Where entries are: in the cache of ``datasets``, which ``HF_DATASETS_CACHE`` moves."""
-    from datasets import config
-
-    return Path(config.HF_DATASETS_CACHE) / "dft_lightning"
 
 
 def tokenized(
@@ -173,14 +166,8 @@ def recipe_of(preparation: Preparation) -> str:
         date,
         [encoder.piece_length, encoder.one_row],
         rows,
-        [
-            reading.last_turn,
-            preparation.with_prompts,
-            preparation.keep_all,
-            __version__,
-            transformers.__version__,
-            _FORMAT,
-        ],
+        [reading.last_turn, preparation.with_prompts, preparation.keep_all],
+        [__version__, transformers.__version__, _FORMAT],
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
@@ -209,9 +196,8 @@ def _opened(name: str) -> TokenizedRows:
     except Exception as error:  # cut short by something else: what is written here is whole
         raise InputError(f"{path}: cannot be read ({one_line(error)}): delete it") from error
     parts = found["stretches"]
-    if len(rows) != (
-        kept := sum(part["kept"] for part in parts)
-    ):  # a stream of Arrow that is cut between two stretches reads as if it ended there
+    kept = sum(part["kept"] for part in parts)
+    if len(rows) != kept:  # a stream of Arrow that is cut between two stretches reads as if it ended there
         raise InputError(f"{path}: has {len(rows)} rows of {kept}: delete it")
     with contextlib.suppress(OSError):
         os.utime(account)  # it was used now
@@ -259,18 +245,11 @@ class _Older:
 
 def _written(recipe: str, name: str | None, preparation: Preparation, num_proc: int | None, desc: str) -> str:
     """The name of the entry that is written: both files, whole or not at all."""
-    place = cache_folder()
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        for left in partials(place):  # of a process that was killed
+    with writing_to_cache() as folder:
+        for left in partials(folder):  # of a process that was killed
             if not is_being_written(left):
                 remove(left)
         return _Writer(recipe, preparation, num_proc, desc).write(name)
-    except OSError as error:
-        raise InputError(
-            f"{place}: cannot be written: {error.strerror or one_line(error)}: make room there, or set "
-            "HF_DATASETS_CACHE to another folder"
-        ) from error
 
 
 class _Writer:
@@ -290,14 +269,15 @@ class _Writer:
         try:
             self._write_rows(partial)
             self._check()
-            if name is None:  # known by what was read
-                parts = [self._preparation.source.parts, self._preparation.part]
-                name = f"{self._recipe}-{_digest([parts, [account['digest'] for account in self._accounts]])}"
+            account = self._account()
+            if name is None:  # known by what was read, and by all that is said of it
+                known = {**account, "source": self._preparation.source.parts, "part": self._preparation.part}
+                name = f"{self._recipe}-{_digest(known)}"
             elif _name(self._recipe, self._preparation) != name:
                 raise InputError(f"{self._preparation.source.name}: it was changed while it was read: start again")
             if not _is_there(name):
                 os.replace(partial, cache_folder() / f"{name}.arrow")
-                write_text(cache_folder() / f"{name}.json", json.dumps(self._account()))
+                write_text(cache_folder() / f"{name}.json", json.dumps(account))
         finally:
             partial.unlink(missing_ok=True)
         return name

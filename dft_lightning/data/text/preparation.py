@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import marshal
 import multiprocessing
 import os
-import pickle
 import signal
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from dft_lightning.data.notes import Notes
 from dft_lightning.data.rows.checks import BadRow
-from dft_lightning.data.rows.forms import Conversation, Reading, UnknownForm
-from dft_lightning.data.rows.reading import RowReader
+from dft_lightning.data.rows.forms import Conversation, Reading
+from dft_lightning.data.rows.reading import Records, RowReader, dump_conversation, load_conversation
 from dft_lightning.data.rows.sources import RowSource
-from dft_lightning.data.rows.turns import Message
 from dft_lightning.data.text.tokens import ConversationEncoder, attempt
 from dft_lightning.errors import InputError, shortened
 
@@ -34,7 +30,6 @@ if TYPE_CHECKING:
 
 _ROWS_AT_ONCE = 250  # few enough that processes end at about the same time
 _BYTES_AT_ONCE = 2_000_000
-_MARSHAL = 2  # the last of its formats that says nothing of which values are one object
 
 
 @dataclass(frozen=True)
@@ -113,22 +108,17 @@ class SourceRows:
         return self._reader.notes
 
     def stretches(self) -> Iterator[Stretch]:
-        """The rows, some at a time: few where they are long.
-
-        Raises:
-            InputError: a row of no known form, where bad rows end the run: all others will be like it.
-        """
+        """The rows, some at a time: few where they are long. Raises as :meth:`RowReader.read` does."""
         stretch, size = Stretch(0), 0
         for position, (part, number, found) in enumerate(self._reader.read()):
             stretch.read += 1
             if isinstance(found, BadRow):
-                self._end_at_an_unknown_form(number, found)
                 stretch.bad.append((position, shortened(f"row {number}: {found}")))
             else:
                 if self._check is not None:
                     self._check(found)
                     self._check = None
-                plain = marshal.dumps(vars(found), _MARSHAL)
+                plain = dump_conversation(found)
                 size += len(plain)
                 stretch.rows.append(Row(position, part, json.dumps(number), found, plain))
             if stretch.read == _ROWS_AT_ONCE or size >= _BYTES_AT_ONCE:
@@ -137,17 +127,13 @@ class SourceRows:
         if stretch.read:
             yield stretch
 
-    def _end_at_an_unknown_form(self, number: int | str, found: BadRow) -> None:
-        if isinstance(found, UnknownForm) and self._reader.reading.options.on_bad_rows == "raise":
-            raise InputError(shortened(f"{self._reader.source.name}: row {number}: {found}"))
-
 
 class Spool:
     """A source's rows on disk, for several to take: it is read once.
 
     Args:
         rows: of the source.
-        folder: of the file, which has no name: nothing is left of it when its process ends.
+        folder: of the file.
 
     Attributes:
         notes: as the source's.
@@ -155,24 +141,21 @@ class Spool:
     """
 
     def __init__(self, rows: SourceRows, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed with this)
-        self._number = self.total = 0
+        self._records = Records(folder)
+        self._places: list[int] = []
+        self.total = 0
         for stretch in rows.stretches():
-            pickle.dump(stretch, self._file)
-            self._number += 1
+            self._places.append(self._records.add(stretch))
             self.total += stretch.read
         self.notes = rows.notes
 
     def stretches(self) -> Iterator[Stretch]:
         """As they were read."""
-        self._file.seek(0)
-        for _ in range(self._number):
-            yield pickle.load(self._file)  # which nobody else can have written
+        return map(self._records.__getitem__, self._places)
 
     def close(self) -> None:
         """Let go of the file."""
-        self._file.close()
+        self._records.close()
 
 
 class PartOfRows:
@@ -262,10 +245,7 @@ class Tokenizing:
 
     def _prompt(self, conversation: Conversation) -> dict[str, Any]:
         text, ids = self.encoder.prompt(conversation)
-        last: Message = conversation.messages[-1] if conversation.messages else {"role": ""}
-        given = last.get("prefix_length") or 0
-        answered = last["role"] == "assistant" and (not given or given < len(last["content"]))
-        return {"prompt": text, "prompt_ids": ids, "answer": last["content"][given:] if answered else None}
+        return {"prompt": text, "prompt_ids": ids, "answer": conversation.answer}
 
 
 def schema(with_prompts: bool) -> pyarrow.Schema:
@@ -349,8 +329,5 @@ def _end_with_the_first() -> None:
 def _encode_in_process(rows: list[tuple[int, int, str, bytes]]) -> Encoded:
     assert _task_of_process is not None
     return _task_of_process(
-        [
-            Row(position, part, number, Conversation(**marshal.loads(plain)), plain)
-            for position, part, number, plain in rows
-        ]
+        [Row(position, part, number, load_conversation(plain), plain) for position, part, number, plain in rows]
     )
