@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from dft_lightning import CausalLMModule, InstructionDataModule
 from dft_lightning.data import ArithmeticRows, LocalRows, MixedRows, RowForm, RowSource
 from dft_lightning.data.rows.forms import Reading
 from dft_lightning.data.rows.identity import cache_folder
-from dft_lightning.data.rows.reading import RowReader
+from dft_lightning.data.rows.reading import RowReader, read_messages
 from dft_lightning.data.text import cache, preparation
 from dft_lightning.data.text.preparation import SourceRows
 from dft_lightning.data.text.tokens import ConversationEncoder
@@ -491,6 +492,24 @@ def test_a_full_disk_is_one_message(tmp_path, folder, monkeypatch, where, option
     )
     assert [each for each in folder.rglob("*") if each.is_file() and each.parent == folder] == []
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    "read",
+    [lambda path: read_messages(LocalRows(path), Reading()), lambda path: loaded(str(path), validation_fraction=0.5)],
+    ids=["for sampling", "to be split"],
+)
+def test_a_disk_that_fills_with_the_last_of_the_rows_is_one_message(tmp_path, folder, read):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": f"{i}" * 400, "completion": "1"} for i in range(6)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # bytes of a file, fewer than are written at once
+    try:
+        with pytest.raises(InputError) as error:
+            read(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(error.value).startswith(f"{folder}: cannot be written: File too large: make room there")
+    assert [each for each in folder.iterdir() if each.is_file()] == []
 
 
 def test_rows_that_are_all_refused_end_it_early(tmp_path, counted):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import marshal
@@ -88,9 +89,14 @@ class Records:
         self._file.seek(place)
         return pickle.load(self._file)  # which nobody else can have written
 
+    def flush(self) -> None:
+        """Write what is still in memory: a disk that is full says so here."""
+        self._file.flush()
+
     def close(self) -> None:
         """Let go of the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of what a full disk did not take, which nobody will read
+            self._file.close()
 
     def __del__(self) -> None:
         self.close()
@@ -202,6 +208,7 @@ def read_messages(source: RowSource, reading: Reading) -> Conversations:
             places.append(records.add((number, found)))
             positions.append(position)
             digest.update(f"{number} ".encode() + dump_conversation(found))
+        records.flush()
     total = len(places) + problems.count
     if problems.count and (reading.options.on_bad_rows == "raise" or not places):
         raise InputError(problems.report(total))

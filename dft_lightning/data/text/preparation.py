@@ -147,6 +147,7 @@ class Spool:
         for stretch in rows.stretches():
             self._places.append(self._records.add(stretch))
             self.total += stretch.read
+        self._records.flush()
         self.notes = rows.notes
 
     def stretches(self) -> Iterator[Stretch]:
