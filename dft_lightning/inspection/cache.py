@@ -78,18 +78,14 @@ def cache(unused_for: float | None = None) -> None:
         console.print(f"{cache_folder()}: nothing is kept there")
         return
     old = [] if unused_for is None else [each for each in found if time.time() - each.used >= unused_for * _DAY]
-    table = Table(
-        Column("source", overflow="fold"),
-        "rows",
-        "size",
-        "last used",
-        "",
-        title=str(cache_folder()),
-        title_justify="left",
-    )
+    columns: list[Column | str] = [Column("source", overflow="fold"), "rows", "size", "last used"]
+    if old:
+        columns.append("")
+    table = Table(*columns, title=str(cache_folder()), title_justify="left")
     for entry in found:
         day = datetime.datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
-        table.add_row(entry.source, f"{entry.rows:,}", _size(entry.size), day, "deleted" if entry in old else "")
+        end = ["deleted" if entry in old else ""] if old else []
+        table.add_row(entry.source, f"{entry.rows:,}", _size(entry.size), day, *end)
     for entry in old:
         _delete(entry)
     console.print(table)
