@@ -324,7 +324,7 @@ def test_configs_compose_and_defaults_are_replaceable(config, tmp_path):
     cli = main(["fit", "--config", config, "--config", str(overlay), "--model.loss.alpha", "0.5"])
     assert (cli.model.loss.gamma, cli.model.loss.alpha) == (3.0, 0.5)
     assert [type(logger) for logger in cli.trainer.loggers] == [TensorBoardLogger, CSVLogger]
-    assert any(isinstance(callback, LearningRateMonitor) for callback in cli.trainer.callbacks)
+    assert not any(isinstance(callback, LearningRateMonitor) for callback in cli.trainer.callbacks)
     assert [callback.monitor for callback in cli.trainer.checkpoint_callbacks] == [None]
     assert any(isinstance(callback, InterruptionCheckpoint) for callback in cli.trainer.callbacks)
     assert cli.trainer.validate_loop.inference_mode is False

@@ -101,10 +101,7 @@ def test_trainer_overlay_parses(path):
         assert STRATEGIES[path.stem] == "auto"
         return
     assert strategy["class_path"] == STRATEGIES[path.stem]
-    options = strategy["init_args"]
-    if "ModelParallel" in strategy["class_path"]:
-        assert options["tensor_parallel_size"] == 1
-        assert options["data_parallel_size"] == trainer["num_nodes"] * trainer["devices"]
+    options = strategy.get("init_args", {})
     if "FSDPStrategy" in strategy["class_path"]:
         block = "transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer"
         assert options["auto_wrap_policy"] == options["activation_checkpointing_policy"] == [block]
@@ -126,8 +123,7 @@ def test_trainer_overlay_runs(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join([json.dumps({"instruction": "1+1=", "output": "1+1+0=2c0|2"})] * 40))
     overlay = ROOT / "configs" / "trainer" / "fsdp2_4nodes.yaml"
-    strategy = yaml.safe_load(overlay.read_text())["trainer"]["strategy"]
-    strategy["init_args"]["data_parallel_size"] = 2
+    strategy = yaml.safe_load(overlay.read_text())["trainer"]["strategy"]  # over all processes, however many there are
     small = tmp_path / "small.yaml"
     content = {
         "model": {"model": TINY, "evaluation": {"generation": {"max_new_tokens": 4}}},

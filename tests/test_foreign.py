@@ -152,6 +152,8 @@ HOMES = {
     "_non_persistent_buffers_set": "torch.nn.Module",
     "_original_object_hash": "transformers.GenerationConfig",
     "_parse_ckpt_path": "lightning.pytorch.cli.LightningCLI",
+    "_data_parallel_size": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "_tensor_parallel_size": "lightning.pytorch.strategies.ModelParallelStrategy",
     "_save_distributed_checkpoint": "lightning.pytorch.strategies.ModelParallelStrategy",
     "_set_hparams": "lightning.pytorch.core.mixins.HyperparametersMixin",
     "_should_check_val_fx": "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop",
@@ -186,7 +188,7 @@ def test_the_list_is_whole():
     """A new one is to be weighed: is there no public form? There were 69 in 24 files."""
     names = {name for module in FILES if ".foreign." in module for name in private_names(module)}
     assert names == HOMES.keys()
-    assert len(names) <= 37
+    assert len(names) <= 39
 
 
 @pytest.mark.parametrize("name", ["_fsdp_wrapped_module.a._checkpoint_wrapped_module.b.w", "a._orig_mod.w", "a.w"])

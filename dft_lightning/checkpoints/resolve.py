@@ -76,12 +76,10 @@ def _newest(ckpt_path: str, trainer: pl.Trainer) -> str | None:
 
 
 def _roots(trainer: pl.Trainer) -> list[Path]:
-    """Where ``ModelCheckpoint`` puts runs: its own folder, or below each logger's, or below the trainer's."""
+    """Where checkpoints are put: folders of ``ModelCheckpoint``'s own, or that which has the folder of each run."""
     own = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
-    if own:
-        return [Path(folder) for folder in own]
-    logged = [Path(logger.save_dir) / str(logger.name) for logger in trainer.loggers if logger.save_dir]
-    return list(dict.fromkeys(logged)) or [Path(trainer.default_root_dir)]
+    run_folder: Path | None = getattr(trainer, "run_folder", None)  # of the command's trainer
+    return [Path(folder) for folder in own] or [run_folder.parent if run_folder else Path(trainer.default_root_dir)]
 
 
 def checkpoint_folders(trainer: pl.Trainer) -> list[Path]:

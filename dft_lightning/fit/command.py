@@ -14,18 +14,16 @@ import sys
 import time
 from argparse import SUPPRESS
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from jsonargparse import ArgumentError, Namespace
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, Timer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from dft_lightning.callbacks import InterruptionCheckpoint, PredictionWriter
+from dft_lightning.callbacks import InterruptionCheckpoint, PredictionWriter, StepProgress
 from dft_lightning.callbacks.interruption import Interrupted
 from dft_lightning.checkpoints import keep_whole, refused_write, resolve_checkpoint
 from dft_lightning.checkpoints.trust import importing_only
@@ -44,6 +42,8 @@ from dft_lightning.fit.checkpoint_options import (
 )
 from dft_lightning.fit.own_classes import GROUPS, Classes, check_known, read_classes, this_script
 from dft_lightning.fit.parser import Parser, refuse_nulls
+from dft_lightning.fit.run_folder import RunConfig, RunTrainer, default_loggers, named_strategy
+from dft_lightning.foreign.jsonargparse import constructor_problem
 from dft_lightning.foreign.lightning import CommandLine, quiet
 from dft_lightning.modules import CausalLMModule
 
@@ -56,17 +56,21 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     # Parameters touched under inference mode cannot be trained afterwards under FSDP2 on a GPU.
     "inference_mode": False,
     "log_every_n_steps": 10,
+    # A table of this package's own modules; what is trained, and the memory that it takes, is said in any case.
+    "enable_model_summary": False,
 }
+EPOCHS = 3
+"""The end of a ``fit`` that is given none; Lightning's own would be 1000 epochs."""
 
 
 class DFTLightningCLI(CommandLine):
     """LightningCLI with this project's defaults, each replaceable by config.
 
     Adds TensorBoard and CSV loggers (into one folder), a ``ModelCheckpoint`` of the newest state, an
-    ``InterruptionCheckpoint``, a ``LearningRateMonitor`` and a ``PredictionWriter``, where the config has none of the
-    kind. No checkpoint is chosen by its ``nll``, which rises under DFT. Checkpoints are loaded with
-    ``weights_only=True``. With one, ``model`` options that are not given are those of its run, and every difference is
-    printed.
+    ``InterruptionCheckpoint``, a ``StepProgress`` and a ``PredictionWriter``, where the config has none of the kind;
+    and an end after three epochs, where it has none. No checkpoint is chosen by its ``nll``, which rises under DFT.
+    Checkpoints are loaded with ``weights_only=True``. With one, ``model`` options that are not given are those of its
+    run, and every difference is printed.
 
     Args:
         model_class: the module, where neither the arguments nor their configs name another.
@@ -132,11 +136,12 @@ class DFTLightningCLI(CommandLine):
             self.config_init = self._instantiate(leave_out=("model", "data"))
             self.trainer = self.instantiate_trainer()
             self._checkpoint = resolve_checkpoint(self._options(self.config).ckpt_path, self.trainer)
+            cast(RunTrainer, self.trainer).keep_checkpoints()
             saved = read_options(self._checkpoint)
             lines += self._take_options(saved)
             made = self._instantiate(leave_out=("trainer",))
         except ValueError as error:  # how constructors refuse an option; while a run goes on it would be a fault
-            raise InputError("\n  ".join([str(error), *lines])) from error
+            raise InputError("\n  ".join([_of_a_constructor(str(error)), *lines])) from error
         options, own = self._options(self.config_init), self._options(made)
         self.model, self.datamodule = options["model"], options["data"] = own.model, own.data
         options["ckpt_path"] = self._checkpoint
@@ -180,6 +185,14 @@ class DFTLightningCLI(CommandLine):
         before, options["model"] = options.model, found  # so that the saved config has it, too
         return taken(_without_class(before), _without_class(found))
 
+    def _set_end(self, trainer: Namespace, callbacks: list[Callback]) -> None:
+        """Give a ``fit`` an end that has none, in the saved config, too."""
+        timed = any(isinstance(callback, Timer) for callback in callbacks) or trainer.max_time is not None
+        if self.subcommand != "fit" or timed or trainer.max_epochs is not None or trainer.max_steps >= 0:
+            return
+        trainer.max_epochs = self._options(self.config).trainer.max_epochs = EPOCHS
+        rank_zero_info(f"trainer.max_epochs: {EPOCHS}, as neither it nor trainer.max_steps is given")
+
     def _check_configs_are_files(self) -> None:
         for path in self._options(self.config).config or []:
             if not Path(path).is_file():
@@ -187,10 +200,12 @@ class DFTLightningCLI(CommandLine):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._options(self.config_init).trainer
+        config.strategy = named_strategy(config.strategy)
         check_precision(config.get("strategy"), config.get("precision"))
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         callbacks += default_callbacks(callbacks, config)
+        self._set_end(config, callbacks)
         logger = config.get("logger")
         if logger is None or logger is True:
             logger = default_loggers(config.get("default_root_dir"))
@@ -216,6 +231,17 @@ def _without_class(options: Namespace) -> Namespace:
     return alone
 
 
+def _of_a_constructor(message: str) -> str:
+    """What a logger, a callback or a strategy says of its options or of a package that it needs, in one line."""
+    problem = constructor_problem(message)
+    if problem is None:
+        return message
+    class_path, reason = problem
+    if lacking := re.search(r"Requirement '([^']+)' not met", reason):
+        reason = f"needs {re.split('[<>=!~ ]', lacking[1])[0]}, which is not installed: pip install '{lacking[1]}'"
+    return ": ".join(filter(None, ["trainer", class_path.rpartition(".")[2], reason]))
+
+
 def check_environment() -> None:
     """Raise ``InputError`` where a variable of Lightning's or of LightningCLI's sets an option.
 
@@ -234,40 +260,13 @@ def check_environment() -> None:
 
 def default_callbacks(given: list[Callback], trainer_config: Any) -> list[Callback]:
     """The callbacks of the command that the config has none of its own of."""
-    defaults: list[Callback] = [PredictionWriter()]
+    defaults: list[tuple[Callback, type]] = [(PredictionWriter(), PredictionWriter)]
+    if trainer_config.get("enable_progress_bar") is not False:
+        defaults.append((StepProgress(), ProgressBar))
     if trainer_config.get("enable_checkpointing") is not False and not trainer_config.get("fast_dev_run"):
-        defaults += [ModelCheckpoint(), InterruptionCheckpoint()]
-    if trainer_config.get("logger") is not False and not trainer_config.get("fast_dev_run"):
-        defaults.append(LearningRateMonitor(logging_interval="step"))
-    return [callback for callback in defaults if not any(isinstance(other, type(callback)) for other in given)]
-
-
-def default_loggers(root: str | Path | None) -> list[Logger]:
-    """TensorBoard and CSV in the same numbered folder, ``ROOT/lightning_logs/version_N``."""
-    folder = str(root or Path.cwd())
-    board = TensorBoardLogger(folder, name="lightning_logs")
-    return [board, CSVLogger(folder, name="lightning_logs", version=board.version)]
-
-
-class RunConfig(SaveConfigCallback):
-    """``config.yaml`` in the run's folder. That of an earlier run is kept.
-
-    Without a logger all runs have one folder: there a run that goes on from a checkpoint writes ``config-2.yaml`` and
-    so on, and one that begins is refused, as its checkpoints would mix with the others'.
-    """
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if not self.already_saved and self.config.get("ckpt_path") is not None:
-            folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective
-            self.config_filename = trainer.strategy.broadcast(_free_name(folder, self.config_filename))
-        super().setup(trainer, pl_module, stage)
-
-
-def _free_name(folder: Path, name: str) -> str:
-    if not (folder / name).exists():
-        return name
-    stem, _, ending = name.rpartition(".")
-    return next(f"{stem}-{i}.{ending}" for i in count(2) if not (folder / f"{stem}-{i}.{ending}").exists())
+        saving = (ModelCheckpoint(), InterruptionCheckpoint())
+        defaults += [(callback, type(callback)) for callback in saving]
+    return [callback for callback, kind in defaults if not any(isinstance(other, kind) for other in given)]
 
 
 _STARTED_BY = "DFT_LIGHTNING_STARTED_BY"
@@ -310,6 +309,7 @@ def _let_end(process: subprocess.Popen[bytes]) -> None:
 def cli_options() -> dict[str, Any]:
     """How :class:`DFTLightningCLI` is built, but for its classes and arguments."""
     return {
+        "trainer_class": RunTrainer,
         "trainer_defaults": dict(TRAINER_DEFAULTS),
         "seed_everything_default": 0,
         "parser_class": Parser,

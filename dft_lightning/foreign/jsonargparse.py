@@ -117,6 +117,17 @@ def kind_of(message: str) -> tuple[str, re.Match[str]] | None:
     return next(((kind, match) for kind, match in found if match), None)
 
 
+def constructor_problem(message: str) -> tuple[str, str] | None:
+    """What a constructor has raised, where a message says beside it what else the option would have taken: the class by
+    its path (empty where the message does not say), and the reason."""
+    if not message.startswith("Does not validate against any of the Union subtypes"):
+        return None
+    found = re.search(
+        r"Problem with given class_path '([^']+)':\s+(.+?)(?:\n\s*- |\nGiven value|\Z)", message, re.DOTALL
+    )
+    return (found[1], " ".join(found[2].split())) if found else ("", reasons_of(message)[0])
+
+
 def kind_of_factory(reason: str) -> tuple[str, re.Match[str]] | None:
     """What is wrong with a class that is named without being made, as :func:`kind_of` has it for whole messages."""
     found = ((kind, re.match(pattern, reason)) for kind, pattern in _OF_A_FACTORY.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Callable
@@ -27,12 +28,16 @@ def quiet() -> None:
     # A fit without validation rows is what was asked for.
     warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    # Steps are counted across epochs, and logged by that count.
+    warnings.filterwarnings("ignore", message=r"The number of training batches .* is smaller than the logging interval")
+    # Each run has a folder of its own, one that goes on, too.
+    warnings.filterwarnings("ignore", message=r"The dirpath has changed from")
     # The module's own values are reduced before they are logged; advice on anybody else's stays.
     ours = "loss|nll|perplexity|token_accuracy|entropy|mean_weight|target_tokens|exact_match"
     stages = "val|forgetting|test"
     warnings.filterwarnings("ignore", message=rf"It is recommended to use `self\.log\('({stages})/({ours})'")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()
+        lambda record: not re.search("litlogger|^TPU available: False|^Restoring states from", record.getMessage())
     )
 
     if not isinstance(threading.excepthook, functools.partial):  # once
@@ -166,6 +171,16 @@ class WholeAsyncCheckpointIO(AsyncCheckpointIO):
 
 
 # -- strategies --------------------------------------------------------------------------------------------------------
+
+
+def shard_over_all(strategy: ModelParallelStrategy) -> None:
+    """Have a ``ModelParallelStrategy`` that is given no sizes, or one of them, split no tensors: all processes share
+    the model's shards. Its own default splits tensors over the devices of a node; both are arguments that it hides."""
+    if strategy._tensor_parallel_size == "auto":
+        strategy._tensor_parallel_size = 1
+    if strategy._data_parallel_size == "auto":
+        processes = strategy.num_nodes * strategy.num_processes
+        strategy._data_parallel_size = processes // int(strategy._tensor_parallel_size)
 
 
 def checkpointing_options(strategy: FSDPStrategy) -> dict[str, Any]:
