@@ -141,7 +141,6 @@ def test_flags(capfd, config, args, expected):
         ("fit: {model: {peft: null}}", "take it out of its fit: level"),
         ("model: {loading: null}", "model.loading: null is none of its values: leave it out for the default"),
         ("model: {evaluation: {generation: null}}", "model.evaluation.generation: null is none of its values"),
-        ("model: {evaluation: {answer_extractor: null}}", "model.evaluation.answer_extractor: null is none of its"),
         ("model: {loss: null}", "model.loss: null is none of its values"),
         ("model: {optimizer: null}", "model.optimizer: null is none of its values"),
         ("model: {schedule: {decay: constant, minimum: 0.1}}", "schedule.minimum is where a decay ends"),

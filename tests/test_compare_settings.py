@@ -25,7 +25,7 @@ BASE = {
     "model": {
         "model": {**TINY_LLAMA, "vocab_size": 20},
         "loss": "FocalLoss",
-        "evaluation": {"generation": {"max_new_tokens": 3}},
+        "evaluation": {"generation": {"max_new_tokens": 3}, "answer_extractor": "LastNumber"},
     },
     "data": {
         "train": ROWS,

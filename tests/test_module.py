@@ -19,6 +19,7 @@ from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss, 
 from dft_lightning.component import from_plain, to_plain
 from dft_lightning.data.batches.collating import Collator
 from dft_lightning.errors import InputError
+from dft_lightning.metrics import WholeText
 from dft_lightning.models.generation import GenerationOptions, decode_completions
 from dft_lightning.models.loading import load_causal_lm
 from dft_lightning.modules.schedules import total_optimizer_steps
@@ -573,8 +574,10 @@ def test_rope_theta_of_older_configs_is_taken():
 
 
 def test_batches_without_prompts_cannot_be_tested():
+    """Where answers are to be scored; see test_own_metrics for what becomes of them otherwise."""
+    module = CausalLMModule(TINY_LLAMA, evaluation={"answer_extractor": WholeText()})
     with pytest.raises(InputError, match=r"which these batches lack: use InstructionDataModule"):
-        trainer().test(CausalLMModule(TINY_LLAMA), loader(), verbose=False)
+        trainer().test(module, loader(), verbose=False)
 
 
 def test_a_transformers_config_starts_from_scratch(tmp_path):

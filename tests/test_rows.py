@@ -162,7 +162,7 @@ def test_plain_text_has_nothing_to_generate_from(tmp_path):
     with pytest.raises(InputError, match=r"data.validation: plain text has no prompt to generate from"):
         data.generation_dataloader()
     with pytest.raises(InputError, match=r"row 1: text: plain text has no prompt to complete"):
-        data.setup("test")
+        data.setup("predict")
 
 
 # -- weights ---------------------------------------------------------------------------------------------------------

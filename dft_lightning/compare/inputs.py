@@ -48,7 +48,7 @@ def check_inputs(runs: Sequence[Run], evaluation: dict[str, Any], classes: Class
             data.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]  # whose loss it asks for
             for stage in ("test",) if tested_alone else ("fit", "test"):
                 data.load(stage)
-            _check_answers(data, ExactMatch(module.evaluation.answer_extractor), evaluation)
+            _check_answers(data, ExactMatch(module.evaluation.extractor), evaluation)
 
 
 def _check_answers(data: InstructionDataModule, scorer: ExactMatch, evaluation: dict[str, Any]) -> None:

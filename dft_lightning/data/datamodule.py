@@ -258,7 +258,7 @@ class InstructionDataModule(PlainHyperparameters, pl.LightningDataModule):
         return self._loader("validation") if "validation" in self.splits else []
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._loader("test", with_prompts=True)
+        return self._loader("test", with_prompts=any(self.splits.tokenized("test")["prompt"]))  # plain text has none
 
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader("predict", with_prompts=True)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPLITS_OF_STAGE = {
-    "fit": ("train", "validation", "forgetting"),
+    "fit": ("train", "validation", "forgetting", "test"),  # whose bad rows end a run before it is trained
     "validate": ("validation", "forgetting"),
     "test": ("test",),
     "predict": ("predict",),

@@ -28,7 +28,7 @@ def check_prompts(trainer: pl.Trainer, module: CausalLMModule, split: str, limit
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
     data.generation_dataloader(limit, split)
-    ExactMatch(module.evaluation.answer_extractor).check(data.answers(split, limit), split)
+    ExactMatch(module.evaluation.extractor).check(data.answers(split, limit), split)
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def count_correct(
     A collective: call it on every rank. Every rank gets the counts of all rows, in the rows' order. ``after_batch`` may
     raise, on every rank alike.
     """
-    metric = ExactMatch(module.evaluation.answer_extractor)
+    metric = ExactMatch(module.evaluation.extractor)
     counts: list[tuple[int, int]] = []
     with measuring(trainer, module, seed):
         for batch in trainer.datamodule.generation_dataloader(limit, split):  # type: ignore[attr-defined]

@@ -9,6 +9,17 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 
+def alone(metric: Metric) -> Metric:
+    """Have a metric exchange nothing with other processes, as all of them give it the same. There is an argument for
+    that, which a class of somebody's own need not take."""
+    metric.distributed_available_fn = _never
+    return metric
+
+
+def _never() -> bool:
+    return False
+
+
 class ExactMetric(Metric):
     """A metric whose states move between devices with a module, and keep their dtype whatever the module is cast to.
 

@@ -30,7 +30,8 @@ from dft_lightning.modules.building import ModelBuilder, objective_of
 from dft_lightning.modules.monitors import check_monitors, check_monitors_by_validation
 from dft_lightning.modules.optimizer_building import OptimizerBuilder
 from dft_lightning.modules.optimizers import DEFAULT_OPTIMIZER, OptimizerCallable
-from dft_lightning.modules.options import EvaluationOptions, LoadingOptions, StepOptions, over_checkpoint, whole_options
+from dft_lightning.modules.options import EvaluationOptions, LoadingOptions, StepOptions, saved_options, whole_options
+from dft_lightning.modules.resume.from_checkpoint import FromCheckpoint
 from dft_lightning.modules.resume.run_state import RunState
 from dft_lightning.modules.resume.saved import Checkpoints
 from dft_lightning.modules.schedules import ScheduleCallable, WarmupSchedule
@@ -41,13 +42,12 @@ from dft_lightning.ops import TokenOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-    from typing_extensions import Self
 
 Batch = dict[str, Any]
 _RUN_THE_MODEL = ("training_step", "validation_step", "test_step", "predict_step", "token_output", "generate")
 
 
-class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
+class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningModule):
     """Fine-tunes a causal language model with a pluggable token loss.
 
     The gradient of an optimizer step is that of the token mean of the loss over the whole step (or, with
@@ -123,7 +123,7 @@ class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
         self.strict_loading = peft is None  # an adapter's checkpoints hold that alone, and its names are looked at
         self.model: nn.Module | None = None
         self.train_telemetry = TrainTelemetry()
-        self.eval_metrics = Evaluation(self.evaluation.answer_extractor)
+        self.eval_metrics = Evaluation(self.evaluation)
         self._builder = ModelBuilder(model, self.loss, self.loading, self.sharding, self.step, peft, reference_model)
         self._objective = BatchObjective(self.loading.head, self.step, own_forward, name)
         self._completions = Completions(self._builder.load_tokenizer)
@@ -136,7 +136,7 @@ class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
 
     def plain_hparams(self, values: dict[str, Any]) -> dict[str, Any]:
         """Class paths and options, which ``weights_only`` loading can read."""
-        return plain_values(whole_options(values), "pass it to load_from_checkpoint by hand")
+        return plain_values(saved_options(values), "pass it to load_from_checkpoint by hand")
 
     def moving(self, fn: Callable[[Tensor], Tensor]) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         """Moves and casts leave the model's non-persistent buffers in their own dtype."""
@@ -149,6 +149,8 @@ class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
         if is_sharded(self):
             return
         builder.check_strategy(self.loss, trainer)
+        if trainer is not None and trainer.state.fn in (TrainerFn.FITTING, TrainerFn.TESTING):
+            self.eval_metrics.check_answers(self._datamodule)
         files: list[Path] = []
         if self.model is None:  # otherwise built before there was a trainer, or for one that did not shard
             own = type(self).build_model is CausalLMModule.build_model
@@ -243,7 +245,7 @@ class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
         self._steps.clip(optimizer, gradient_clip_val, gradient_clip_algorithm, self.trainer, by_value)
 
     def on_fit_start(self) -> None:
-        check_monitors(self.trainer, type(self), self.loss, self.step)
+        check_monitors(self.trainer, type(self), self.loss, self.step, self.eval_metrics.names)
         self._checkpoints.before_fit(self.trainer)
 
     def on_train_start(self) -> None:
@@ -282,7 +284,7 @@ class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Token metrics of the validation rows, and of ``data.forgetting``, the second loader, where there is one."""
-        output = self.token_output(batch, statistics=("entropy",))
+        output = self.token_output(batch, statistics=self.eval_metrics.statistics)
         self.eval_metrics.update("forgetting" if dataloader_idx else "val", output, batch, self.loss)
 
     def on_validation_epoch_end(self) -> None:
@@ -295,18 +297,19 @@ class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
         self.train_telemetry.start_clock()
         self._run_state.after_validation(self.trainer)
 
-    def on_test_start(self) -> None:
-        self.eval_metrics.check_answers(self._datamodule)
-
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Token metrics and exact match of the generated answers. Returns a record of each row as ``predictions``."""
-        self.eval_metrics.update("test", self.token_output(batch, statistics=("entropy",)), batch, self.loss)
+        """Token metrics, and scores of generated answers, of each of which ``predictions`` has a record."""
+        output = self.token_output(batch, statistics=self.eval_metrics.statistics)
+        self.eval_metrics.update("test", output, batch, self.loss)
+        if not self.eval_metrics.scores(batch):
+            return {"predictions": []}
         records = self.predict_step(batch, batch_idx)
         self.eval_metrics.score(records)
         return {"predictions": records}
 
     def on_test_epoch_end(self) -> None:
         self._log("test", self.eval_metrics.collect("test", self._source_names))
+        self._log("test", self.eval_metrics.collect_texts(self.trainer.world_size))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Generate completions. Returns ``index``, ``prompt``, ``completion`` and ``answer`` of each row."""
@@ -348,34 +351,6 @@ class CausalLMModule(PlainHyperparameters, Moving, pl.LightningModule):
     def build_scheduler(self, optimizer: Optimizer) -> LRScheduler | None:
         """The schedule that ``model.schedule`` names, stepped once per optimizer step; ``None`` for none."""
         return self._optimization.schedule(optimizer, self.trainer)
-
-    @classmethod
-    def load_from_checkpoint(
-        cls,
-        checkpoint_path: Any,
-        map_location: Any = None,
-        hparams_file: Any = None,
-        strict: bool | None = None,
-        weights_only: bool | None = True,
-        *,
-        trust_remote_code: bool = False,
-        **kwargs: Any,
-    ) -> Self:
-        """A module from a checkpoint's weights and options; no code is run because the checkpoint says so.
-
-        Arguments are Lightning's, and ``weights_only=False`` lets the file run any code. ``trust_remote_code`` runs
-        code that comes with the model that the checkpoint names; a ``loading.attn_implementation`` that is a kernel on
-        the hub has to be given here, too. ``kwargs`` are options over the checkpoint's, of groups in part or in whole.
-
-        Raises:
-            InputError: the checkpoint names a class that is neither this package's nor imported already, or a model
-                that wants its own code to be run.
-        """
-        files = (checkpoint_path, hparams_file, weights_only)
-        with over_checkpoint(cls, files, kwargs, trust_remote_code) as options:
-            return super().load_from_checkpoint(
-                checkpoint_path, map_location, hparams_file, strict, weights_only, **options
-            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what ``export`` needs beside the weights, and what a run has in flight."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, LearningRateMonitor, ModelCheckpoint
@@ -30,11 +30,11 @@ _LOG_NOTHING = {
 }
 
 
-def check_monitors(trainer: pl.Trainer, cls: type, loss: TokenLoss, step: StepOptions) -> None:
+def check_monitors(trainer: pl.Trainer, cls: type, loss: TokenLoss, step: StepOptions, own: Collection[str]) -> None:
     """What is monitored against what the run logs, before it begins.
 
     Where a subclass or a callback of another's may log as well, any name may be right: see
-    :func:`check_monitors_by_validation`.
+    :func:`check_monitors_by_validation`. Each metric of one's own, by its name in ``own``, may log several values.
 
     Raises:
         InputError: something is monitored that the run never logs.
@@ -45,10 +45,13 @@ def check_monitors(trainer: pl.Trainer, cls: type, loss: TokenLoss, step: StepOp
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         names += getattr(callback, "logged_names", list)()  # of this package's
     names += [config.name for config in trainer.lr_scheduler_configs if config.name]
+    further = [f"{stage}/{name}" for stage in ("val", "forgetting") if f"{stage}/nll" in names for name in own]
+    names += further
     for owner, name in _monitored(trainer):
         of_rates = name.startswith("lr-") and any(isinstance(each, LearningRateMonitor) for each in trainer.callbacks)  # type: ignore[attr-defined]
         of_checkpoints = name in ("epoch", "step") and owner == "ModelCheckpoint"
-        if name not in names and not of_rates and not of_checkpoints:
+        of_several = name.rpartition("/")[0] in further
+        if name not in names and not of_rates and not of_checkpoints and not of_several:
             raise InputError(f"{owner}.monitor: this run never logs {name}{_instead(name, names)}")
 
 

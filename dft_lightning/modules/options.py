@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
-from dft_lightning.checkpoints.trust import loading_options
-from dft_lightning.component import from_plain, group_of, init_parameters
+from torchmetrics import Metric
+
+from dft_lightning.component import from_plain, group_of
 from dft_lightning.distributed.sharding import ShardingOptions
 from dft_lightning.errors import check_one_of
-from dft_lightning.metrics import AnswerExtractor, LastNumber
+from dft_lightning.metrics import AnswerExtractor, WholeText
+from dft_lightning.metrics.own import metrics_by_name
 from dft_lightning.models.generation import GenerationOptions
 from dft_lightning.models.loading import DType
 from dft_lightning.modules.optimizers import optimizer_values
@@ -98,17 +99,35 @@ class EvaluationOptions:
 
     Attributes:
         generation: how completions are generated.
-        answer_extractor: finds the answer that ``test`` compares.
+        answer_extractor: finds the answer that is compared. ``None`` compares whole texts, and leaves rows without an
+            answer, such as plain text, to the token metrics.
+        metrics: further metrics by name, which is what they are logged under. A class of torchmetrics that takes texts
+            scores what ``test`` generates; a :class:`~dft_lightning.metrics.TargetMetric` scores the target tokens in
+            validation and test. Each is a class path, ``class_path`` and ``init_args``, or in Python the metric itself;
+            classes of ``torchmetrics.text`` need no path. ``None`` is ``{chrf: CHRFScore}`` where there is no
+            ``answer_extractor``, and none where there is one. Checkpoints do not hold them.
     """
 
     generation: GenerationOptions = GenerationOptions()  # noqa: RUF009 (frozen)
-    answer_extractor: AnswerExtractor = LastNumber()  # noqa: RUF009 (stateless)
+    answer_extractor: AnswerExtractor | None = None
+    metrics: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Take in Python what a config says, too: dicts of options."""
         generation = group_of(GenerationOptions, self.generation, "generation")
         object.__setattr__(self, "generation", generation)
-        object.__setattr__(self, "answer_extractor", from_plain(self.answer_extractor, AnswerExtractor))
+        if self.answer_extractor is not None:
+            object.__setattr__(self, "answer_extractor", from_plain(self.answer_extractor, AnswerExtractor))
+
+    @property
+    def extractor(self) -> AnswerExtractor:
+        """What finds the answer that is compared."""
+        return WholeText() if self.answer_extractor is None else self.answer_extractor
+
+    def further_metrics(self) -> dict[str, Metric]:
+        """Metrics beside those that are always there, by name. Raises as :func:`.metrics_by_name`."""
+        default = {"chrf": "CHRFScore"} if self.answer_extractor is None else {}
+        return metrics_by_name(default if self.metrics is None else self.metrics)
 
 
 def whole_options(values: dict[str, Any]) -> dict[str, Any]:
@@ -124,18 +143,10 @@ def whole_options(values: dict[str, Any]) -> dict[str, Any]:
     return {name: whole[name](value) if name in whole else value for name, value in values.items()}
 
 
-@contextmanager
-def over_checkpoint(
-    cls: type, files: tuple[Any, Any, bool | None], given: Mapping[str, Any], trust_remote_code: bool
-) -> Iterator[dict[str, Any]]:
-    """For ``load_from_checkpoint`` of a module: the options that are given, and whether code is trusted.
-
-    ``files`` are the first arguments of :func:`~dft_lightning.checkpoints.trust.loading_options`.
-    """
-    options = dict(given)
-    if "loading" in init_parameters(cls):  # a class of one's own may take no such option
-        loading = given.get("loading") or {}
-        loading = loading if isinstance(loading, Mapping) else vars(loading)  # the group itself
-        options["loading"] = {"trust_remote_code": trust_remote_code, **loading}
-    with loading_options(cls, *files, options, GROUPS) as whole:
-        yield whole
+def saved_options(values: dict[str, Any]) -> dict[str, Any]:
+    """As :func:`whole_options`, without metrics of a run's own: what is measured is no part of what was trained, and a
+    checkpoint that names a class is read with more care."""
+    values = whole_options(values)
+    if isinstance(evaluation := values.get("evaluation"), EvaluationOptions):  # a class of one's own may take none
+        values["evaluation"] = replace(evaluation, metrics=None)
+    return values

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torchmetrics import Metric
 
+from dft_lightning.distributed import gather_lists
 from dft_lightning.errors import InputError
 from dft_lightning.losses import TokenLoss
 from dft_lightning.losses.base import IGNORE_INDEX
-from dft_lightning.metrics import AnswerExtractor, ExactMatch, GradientMetrics, SourceMetrics, TokenMetrics
+from dft_lightning.losses.statistics import normalise_needs
+from dft_lightning.metrics import ExactMatch, GradientMetrics, SourceMetrics, TargetMetric, TokenMetrics
 from dft_lightning.metrics.exact_sums import ExactSums
+from dft_lightning.metrics.own import numbers, of_texts
+from dft_lightning.modules.options import EvaluationOptions
 from dft_lightning.ops import TokenOutput
 
 
@@ -130,12 +137,28 @@ STAGES = ("val", "forgetting", "test")
 
 
 class Evaluation(nn.Module):
-    """Token metrics of each stage, and exact match of the answers that an extractor finds in what is generated."""
+    """Token metrics of each stage, and what is scored of generated answers: exact match, and metrics of texts.
 
-    def __init__(self, answer_extractor: AnswerExtractor) -> None:
+    Attributes:
+        names: of the metrics of one's own that validation has, too.
+        statistics: per-token statistics that it reads beyond what is always there.
+    """
+
+    def __init__(self, options: EvaluationOptions) -> None:
         super().__init__()
+        further = options.further_metrics()
+        own = {name: metric for name, metric in further.items() if isinstance(metric, TargetMetric)}
         self.stages = nn.ModuleDict({stage: StageTelemetry() for stage in STAGES})
-        self.exact_match = ExactMatch(answer_extractor)
+        self.own = nn.ModuleDict({stage: nn.ModuleDict(copy.deepcopy(own)) for stage in STAGES})
+        self.exact_match = ExactMatch(options.extractor)
+        self.names = tuple(own)
+        needs = [need for metric in own.values() for need in normalise_needs(metric.needs)]
+        self.statistics: tuple[Any, ...] = ("entropy", *needs)
+        # No modules: they stay where texts are, and each rank gives them all texts.
+        self._of_texts = {name: metric for name, metric in further.items() if name not in own}
+        self._asked_for = options.answer_extractor is not None or bool(options.metrics and self._of_texts)
+        self._records: list[dict[str, Any]] = []
+        self._said = False
 
     def telemetry(self, stage: str) -> StageTelemetry:
         """Of one of :data:`STAGES`."""
@@ -144,27 +167,57 @@ class Evaluation(nn.Module):
     def update(self, stage: str, output: TokenOutput, batch: Mapping[str, Any], loss: TokenLoss) -> None:
         """Count a batch's targets."""
         self.telemetry(stage).update(output, batch, loss)
+        for metric in cast(nn.ModuleDict, self.own[stage]).values():
+            cast(Metric, metric).update(output, batch)
 
     def collect(self, stage: str, source_names: Sequence[str]) -> dict[str, Any]:
         """All values of a stage, reduced over ranks; none where nothing was counted. A collective."""
         values = self.telemetry(stage).collect(source_names)
         values.pop("tokens", None)
-        if stage == "test" and self.exact_match.update_called:
-            values["exact_match"] = self.exact_match.compute()
-            self.exact_match.reset()
+        for name, metric in cast(nn.ModuleDict, self.own[stage]).items():
+            if cast(Metric, metric).update_called:
+                values |= numbers(name, cast(Metric, metric).compute())
+                cast(Metric, metric).reset()
         return values
 
+    def collect_texts(self, world_size: int) -> dict[str, Any]:
+        """What is scored of the generated answers of all ranks; none where nothing was generated. A collective."""
+        records, self._records = gather_lists(self._records, world_size), []
+        if not records:
+            return {}
+        records.sort(key=lambda record: int(record["index"]))
+        values: dict[str, Any] = {"exact_match": self.exact_match.compute()}
+        self.exact_match.reset()
+        texts = [[record[name] for record in records] for name in ("completion", "answer")]
+        return values | of_texts(self._of_texts, *texts)
+
     def check_answers(self, datamodule: pl.LightningDataModule | None) -> None:
-        """Whether test rows have an answer to compare with, before anything is generated.
+        """Whether what test rows have is what is to be scored, before anything is trained or generated.
 
         On every rank: one that stops alone leaves the others waiting.
+
+        Raises:
+            InputError: a row has no answer, or none that the extractor finds.
         """
-        answers = getattr(datamodule, "answers", None)
-        if answers is not None:
-            self.exact_match.check(answers("test"), "test")
+        if not getattr(datamodule, "has_split", lambda split: False)("test"):
+            return
+        answers = cast(Any, datamodule).answers("test")
+        if self._asked_for or any(answer is not None for answer in answers):
+            self.exact_match.check(answers, "test")
+
+    def scores(self, batch: Mapping[str, Any]) -> bool:
+        """Whether answers are to be generated to a batch's prompts and scored. One without is of token metrics alone,
+        unless somebody asked for more."""
+        if "prompt_input_ids" in batch or self._asked_for:
+            return True
+        if not self._said:
+            self._said = True
+            rank_zero_info("test: token metrics alone, as the rows have no prompts to generate answers to")
+        return False
 
     def score(self, records: list[dict[str, Any]]) -> None:
         """Add ``correct`` to records of :func:`records_of`, and count them."""
+        self._records += records
         for record in records:
             record["correct"] = self.exact_match.score(record["completion"], record["answer"])
         self.exact_match.update([r["completion"] for r in records], [r["answer"] for r in records])

@@ -93,6 +93,11 @@ def sample(
             # Sampling needs no loss, and one may read what rows do not have.
             model = {**config["model"], "loss": _NO_LOSS, "reference_model": None}
             module = module_of({**config, "model": model}, fit.classes)
+            if module.evaluation.answer_extractor is None:
+                raise InputError(
+                    "model.evaluation.answer_extractor: not set, and sample says which answers are right by it: "
+                    "LastNumber, HashAnswer, BoxedAnswer, MathAnswer, WholeText or your own"
+                )
             scorer = ExactMatch(module.evaluation.answer_extractor)
             scorer.check(prompts.answers(), split)
             longest = max_new_tokens or module.evaluation.generation.max_new_tokens

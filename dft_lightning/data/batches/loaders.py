@@ -54,18 +54,25 @@ def row_loader(
     sampler = RowSampler(dataset, world_size, rank, shuffle, options.seed, lengths, group_size)
     if begin is not None:
         begin(sampler)
-    with called_by_torchdata():
-        loader: DataLoader[Any] = StatefulDataLoader(
-            dataset,
-            batch_size=batch_size,
-            sampler=sampler,
-            collate_fn=collator,
-            num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=num_workers > 0,
-            **_worker_options(options.seed, rank),
-        )
+    loader: DataLoader[Any] = _RowLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        collate_fn=collator,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        **_worker_options(options.seed, rank),
+    )
     return loader
+
+
+class _RowLoader(StatefulDataLoader):  # type: ignore[misc]
+    """Of a class of its own, as Lightning makes another one of some loaders."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with called_by_torchdata():
+            super().__init__(*args, **kwargs)
 
 
 def stream_loader(

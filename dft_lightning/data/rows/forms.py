@@ -149,7 +149,7 @@ def _converted(row: dict[str, Any], form: RowFormName, reading: Reading, noted: 
     if weight == 0 and last_turn == "any":
         last_turn = "optional"  # nothing of it is learnt: a sampled answer may be empty, and is wrong
     if form == "text":
-        if last_turn != "any":
+        if reading.last_turn == "optional":
             raise BadRow(f"{options.text_column}: plain text has no prompt to complete: give rows of another form")
         return Conversation([], text=_text(row, options.text_column, noted, filled=True), weight=weight)
     asked, answered = _MESSAGES[form](row, _Form(options, last_turn, noted))
