@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 
 import lightning.pytorch as pl
 import pytest
@@ -13,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from conftest import at_hand
+from dft_lightning.assets import resolve
 from dft_lightning.data import ArithmeticRows, HubRows, InstructionDataModule, LocalRows, arithmetic_tokenizer
 from dft_lightning.data.batches.accumulation import micro_batches_of
 from dft_lightning.data.batches.collating import Collator, ItemRows
@@ -313,6 +316,17 @@ def test_single_turn_mask_on_real_tokenizers(real_tokenizer, name, expected):
     tokenizer = real_tokenizer(f"tokenizers/{name}")
     row = encode(tokenizer, TURN)
     assert trained_text(tokenizer, row) == expected
+
+
+def test_a_tokenizer_without_a_chat_template_gets_the_plain_one_and_says_so(tmp_path, caplog):
+    shutil.copytree(resolve("asset://arithmetic-base"), tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    with caplog.at_level(logging.INFO):
+        tokenizer = load_tokenizer(tmp_path / "base")
+        load_tokenizer(tmp_path / "base", chat_template="{{ messages[0].content }}")
+    assert tokenizer.chat_template is not None
+    (said,) = [line for line in caplog.messages if "chat template" in line]
+    assert said.startswith(f"{tmp_path / 'base'} has no chat template and gets the plain one")
 
 
 def test_plain_template_on_a_sentencepiece_tokenizer():

@@ -94,9 +94,12 @@ class LowerEmbeddingRate(CausalLMModule):
 
 
 @pytest.mark.parametrize("arguments", sorted(FITS))
-def test_fit_commands_are_accepted(arguments, parse, monkeypatch):
+def test_fit_commands_are_accepted(arguments, parse, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    parse([word for word in arguments.split() if word != "--print_config"])
+    (written,) = blocks(DOCS / "own_rows.md", "yaml")  # by init
+    (tmp_path / "train.yaml").write_text(written, encoding="utf-8")
+    words = arguments.replace("train.yaml", str(tmp_path / "train.yaml")).split()
+    parse([word for word in words if word != "--print_config"])
 
 
 @pytest.mark.parametrize("code", CONFIGS)

@@ -4,6 +4,7 @@
 # takes ``fit`` reads the config of a fit: every option that is not its own goes there.
 COMMANDS = {
     "compare": "dft_lightning.compare.command.compare",
+    "init": "dft_lightning.inspection.init.init",
     "inspect": "dft_lightning.inspection.command.inspect",
     "score": "dft_lightning.scoring.command.score",
     "sample": "dft_lightning.sampling.command.sample",

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from dft_lightning.assets import resolve
 from dft_lightning.checkpoints.trust import code_refused
 from dft_lightning.data.text.time_limit import EndlessTemplateError, limited
@@ -41,7 +43,7 @@ def load_tokenizer(
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the tokenizer.
         chat_template: Jinja text, or the path of a ``.jinja`` file, in place of the tokenizer's own. Without either
-            :data:`PLAIN_CHAT_TEMPLATE` is used.
+            :data:`PLAIN_CHAT_TEMPLATE` is used, which is said.
         key: what an error message calls the name.
 
     Raises:
@@ -92,6 +94,10 @@ def _plain_template(tokenizer: PreTrainedTokenizerBase, path: str, key: str) -> 
             f"{key}: the tokenizer of {path!r} has neither a chat template nor an end-of-text token: "
             "set data.text.chat_template"
         )
+    rank_zero_info(
+        f"{path} has no chat template and gets the plain one: each message and a line break, answers and "
+        f"{tokenizer.eos_token}; data.text.chat_template takes another"
+    )
     return PLAIN_CHAT_TEMPLATE.replace("{{ BOS }}", "{{ bos_token }}" if adds_bos(tokenizer) else "")
 
 
