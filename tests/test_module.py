@@ -185,7 +185,7 @@ def test_bad_options(options, message):
 
 
 def test_a_loss_with_parameters_is_refused():
-    class Learnt(TokenLoss):
+    class Learnt(Surprise):
         def __init__(self):
             super().__init__()
             self.temperature = torch.nn.Parameter(torch.ones(()))

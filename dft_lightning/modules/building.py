@@ -26,6 +26,7 @@ from dft_lightning.distributed.strategies import (
 from dft_lightning.errors import InputError
 from dft_lightning.foreign.torch import non_persistent_buffers
 from dft_lightning.losses.base import TokenLoss, require_default_forward_options
+from dft_lightning.losses.statistics import check_params, normalise_needs
 from dft_lightning.models.head import ends_of, find_head, text_config
 from dft_lightning.models.loading import checkpoint_activations, empty_causal_lm, load_causal_lm
 from dft_lightning.models.lora.adapter import attach, base_name, raise_to_float32
@@ -222,9 +223,14 @@ def objective_of(given: TokenLoss | dict[str, Any], name: str) -> TokenLoss:
     """A module's objective: a copy, which may keep state.
 
     Raises:
-        ValueError: it has options that a module has itself, or trainable parameters.
+        ValueError: it has options that a module has itself, trainable parameters, or needs what there is not.
     """
     loss = copy.deepcopy(from_plain(given, TokenLoss))
+    try:
+        for need in normalise_needs(loss.needs):
+            check_params(need)
+    except ValueError as error:
+        raise InputError(f"model.loss: {type(loss).__name__}: {error}") from error
     require_default_forward_options(loss, name)
     if any(parameter.requires_grad for parameter in loss.parameters()):
         raise ValueError(f"{type(loss).__name__} has trainable parameters; a token loss must have none")

@@ -23,6 +23,8 @@ Row = dict[str, Any] | BrokenRow
 class RowSource(Component):
     """Yields rows as dicts of columns. Subclass and write :meth:`rows` for data of one's own."""
 
+    _to_write = ("rows",)
+
     @property
     def name(self) -> str:
         """What an error message calls the source."""
@@ -38,7 +40,7 @@ class RowSource(Component):
 
     def rows(self) -> Iterator[tuple[int | str, Row]]:
         """Each row with its number, as a person would count it in the file (from 1), or with its place."""
-        raise NotImplementedError(f"{type(self).__name__} must define rows(self)")
+        raise NotImplementedError  # a class without it is not made
 
     def rows_of_parts(self) -> Iterator[tuple[int, int | str, Row]]:
         """As :meth:`rows`, each with the index in :attr:`parts` before it; 0 where there are none."""
