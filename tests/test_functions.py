@@ -86,7 +86,7 @@ def test_what_is_no_config_is_an_error_and_no_exit(function, fit, message, tmp_p
         ({"base": "absent.yaml", "losses": {"a": "DFTLoss"}, "learning_rates": [1e-3]}, "base: no such file"),
         ({**COMPARISON, "nope": 1}, "config: unknown key nope"),
         ({**COMPARISON, "learning_rates": ["x"]}, "learning_rates"),
-        ({**COMPARISON, "losses": {"a": object()}}, "has no plain form: name a class by its path"),
+        ({**COMPARISON, "losses": {"a": object()}}, "config: .* has no plain form: give what a file can hold"),
     ],
 )
 def test_what_is_no_comparison_is_an_error_and_no_exit(config, message, tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def read_settings(given: Sequence[str | Path | Mapping[str, Any]]) -> Settings:
     path = Path()
     for each in given:
         path = Path("config" if isinstance(each, Mapping) else each)
-        content = _merged(content, _of_one(path, each) if isinstance(each, Mapping) else _read_one(path))
+        content = _merged(content, _of_one(path, _in_plain(each)) if isinstance(each, Mapping) else _read_one(path))
     if not content.get("losses"):
         raise InputError(f"{path}: losses: name at least one loss to compare")
     for name in content["losses"]:
@@ -124,12 +124,18 @@ def _read_one(path: Path) -> dict[str, Any]:
     return _of_one(path, _read_strictly(path), path.parent)
 
 
+def _in_plain(given: Mapping[Any, Any]) -> dict[str, Any]:
+    """A dict of Python's as a file would have it, losses by their class paths."""
+    try:
+        plain: dict[str, Any] = to_plain(dict(given))
+    except NotPlainError as error:
+        raise InputError(f"config: {error}: give what a file can hold, classes by their paths") from error
+    return plain
+
+
 def _of_one(path: Path, given: Mapping[str, Any], folder: Path = Path()) -> dict[str, Any]:
     """The content of a file or dict; a base's path in it is seen from a folder."""
-    try:
-        content: dict[str, Any] = to_plain(dict(given))
-    except NotPlainError as error:
-        raise InputError(f"{path}: {error}: name a class by its path") from error
+    content = dict(given)
     known = [key.name for key in fields(Comparison)]
     for key in content:
         if key not in known:
