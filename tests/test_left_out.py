@@ -8,9 +8,10 @@ import pickle
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from conftest import TINY_LLAMA
-from dft_lightning import CausalLMModule
+from dft_lightning import CausalLMModule, InstructionDataModule
 from dft_lightning.data import RowForm, RowSource
 from dft_lightning.errors import InputError
 from dft_lightning.losses import CrossEntropyLoss, EAFTLoss, MixtureLoss, ScheduledLoss, ThresholdLoss, TokenLoss
@@ -18,6 +19,7 @@ from dft_lightning.losses.base import unreduced
 from dft_lightning.losses.statistics import TokenStats
 from dft_lightning.metrics import AnswerExtractor
 from dft_lightning.ops import linear_token_loss, logits_token_loss
+from small_runs import trainer
 
 READ = {
     "mean_log_prob": r'write needs = \("mean_log_prob",\)',
@@ -171,3 +173,35 @@ def test_needs_that_there_are_not_are_refused_when_the_module_is_made(needs, mes
 def test_a_loss_that_returns_nothing_says_so():
     with pytest.raises(InputError, match=r"^Own\.token_loss must return a tensor \[n\], got NoneType"):
         criterion(type("Own", (TokenLoss,), {"token_loss": lambda self, stats: None})())
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (lambda self: None, r"^Own\.rows must yield a number and a row each time, got NoneType$"),
+        (
+            lambda self: iter([{"prompt": "1", "completion": "2"}]),
+            r"number and a row each time \(yield 1, row\)",
+        ),
+        (lambda self: iter([(1, {"prompt": "1"}, 3)]), "a number and a row each time"),
+    ],
+)
+def test_a_source_that_yields_something_else_says_so(rows, message):
+    source = type("Own", (RowSource,), {"rows": rows})()
+    with pytest.raises(InputError, match=message):
+        InstructionDataModule(source, text={"tokenizer": "asset://arithmetic-base"}).setup()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("build_model", "build_model must return the language model, got NoneType"),
+        ("build_parameter_groups", "build_parameter_groups must return a list of groups, got NoneType"),
+        ("build_optimizer", "build_optimizer must return an optimizer, got NoneType"),
+    ],
+)
+def test_a_hook_that_returns_nothing_says_so(method, message):
+    own = type("Own", (CausalLMModule,), {method: lambda self, *args: None})
+    batch = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.ones(1, 4, dtype=torch.long)}
+    with pytest.raises(InputError, match=message):
+        trainer(max_steps=1).fit(own(TINY_LLAMA), DataLoader([batch], batch_size=None))

@@ -573,7 +573,7 @@ def test_rope_theta_of_older_configs_is_taken():
 
 
 def test_batches_without_prompts_cannot_be_tested():
-    with pytest.raises(InputError, match=r"which these batches lack: use InstructionDataModule"):
+    with pytest.raises(InputError, match=r"these batches lack prompt_input_ids, .*: use InstructionDataModule"):
         trainer().test(CausalLMModule(TINY_LLAMA), loader(), verbose=False)
 
 

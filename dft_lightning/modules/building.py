@@ -136,6 +136,8 @@ class ModelBuilder:
         Raises:
             InputError: the model is none for the tokenizer or the options.
         """
+        if not isinstance(model, nn.Module):
+            raise InputError(f"build_model must return the language model, got {type(model).__name__}")
         set_auxiliary_loss(model, self._router_aux_loss_coef)
         check_vocabulary(model, tokenizer)
         if (head := ends_of(model)[1]) is not None:
