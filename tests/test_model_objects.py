@@ -172,6 +172,12 @@ def test_copies_and_subclasses_have_the_object_once():
 
     for given in (small(), LlamaConfig(**PLAIN)):
         assert Own(given).hparams["model"]["hidden_size"] == PLAIN["hidden_size"]
+
+    class Otherwise(CausalLMModule):
+        def __init__(self, model=None):
+            super().__init__(TINY_LLAMA if model is None else BASE)
+
+    assert [Otherwise(given).hparams["model"] for given in (None, 3)] == [None, 3]
     module = CausalLMModule(small())
     module.configure_model()
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):

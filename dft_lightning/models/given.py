@@ -45,6 +45,14 @@ def plain_model(model: Any) -> str | dict[str, Any]:
     raise InputError(f"{_EXPECTED}, got {what}{hint}")
 
 
+def kept_model(model: Any) -> Any:
+    """As :func:`plain_model`, and what is none of it as it is: an argument of a subclass may mean something else."""
+    try:
+        return plain_model(model)
+    except InputError:
+        return model
+
+
 _EXPECTED = "model: expected a hub name, a folder, a config or a causal language model of transformers"
 
 

@@ -15,7 +15,7 @@ from dft_lightning.distributed.sharding import ShardingOptions
 from dft_lightning.errors import check_one_of
 from dft_lightning.metrics import AnswerExtractor, LastNumber
 from dft_lightning.models.generation import GenerationOptions
-from dft_lightning.models.given import plain_model
+from dft_lightning.models.given import kept_model
 from dft_lightning.models.loading import DType
 from dft_lightning.modules.optimizers import optimizer_values
 from dft_lightning.modules.schedules import schedule_values
@@ -115,7 +115,7 @@ class EvaluationOptions:
 def whole_options(values: dict[str, Any]) -> dict[str, Any]:
     """A module's arguments as they are kept, with all that was left out of a group, an optimizer or a schedule."""
     whole: dict[str, Callable[[Any], Any]] = {
-        "model": plain_model,
+        "model": kept_model,
         "optimizer": optimizer_values,
         "schedule": schedule_values,
         "loading": partial(group_of, LoadingOptions, key="loading"),
