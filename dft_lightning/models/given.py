@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from torch import nn
 
 from dft_lightning.errors import InputError
-from dft_lightning.foreign.transformers import attention_of, supports_sdpa
+from dft_lightning.foreign.transformers import attention_of, has_adapter, supports_sdpa
 from dft_lightning.models.loading import config_values
 from dft_lightning.models.quantization import is_quantized
 
@@ -61,7 +61,7 @@ def _check_causal(model: nn.Module) -> None:
     from transformers import PreTrainedModel
 
     name = type(model).__name__
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+    if has_adapter(model):
         raise InputError(
             f"model: {name} has an adapter: give its base (or what merge_and_unload() returns), and the options as peft"
         )
