@@ -203,12 +203,10 @@ def adapted():
     return peft.get_peft_model(small(), peft.LoraConfig(target_modules="all-linear"))
 
 
-def adapted_by_transformers():
+def adapted_in_place():
     import peft
 
-    model = small()
-    model.add_adapter(peft.LoraConfig(target_modules="all-linear"))
-    return model
+    return peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), small())
 
 
 def on_meta():
@@ -243,7 +241,7 @@ TINY_BERT = BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1
         (lambda: BertForMaskedLM(TINY_BERT), "got BertForMaskedLM, which predicts no next token"),
         (lambda: T5ForConditionalGeneration(TINY_T5), "which predicts no next token"),
         (adapted, "PeftModel.* has an adapter: give its base"),
-        (adapted_by_transformers, "LlamaForCausalLM has an adapter: give its base"),
+        (adapted_in_place, "LlamaForCausalLM has an adapter: give its base"),
         (on_meta, "has no weights"),
         (quantized, r"is quantized: give its name, with loading\.quantization_config and peft"),
     ],

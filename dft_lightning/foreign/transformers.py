@@ -30,11 +30,6 @@ def attention_of(model: object) -> str:
     return str(getattr(getattr(model, "config", None), "_attn_implementation", "of its own"))
 
 
-def has_adapter(model: object) -> bool:
-    """Whether peft has wrapped a model, or transformers has put an adapter into it, which it notes in private."""
-    return hasattr(model, "peft_config") or bool(getattr(model, "_hf_peft_config_loaded", False))
-
-
 def let_pass(config: GenerationConfig) -> None:
     """Have a generation config saved as it is. Some published ones, with sampling options without ``do_sample``, say,
     would not pass as new ones, and a new one is what it counts as by its hash alone."""

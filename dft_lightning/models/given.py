@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from torch import nn
 
 from dft_lightning.errors import InputError
-from dft_lightning.foreign.transformers import attention_of, has_adapter, supports_sdpa
+from dft_lightning.foreign.peft import has_adapter
+from dft_lightning.foreign.transformers import attention_of, supports_sdpa
 from dft_lightning.models.loading import config_values
 from dft_lightning.models.quantization import is_quantized
 
