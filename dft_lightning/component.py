@@ -14,7 +14,9 @@ from collections.abc import Collection, Mapping
 from importlib import import_module
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from dft_lightning.errors import InputError, nearest
 
 T = TypeVar("T")
 
@@ -26,11 +28,17 @@ class NotPlainError(TypeError):
 
 
 class Component:
-    """Mixin that remembers the arguments of ``__init__`` (in ``_init_values``), whatever the subclass."""
+    """Mixin that remembers the arguments of ``__init__`` (in ``_init_values``), whatever the subclass.
+
+    Raises:
+        InputError: the class leaves out a method of ``_to_write``, which its base class leaves to it.
+    """
 
     _init_values: dict[str, Any]
+    _to_write: ClassVar[tuple[str, ...]] = ()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        _check_written(cls)
         # Copying and unpickling call __new__ without arguments and restore the attribute themselves.
         self = super().__new__(cls)
         object.__setattr__(self, "_init_values", _bound_values(cls, args, kwargs))
@@ -38,6 +46,18 @@ class Component:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self._init_values.items())})"
+
+
+def _check_written(cls: type) -> None:
+    for base in cls.__mro__:
+        for name in vars(base).get("_to_write", ()):
+            if getattr(cls, name) is (method := vars(base)[name]):
+                others = [own for own, value in vars(cls).items() if inspect.isfunction(value) and own != name]
+                misspelt = nearest(name, others)
+                raise InputError(
+                    f"{cls.__name__} must define {name}({', '.join(inspect.signature(method).parameters)})"
+                    + (f", and has {misspelt}" if misspelt else "")
+                )
 
 
 def _bound_values(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ class FailingLoss(TokenLoss):
         return -stats.log_prob
 
 
-class UnbuildableLoss(TokenLoss):
+class UnbuildableLoss(FailingLoss):
     """Raises what nobody expects of a constructor."""
 
     def __init__(self):

@@ -67,7 +67,7 @@ def test_parts_decide_what_is_needed_and_how():
     assert [need.name for need in mixed.needs] == ["entropy"]
 
 
-class NeedsTopK(TokenLoss):
+class NeedsTopK(CrossEntropyLoss):
     def __init__(self, k):
         super().__init__()
         self.k = k

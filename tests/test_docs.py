@@ -40,11 +40,12 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.stem)
 def test_python_runs(page, tmp_path, monkeypatch):
-    """A page's blocks run in their order, in one namespace."""
+    """A page's blocks run in their order, in one namespace, whose classes can be found as a notebook's can."""
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": page.stem}
+    namespace = ModuleType(f"page_{page.stem}")
+    monkeypatch.setitem(sys.modules, namespace.__name__, namespace)
     for code in blocks(page, "python"):
-        exec(compile(code, str(page), "exec"), namespace)
+        exec(compile(code, str(page), "exec"), vars(namespace))
 
 
 WITH_README = [*PAGES, ROOT / "README.md"]

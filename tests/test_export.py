@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -348,7 +349,8 @@ def test_what_a_base_brings_along(tmp_path):
 def test_infinity_in_a_config():
     model = torch.nn.Linear(1, 1)
     model.config = Mamba2Config()
-    found = _config_of(Checkpoints({}, None, {}, None).record(model, Completions(lambda: None), None))
+    builder = SimpleNamespace(given=None, base_name=None)
+    found = _config_of(Checkpoints(builder, None, {}, None).record(model, Completions(lambda: None), None))
     assert list(found.time_step_limit) == [0.0, float("inf")]
 
 

@@ -211,6 +211,9 @@ def test_generated_rows_and_mixtures(tmp_path):
         return ArithmeticRows(**{"num_rows": 3, "seed": 1, **options})
 
     class Private(RowSource):
+        def rows(self):
+            yield from ()
+
         def identity(self):
             return None
 

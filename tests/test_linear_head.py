@@ -543,7 +543,7 @@ def test_bad_input_is_named():
     refused(TypeError, "logit_scale must be a number", logit_scale=torch.tensor(2.0))
     refused(ValueError, "Strange needs Statistic.*token_inputs", loss=Strange())
 
-    class Parameterised(TokenLoss):
+    class Parameterised(DFTLoss):
         needs = (Statistic("entropy", k=3),)
 
     refused(ValueError, r"entropy', k=3.*takes no parameters", loss=Parameterised())

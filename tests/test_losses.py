@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
+from dft_lightning.errors import InputError
 from dft_lightning.losses import (
     CrossEntropyLoss,
     DFTLoss,
@@ -133,7 +134,8 @@ def test_own_loss_gets_what_it_needs_and_no_more():
         needs = ("entropy", "sequence_index")
 
         def token_loss(self, stats):
-            assert stats.mean_log_prob is None
+            with pytest.raises(InputError, match=r'^Own reads stats.mean_log_prob .*needs = \("mean_log_prob",\)'):
+                _ = stats.mean_log_prob
             assert stats.sequence_index.tolist() == [0, 0, 1]
             return -stats.log_prob + stats.entropy
 
@@ -146,10 +148,18 @@ def test_statistic_that_logits_cannot_give_is_refused():
     class Own(TokenLoss):
         needs = ("reference_log_prob",)
 
+        def token_loss(self, stats):
+            return stats.reference_log_prob
+
     with pytest.raises(ValueError, match=r"cannot be computed from logits alone: pass reference_log_prob"):
         Own()(torch.randn(2, 3), torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match=r"unknown statistic 'nope'; the known ones are log_prob"):
-        Statistic("nope")
+    for name, end in (
+        ("nope", "the known ones are log_prob"),
+        ("entropi", "did you mean entropy"),
+        ("step", "uses_step = True"),
+    ):
+        with pytest.raises(InputError, match=f"unknown statistic '{name}'; .*{end}"):
+            Statistic(name)
 
 
 @pytest.mark.parametrize(

@@ -193,8 +193,8 @@ def test_forms_that_return_no_row():
 
     assert str(reader(Nothing()).convert(0, {"x": [1]})) == "Nothing.read: expected an object of columns, got list"
     assert "cannot tell the row form" in str(reader(Nothing()).convert(0, {"x": {"a": 1}}))
-    with pytest.raises(NotImplementedError, match="RowForm must define read"):
-        RowForm().read({})
+    with pytest.raises(InputError, match="RowForm must define read"):
+        RowForm()
 
 
 def test_what_score_has_written_stays():

@@ -186,7 +186,7 @@ def test_bad_options(options, message):
 
 
 def test_a_loss_with_parameters_is_refused():
-    class Learnt(TokenLoss):
+    class Learnt(Surprise):
         def __init__(self):
             super().__init__()
             self.temperature = torch.nn.Parameter(torch.ones(()))
@@ -576,7 +576,7 @@ def test_rope_theta_of_older_configs_is_taken():
 def test_batches_without_prompts_cannot_be_tested():
     """Where answers are to be scored; see test_own_metrics for what becomes of them otherwise."""
     module = CausalLMModule(TINY_LLAMA, evaluation={"answer_extractor": WholeText()})
-    with pytest.raises(InputError, match=r"which these batches lack: use InstructionDataModule"):
+    with pytest.raises(InputError, match=r"these batches lack prompt_input_ids, .*: use InstructionDataModule"):
         trainer().test(module, loader(), verbose=False)
 
 

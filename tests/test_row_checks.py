@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import UserDict
 from functools import partial
 from types import SimpleNamespace
 
@@ -187,12 +188,27 @@ def test_a_model_that_cannot_generate_what_its_logits_say_is_refused():
     assert model.training
 
 
+IDS = torch.ones(2, 3, dtype=torch.long)
+
+
 @pytest.mark.parametrize(
     ("batch", "expected"),
     [
         ({"input_ids": torch.ones(2, 3, dtype=torch.long)}, "each [B, T]: this one has input_ids"),
         ({}, "this one has nothing"),
         ([torch.ones(2, 3, dtype=torch.long)] * 2, "this one is of type list"),
+        ({"labels": IDS}, "this one has labels"),
+        ({"input_ids": IDS, "labels": None}, "labels is of type NoneType"),
+        ({"input_ids": IDS.tolist(), "labels": IDS}, "input_ids is of type list"),
+        ({"input_ids": IDS, "labels": IDS.float()}, "labels are torch.float32, and are to be torch.int64"),
+        ({"input_ids": IDS.to(torch.uint8), "labels": IDS}, "input_ids are torch.uint8"),
+        ({"input_ids": IDS[0], "labels": IDS[0]}, "input_ids are [3]"),
+        ({"input_ids": IDS[:0], "labels": IDS[:0]}, "input_ids are [0, 3]"),
+        ({"input_ids": IDS, "labels": IDS[:, 1:]}, "labels are [2, 2], and input_ids [2, 3]"),
+        ({"input_ids": IDS, "labels": IDS[..., None]}, "labels are [2, 3, 1], and input_ids [2, 3]"),
+        ({"input_ids": IDS, "labels": IDS, "attention_mask": IDS[:, 1:]}, "attention_mask are [2, 2]"),
+        ({"input_ids": IDS, "labels": IDS, "token_weight": torch.ones(2)}, "token_weight are [2]"),
+        ({"input_ids": IDS, "labels": IDS, "source": IDS[:, 1:]}, "source are [2, 2]"),
     ],
 )
 def test_what_is_no_batch_says_what_one_is(batch, expected):
@@ -201,6 +217,52 @@ def test_what_is_no_batch_says_what_one_is(batch, expected):
     for run in (trainer(max_steps=1).fit, trainer().validate):
         with pytest.raises(InputError, match=re.escape(expected)):
             run(module, DataLoader([batch], batch_size=None))
+
+
+@pytest.mark.parametrize("head", ["fused", "full"])
+def test_batches_of_other_mappings_and_dtypes_are_taken(head):
+    ids = IDS.int()
+    batch = UserDict({"input_ids": ids, "labels": ids, "attention_mask": None})
+    module = CausalLMModule(TINY_LLAMA, loading={"head": head})
+    module.configure_model()
+    assert module.token_output(batch).log_prob.shape == (4,)
+    with pytest.raises(ValueError, match="is not a class index"):
+        module.token_output({"input_ids": ids, "labels": ids + 1000})
+
+
+def test_rows_to_generate_from_need_their_prompts():
+    for batch, lacking in ((IDS, "prompt_input_ids, "), ({"prompt_input_ids": IDS}, "prompt_attention_mask, index")):
+        with pytest.raises(InputError, match=f"these batches lack {lacking}"):
+            trainer().predict(CausalLMModule(TINY_LLAMA), DataLoader([batch], batch_size=None))
+
+
+def test_a_data_module_alone_says_what_is_missing():
+    rows = [{"prompt": "1+1=", "completion": "2"}] * 2
+    with pytest.raises(InputError, match="there is no module to take it from: set it"):
+        InstructionDataModule(rows).setup()
+    data = InstructionDataModule(rows, batch_size=2, text={"tokenizer": "asset://arithmetic-base"})
+    with pytest.raises(InputError, match=r"no train rows: set data\.train and call setup\('fit'\) first"):
+        data.train_dataloader()
+    data.setup()
+    assert {"input_ids", "labels"} <= next(iter(data.train_dataloader())).keys()
+    for loader, split in ((data.test_dataloader, "test"), (data.predict_dataloader, "predict")):
+        with pytest.raises(InputError, match=rf"no {split} rows: set data\.{split} and call setup\('{split}'\)"):
+            loader()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "is no checkpoint of Lightning: it has no pytorch-lightning_version"),
+        ({"model.weight": IDS}, "is no checkpoint of Lightning"),
+        ({"pytorch-lightning_version": "2.6.6"}, "is no checkpoint of Lightning: it has no state_dict"),
+        ({"pytorch-lightning_version": "2.6.6", "state_dict": {}}, "holds no model of CausalLMModule: pass it to load"),
+    ],
+)
+def test_checkpoints_without_what_is_loaded(content, message, tmp_path):
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(InputError, match=message):
+        CausalLMModule.load_from_checkpoint(tmp_path / "x.ckpt")
 
 
 LLAMA_OF_16 = {**TINY_LLAMA, "vocab_size": 20, "max_position_embeddings": 16}

@@ -179,9 +179,14 @@ def loading_options(
         options = {name: value for key in keys for name, value in dict(content.get(key) or {}).items()}
     except Exception as error:  # whatever the unpickler stumbled on
         raise InputError(f"{checkpoint_path} cannot be read as a checkpoint: {unreadable(error)}") from error
+    if lacking := [key for key in ("pytorch-lightning_version", "state_dict") if key not in content]:
+        raise InputError(f"{checkpoint_path} is no checkpoint of Lightning: it has no {lacking[0]}")
     if hparams_file is not None:
         load = load_hparams_from_tags_csv if str(hparams_file).lower().endswith(".csv") else load_hparams_from_yaml
         options |= load(hparams_file)
+    for name, parameter in init_parameters(cls).items():
+        if parameter.default is parameter.empty and name not in {**options, **given}:
+            raise InputError(f"{checkpoint_path} holds no {name} of {cls.__name__}: pass it to load_from_checkpoint")
     whole = {name: _with_rest(name, value, options.get(name), groups) for name, value in given.items()}
     left = _of_the_file(options, given, groups)
     for key, said in not_saved({name: left[name] for name in groups if name in left}, cls.__name__):

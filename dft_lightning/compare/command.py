@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,8 @@ def compare(
     """Run a grid of losses, learning rates and seeds, and report on it.
 
     Args:
-        config: the comparison, such as configs/compare/quickstart.yaml; a further one goes over it
+        config: the comparison, such as configs/compare/quickstart.yaml; a further one goes over it. In Python a file, a
+            dict of its keys, or a list of these
         output: folder of the runs and the report; a second call goes on there
         jobs: runs at once
         print_commands: print what is left to run, a line a run
@@ -56,11 +57,12 @@ def compare(
         if report_only is not None:
             from dft_lightning.compare.report import write_report
 
-            write_report(report_only)
+            write_report(Path(report_only))
             return 0
         if config is None or output is None:
             raise InputError("give --config FILE and --output FOLDER, or --report_only FOLDER")
-        return _compare(config, output, jobs, print_commands, classes)
+        given = list(config) if isinstance(config, (list, tuple)) else [config]
+        return _compare(given, Path(output), jobs, print_commands, classes)
     except KeyboardInterrupt:
         raise Stopped("stopped: the same command goes on with the runs that have not ended") from None
 
@@ -71,7 +73,7 @@ def _require_packages() -> None:
         raise InputError(f"the report needs {', '.join(missing)}: pip install 'dft-lightning[compare]'")
 
 
-def _compare(config: list[Path], output: Path, jobs: int, print_commands: bool, classes: Classes | None) -> int:
+def _compare(config: list[Any], output: Path, jobs: int, print_commands: bool, classes: Classes | None) -> int:
     from dft_lightning.compare.execute import check_jobs, ending_on_signals, execute
     from dft_lightning.compare.files import Clock
     from dft_lightning.compare.grid import base_run, runs_at_best, started_by, sweep_runs, write_config
@@ -166,10 +168,10 @@ def _print_commands(runs: Sequence[Any], output: Path) -> int:
     return 0
 
 
-def _write_settings(settings: Any, paths: list[Path], output: Path) -> None:
+def _write_settings(settings: Any, given: list[Any], output: Path) -> None:
     """What the report needs to know of the comparison, beside the runs."""
     content = {
-        "config": [str(path) for path in paths],
+        "config": ["a dict" if isinstance(each, Mapping) else str(each) for each in given],
         "base": [str(path) for path in settings.base],
         **{name: getattr(settings, name) for name in ("losses", "learning_rates", "seeds", "seeds_at_best")},
         **{name: getattr(settings, name) for name in ("overrides", "best_by", "measures", "evaluation")},

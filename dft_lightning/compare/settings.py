@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import yaml
 from dft_lightning.cli.shipped_configs import hint
 from dft_lightning.compare.files import slug_of
 from dft_lightning.compare.recorder import Evaluation
+from dft_lightning.component import NotPlainError, to_plain
 from dft_lightning.errors import InputError, did_you_mean, one_line
 from dft_lightning.evaluation.measures import check_measures, default_measures
 from dft_lightning.fit.own_classes import GROUPS, flat
-from dft_lightning.fit.parser import Parser
+from dft_lightning.fit.parser import Parser, raising_input_errors
 from dft_lightning.losses import TokenLoss
 
 
@@ -78,20 +80,21 @@ class Settings:
     evaluation: dict[str, Any]
 
 
-def read_settings(paths: list[Path]) -> Settings:
+def read_settings(given: Sequence[str | Path | Mapping[str, Any]]) -> Settings:
     """Read and check a comparison's config.
 
     Args:
-        paths: its files, later ones over earlier ones: ``overrides`` and ``evaluation`` key by key, the rest whole.
+        given: its files or dicts of its keys, later ones over earlier ones: ``overrides`` and ``evaluation`` key by
+            key, the rest whole. Paths in a dict are seen from the working directory.
 
     Raises:
         InputError: a file or something in it is wrong.
-        SystemExit: with status 2 after one message, for a wrong key or value.
     """
     content: dict[str, Any] = {}
-    for path in paths:
-        content = _merged(content, _read_one(path))
-    path = paths[-1]
+    path = Path()
+    for each in given:
+        path = Path("config" if isinstance(each, Mapping) else each)
+        content = _merged(content, _of_one(path, _in_plain(each)) if isinstance(each, Mapping) else _read_one(path))
     if not content.get("losses"):
         raise InputError(f"{path}: losses: name at least one loss to compare")
     for name in content["losses"]:
@@ -101,7 +104,8 @@ def read_settings(paths: list[Path]) -> Settings:
     parser.add_class_arguments(Comparison, None)
     overrides = content.get("overrides")
     # Classes in them are those of fit, whose parser reads them.
-    config = parser.parse_object({**content, "overrides": {}} if isinstance(overrides, dict) else content)
+    with raising_input_errors():
+        config = parser.parse_object({**content, "overrides": {}} if isinstance(overrides, dict) else content)
     try:
         parser.instantiate_classes(config)
     except Exception as error:  # whatever a loss's own constructor raises
@@ -117,7 +121,21 @@ def read_settings(paths: list[Path]) -> Settings:
 
 def _read_one(path: Path) -> dict[str, Any]:
     """A file's content, with the paths of its base seen from here."""
-    content = _read_strictly(path)
+    return _of_one(path, _read_strictly(path), path.parent)
+
+
+def _in_plain(given: Mapping[Any, Any]) -> dict[str, Any]:
+    """A dict of Python's as a file would have it, losses by their class paths."""
+    try:
+        plain: dict[str, Any] = to_plain(dict(given))
+    except NotPlainError as error:
+        raise InputError(f"config: {error}: give what a file can hold, classes by their paths") from error
+    return plain
+
+
+def _of_one(path: Path, given: Mapping[str, Any], folder: Path = Path()) -> dict[str, Any]:
+    """The content of a file or dict; a base's path in it is seen from a folder."""
+    content = dict(given)
     known = [key.name for key in fields(Comparison)]
     for key in content:
         if key not in known:
@@ -127,9 +145,9 @@ def _read_one(path: Path) -> dict[str, Any]:
         content["overrides"] = flat(content["overrides"])
     base = content.get("base")
     if isinstance(base, str):
-        content["base"] = os.path.normpath(path.parent / base)
+        content["base"] = os.path.normpath(folder / base)
     elif isinstance(base, list):
-        content["base"] = [os.path.normpath(path.parent / str(file)) for file in base]
+        content["base"] = [os.path.normpath(folder / str(file)) for file in base]
     return content
 
 

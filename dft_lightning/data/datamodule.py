@@ -181,7 +181,7 @@ class InstructionDataModule(PlainHyperparameters, pl.LightningDataModule):
             if trainer is None or trainer.world_size == 1:
                 raise
 
-    def setup(self, stage: str) -> None:
+    def setup(self, stage: str = "fit") -> None:
         trainer = self.trainer
         if stage == "fit":
             self._stream.reset()
@@ -200,11 +200,8 @@ class InstructionDataModule(PlainHyperparameters, pl.LightningDataModule):
         """The tokenizer by name, or the model's. Override for one made otherwise."""
         name, options, key = self.text.tokenizer, dict[str, Any](), "data.text.tokenizer"
         if name is None:
-            hparams = self.run().hparams
-            if not isinstance(hparams.get("model"), str):
-                raise InputError("data.text.tokenizer is not set, and the model has no name to take it from")
-            name, key = hparams["model"], "model.model"
-            loading = hparams.get("loading") or {}
+            name, key = self.run().name_of_model(), "model.model"
+            loading = self.run().hparams.get("loading") or {}
             options = {key: loading[key] for key in ("revision", "trust_remote_code") if key in loading}
         return load_tokenizer(name, chat_template=self.text.chat_template, key=key, **options)
 
@@ -223,7 +220,8 @@ class InstructionDataModule(PlainHyperparameters, pl.LightningDataModule):
         module = getattr(self.trainer, "lightning_module", None)
         hparams = getattr(module, "hparams", self.model_hparams)
         validates = getattr(self.trainer, "limit_val_batches", 1) != 0
-        return Run(loss=getattr(module, "loss", None), hparams=hparams, validates=validates)
+        name = getattr(module, "model_name", None)
+        return Run(loss=getattr(module, "loss", None), hparams=hparams, validates=validates, model_name=name)
 
     def load(self, stage: str, only: str | None = None) -> None:
         """Read and tokenise what ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"`` needs, where it is not yet.
@@ -298,6 +296,9 @@ class InstructionDataModule(PlainHyperparameters, pl.LightningDataModule):
         limit: int | None = None,
         goes_on: bool = False,
     ) -> DataLoader[Any]:
+        if split not in self.splits:
+            stages = [stage for stage, splits in SPLITS_OF_STAGE.items() if split in splits]
+            raise InputError(f"there are no {split} rows: set data.{split} and call setup({stages[0]!r}) first")
         pad, packs = self._pad_token_id(), self.packs if goes_on else None
         return row_loader(
             self.splits.dataset(split, pad, with_prompts=with_prompts, limit=limit, packs=packs),

@@ -26,6 +26,8 @@ GROUPS = ("rows", "text", "batches", "streaming")
 class RowForm(Component):
     """Makes of a row of one's own one in a form that is known. Subclass and write :meth:`read`."""
 
+    _to_write = ("read",)
+
     def read(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row in one of the known forms: ``messages``, ``prompt`` and ``completion``, and so on.
 
@@ -35,7 +37,7 @@ class RowForm(Component):
         Raises:
             ValueError: the row is bad; the message says why, beginning with the column.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define read(self, row)")
+        raise NotImplementedError  # a class without it is not made
 
 
 @dataclass(frozen=True)

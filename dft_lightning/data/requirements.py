@@ -31,11 +31,21 @@ class Run:
         loss: that is trained; ``None`` where there is no trainer.
         hparams: the module's.
         validates: whether the run does.
+        model_name: where the model comes from, where the module knows better than its options.
     """
 
     loss: Any = None
     hparams: Mapping[str, Any] = field(default_factory=dict)
     validates: bool = True
+    model_name: str | None = None
+
+    def name_of_model(self) -> str:
+        """The name or folder of the model, beside which its tokenizer is. Raises ``InputError`` where it has none."""
+        name = self.model_name or self.hparams.get("model")
+        if isinstance(name, str):
+            return name
+        why = "the model has no name to take it from" if self.hparams else "there is no module to take it from"
+        raise InputError(f"data.text.tokenizer is not set, and {why}: set it (in Python text={{'tokenizer': NAME}})")
 
     @property
     def reads_reference(self) -> str | None:

@@ -25,7 +25,7 @@ def model_card(trained: TrainedCheckpoint, parameters: int, dtype: str, adapter_
     """
     hyper, record = trained.hyper_parameters, trained.record
     loss = _short(hyper.get("loss"))
-    base = record["base"]
+    base, base_named = record["base"], _named(record["base"], record.get("given", False))
     front: dict[str, Any] = {
         "library_name": "transformers" if adapter_of is None else "peft",
         "pipeline_tag": "text-generation",
@@ -43,7 +43,7 @@ def model_card(trained: TrainedCheckpoint, parameters: int, dtype: str, adapter_
         f"---\n{_yaml(front)}---",
         f"# {_title(base)}, fine-tuned with {loss}",
         f"{_what(record, adapter_of)} with {parameters:,} parameters ({dtype.removeprefix('torch.')}), trained from "
-        f"{_named(base)} for {trained.global_step:,} optimizer steps with the token loss `{loss}` by dft_lightning "
+        f"{base_named} for {trained.global_step:,} optimizer steps with the token loss `{loss}` by dft_lightning "
         f"{__version__}.",
         "## Use\n\n```python\nfrom transformers import pipeline\n\n"
         + ("" if adapter_of is None else "# peft must be installed, and the base within reach\n")
@@ -83,8 +83,8 @@ def _title(base: Any) -> str:
     return _inline(Path(base).name) if isinstance(base, str) else "A language model"
 
 
-def _named(base: Any) -> str:
-    return f"`{_inline(base)}`" if isinstance(base, str) else "random weights"
+def _named(base: Any, given: bool) -> str:
+    return f"`{_inline(base)}`" if isinstance(base, str) else "a model in memory" if given else "random weights"
 
 
 def _table(metrics: dict[str, float]) -> str:

@@ -35,6 +35,7 @@ def export(
     Raises:
         InputError: no such checkpoint, or what is in its way.
     """
+    checkpoint, output = Path(checkpoint), Path(output)
     # Before gigabytes are read.
     check_replaceable(output, overwrite, OF_A_MODEL, "--output")
     check_shard_size(max_shard_size)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,11 +12,13 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dft_lightning.cli.commands import FitArguments
+from dft_lightning.cli.shipped_configs import hint
+from dft_lightning.component import NotPlainError, to_plain
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.errors import InputError
 from dft_lightning.fit.command import DFTLightningCLI, cli_options
 from dft_lightning.fit.own_classes import PACKAGE, Classes
-from dft_lightning.fit.parser import Parser
+from dft_lightning.fit.parser import Parser, raising_input_errors
 from dft_lightning.modules import CausalLMModule
 
 Split = Literal["train", "validation", "forgetting", "test", "predict"]
@@ -46,7 +50,7 @@ def read_fit_config(paths: list[Path], *overrides: dict[str, Any], classes: Clas
         classes: of the command, where no config names any; the config that is returned names what is one's own.
 
     Raises:
-        SystemExit: with status 2 after one message, where a key or value is wrong.
+        InputError: a key or value is wrong.
     """
     with tempfile.TemporaryDirectory() as folder:
         files = list(paths)
@@ -59,11 +63,40 @@ def read_fit_config(paths: list[Path], *overrides: dict[str, Any], classes: Clas
 def read_arguments(args: list[str], classes: Classes = PACKAGE) -> dict[str, Any]:
     """Every key of a ``fit`` config from the command's arguments, ``"fit"`` first; see :func:`read_fit_config`."""
     try:
-        _ConfigReader(classes.model, classes.data, **cli_options(), args=args)
+        with raising_input_errors():
+            _ConfigReader(classes.model, classes.data, **cli_options(), args=args)
     except _Parsed as parsed:
         content: dict[str, Any] = yaml.safe_load(str(parsed))
     content.pop("config", None)
     return content
+
+
+FitConfig = FitArguments | str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]]
+"""What a function beside a command takes as the config of a fit."""
+
+
+def fit_arguments(fit: FitConfig) -> FitArguments:
+    """The arguments of ``fit`` that a config is: a file, its keys and values, or several, later ones over earlier ones.
+
+    Raises:
+        InputError: there is no such file, or it is no config.
+    """
+    if isinstance(fit, FitArguments):
+        return fit
+    args: list[str] = []
+    for each in fit if isinstance(fit, (list, tuple)) else [fit]:
+        if isinstance(each, Mapping):
+            try:
+                args += ["--config", json.dumps(to_plain(dict(each)))]
+            except NotPlainError as error:
+                raise InputError(f"fit: {error}: name a class by its path, and rows by their file") from error
+        elif isinstance(each, (str, Path)) and Path(each).is_file():
+            args += ["--config", str(each)]
+        else:
+            is_path = isinstance(each, (str, Path))
+            found = f"no such file: {each}{hint(str(each))}" if is_path else f"got {type(each).__name__}"
+            raise InputError(f"fit: expected a config's file, a dict of its keys, or a list of these; {found}")
+    return FitArguments(tuple(args))
 
 
 def read_fit(fit: FitArguments) -> dict[str, Any]:
@@ -96,7 +129,8 @@ def _made(group: str, config: dict[str, Any], classes: Classes | None) -> Any:
     path, options = _split(config[group])
     parser = Parser(exit_on_error=True)
     parser.add_class_arguments((classes or PACKAGE).named(group, path), group)
-    given = parser.parse_object({group: options})
+    with raising_input_errors():
+        given = parser.parse_object({group: options})
     try:
         return parser.instantiate_classes(given)[group]
     except ValueError as error:  # how constructors refuse an option

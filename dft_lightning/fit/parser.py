@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, cast, get_args
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -51,8 +54,29 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
         if not self.exit_on_error:  # a parser for a class's options: the outer one adds the key
             super().error(message, ex)
+        if _raising.get():
+            raise _Refused(shorten(message, self))
         sys.stderr.write(f"error: {shorten(message, self)}\n")
         raise SystemExit(2)
+
+
+class _Refused(SystemExit):
+    """What a parser refuses, on its way past all that takes a ``ValueError`` for its own."""
+
+
+_raising: ContextVar[bool] = ContextVar("raising", default=False)
+
+
+@contextlib.contextmanager
+def raising_input_errors() -> Iterator[None]:
+    """Have what parsers refuse meanwhile raise ``InputError``, and not end the process after a message."""
+    before = _raising.set(True)
+    try:
+        yield
+    except _Refused as refused:
+        raise InputError(str(refused)) from None
+    finally:
+        _raising.reset(before)
 
 
 def _class_and_options(factory: functools.partial[Any]) -> dict[str, Any]:

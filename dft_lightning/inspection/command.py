@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dft_lightning.cli.commands import FitArguments
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.data.rows.sources import FirstRows, as_source
 from dft_lightning.data.text.tokenizer import end_of_turn
 from dft_lightning.errors import InputError
 from dft_lightning.files import write_text
-from dft_lightning.fit.config import Split, data_of, read_fit
+from dft_lightning.fit.config import FitConfig, Split, data_of, fit_arguments, read_fit
 from dft_lightning.fit.own_classes import Classes
 from dft_lightning.inspection.summary import summarise
 
@@ -32,7 +31,7 @@ def inspect(
     limit: int | None = None,
     output: Path | None = None,
     *,
-    fit: FitArguments,
+    fit: FitConfig,
 ) -> None:
     """Show rows of a fit config as the model will see them, and count them. No model is loaded.
 
@@ -46,7 +45,7 @@ def inspect(
         first: the first of them, from 1
         limit: read only the first rows (of a stream: 1000)
         output: write the same as a page, FILE.html, over an older one
-        fit: whose rows
+        fit: whose rows; in Python a config's file, a dict of its keys, or a list of these, later ones over earlier ones
 
     Raises:
         InputError: anything wrong with the input.
@@ -54,7 +53,9 @@ def inspect(
     from dft_lightning.inspection.show import new_console, show_counts, show_row
 
     _check_numbers(rows, first, limit)
+    output = None if output is None else Path(output)
     _check_page(output)
+    fit = fit_arguments(fit)
     data = load(read_fit(fit), split, limit, fit.classes)
     table, tokenizer = data.splits.tokenized(split), data.tokenizer
     assert tokenizer is not None

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dft_lightning.component import Component
-from dft_lightning.errors import check_one_of
-from dft_lightning.losses.statistics import Statistic, TokenStats, normalise_needs, statistics_from_logits
+from dft_lightning.errors import InputError, check_one_of
+from dft_lightning.losses.statistics import Statistic, TokenStats, given_to, normalise_needs, statistics_from_logits
 
 #: The target that marks a token without one.
 IGNORE_INDEX = -100
@@ -54,6 +54,7 @@ class TokenLoss(Component, nn.Module):
         tensor(0.4805)
     """
 
+    _to_write = ("token_loss",)
     pointwise: bool = True
     uses_step: bool = False
     takes_negative_weights: bool = True
@@ -78,7 +79,7 @@ class TokenLoss(Component, nn.Module):
         Returns:
             ``[n]``, unreduced, differentiable with respect to the statistics it uses.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define token_loss(self, stats)")
+        raise NotImplementedError  # a class without it is not made
 
     def forward(
         self,
@@ -151,13 +152,21 @@ def sequence_index_of(shape: torch.Size, device: torch.device) -> Tensor:
     return torch.arange(shape.numel(), device=device) // max(length, 1)
 
 
+def stats_for(loss: TokenLoss, stats: TokenStats) -> TokenStats:
+    """The statistics that a loss names; reading another raises ``InputError``."""
+    return given_to(type(loss).__name__, loss.needs, loss.uses_step, stats)
+
+
 def unreduced(loss: TokenLoss, stats: TokenStats) -> Tensor:
     """``loss.token_loss(stats)``, checked: one loss per token.
 
     Raises:
-        ValueError: the loss returned another shape (its mean, often), which would be divided by the count twice.
+        ValueError: the loss returned another shape (its mean, often), which would be divided by the count twice, or
+            reads what it does not name.
     """
-    losses = loss.token_loss(stats)
+    losses = loss.token_loss(stats_for(loss, stats))
+    if not isinstance(losses, Tensor):
+        raise InputError(f"{type(loss).__name__}.token_loss must return a tensor [n], got {type(losses).__name__}")
     if losses.shape != stats.log_prob.shape:
         raise ValueError(
             f"{type(loss).__name__}.token_loss must return one loss per token, of shape {list(stats.log_prob.shape)}, "

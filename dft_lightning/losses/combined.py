@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss
+from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss, stats_for
 from dft_lightning.losses.cross_entropy import CrossEntropyLoss
 from dft_lightning.losses.statistics import Statistic, TokenStats, normalise_needs
 
@@ -94,7 +94,7 @@ class MixtureLoss(_CombinedLoss):
     def token_loss(self, stats: TokenStats) -> Tensor:
         # A part of weight 0 is left out: its loss may be infinite where the others' are not.
         kept = [(part, weight) for part, weight in zip(self._losses, self.weights, strict=True) if weight]
-        return torch.stack([weight * part.token_loss(stats) for part, weight in kept]).sum(0)
+        return torch.stack([weight * part.token_loss(stats_for(part, stats)) for part, weight in kept]).sum(0)
 
 
 class ScheduledLoss(_CombinedLoss):
@@ -154,8 +154,9 @@ class ScheduledLoss(_CombinedLoss):
         share = self.share_of_end(stats.step)
         start, end = self._losses
         if share in (0.0, 1.0):  # and not 0 times the other: its loss may be infinite
-            return (end if share else start).token_loss(stats)
-        return (1 - share) * start.token_loss(stats) + share * end.token_loss(stats)
+            part = end if share else start
+            return part.token_loss(stats_for(part, stats))
+        return (1 - share) * start.token_loss(stats_for(start, stats)) + share * end.token_loss(stats_for(end, stats))
 
 
 class ThresholdLoss(_CombinedLoss):
@@ -205,4 +206,5 @@ class ThresholdLoss(_CombinedLoss):
 
     def token_loss(self, stats: TokenStats) -> Tensor:
         kept = (stats.log_prob.detach().exp() >= self.threshold) == self.above
-        return torch.where(kept, self._losses[0].token_loss(stats), 0.0)
+        base = self._losses[0]
+        return torch.where(kept, base.token_loss(stats_for(base, stats)), 0.0)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from dft_lightning.errors import InputError, did_you_mean
+
 
 class Statistic:
     """The name of a per-token statistic and its parameters, as a loss lists it in ``needs``.
@@ -32,7 +34,9 @@ class Statistic:
 
     def __init__(self, name: str, **params: Any) -> None:
         if name not in _STATISTIC_NAMES:
-            raise ValueError(f"unknown statistic {name!r}; the known ones are {', '.join(_STATISTIC_NAMES)}")
+            known = f"; the known ones are {', '.join(_STATISTIC_NAMES)}"
+            end = "; a loss that reads it sets uses_step = True" if name == "step" else known
+            raise InputError(f"unknown statistic {name!r}{did_you_mean(str(name), _STATISTIC_NAMES, end)}")
         self.name = name
         self.params = params
 
@@ -50,7 +54,8 @@ class Statistic:
 class TokenStats:
     """Statistics of ``n`` target tokens under the model, in float32 (float64 where the logits are float64).
 
-    Each tensor has shape ``[n]``. What the loss did not list in ``needs`` is ``None``.
+    Each tensor has shape ``[n]``, and is ``None`` where it is not known. A loss is given those that it lists in
+    ``needs``; reading another raises ``InputError``.
 
     Attributes:
         log_prob: log-probability ``l`` of the target, differentiable. For soft targets ``q``: ``sum q log p``.
@@ -88,10 +93,83 @@ _STATISTIC_NAMES = tuple(f.name for f in fields(TokenStats) if f.name not in ("s
 
 
 def normalise_needs(needs: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
-    """Plain names become :class:`Statistic`; an unknown name raises ``ValueError`` listing the known ones."""
+    """Plain names become :class:`Statistic`.
+
+    Raises:
+        InputError: an unknown name, or what is no collection of names.
+    """
     if isinstance(needs, (str, Statistic)):
         needs = (needs,)
+    if callable(needs) or not isinstance(needs, Iterable):
+        hint = ": put @property above it" if callable(needs) else ""
+        raise InputError(f"needs must be names of statistics, got {needs!r}{hint}")
     return tuple(need if isinstance(need, Statistic) else Statistic(need) for need in needs)
+
+
+class _NotGiven:
+    """In the place of a statistic that a loss is not given; one that it is given stands in the instance, before it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, stats: GivenStats | None, owner: type) -> Any:
+        if stats is None:
+            return self
+        reads = f"{stats.reader} reads stats.{self.name}"
+        if self.name in stats.named:  # of a loss within another, which names less
+            raise InputError(f"{reads}, which it is not given: what calls its token_loss has to name it in its needs")
+        if self.name == "step":
+            raise InputError(f"{reads} and does not say so: write uses_step = True in the class")
+        params = "".join(f", {each}=..." for each in _PARAMS.get(self.name, ()))
+        need = f'Statistic("{self.name}"{params})' if params else f'"{self.name}"'
+        raise InputError(f"{reads} and does not name it: write needs = ({need},) in the class, or add it to its needs")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class GivenStats(TokenStats):
+    """The statistics that one loss is given, and no others: to read one of those raises ``InputError``.
+
+    ``dataclasses.replace`` makes such an object of it again.
+
+    Attributes:
+        reader: name of the loss's class.
+        named: the statistics that the loss names.
+    """
+
+    reader: str = ""
+    named: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        values = vars(self)
+        for name in values.keys() - {*_ALWAYS, "reader", "named"}:
+            if name not in self.named or values[name] is None:
+                del values[name]
+
+    def __repr__(self) -> str:
+        return f"GivenStats({', '.join(f'{each.name}={getattr(self, each.name)!r}' for each in fields(self))})"
+
+
+_ALWAYS = ("log_prob", "log_expected_prob", "vocab_size")
+for _name in {field.name for field in fields(TokenStats)} - {*_ALWAYS}:
+    setattr(GivenStats, _name, _NotGiven(_name))
+
+
+class _FieldsThere(dict[str, Any]):
+    """The fields of :class:`GivenStats`; of an instance those that it has, which ``dataclasses.replace`` reads."""
+
+    def __get__(self, stats: GivenStats | None, owner: type) -> dict[str, Any]:
+        return self if stats is None else {name: field for name, field in self.items() if name in vars(stats)}
+
+
+GivenStats.__dataclass_fields__ = _FieldsThere(GivenStats.__dataclass_fields__)
+
+
+def given_to(reader: str, needs: Iterable[Statistic | str], uses_step: bool, stats: TokenStats) -> GivenStats:
+    """What a loss of a class's name and these needs is given of the statistics."""
+    named = frozenset([need.name for need in normalise_needs(needs)] + ["step"] * uses_step)
+    known = {name: value for name, value in vars(stats).items() if name in named or name in _ALWAYS}
+    return GivenStats(**known, reader=reader, named=named)
 
 
 def raised_dtype(dtype: torch.dtype) -> torch.dtype:

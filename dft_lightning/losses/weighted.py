@@ -90,9 +90,8 @@ class EAFTLoss(TokenLoss):
         return ("entropy",) if self.top_k is None else (Statistic("top_k_entropy", k=self.top_k),)
 
     def token_loss(self, stats: TokenStats) -> Tensor:
-        entropy, classes = stats.top_k_entropy, self.top_k
-        if classes is None:
-            entropy, classes = stats.entropy, stats.vocab_size
+        entropy = stats.entropy if self.top_k is None else stats.top_k_entropy
+        classes = stats.vocab_size if self.top_k is None else self.top_k
         assert entropy is not None
         if classes < 1:
             raise ValueError("EAFTLoss(top_k=None) divides by the logarithm of stats.vocab_size, which is not given")

@@ -19,9 +19,11 @@ class AnswerExtractor(Component):
     Where no such form is to be had, override :meth:`matches` as well.
     """
 
+    _to_write = ("extract",)
+
     def extract(self, text: str) -> str | None:
         """The text's final answer, normalised, or ``None`` where it gives none."""
-        raise NotImplementedError(f"{type(self).__name__} must define extract(self, text)")
+        raise NotImplementedError  # a class without it is not made
 
     def matches(self, text: str, answer: str) -> bool:
         """Whether a text and a row's answer both give something, and the same."""

@@ -297,6 +297,7 @@ def _plain(config: Any, use_diff: bool) -> dict[str, Any]:
         return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=use_diff), object_hook=number)
+    values.pop("_name_or_path", None)  # where it was read: no value of the model
     return values
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -90,15 +90,37 @@ class BatchObjective:
 
 
 def check_batch(batch: Any) -> None:
-    """Raise ``InputError`` for what is no batch: any loader may make them."""
-    named = isinstance(batch, Mapping)
-    if named and "input_ids" in batch and "labels" in batch:
+    """Raise ``InputError`` for what is no batch: any loader may make them. No device is waited for."""
+    if not isinstance(batch, Mapping):
+        found = f"this one is of type {type(batch).__name__}"
+    elif "input_ids" not in batch or "labels" not in batch:
+        found = f"this one has {', '.join(map(str, batch)) or 'nothing'}"
+    elif not (found := next(_problems(batch), "")):
         return
-    found = f"has {', '.join(map(str, batch)) or 'nothing'}" if named else f"is of type {type(batch).__name__}"
     raise InputError(
         "a batch must be a dict with input_ids, labels (aligned with them, -100 where nothing is learnt) and, where "
-        f"there is padding, attention_mask, each [B, T]: this one {found}"
+        f"there is padding, attention_mask, each [B, T]: {found}"
     )
+
+
+def _problems(batch: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the tensors of a batch that has them."""
+    ids = batch["input_ids"]
+    for name in ("input_ids", "labels", "attention_mask", "token_weight", "reference_log_prob", "source"):
+        values = batch.get(name)
+        if values is None and name in ("attention_mask", "reference_log_prob"):
+            continue
+        if name not in batch:
+            continue
+        if not isinstance(values, Tensor):
+            yield f"{name} is of type {type(values).__name__}"
+        elif name in ("input_ids", "labels") and values.dtype not in (torch.int64, torch.int32):
+            yield f"{name} are {values.dtype}, and are to be torch.int64"
+        elif values.ndim == 4 and name == "attention_mask":  # which models take as it is
+            continue
+        elif values.ndim != 2 or values.shape != ids.shape or not values.numel():
+            beside = "" if name == "input_ids" else f", and input_ids {list(ids.shape)}"
+            yield f"{name} are {list(values.shape)}{beside}"
 
 
 def _fused(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ from dft_lightning.distributed.strategies import (
 from dft_lightning.errors import InputError
 from dft_lightning.foreign.torch import non_persistent_buffers
 from dft_lightning.losses.base import TokenLoss, require_default_forward_options
+from dft_lightning.losses.statistics import check_params, normalise_needs
+from dft_lightning.models.given import model_itself, name_of, plain_model
 from dft_lightning.models.head import ends_of, find_head, text_config
 from dft_lightning.models.loading import checkpoint_activations, empty_causal_lm, load_causal_lm
 from dft_lightning.models.lora.adapter import attach, base_name, raise_to_float32
@@ -43,13 +45,27 @@ if TYPE_CHECKING:
 class ModelBuilder:
     """Makes the model and what the loss compares it with, of the options of the module.
 
+    Args:
+        model: a name, a folder, a config's values, or the model itself.
+        loss: of the module, as its other options.
+        loading: see there.
+        sharding: see there.
+        step: see there.
+        peft: see there.
+        reference_model: see there.
+
+    Attributes:
+        base: the model's name or folder, or its config's values.
+        base_name: the name or folder that it comes from, where there is one.
+        given: the model itself, where it is given.
+
     Raises:
         ValueError: options that contradict each other.
     """
 
     def __init__(
         self,
-        model: str | dict[str, Any],
+        model: Any,
         loss: TokenLoss,
         loading: LoadingOptions,
         sharding: ShardingOptions,
@@ -57,31 +73,38 @@ class ModelBuilder:
         peft: dict[str, Any] | None,
         reference_model: str | None,
     ) -> None:
-        self._model, self._loading, self._sharding, self._peft = model, loading, sharding, peft
+        self.base, self.base_name, self.given = plain_model(model), name_of(model), model_itself(model)
+        self._loading, self._sharding, self._peft = loading, sharding, peft
         self._reference_model, self._router_aux_loss_coef = reference_model, step.router_aux_loss_coef
         if peft is None and loading.quantization_config is not None:
             raise ValueError("quantization_config is for a base that is frozen: set peft as well")
-        if peft is not None and isinstance(model, dict):
-            raise ValueError("peft: an adapter needs a pretrained model, for its checkpoints do not hold the base")
+        if peft is not None and isinstance(model, Mapping):
+            raise ValueError(
+                "peft: an adapter needs a pretrained model, for its checkpoints do not hold the base: give a name as "
+                "model, or the model itself, where the run had that"
+            )
         if reference_model is not None and not needs_reference_model(loss):
             raise ValueError(f"{type(loss).__name__} compares with no model: leave reference_model out")
 
     def load(self) -> nn.Module:
         """The model with its weights."""
+        if self.given is not None:
+            self.given.train()  # from_pretrained leaves dropout off
+            return self.given
         quantized = self._loading.quantization_config
-        return load_causal_lm(self._model, **self._loading.of_a_model, quantization_config=quantized)
+        return load_causal_lm(self.base, **self._loading.of_a_model, quantization_config=quantized)
 
     def empty(self) -> tuple[nn.Module, list[Path]]:
         """The model without its weights, and the files that have them."""
-        assert isinstance(self._model, str)
-        return empty_causal_lm(self._model, **self._loading.of_a_model)
+        assert isinstance(self.base, str)
+        return empty_causal_lm(self.base, **self._loading.of_a_model)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer beside the model; ``None`` for one that is made of a config."""
+        """The tokenizer beside the model; ``None`` where it comes from no name or folder."""
         from dft_lightning.data.text.tokenizer import load_tokenizer
 
-        name, loading = self._model, self._loading
-        if not isinstance(name, str):
+        name, loading = self.base_name, self._loading
+        if name is None:
             return None
         return load_tokenizer(name, loading.revision, trust_remote_code=loading.trust_remote_code)
 
@@ -93,7 +116,7 @@ class ModelBuilder:
 
     def reads_shards(self, mesh: DeviceMesh | None) -> bool:
         """Whether each rank reads its own part of a checkpoint, once the model is sharded."""
-        return mesh is not None and self._sharding.load == "shards" and isinstance(self._model, str)
+        return mesh is not None and self._sharding.load == "shards" and isinstance(self.base, str)
 
     def check_strategy(self, loss: TokenLoss, trainer: pl.Trainer | None) -> None:
         """Raise ``InputError`` where a second model would have to be sharded, which strategies do with one alone."""
@@ -113,6 +136,8 @@ class ModelBuilder:
         Raises:
             InputError: the model is none for the tokenizer or the options.
         """
+        if not isinstance(model, nn.Module):
+            raise InputError(f"build_model must return the language model, got {type(model).__name__}")
         set_auxiliary_loss(model, self._router_aux_loss_coef)
         check_vocabulary(model, tokenizer)
         if (head := ends_of(model)[1]) is not None:
@@ -197,7 +222,8 @@ class ModelBuilder:
         """What the loss compares with, of the model as it is built: before an adapter and a checkpoint's weights."""
         loading = {**self._loading.of_a_model, "revision": None}
         load: Callable[[str], nn.Module] = lambda name: load_causal_lm(name, **loading)  # noqa: E731
-        return reference_of(model, self._reference_model, self._peft, loss, isinstance(self._model, str), load)
+        there_again = isinstance(self.base, str) or self.given is not None
+        return reference_of(model, self._reference_model, self._peft, loss, there_again, load)
 
 
 def _compares(loss: TokenLoss, trainer: pl.Trainer | None) -> bool:
@@ -222,9 +248,14 @@ def objective_of(given: TokenLoss | dict[str, Any], name: str) -> TokenLoss:
     """A module's objective: a copy, which may keep state.
 
     Raises:
-        ValueError: it has options that a module has itself, or trainable parameters.
+        ValueError: it has options that a module has itself, trainable parameters, or needs what there is not.
     """
     loss = copy.deepcopy(from_plain(given, TokenLoss))
+    try:
+        for need in normalise_needs(loss.needs):
+            check_params(need)
+    except ValueError as error:
+        raise InputError(f"model.loss: {type(loss).__name__}: {error}") from error
     require_default_forward_options(loss, name)
     if any(parameter.requires_grad for parameter in loss.parameters()):
         raise ValueError(f"{type(loss).__name__} has trainable parameters; a token loss must have none")

@@ -22,7 +22,7 @@ from dft_lightning.losses import CrossEntropyLoss, TokenLoss
 from dft_lightning.losses.base import IGNORE_INDEX
 from dft_lightning.models.documents import model_inputs
 from dft_lightning.models.generation import Completions, GenerationOptions
-from dft_lightning.models.loading import config_values
+from dft_lightning.models.given import options_of_itself
 from dft_lightning.models.lora.options import lora_values
 from dft_lightning.models.reference import ReferenceModel
 from dft_lightning.modules.batch_loss import BatchObjective, check_batch
@@ -65,7 +65,8 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
 
     Args:
         model: hub name, local folder or ``asset://NAME`` to load, or a transformers config, or a dict of its values
-            with ``model_type``, to start from random weights.
+            with ``model_type``, to start from random weights; or a causal language model of transformers itself, which
+            is trained as it is. Checkpoints then hold its config, and of an adapter not the base: give it again.
         loss: the token loss, or a dict with ``class_path`` and ``init_args``.
         optimizer: an optimizer's class with its options: AdamW if it is not given, whose options can be given alone
             (``{"lr": 1e-4}``); a dict with ``class_path`` and ``init_args`` for any of torch, for ``Muon`` or for
@@ -110,13 +111,13 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         evaluation: EvaluationOptions = EvaluationOptions(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
-        model = config_values(model) if hasattr(model, "to_diff_dict") else model  # a transformers config
+        whole = whole_options({"loading": loading, "sharding": sharding, "step": step, "evaluation": evaluation})
+        loading = options_of_itself(model, whole["loading"])
         peft = lora_values(peft)
         self.save_hyperparameters()
         name, own_forward = type(self).__name__, type(self).forward is not CausalLMModule.forward
         self.loss = objective_of(loss, name)
-        whole = whole_options({"loading": loading, "sharding": sharding, "step": step, "evaluation": evaluation})
-        self.loading: LoadingOptions = whole["loading"]
+        self.loading: LoadingOptions = loading
         self.sharding: ShardingOptions = whole["sharding"]
         self.step: StepOptions = whole["step"]
         self.evaluation: EvaluationOptions = whole["evaluation"]
@@ -125,12 +126,13 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         self.train_telemetry = TrainTelemetry()
         self.eval_metrics = Evaluation(self.evaluation)
         self._builder = ModelBuilder(model, self.loss, self.loading, self.sharding, self.step, peft, reference_model)
+        self.model_name = self._builder.base_name  # where the data module's tokenizer is, if it names none
         self._objective = BatchObjective(self.loading.head, self.step, own_forward, name)
         self._completions = Completions(self._builder.load_tokenizer)
         self._optimization = OptimizerBuilder(optimizer, schedule)
         self._steps = OptimizerSteps(self.step, self.train_telemetry, name)
         self._run_state = RunState(self._steps, self.train_telemetry, name)
-        self._checkpoints = Checkpoints(model, peft, self._optimization.schedule_values, self._run_state)
+        self._checkpoints = Checkpoints(self._builder, peft, self._optimization.schedule_values, self._run_state)
         self.register_load_state_dict_post_hook(self._checkpoints.leave_out_the_base)  # type: ignore[no-untyped-call]
         self._reference: ReferenceModel | None = None
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dft_lightning.errors import InputError
 from dft_lightning.models.head import ends_of
 from dft_lightning.modules.factories import Values
 from dft_lightning.modules.optimizers import (
@@ -60,10 +61,14 @@ class OptimizerBuilder:
 
     def optimizer(self, groups: list[dict[str, Any]], device: torch.device, trainer: pl.Trainer) -> Optimizer:
         """The optimizer for parameter groups."""
+        if not isinstance(groups, (list, tuple)):
+            raise InputError(f"build_parameter_groups must return a list of groups, got {type(groups).__name__}")
         return build_optimizer(self._optimizer, groups, device=device, scales_gradients=scales_gradients(trainer))
 
     def schedule(self, optimizer: Optimizer, trainer: pl.Trainer) -> LRScheduler:
         """The schedule of an optimizer, which is stepped once per optimizer step."""
+        if not isinstance(optimizer, Optimizer):
+            raise InputError(f"build_optimizer must return an optimizer, got {type(optimizer).__name__}")
         if sets_rates_itself(self.schedule_values):
             rank_zero_info(
                 f"model.schedule: {self.schedule_values['class_path']} sets the learning rate by its max_lr: "

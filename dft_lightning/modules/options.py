@@ -16,6 +16,7 @@ from dft_lightning.errors import check_one_of
 from dft_lightning.metrics import AnswerExtractor, WholeText
 from dft_lightning.metrics.own import metrics_by_name
 from dft_lightning.models.generation import GenerationOptions
+from dft_lightning.models.given import kept_model
 from dft_lightning.models.loading import DType
 from dft_lightning.modules.optimizers import optimizer_values
 from dft_lightning.modules.schedules import schedule_values
@@ -133,6 +134,7 @@ class EvaluationOptions:
 def whole_options(values: dict[str, Any]) -> dict[str, Any]:
     """A module's arguments as they are kept, with all that was left out of a group, an optimizer or a schedule."""
     whole: dict[str, Callable[[Any], Any]] = {
+        "model": kept_model,
         "optimizer": optimizer_values,
         "schedule": schedule_values,
         "loading": partial(group_of, LoadingOptions, key="loading"),

@@ -223,12 +223,17 @@ class Evaluation(nn.Module):
         self.exact_match.update([r["completion"] for r in records], [r["answer"] for r in records])
 
 
+_OF_PROMPTS = ("prompt_input_ids", "prompt_attention_mask", "index", "prompt", "answer")
+
+
 def check_prompts(batch: Mapping[str, Any]) -> None:
     """Raise ``InputError`` for batches without prompts to complete."""
-    if "prompt_input_ids" not in batch:
+    lacking = [name for name in _OF_PROMPTS if not isinstance(batch, Mapping) or name not in batch]
+    if lacking:
         raise InputError(
             "test and predict generate from prompt_input_ids and prompt_attention_mask, with index, prompt and "
-            "answer beside them, which these batches lack: use InstructionDataModule, or override the step"
+            f"answer beside them, and these batches lack {', '.join(lacking)}: use InstructionDataModule, or override "
+            "the step"
         )
 
 

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss, required_step, token_loss_and_weight
+from dft_lightning.losses.base import (
+    IGNORE_INDEX,
+    TokenLoss,
+    check_class_indices,
+    required_step,
+    token_loss_and_weight,
+)
 from dft_lightning.losses.statistics import Statistic, normalise_needs, statistics_from_logits
 from dft_lightning.ops.call import TokenOutput, reduced
 
@@ -47,6 +53,7 @@ def logits_token_loss(
     step = required_step(loss, step)
     kept = targets != ignore_index
     kept_logits, kept_targets = logits[kept], targets[kept]
+    check_class_indices(kept_targets, logits.shape[-1], ignore_index)
     needs = normalise_needs(loss.needs)
     extra = [statistic for statistic in normalise_needs(statistics) if statistic not in needs]
     for statistic in extra:

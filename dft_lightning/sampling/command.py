@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dft_lightning.callbacks.interruption import Interrupted
-from dft_lightning.cli.commands import FitArguments, Stopped
+from dft_lightning.cli.commands import Stopped
 from dft_lightning.distributed.strategies import check_half_precision, check_precision
 from dft_lightning.errors import InputError
 from dft_lightning.evaluation.completions import sampled_shares
-from dft_lightning.fit.config import Split, module_of, read_fit
+from dft_lightning.fit.config import FitConfig, Split, fit_arguments, module_of, read_fit
 from dft_lightning.fit.one_device import ending_on_signals, of_one_device, predict, status_of
 from dft_lightning.metrics import ExactMatch
 from dft_lightning.models.fingerprints import hash_weights
@@ -54,7 +54,7 @@ def sample(
     limit: int | None = None,
     overwrite: bool = False,
     *,
-    fit: FitArguments,
+    fit: FitConfig,
 ) -> None:
     """Sample answers to a split's prompts from a fit config's model, check them, and write them as rows that fit reads:
     reward 1 where the answer is right, 0 where it is not. A second call goes on where the first was stopped.
@@ -72,7 +72,8 @@ def sample(
         split: whose prompts
         limit: the first rows alone
         overwrite: replace the file, or a partial one of other options
-        fit: whose model and rows
+        fit: whose model and rows; in Python a config's file, a dict of its keys, or a list of these, later ones over
+            earlier ones
 
     Raises:
         InputError: anything wrong with the input.
@@ -80,6 +81,7 @@ def sample(
     """
     _check_numbers(k=k, max_new_tokens=max_new_tokens, batch_size=batch_size, limit=limit)
     _check_sampling(temperature, top_p)
+    output, fit = Path(output), fit_arguments(fit)
     check_output(output, overwrite)
     try:
         with ending_on_signals():

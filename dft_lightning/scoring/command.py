@@ -17,11 +17,13 @@ from dft_lightning.callbacks import PredictionWriter
 from dft_lightning.callbacks.interruption import Interrupted
 from dft_lightning.cli.commands import FitArguments, Stopped
 from dft_lightning.data import InstructionDataModule
-from dft_lightning.errors import InputError
+from dft_lightning.errors import InputError, check_one_of
 from dft_lightning.files import check_replaceable, replacing_folder
 from dft_lightning.fit.command import DFTLightningCLI, cli_options
+from dft_lightning.fit.config import FitConfig, fit_arguments
 from dft_lightning.fit.one_device import ending_on_signals, of_one_device, predict, status_of
 from dft_lightning.fit.own_classes import PACKAGE
+from dft_lightning.fit.parser import raising_input_errors
 from dft_lightning.foreign.lightning import believe_lengths
 from dft_lightning.losses import CrossEntropyLoss
 from dft_lightning.scoring.batches import ScoredWriter, ScoringBatches, target_log_probs
@@ -33,7 +35,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 RECORD = "score.json"
 
 
-def score(output: Path, overwrite: bool = False, splits: list[Split] | None = None, *, fit: FitArguments) -> None:
+def score(output: Path, overwrite: bool = False, splits: list[Split] | None = None, *, fit: FitConfig) -> None:
     """Run a model once over the rows of a fit config, on one device, and write them with the log-prob of each target
     token, for losses that read ``reference_log_prob``.
 
@@ -43,20 +45,28 @@ def score(output: Path, overwrite: bool = False, splits: list[Split] | None = No
         output: a folder, which gets a folder for each split; a new one, or an empty one
         overwrite: replace what score has written there
         splits: which of train, validation, forgetting and test; all that the config has by default
-        fit: whose model and rows
+        fit: whose model and rows; in Python a config's file, a dict of its keys, or a list of these, later ones over
+            earlier ones
 
     Raises:
         InputError: anything wrong with the input.
         Stopped: on Ctrl-C and SIGTERM; nothing is written.
     """
+    output, fit = Path(output), fit_arguments(fit)
+    _check_names(splits)
     try:
-        with ending_on_signals():
+        with ending_on_signals(), raising_input_errors():
             check_replaceable(output, overwrite, (RECORD,), "--output", SPLITS)
             scored = ScoringCLI(fit, splits, output).scored
     except Interrupted as ending:
         raise Stopped("stopped: nothing was written", status_of(ending)) from None
     flags = " ".join(f"--data.{split} {shlex.quote(str(output / split))}" for split in scored)
     print(f"{output}: add to fit, with the same data options:\n    {flags}")
+
+
+def _check_names(splits: Sequence[str] | None) -> None:
+    for split in splits or []:
+        check_one_of("--splits", split, SPLITS)
 
 
 class _Scored(Exception):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ Row = dict[str, Any] | BrokenRow
 class RowSource(Component):
     """Yields rows as dicts of columns. Subclass and write :meth:`rows` for data of one's own."""
 
+    _to_write = ("rows",)
+
     @property
     def name(self) -> str:
         """What an error message calls the source."""
@@ -38,11 +40,17 @@ class RowSource(Component):
 
     def rows(self) -> Iterator[tuple[int | str, Row]]:
         """Each row with its number, as a person would count it in the file (from 1), or with its place."""
-        raise NotImplementedError(f"{type(self).__name__} must define rows(self)")
+        raise NotImplementedError  # a class without it is not made
 
     def rows_of_parts(self) -> Iterator[tuple[int, int | str, Row]]:
         """As :meth:`rows`, each with the index in :attr:`parts` before it; 0 where there are none."""
-        return ((0, number, row) for number, row in self.rows())
+        rows, name = self.rows(), f"{type(self).__name__}.rows"
+        if not isinstance(rows, Iterable):
+            raise InputError(f"{name} must yield a number and a row each time, got {type(rows).__name__}")
+        for pair in rows:
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise InputError(f"{name} must yield a number and a row each time (yield 1, row), got {kind_of(pair)}")
+            yield (0, *pair)
 
     def identity(self) -> Any:
         """What the rows are known by before they are read: where it is as it was, their tokens are in the cache.

@@ -24,6 +24,7 @@ from dft_lightning.models.head import ends_of
 from dft_lightning.models.lora.adapter import trained_names
 from dft_lightning.models.lora.saved import adapter_record, check_adapter, check_tensors
 from dft_lightning.models.reference import ReferenceModel
+from dft_lightning.modules.building import ModelBuilder
 from dft_lightning.modules.factories import Values
 from dft_lightning.modules.resume.restored import OptimizerOptions
 from dft_lightning.modules.resume.run_state import RunState
@@ -39,9 +40,11 @@ class Checkpoints:
     """What the checkpoints of a run hold that starts from a base, and how it goes on from one."""
 
     def __init__(
-        self, base: str | dict[str, Any], peft: dict[str, Any] | None, schedule: Values, run_state: RunState
+        self, builder: ModelBuilder, peft: dict[str, Any] | None, schedule: Values, run_state: RunState
     ) -> None:
-        self._base, self._peft, self._run_state = base, peft, run_state
+        self._given, self._peft, self._run_state = builder.given is not None, peft, run_state
+        # What an adapter's base is, in memory, its name does not say.
+        self._base = None if self._given and peft is not None else builder.base_name
         self._optimizer_options = OptimizerOptions(schedule)
         self._tokenizer_files: dict[str, bytes] | None = None
         self._base_fingerprint: dict[str, str] | None = None
@@ -96,8 +99,9 @@ class Checkpoints:
         """What a checkpoint says of the model and its run, so that it is exported without what the run began from.
 
         In plain values that ``weights_only`` loading can read. ``base`` is the name or folder that the model was loaded
-        from, ``adapter`` of :func:`.adapter_record` and ``None`` where all of the model is trained, ``tokenizer`` the
-        files of :func:`files_of`, ``stop_token_ids`` what ends a generated text.
+        from, ``given`` whether it was given as an object, ``adapter`` of :func:`.adapter_record` and ``None`` where all
+        of the model is trained, ``tokenizer`` the files of :func:`files_of`, ``stop_token_ids`` what ends a generated
+        text.
         """
         datamodule = getattr(trainer, "datamodule", None)
         if self._tokenizer_files is None:
@@ -106,8 +110,9 @@ class Checkpoints:
         config, generation = getattr(model, "config", None), getattr(model, "generation_config", None)
         metrics = {} if trainer is None else trainer.callback_metrics
         return {
-            "base": base if isinstance(base, str) else None,
-            "base_is_local": isinstance(base, str) and Path(base).exists(),
+            "base": base,
+            "base_is_local": base is not None and Path(base).exists(),
+            "given": self._given,
             "adapter": None if values is None or of_base is None else adapter_record(values, of_base),
             "model_class": class_path(type(model)),
             "config_class": class_path(type(config)),
