@@ -114,6 +114,20 @@ def test_a_csv_loggers_own_folder_is_the_runs(config, tmp_path):
     assert {"config.yaml", "metrics.csv", "checkpoints/epoch=0-step=2.ckpt"} <= files_of(tmp_path / "mine" / "first")
 
 
+def test_a_folder_that_two_runs_have_by_a_loggers_options_is_the_first_ones(config, tmp_path, capfd):
+    own = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}", "--trainer.logger.version=mine"]
+    first = Path(main(["fit", "--config", config, *own]).trainer.log_dir)
+    before = files_of(first)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", config, *own])
+    assert "config.yaml is of an earlier run, and is kept: leave the logger's version out" in capfd.readouterr().err
+    assert files_of(first) == before
+    kept = (first / "metrics.csv").read_text()
+    main(["fit", "--config", config, *own, "--ckpt_path", "last", "--trainer.max_steps=3"])
+    assert {"config-2.yaml", "metrics.csv"} <= files_of(first)
+    assert (first / "metrics-2.csv").read_text() == kept
+
+
 def test_a_folder_that_a_checkpoint_callback_has_of_its_own_is_left_to_it(config, tmp_path):
     overlay = tmp_path / "overlay.yaml"
     own = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path / "kept")}}

@@ -136,7 +136,7 @@ class DFTLightningCLI(CommandLine):
             self.config_init = self._instantiate(leave_out=("model", "data"))
             self.trainer = self.instantiate_trainer()
             self._checkpoint = resolve_checkpoint(self._options(self.config).ckpt_path, self.trainer)
-            cast(RunTrainer, self.trainer).keep_checkpoints()
+            cast(RunTrainer, self.trainer).begin_in_folder(goes_on=self._checkpoint is not None)
             saved = read_options(self._checkpoint)
             lines += self._take_options(saved)
             made = self._instantiate(leave_out=("trainer",))

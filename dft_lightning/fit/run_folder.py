@@ -12,9 +12,11 @@ from lightning.pytorch import strategies
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from dft_lightning.errors import InputError
 from dft_lightning.foreign.lightning import shard_over_all
 
 _RUNS = "lightning_logs"
@@ -52,8 +54,21 @@ class RunTrainer(pl.Trainer):
             return super().log_dir
         return str(self.strategy.broadcast(str(self.run_folder)))
 
-    def keep_checkpoints(self) -> None:
-        """Have every ``ModelCheckpoint`` that has no folder of its own write to the run's."""
+    def begin_in_folder(self, goes_on: bool) -> None:
+        """Before loggers open their files: have every ``ModelCheckpoint`` that has no folder of its own write to the
+        run's, and nothing of an earlier run there be lost.
+
+        Raises:
+            InputError: an earlier run has the folder, and this one does not go on from a checkpoint.
+        """
+        config = self.run_folder / "config.yaml"
+        if config.exists() and not self.fast_dev_run:  # type: ignore[attr-defined]
+            if not goes_on:
+                raise InputError(
+                    f"{config} is of an earlier run, and is kept: leave the logger's version out, so that each run has "
+                    "a folder of its own"
+                )
+            _set_aside(self.run_folder / ExperimentWriter.NAME_METRICS_FILE)
         for callback in self.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.run_folder / "checkpoints")
@@ -72,12 +87,16 @@ def named_strategy(given: Any) -> Any:
     return given if found is None else found()
 
 
-class RunConfig(SaveConfigCallback):
-    """``config.yaml`` in the run's folder. That of an earlier run is kept.
+@rank_zero_only
+def _set_aside(path: Path) -> None:
+    """Give an earlier run's file, which Lightning's logger would delete, a name of its own."""
+    if path.exists():
+        path.rename(path.parent / _free_name(path.parent, path.name))
 
-    Where a logger's options have all runs in one folder, a run that goes on from a checkpoint writes ``config-2.yaml``
-    and so on, and one that begins is refused, as its checkpoints would mix with the others'.
-    """
+
+class RunConfig(SaveConfigCallback):
+    """``config.yaml`` in the run's folder; ``config-2.yaml`` and so on where a logger's options have several runs in
+    one folder."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.already_saved:

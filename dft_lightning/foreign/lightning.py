@@ -69,9 +69,6 @@ def mistake(error: Exception) -> str | None:
         return f"trainer.strategy: {text}"
     if isinstance(error, RuntimeError) and text.startswith("Early stopping conditioned on metric"):
         return f"trainer.callbacks: {text}"
-    if isinstance(error, RuntimeError) and text.startswith("RunConfig expected "):
-        path = text.removeprefix("RunConfig expected ").partition(" to NOT exist")[0]
-        return f"{path} is of an earlier run, and is kept: set another trainer.default_root_dir, or a trainer.logger"
     if isinstance(error, KeyError) and "checkpoint contains only the model" in text:
         return (
             "--ckpt_path: the checkpoint has weights alone (save_weights_only), from which fit cannot go on: give "
