@@ -19,6 +19,7 @@ from dft_lightning.evaluation.completions import (
     sampled_shares,
     shares,
 )
+from dft_lightning.foreign.lightning import believe_reduced
 from dft_lightning.metrics import reported_k
 from dft_lightning.modules.causal_lm import CausalLMModule
 
@@ -107,6 +108,7 @@ class GenerationEvaluation(Callback):
         assert isinstance(pl_module, CausalLMModule)
         sampled = self._count(trainer, pl_module, self.temperature, self.num_samples, "test")
         for name, value in sampled_shares(sampled, self.num_samples).items():
+            believe_reduced(f"test/{name}")  # from the counts of all ranks
             pl_module.log(f"test/{name}", value, batch_size=1)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

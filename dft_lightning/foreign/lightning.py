@@ -32,16 +32,22 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=r"The number of training batches .* is smaller than the logging interval")
     # Each run has a folder of its own, one that goes on, too.
     warnings.filterwarnings("ignore", message=r"The dirpath has changed from")
-    # The module's own values are reduced before they are logged; advice on anybody else's stays.
-    ours = "loss|nll|perplexity|token_accuracy|entropy|mean_weight|target_tokens|exact_match"
-    stages = "val|forgetting|test"
-    warnings.filterwarnings("ignore", message=rf"It is recommended to use `self\.log\('({stages})/({ours})'")
+    # peft imports bitsandbytes where it is there: of a faster kernel for a base in 4 bits, which need not be one.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+        lambda record: "gemm_4bit_forward" not in record.getMessage()
+    )
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not re.search("litlogger|^TPU available: False|^Restoring states from", record.getMessage())
     )
 
     if not isinstance(threading.excepthook, functools.partial):  # once
         threading.excepthook = functools.partial(_thread_ends, threading.excepthook)
+
+
+@functools.cache
+def believe_reduced(name: str) -> None:
+    """No advice to reduce a value over ranks that was reduced before it was logged; that on anybody else's stays."""
+    warnings.filterwarnings("ignore", message=rf"It is recommended to use `self\.log\('{re.escape(name)}'")
 
 
 def believe_lengths() -> None:

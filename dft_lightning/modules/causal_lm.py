@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dft_lightning.component import plain_values
 from dft_lightning.distributed.sharding import ShardingOptions, discard_gradients, is_sharded, synchronise
-from dft_lightning.foreign.lightning import PlainHyperparameters, logs_now, trainer_of
+from dft_lightning.foreign.lightning import PlainHyperparameters, believe_reduced, logs_now, trainer_of
 from dft_lightning.foreign.torch import Moving
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss
 from dft_lightning.losses.base import IGNORE_INDEX
@@ -278,6 +278,7 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         # Already reduced over ranks and batches: Lightning must neither average nor exchange them again.
         by_step = stage == "train"
         for name, value in values.items():
+            believe_reduced(f"{stage}/{name}")
             shown = name in prog_bar
             self.log(f"{stage}/{name}", value, prog_bar=shown, batch_size=1, on_step=by_step, on_epoch=not by_step)
 
