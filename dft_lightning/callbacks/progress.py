@@ -122,7 +122,7 @@ class StepProgress(TQDMProgressBar):
         """A line at each tenth of the batches."""
         total = sum(batches)
         if self.lines and (math.isinf(total) or done * 10 // total > (done - 1) * 10 // total):
-            rank_zero_info(f"{what}: {done} of {total} batches")
+            rank_zero_info(f"{what}: {done} of {total} batches" if math.isfinite(total) else f"{what}: {done} batches")
 
     # -- texts ---------------------------------------------------------------------------------------------------------
 
