@@ -51,7 +51,8 @@ def inspect(
     Raises:
         InputError: anything wrong with the input.
     """
-    from dft_lightning.inspection.show import new_console, show_counts, show_row
+    from dft_lightning.inspection.console import new_console
+    from dft_lightning.inspection.show import show_counts, show_row
 
     _check_numbers(rows, first, limit)
     _check_page(output)
