@@ -24,10 +24,6 @@ Split = Literal["train", "validation", "forgetting", "test", "predict"]
 class _ConfigReader(DFTLightningCLI):
     """Parses, and stops there by :class:`_Parsed`, before it seeds or makes anything."""
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {"fit": DFTLightningCLI.subcommands()["fit"]}  # the parsers of the others take most of a second
-
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
         raise _Parsed(self.options_parser().dump(self.config["fit"], skip_none=False))

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from dft_lightning.callbacks import PredictionWriter
 from dft_lightning.callbacks.interruption import Interrupted
+from dft_lightning.cli import READ_AS
 from dft_lightning.cli.commands import FitArguments, Stopped
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.errors import InputError
@@ -79,11 +80,7 @@ class ScoringCLI(DFTLightningCLI):
         options = {**cli_options(), "save_config_callback": None}
         classes = fit.classes or PACKAGE
         with contextlib.suppress(_Scored):
-            super().__init__(classes.model, classes.data, **options, args=["predict", *fit.args])
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {"predict": DFTLightningCLI.subcommands()["predict"]}
+            super().__init__(classes.model, classes.data, **options, args=[READ_AS["score"], *fit.args])
 
     def before_instantiate_classes(self) -> None:
         """What a run has beside its device and precision, callbacks and several processes among it, stays away."""
