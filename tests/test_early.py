@@ -38,7 +38,7 @@ class Built(Exception):
 
 class Builds(DFTLightningCLI):
     def parse_arguments(self, parser, args):
-        (options,) = self._parsers  # of the command that is given, as each takes most of a second
+        (options,) = self._parsers  # of the command that is given alone
         raise Built(parser, options)
 
 
@@ -242,7 +242,7 @@ ODD = [
     ["--config", "{trainer: {max_epochs: 2}}", "-c", "{model: {loss: {class_path: DFTLoss}}}"],
     ["--data", "data.yaml", "--model.loading", "loading.yaml", "--data.text", "{max_length: 3}"],
     ["--data", "data.yaml", "--data", "other.yaml", "--config", "{model.loss: {class_path: PowerLoss}}"],
-    ["--config", "{data: {train: {class_path: LocalRows, init_args: {path: a}}}}"],
+    ["--config", "{data: {train: {class_path: ArithmeticRows, init_args: {num_rows: 3}}}}"],
     ["--config", "whole.yaml", "--config", "over.yaml"],
     ["--config", "over.yaml", "--model.loss", "CrossEntropyLoss", "--model.loss.label_smoothing", "0.1"],
 ]

@@ -10,11 +10,11 @@ import dataclasses
 import inspect
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace
 
 from dft_lightning.cli import FITS
 from dft_lightning.cli.class_paths import GROUPS, dumped, is_class_path, loaded, without_flags
@@ -23,7 +23,6 @@ from dft_lightning.cli.outline import CLASSES, SEED, SEED_HINT, method_parameter
 from dft_lightning.cli.parsers import OneMessage, refuse_nulls
 from dft_lightning.cli.sources import REQUIRED, Parameter, classes_in, is_group, parameters
 from dft_lightning.errors import InputError
-from dft_lightning.foreign.jsonargparse import kept_settings, kind_of
 
 _LOSS = "model.loss"
 _KNOWN = ("dft_lightning", "lightning", "torch")  # what they name is of no use to a short name of one's own
@@ -57,9 +56,7 @@ def check(args: list[str]) -> None:
     if is_named and not any(is_class_path(text) and text.partition(".")[0] not in _KNOWN for text in texts):
         from dft_lightning.losses import LOSSES, TokenLoss  # torch alone
 
-        with kept_settings():
-            set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["dft_lightning"])
-            _Command(args[0], {_LOSS: (TokenLoss, LOSSES[loss]())}).parse(given)
+        _Command(args[0], (_LOSS, TokenLoss, LOSSES[loss]())).parse([*_of_the_loss(given)])
     command.check_nulls(options, given)
 
 
@@ -80,6 +77,18 @@ def _configs(args: list[str]) -> Iterator[str]:
         flag, equals, value = arg.partition("=")
         if flag in ("--config", "-c"):
             yield value if equals else following
+
+
+def _of_the_loss(args: list[str]) -> Iterator[str]:
+    """The arguments that the loss may be in."""
+    left = iter(zip(args, [*args, "--"][1:], strict=True))
+    for arg, following in left:
+        flag, equals, _ = arg.partition("=")
+        if flag in ("--config", "-c", f"--{_LOSS}") or flag.startswith(f"--{_LOSS}."):
+            yield arg
+            if not equals:
+                yield following
+                next(left, None)
 
 
 def _texts(config: str) -> Iterator[str]:
@@ -123,16 +132,18 @@ class _Parser(OneMessage):
     """Its message is an exception, and of what is taken as it is nothing is read in configs."""
 
     opaque: Collection[str] = ()
+    alone: str | None = None  # the key of the one option that it has
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
-        if (outside := _outside(found := loaded(content), self.opaque)) != found:
-            content = dumped(outside)
+        found = loaded(content)
+        judged = _outside(found, self.opaque) if self.alone is None else _within(found, self.alone)
+        content = content if judged == found else dumped(judged)
         return super().parse_string(content, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         if not self.exit_on_error:  # a parser for a class's options: the outer one adds the key
             super().error(message, ex)
-        raise _Mistake(message, shorten(message, self))
+        raise _Mistake(shorten(message, self))
 
 
 def _outside(content: dict[str, Any], keys: Collection[str], prefix: str = "") -> dict[str, Any]:
@@ -145,6 +156,13 @@ def _outside(content: dict[str, Any], keys: Collection[str], prefix: str = "") -
     return found
 
 
+def _within(content: dict[str, Any], key: str) -> dict[str, Any]:
+    """What a config says of one key."""
+    found = {name: value for name, value in content.items() if name == key or name.startswith(f"{key}.")}
+    group, _, rest = key.partition(".")
+    return {**found, group: _within(content[group], rest)} if isinstance(content.get(group), dict) and rest else found
+
+
 class _Mistake(Exception):
     pass
 
@@ -154,19 +172,23 @@ class _Command:
 
     Args:
         command: the one; for any other than those that fit, none has options.
-        classes: types and defaults of options whose classes are imported, by key.
+        only: an option whose class is imported, and its type and default: the parser has no other.
     """
 
-    def __init__(self, command: str = "", classes: dict[str, tuple[type, Any]] | None = None) -> None:
+    def __init__(self, command: str = "", only: tuple[str, type, Any] | None = None) -> None:
         self.command = command
-        self.classes = classes or {}
         self.opaque: list[str] = []  # keys of what is taken as it is
         self.parser = _Parser()
         self._options = _Parser()
         for parser in (self.parser, self._options):
             parser.add_argument("-c", "--config", action="config")
         subcommands = self.parser.add_subcommands()
-        if command in FITS:
+        if only is not None:
+            key, hint, default = only
+            group, _, name = key.partition(".")
+            self._options.alone = key
+            self._options.add_class_arguments(_made([(name, hint, default)]), group, fail_untyped=False)
+        elif command in FITS:
             self._add_options()
             self._options.opaque = self.opaque
         for name in FITS:
@@ -184,10 +206,7 @@ class _Command:
         try:
             options: Namespace = self.parser.parse_args(words)[self.command]
         except _Mistake as mistake:
-            message, text = mistake.args
-            if (kind := kind_of(message)) is not None and kind[0] == "import not allowed":
-                return None
-            raise InputError(text) from None
+            raise InputError(str(mistake)) from None
         except Exception:  # in jsonargparse, by what is taken as it is; all is looked at once more
             return None
         return options
@@ -206,22 +225,10 @@ class _Command:
         self._options.add_argument("--seed_everything", type=SEED_HINT, default=SEED)
         listed = {"trainer": trainer_parameters(), **{group: parameters(path) for group, path in CLASSES.items()}}
         for group, arguments in listed.items():
-            self._options.add_class_arguments(self._class(group, arguments), group, fail_untyped=False)
+            self._options.add_class_arguments(_made(self._typed(group, arguments)), group, fail_untyped=False)
         for group in CLASSES:
             self._options.add_argument(f"--{group}.class_path", type=str)
-        self._options.add_class_arguments(self._class("", method_parameters(self.command)), as_group=False)
-
-    def _class(self, key: str, listed: list[Parameter]) -> type:
-        """A class with these arguments."""
-        kind = inspect.Parameter.KEYWORD_ONLY
-        own = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
-        for name, hint, default in self._typed(key, listed):
-            own.append(inspect.Parameter(name, kind, annotation=hint, default=default))
-
-        def init(self: Any, **_: Any) -> None: ...
-
-        init.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
-        return type("Arguments", (), {"__init__": init})
+        self._options.add_class_arguments(_made(self._typed("", method_parameters(self.command))), as_group=False)
 
     def _group(self, key: str, cls: type) -> type:
         """A group of options like the one that a stand-in is for."""
@@ -234,13 +241,26 @@ class _Command:
     def _typed(self, key: str, listed: list[Parameter]) -> Iterator[tuple[str, Any, Any]]:
         for each in listed:
             inner = f"{key}.{each.name}".removeprefix(".")
-            hint, default = self.classes.get(inner) or (self._hint(inner, each.hint), each.default)
+            hint: Any = self._hint(inner, each.hint)
             if hint is Any and each.hint is not Any:
                 self.opaque.append(inner)
-            yield each.name, hint, hint() if dataclasses.is_dataclass(hint) and default is not REQUIRED else default
+            is_left_out = dataclasses.is_dataclass(hint) and each.default is not REQUIRED
+            yield each.name, hint, hint() if is_left_out else each.default
 
     def _hint(self, key: str, hint: Any) -> Any:
         """The type that is judged: ``Any`` where there are classes in it other than groups of options."""
         if not (classes := classes_in(hint)):
             return hint
         return self._group(key, hint) if hint is classes[0] and is_group(path_of(hint)) else Any
+
+
+def _made(arguments: Iterable[tuple[str, Any, Any]]) -> type:
+    """A class with arguments of these names, types and defaults."""
+    listed = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
+    for name, hint, default in arguments:
+        listed.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=hint, default=default))
+
+    def init(self: Any, **_: Any) -> None: ...
+
+    init.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
+    return type("Arguments", (), {"__init__": init})

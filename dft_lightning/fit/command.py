@@ -87,7 +87,7 @@ class DFTLightningCLI(CommandLine):
                 paths.append(own)
         self._parsers: list[LightningArgumentParser] = []  # of the subcommands, in their order
         first, known = args[:1] if isinstance(args, list) else [], self.subcommands()
-        if first and first[0] in known:  # the parser of each takes most of a second
+        if first and first[0] in known:  # the others' parsers are of no use
             self.subcommands = lambda: {first[0]: known[first[0]]}  # type: ignore[method-assign]
         super().__init__(self._classes.model, self._classes.data, args=args, **kwargs)
 
