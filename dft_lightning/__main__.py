@@ -10,6 +10,7 @@ import sys
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from dft_lightning.cli import COMMANDS
+from dft_lightning.cli.commands import answered
 from dft_lightning.cli.commands import run as run_command
 
 
@@ -17,6 +18,8 @@ def run() -> None:
     """The console script: exits with status 0 after a run, with 2 after a mistake."""
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
         raise SystemExit(run_command(sys.argv[1], sys.argv[2:]))
+    if (status := answered(sys.argv[1:])) is not None:
+        raise SystemExit(status)
     from dft_lightning.fit.command import main  # Lightning and transformers, which not every command needs
 
     main()

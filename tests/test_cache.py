@@ -22,13 +22,13 @@ import commands
 from dft_lightning import CausalLMModule, InstructionDataModule
 from dft_lightning.data import ArithmeticRows, LocalRows, MixedRows, RowForm, RowSource
 from dft_lightning.data.rows.forms import Reading
-from dft_lightning.data.rows.identity import cache_folder
 from dft_lightning.data.rows.reading import RowReader, read_messages
 from dft_lightning.data.text import cache, preparation
 from dft_lightning.data.text.preparation import SourceRows
 from dft_lightning.data.text.tokens import ConversationEncoder
 from dft_lightning.errors import InputError
 from dft_lightning.files import partial_path
+from dft_lightning.foreign.datasets import cache_folder
 from dft_lightning.inspection.cache import entries
 from small_runs import TINY_ARITHMETIC, data_options, on_two_processes, trainer
 

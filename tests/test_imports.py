@@ -1,4 +1,4 @@
-"""Importing the package costs torch alone."""
+"""Importing the package costs nothing, its losses torch alone."""
 
 from __future__ import annotations
 
@@ -7,14 +7,27 @@ import sys
 
 import pytest
 
-HEAVY = ("lightning", "transformers", "torchmetrics", "datasets", "jsonargparse")
+HEAVY = ("torch", "lightning", "transformers", "torchmetrics", "datasets", "jsonargparse")
 
 
-@pytest.mark.parametrize("module", ["dft_lightning", "dft_lightning.losses", "dft_lightning.ops"])
-def test_import_loads_torch_alone(module):
-    code = f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])"
+def imported_by(code):
+    """Which of the heavy ones a program imports."""
+    code = f"import sys\n{code}\nprint([m for m in {HEAVY!r} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert result.stdout.strip() == "[]"
+    return result.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import dft_lightning", "[]"),
+        ("import dft_lightning; dft_lightning.DFTLoss, dft_lightning.losses.FocalLoss", "['torch']"),
+        ("import dft_lightning.losses", "['torch']"),
+        ("import dft_lightning.ops", "['torch']"),
+    ],
+)
+def test_import_loads_torch_at_most(code, expected):
+    assert imported_by(code) == expected
 
 
 def test_lazy_names_resolve():
@@ -25,3 +38,14 @@ def test_lazy_names_resolve():
         assert name in dir(dft_lightning)
     with pytest.raises(AttributeError, match="no attribute 'Nope'"):
         _ = dft_lightning.Nope
+
+
+def test_every_loss_is_a_name_of_the_package():
+    import dft_lightning
+    from dft_lightning import losses
+
+    assert set(losses.__all__) == {name for name, room in dft_lightning._LAZY.items() if room == losses.__name__}
+    assert all(getattr(dft_lightning, name) is getattr(losses, name) for name in losses.__all__)
+    namespace = {}
+    exec("from dft_lightning import *", namespace)
+    assert namespace["DFTLoss"] is losses.DFTLoss

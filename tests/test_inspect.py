@@ -14,7 +14,8 @@ from commands import inspect as main
 from conftest import at_hand
 from dft_lightning.data import arithmetic_tokenizer
 from dft_lightning.data.text.tokenizer import load_tokenizer
-from dft_lightning.inspection.show import new_console, show_row
+from dft_lightning.inspection.console import new_console
+from dft_lightning.inspection.show import show_row
 from small_runs import data_options
 from test_configs import CONFIGS, TINY, stack
 

@@ -17,8 +17,12 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 
-from dft_lightning.cli import COMMANDS
+from dft_lightning.cli import COMMANDS, READ_AS
+from dft_lightning.cli.class_paths import names_classes
+from dft_lightning.cli.early import check
 from dft_lightning.cli.errors import shorten
+from dft_lightning.cli.help import help_asked, help_text
+from dft_lightning.cli.sources import function_at
 from dft_lightning.component import imported
 from dft_lightning.errors import InputError, printable
 from dft_lightning.foreign.jsonargparse import actions
@@ -80,10 +84,15 @@ def run(name: str, args: list[str], classes: Any = None) -> int:
         The exit status: what the function returns, 0 for nothing; 2 after one message on standard error where the input
         was wrong; 130 where the user ended it.
     """
+    return ended(lambda: _call(name, args, classes))
+
+
+def ended(call: Callable[[], int | None]) -> int:
+    """Call what a command is, and return the exit status as :func:`run` has it."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # rows have characters that not every encoding has
     try:
-        status = _call(name, args, classes) or 0
+        status = call() or 0
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # who reads the output, such as head, has left
@@ -101,22 +110,42 @@ def run(name: str, args: list[str], classes: Any = None) -> int:
         return report(error)
 
 
+def answered(args: list[str]) -> int | None:
+    """Answer what needs nothing that takes seconds to import: help, and mistakes of arguments and configs.
+
+    Args:
+        args: of a command that fits, its name first.
+
+    Returns:
+        The exit status; ``None`` where the command has to run.
+    """
+    if "lightning" in sys.modules:  # the command itself answers as fast
+        return None
+    if help_asked(args) is None:
+        return ended(lambda: check(args)) or None
+    return None if names_classes(args) else ended(lambda: print(help_text(args), end=""))
+
+
 def _call(name: str, args: list[str], classes: Any) -> int | None:
+    taken = function_at(COMMANDS[name])
+    own, others, fit_args = _divided(args, taken)
+    parser = _OptionParser(
+        prog=f"python -m dft_lightning {name}",
+        description=taken.__doc__.split("\n\nArgs:")[0].replace("``", ""),
+        exit_on_error=True,
+    )
+    parser.add_function_arguments(taken, as_group=False, skip=set(_GIVEN), sub_configs=False)
+    options = parser.parse_args(own).as_dict()
+    given = {"fit": FitArguments(tuple(fit_args), classes), "classes": classes}
+    given = {key: value for key, value in given.items() if key in inspect.signature(taken).parameters}
+    if "fit" in given and (early := answered([READ_AS.get(name, "fit"), *fit_args])) is not None:
+        return early
     function = imported(COMMANDS[name])
     if "lightning" in sys.modules:
         from dft_lightning.foreign.lightning import quiet
 
         quiet()
-    own, others, fit_args = _divided(args, function)
-    parser = _OptionParser(
-        prog=f"python -m dft_lightning {name}",
-        description=inspect.cleandoc(function.__doc__).split("\n\nArgs:")[0].replace("``", ""),
-        exit_on_error=True,
-    )
-    parser.add_function_arguments(function, as_group=False, skip=set(_GIVEN), sub_configs=False)
-    given = {"fit": FitArguments(tuple(fit_args), classes), "classes": classes}
-    given = {key: value for key, value in given.items() if key in inspect.signature(function).parameters}
-    status: int | None = function(*others, **parser.parse_args(own).as_dict(), **given)
+    status: int | None = function(*others, **options, **given)
     return status
 
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
 from dft_lightning.cli import COMMANDS
+from dft_lightning.cli.other_names import meant_class, meant_key, meant_option
 from dft_lightning.cli.shipped_configs import hint
 from dft_lightning.component import imported
-from dft_lightning.errors import did_you_mean, nearest
+from dft_lightning.errors import did_you_mean
 from dft_lightning.foreign.jsonargparse import (
     actions,
     factory_named,
@@ -22,7 +23,6 @@ from dft_lightning.foreign.jsonargparse import (
     type_of,
     without_class_advice,
 )
-from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -60,9 +60,7 @@ def _group_option(match: re.Match[str], message: str, parser: ArgumentParser) ->
 
 
 def _unknown_key(key: str, parser: ArgumentParser) -> str:
-    known = _known_keys(parser)
-    tails = {name.rpartition(".")[2]: name for name in known}
-    near = nearest(key, known) or tails.get(str(nearest(key.rpartition(".")[2], tails, cutoff=0.75)))
+    near = meant_key(key, _known_keys(parser))
     return f"unknown key {key}; " + (f"did you mean {near}?" if near else "see --help for the known ones")
 
 
@@ -81,7 +79,8 @@ def _unknown_class(match: re.Match[str], message: str, parser: ArgumentParser) -
     key = _key_of(message)
     known = sorted(known_classes(key, parser))
     choices = f"known: {', '.join(known)}, or the" if known else "give the"
-    end = did_you_mean(match.group(1), known)
+    near = meant_class(match.group(1), known)
+    end = f"; did you mean {near}?" if near else ""
     return f"{key}: unknown class {match.group(1)!r}{end}\n{choices} dotted path of your own"
 
 
@@ -136,9 +135,11 @@ def _no_option(key: str, class_path: str, name: str, left_out: int) -> str:
     """``left_out``: how many of the constructor's arguments are no options."""
     cls, class_name = imported(class_path), class_path.rpartition(".")[2]
     options = list(inspect.signature(cls.__init__).parameters)[left_out:]
+    from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss  # torch, which a mistyped key does not wait for
+
     if issubclass(cls, TokenLoss):
         options = [each for each in options if each not in FORWARD_OPTIONS]
-    near = nearest(name, options)
+    near = meant_option(name, options)
     it = f"did you mean {near}? It" if near else "it"
     return f"{key}.{name}: {class_name} has no option {name!r}; {it} has {', '.join(options) or 'none'}"
 

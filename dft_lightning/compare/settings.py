@@ -12,14 +12,15 @@ from typing import Any
 
 import yaml
 
+from dft_lightning.cli.class_paths import GROUPS, flat
+from dft_lightning.cli.parsers import raising_input_errors
 from dft_lightning.cli.shipped_configs import hint
 from dft_lightning.compare.files import slug_of
 from dft_lightning.compare.recorder import Evaluation
 from dft_lightning.component import NotPlainError, to_plain
 from dft_lightning.errors import InputError, did_you_mean, one_line
 from dft_lightning.evaluation.measures import check_measures, default_measures
-from dft_lightning.fit.own_classes import GROUPS, flat
-from dft_lightning.fit.parser import Parser, raising_input_errors
+from dft_lightning.fit.parser import Parser
 from dft_lightning.losses import TokenLoss
 
 

@@ -16,13 +16,13 @@ from dft_lightning.data.batches.streaming import Stream
 from dft_lightning.data.options import BatchOptions, RowOptions, StreamOptions, TextOptions
 from dft_lightning.data.requirements import Run, check_lengths
 from dft_lightning.data.rows.forms import Conversation, LastTurn, Reading
-from dft_lightning.data.rows.identity import cache_folder
 from dft_lightning.data.rows.reading import Conversations, RowReader, read_messages, validation_positions
 from dft_lightning.data.rows.sources import RowSource, as_source
 from dft_lightning.data.text.cache import RowCounts, TokenizedRows, column_of, tokenized
 from dft_lightning.data.text.preparation import PartOfRows, Preparation, SourceRows, Spool
 from dft_lightning.data.text.tokens import ConversationEncoder
 from dft_lightning.errors import InputError
+from dft_lightning.foreign.datasets import cache_folder
 from dft_lightning.metrics.exact_sums import MAX_SOURCES
 from dft_lightning.models.row_checks import Positions
 

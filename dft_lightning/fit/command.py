@@ -28,7 +28,11 @@ from dft_lightning.callbacks.interruption import Interrupted
 from dft_lightning.checkpoints import keep_whole, refused_write, resolve_checkpoint
 from dft_lightning.checkpoints.trust import importing_only
 from dft_lightning.cli import COMMANDS
+from dft_lightning.cli.class_paths import check_known
 from dft_lightning.cli.commands import report, run, user_message
+from dft_lightning.cli.help import help_asked
+from dft_lightning.cli.outline import SEED, TRAINER_DEFAULTS, class_option
+from dft_lightning.cli.parsers import refuse_nulls
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.distributed.strategies import check_half_precision, check_precision
 from dft_lightning.errors import InputError, printable
@@ -40,25 +44,14 @@ from dft_lightning.fit.checkpoint_options import (
     read_options,
     taken,
 )
-from dft_lightning.fit.own_classes import GROUPS, Classes, check_known, read_classes, this_script
-from dft_lightning.fit.parser import Parser, refuse_nulls
+from dft_lightning.fit.help import help_text
+from dft_lightning.fit.own_classes import GROUPS, Classes, read_classes, this_script
+from dft_lightning.fit.parser import Parser
 from dft_lightning.fit.run_folder import RunConfig, RunTrainer, default_loggers, named_strategy
 from dft_lightning.foreign.jsonargparse import constructor_problem
 from dft_lightning.foreign.lightning import CommandLine, quiet
 from dft_lightning.modules import CausalLMModule
 
-_DESCRIPTION = (
-    "Fine-tune causal language models with a pluggable token loss. More commands, each with a --help of its own: "
-    f"{', '.join(COMMANDS)}."
-)
-
-TRAINER_DEFAULTS: dict[str, Any] = {
-    # Parameters touched under inference mode cannot be trained afterwards under FSDP2 on a GPU.
-    "inference_mode": False,
-    "log_every_n_steps": 10,
-    # A table of this package's own modules; what is trained, and the memory that it takes, is said in any case.
-    "enable_model_summary": False,
-}
 EPOCHS = 3
 """The end of a ``fit`` that is given none; Lightning's own would be 1000 epochs."""
 
@@ -96,6 +89,9 @@ class DFTLightningCLI(CommandLine):
             if not paths and (own := self._classes.path(group)):
                 paths.append(own)
         self._parsers: list[LightningArgumentParser] = []  # of the subcommands, in their order
+        first, known = args[:1] if isinstance(args, list) else [], self.subcommands()
+        if first and first[0] in known:  # the others' parsers are of no use
+            self.subcommands = lambda: {first[0]: known[first[0]]}  # type: ignore[method-assign]
         super().__init__(self._classes.model, self._classes.data, args=args, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -106,12 +102,15 @@ class DFTLightningCLI(CommandLine):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_core_arguments_to_parser(parser)
         self._parsers.append(parser)
-        for group, base in GROUPS.items():
-            what = f"dotted path of a subclass of {base.__name__}, whose options are here, too; also --{group} CLASS"
+        for group in GROUPS:
             named = self._class_paths[group][-1:] or [SUPPRESS]
-            parser.add_argument(f"--{group}.class_path", type=str, default=named[0], help=what, metavar="CLASS")
+            option = class_option(group)
+            parser.add_argument(f"--{group}.class_path", type=option.hint, default=named[0], help=option.doc)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        if isinstance(args, list) and help_asked(args) is not None:
+            print(help_text(args, self._parsers), end="")
+            raise SystemExit(0)
         check_environment()
         # Lightning's own warns of args beside sys.argv, which every in-process caller (a test, a notebook) has.
         self._args = args
@@ -311,9 +310,9 @@ def cli_options() -> dict[str, Any]:
     return {
         "trainer_class": RunTrainer,
         "trainer_defaults": dict(TRAINER_DEFAULTS),
-        "seed_everything_default": 0,
+        "seed_everything_default": SEED,
         "parser_class": Parser,
-        "parser_kwargs": {"prog": "python -m dft_lightning", "description": _DESCRIPTION},
+        "parser_kwargs": {"prog": "python -m dft_lightning"},
         "auto_configure_optimizers": False,
         "save_config_callback": RunConfig,
         "load_from_checkpoint_support": False,

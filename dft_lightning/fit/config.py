@@ -12,13 +12,14 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dft_lightning.cli.commands import FitArguments
+from dft_lightning.cli.parsers import raising_input_errors
 from dft_lightning.cli.shipped_configs import hint
 from dft_lightning.component import NotPlainError, to_plain
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.errors import InputError
 from dft_lightning.fit.command import DFTLightningCLI, cli_options
 from dft_lightning.fit.own_classes import PACKAGE, Classes
-from dft_lightning.fit.parser import Parser, raising_input_errors
+from dft_lightning.fit.parser import Parser
 from dft_lightning.modules import CausalLMModule
 
 Split = Literal["train", "validation", "forgetting", "test", "predict"]
@@ -27,10 +28,6 @@ Split = Literal["train", "validation", "forgetting", "test", "predict"]
 
 class _ConfigReader(DFTLightningCLI):
     """Parses, and stops there by :class:`_Parsed`, before it seeds or makes anything."""
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {"fit": DFTLightningCLI.subcommands()["fit"]}  # the parsers of the others take most of a second
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)

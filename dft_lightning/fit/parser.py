@@ -1,82 +1,34 @@
-"""The parser of the command and of configs: one mistake, one message; classes with their own options alone."""
+"""The parser of the command and of configs, for a trainer, a module and a data module."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import sys
-from collections.abc import Iterator
-from contextvars import ContextVar
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from lightning.pytorch.cli import LightningArgumentParser
 from torch.optim import Optimizer
 
-from dft_lightning.cli.errors import shorten
+from dft_lightning.cli.parsers import OneMessage
 from dft_lightning.component import Component, class_path, to_plain
-from dft_lightning.errors import InputError
-from dft_lightning.fit.own_classes import GROUPS, text_without_classes
-from dft_lightning.foreign.jsonargparse import actions, change_for, type_of
-from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss
+from dft_lightning.foreign.jsonargparse import actions
 from dft_lightning.modules.optimizers import DEFAULT_OPTIMIZER
 
 
-class Parser(LightningArgumentParser):
-    """One mistake, one message: no usage wall. Keys are written out: an abbreviation may mean another key one day.
-
-    A class that is named has its own options and defaults alone, an optimizer's learning rate has to be given, and a
-    loss's options for direct calls are none here.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-        self.class_paths: dict[str, list[str]] = {group: [] for group in GROUPS}  # that it is built for
+class Parser(OneMessage, LightningArgumentParser):
+    """As the other parsers of configs; an optimizer's learning rate has to be given."""
 
     def add_class_arguments(self, class_type: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_kind(class_type, TokenLoss):
-            kwargs["skip"] = {*(kwargs.get("skip") or ()), *FORWARD_OPTIONS}
-        # With sub-configs, jsonargparse reads any file that a flag names as YAML first: data files, too.
-        added = super().add_class_arguments(class_type, *args, **{**kwargs, "sub_configs": False})
+        added = super().add_class_arguments(class_type, *args, **kwargs)
         for action in actions(self):
             if isinstance(action.default, functools.partial):
                 self.set_defaults({action.dest: _class_and_options(action.default)})
             elif isinstance(action.default, Component):  # of a group of options: it could not be written to a config
                 self.set_defaults({action.dest: to_plain(action.default)})
-            if action.dest == "lr" and _is_kind(class_type, Optimizer) and class_type is not DEFAULT_OPTIMIZER.func:
+            if action.dest == "lr" and _is_optimizer(class_type) and class_type is not DEFAULT_OPTIMIZER.func:
                 action.required, action.default = True, None
         if class_type is DEFAULT_OPTIMIZER.func:  # by name, too, and after another class
             self.set_defaults(DEFAULT_OPTIMIZER.keywords)
         return added
-
-    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
-        return super().parse_string(text_without_classes(content, self.class_paths), *args, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        if not self.exit_on_error:  # a parser for a class's options: the outer one adds the key
-            super().error(message, ex)
-        if _raising.get():
-            raise _Refused(shorten(message, self))
-        sys.stderr.write(f"error: {shorten(message, self)}\n")
-        raise SystemExit(2)
-
-
-class _Refused(SystemExit):
-    """What a parser refuses, on its way past all that takes a ``ValueError`` for its own."""
-
-
-_raising: ContextVar[bool] = ContextVar("raising", default=False)
-
-
-@contextlib.contextmanager
-def raising_input_errors() -> Iterator[None]:
-    """Have what parsers refuse meanwhile raise ``InputError``, and not end the process after a message."""
-    before = _raising.set(True)
-    try:
-        yield
-    except _Refused as refused:
-        raise InputError(str(refused)) from None
-    finally:
-        _raising.reset(before)
 
 
 def _class_and_options(factory: functools.partial[Any]) -> dict[str, Any]:
@@ -85,25 +37,5 @@ def _class_and_options(factory: functools.partial[Any]) -> dict[str, Any]:
     return {"class_path": class_path(cast(type, factory.func)), "init_args": dict(factory.keywords)}
 
 
-def _is_kind(cls: Any, base: type) -> bool:
-    return isinstance(cls, type) and issubclass(cls, base)
-
-
-change_for(Parser, ("dft_lightning", "torch"))
-
-
-def refuse_nulls(parser: Any, options: Any) -> None:
-    """Raise ``InputError`` for a null where there has to be a class or a group of options: jsonargparse lets it pass.
-
-    Args:
-        parser: of the options.
-        options: of ``model`` and ``data``, as it parsed them.
-    """
-    found = [action for action in actions(parser) if type_of(action) is not None]
-    typed = {action.dest: action for action in found if action.dest.partition(".")[0] in GROUPS}
-    groups = {key.rpartition(".")[0] for key in typed}
-    for key in sorted({*typed, *groups} - {*GROUPS}):
-        action = typed.get(key)
-        optional = action is not None and (action.default is None or type(None) in get_args(type_of(action)))
-        if not optional and key in options and options[key] is None:
-            raise InputError(f"{key}: null is none of its values: leave it out for the default")
+def _is_optimizer(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, Optimizer)

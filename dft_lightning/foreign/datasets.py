@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+
+def cache_folder() -> Path:
+    """Where all that is kept of rows is: in the cache of ``datasets``, which ``HF_DATASETS_CACHE`` moves."""
+    from datasets import config
+
+    return Path(config.HF_DATASETS_CACHE) / "dft_lightning"
 
 
 def fingerprint_of(value: Any) -> str | None:

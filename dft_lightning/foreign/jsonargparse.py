@@ -65,6 +65,11 @@ def actions(parser: ArgumentParser, subcommands: bool = False) -> list[Any]:
     return found
 
 
+def groups_of(parser: ArgumentParser) -> dict[str, str]:
+    """A parser's groups of options by their keys, and what each is."""
+    return {key: group.title or "" for key, group in (parser.groups or {}).items()}
+
+
 def type_of(action: Any) -> Any:
     """The type hint that an option was made from, ``None`` where it was from none."""
     return getattr(action, "_typehint", None)

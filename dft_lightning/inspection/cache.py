@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rich.table import Column, Table
 
-from dft_lightning.data.rows.identity import cache_folder
 from dft_lightning.errors import InputError
-from dft_lightning.inspection.show import new_console
+from dft_lightning.foreign.datasets import cache_folder
+from dft_lightning.inspection.console import new_console
 
 _DAY = 86_400.0
 

@@ -50,7 +50,8 @@ def inspect(
     Raises:
         InputError: anything wrong with the input.
     """
-    from dft_lightning.inspection.show import new_console, show_counts, show_row
+    from dft_lightning.inspection.console import new_console
+    from dft_lightning.inspection.show import show_counts, show_row
 
     _check_numbers(rows, first, limit)
     output = None if output is None else Path(output)

@@ -30,11 +30,6 @@ _CONTROLS = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "␡"}
 _CONTROLS |= {code: f"\\x{code:x}" for code in range(0x80, 0xA0)} | {ord("\n"): "↵\n"}
 
 
-def new_console(**options: Any) -> Console:
-    """A console that takes words as they are: names of sources may have [brackets] and :colons:."""
-    return Console(markup=False, emoji=False, highlight=False, **options)
-
-
 def show_row(
     console: Console,
     tokenizer: PreTrainedTokenizerBase,

@@ -15,7 +15,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from dft_lightning.callbacks import PredictionWriter
 from dft_lightning.callbacks.interruption import Interrupted
+from dft_lightning.cli import READ_AS
 from dft_lightning.cli.commands import FitArguments, Stopped
+from dft_lightning.cli.parsers import raising_input_errors
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.errors import InputError, check_one_of
 from dft_lightning.files import check_replaceable, replacing_folder
@@ -23,7 +25,6 @@ from dft_lightning.fit.command import DFTLightningCLI, cli_options
 from dft_lightning.fit.config import FitConfig, fit_arguments
 from dft_lightning.fit.one_device import ending_on_signals, of_one_device, predict, status_of
 from dft_lightning.fit.own_classes import PACKAGE
-from dft_lightning.fit.parser import raising_input_errors
 from dft_lightning.foreign.lightning import believe_lengths
 from dft_lightning.losses import CrossEntropyLoss
 from dft_lightning.scoring.batches import ScoredWriter, ScoringBatches, target_log_probs
@@ -89,11 +90,7 @@ class ScoringCLI(DFTLightningCLI):
         options = {**cli_options(), "save_config_callback": None}
         classes = fit.classes or PACKAGE
         with contextlib.suppress(_Scored):
-            super().__init__(classes.model, classes.data, **options, args=["predict", *fit.args])
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {"predict": DFTLightningCLI.subcommands()["predict"]}
+            super().__init__(classes.model, classes.data, **options, args=[READ_AS["score"], *fit.args])
 
     def before_instantiate_classes(self) -> None:
         """What a run has beside its device and precision, callbacks and several processes among it, stays away."""

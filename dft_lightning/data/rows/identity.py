@@ -21,18 +21,11 @@ from typing import Any
 from dft_lightning.component import Component, NotPlainError, class_path, to_plain
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.files import write_text
-from dft_lightning.foreign.datasets import fingerprint_of
+from dft_lightning.foreign.datasets import cache_folder, fingerprint_of
 
 _SETTLED = 2 * 10**9  # nanoseconds: a file that is changed again within them may keep its times (a disk's clock ticks)
 _AT_ONCE = 1 << 20
 _MOST_FILES = 10_000  # of a folder that is an argument
-
-
-def cache_folder() -> Path:
-    """Where all that is kept of rows is: in the cache of ``datasets``, which ``HF_DATASETS_CACHE`` moves."""
-    from datasets import config
-
-    return Path(config.HF_DATASETS_CACHE) / "dft_lightning"
 
 
 @contextlib.contextmanager

@@ -22,12 +22,13 @@ import numpy as np
 from dft_lightning.component import to_plain
 from dft_lightning.data.notes import WHOLE, Notes
 from dft_lightning.data.options import RowForm
-from dft_lightning.data.rows.identity import cache_folder, identity_of, identity_text, writing_to_cache
+from dft_lightning.data.rows.identity import identity_of, identity_text, writing_to_cache
 from dft_lightning.data.rows.reading import MAX_SHOWN, Problems
 from dft_lightning.data.rows.sources import RowSource
 from dft_lightning.data.text.preparation import Encoded, Preparation, Stretch, Tokenizing, encoded, schema
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.files import is_being_written, partial_path, partials, remove, write_text
+from dft_lightning.foreign.datasets import cache_folder
 from dft_lightning.version import __version__
 
 if TYPE_CHECKING:
