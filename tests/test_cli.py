@@ -186,7 +186,7 @@ def test_unknown_command(capfd):
     assert fails(capfd, "inspec") == "unknown command 'inspec'; did you mean inspect?"
     assert fails(capfd, "exprt") == "unknown command 'exprt'; did you mean export?"
     assert fails(capfd, "config") == "unknown command 'config'; did you mean configs?"
-    known = "fit, validate, test, predict, compare, inspect, score, sample, export, cache, configs; see --help"
+    known = "fit, validate, test, predict, compare, init, inspect, score, sample, export, cache, configs; see --help"
     assert fails(capfd, "xyz") == f"unknown command 'xyz': give one of {known}"
     assert fails(capfd) == f"no command: give one of {known}"
 

@@ -94,13 +94,17 @@ class LowerEmbeddingRate(CausalLMModule):
         super().__init__(*args, **kwargs)
 
 
+def with_own_config(arguments: str, folder: Path) -> list[str]:
+    """The words of a command, with the config that ``init`` has written in a folder."""
+    (written,) = blocks(DOCS / "own_rows.md", "yaml")
+    (folder / "train.yaml").write_text(written, encoding="utf-8")
+    return arguments.replace("train.yaml", str(folder / "train.yaml")).split()
+
+
 @pytest.mark.parametrize("arguments", sorted(FITS))
 def test_fit_commands_are_accepted(arguments, parse, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    (written,) = blocks(DOCS / "own_rows.md", "yaml")  # by init
-    (tmp_path / "train.yaml").write_text(written, encoding="utf-8")
-    words = arguments.replace("train.yaml", str(tmp_path / "train.yaml")).split()
-    parse([word for word in words if word != "--print_config"])
+    parse([word for word in with_own_config(arguments, tmp_path) if word != "--print_config"])
 
 
 @pytest.mark.parametrize("code", CONFIGS)

@@ -28,6 +28,7 @@ from dft_lightning.fit.help import outline_of
 from dft_lightning.foreign.jsonargparse import actions, type_of
 from dft_lightning.modules import CausalLMModule
 from test_docs import FITS as SHOWN
+from test_docs import with_own_config
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
@@ -136,7 +137,7 @@ IN_A_CONFIG = [
     ("fit: {model: {peft: null}}", "take it out of its fit: level"),
     ("model: {loading: null}", "model.loading: null is none of its values"),
     ("model: {loss: null}", "model.loss: null is none of its values"),
-    ("model: {evaluation: {answer_extractor: null}}", "model.evaluation.answer_extractor: null is none of its values"),
+    ("model: {evaluation: {generation: null}}", "model.evaluation.generation: null is none of its values"),
     ("model: {evaluation: {generation: {max_new: 3}}}", "unknown key model.evaluation.generation.max_new"),
     ("model: {loss: {class_path: DFTLoss, init_args: {gamma: 1}}}", "DFTLoss has no option 'gamma'"),
     ("model: {loss: {class_path: MixtureLoss, init_args: {losses: [DFTLos]}}}", "unknown class 'DFTLos'"),
@@ -205,11 +206,11 @@ def test_shipped_configs_are_right(path):
         assert said("fit", "--config", QUICKSTART, "--config", str(path)) is None
 
 
-def test_shown_commands_are_right(monkeypatch):
+def test_shown_commands_are_right(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     assert SHOWN
     for arguments in sorted(SHOWN):
-        assert said(*arguments.split()) is None, arguments
+        assert said(*with_own_config(arguments, tmp_path)) is None, arguments
 
 
 ODD = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,16 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 10,
     # A table of this package's own modules; what is trained, and the memory that it takes, is said in any case.
     "enable_model_summary": False,
+}
+EPOCHS = 3
+"""The end of a ``fit`` that is given none; Lightning's own would be 1000 epochs."""
+# Where the command does otherwise than Lightning's docstring says.
+_TRAINER_DOCS = {
+    "max_epochs": f"passes over the training rows; {EPOCHS} where neither this nor max_steps nor max_time is given",
+    "max_steps": "optimizer steps, where these end the run; -1 for no such end",
+    "logger": "a logger, or a list of them; TensorBoard and CSV where none is given, and with false none",
+    "enable_progress_bar": "a bar of the run's optimizer steps; where the output is no terminal, a line a logged step",
+    "default_root_dir": "folder of the runs, each with one of its own in it; the working directory unless it is given",
 }
 SEED: Any = 0
 SEED_HINT: Any = bool | int
@@ -71,8 +81,14 @@ def class_option(group: str) -> Option:
 
 def trainer_parameters() -> list[Parameter]:
     """The trainer's arguments with the command's defaults."""
-    found = parameters(TRAINER)
-    return [Parameter(each.name, each.hint, TRAINER_DEFAULTS.get(each.name, each.default), each.doc) for each in found]
+    return [
+        replace(
+            each,
+            default=TRAINER_DEFAULTS.get(each.name, each.default),
+            doc=_TRAINER_DOCS.get(each.name, each.doc),
+        )
+        for each in parameters(TRAINER)
+    ]
 
 
 def method_parameters(command: str) -> list[Parameter]:

@@ -31,7 +31,7 @@ from dft_lightning.cli import COMMANDS
 from dft_lightning.cli.class_paths import check_known
 from dft_lightning.cli.commands import report, run, user_message
 from dft_lightning.cli.help import help_asked
-from dft_lightning.cli.outline import SEED, TRAINER_DEFAULTS, class_option
+from dft_lightning.cli.outline import EPOCHS, SEED, TRAINER_DEFAULTS, class_option
 from dft_lightning.cli.parsers import refuse_nulls
 from dft_lightning.data import InstructionDataModule
 from dft_lightning.distributed.strategies import check_half_precision, check_precision
@@ -51,9 +51,6 @@ from dft_lightning.fit.run_folder import RunConfig, RunTrainer, default_loggers,
 from dft_lightning.foreign.jsonargparse import constructor_problem
 from dft_lightning.foreign.lightning import CommandLine, quiet
 from dft_lightning.modules import CausalLMModule
-
-EPOCHS = 3
-"""The end of a ``fit`` that is given none; Lightning's own would be 1000 epochs."""
 
 
 class DFTLightningCLI(CommandLine):

@@ -49,10 +49,11 @@ def init(
     completion_column: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a config that trains on your own rows, after a look at their columns.
+    """Write a config that trains on your own rows, after a look at their columns: init ROWS.
 
-    Every row is read, as a run would: what is wrong with one is said here. On a terminal the rows and the model are
-    asked for where they are not given.
+    ROWS is a .jsonl, .json, .csv or .parquet file, a folder of them, or a dataset on the hub. Every row is read, as a
+    run would: what is wrong with one is said here. On a terminal the rows and the model are asked for where they are
+    not given.
 
     Args:
         rows: a .jsonl, .json, .csv or .parquet file, a folder of them, or a dataset on the hub; one of these
