@@ -13,6 +13,8 @@ import griffe
 _ROLE = re.compile(r":(?:py:)?(?:class|meth|func|attr|mod|data|obj|exc):`(~?)([\w.]+)`")
 # Griffe knows the section by its plural alone; under the singular the prompts would be taken for quotations.
 _EXAMPLE = re.compile(r"^([ \t]*)Example:[ \t]*$", re.MULTILINE)
+_CODE = re.compile(r"<code[ >].*?</code>", re.DOTALL)
+_TAG_OR_HYPHEN = re.compile(r"<[^>]*>|-+(?:&gt;|[^\s<&-])")
 _CELL = re.compile(r"<t[dh][ >].*?</t[dh]>", re.DOTALL)
 
 
@@ -53,5 +55,13 @@ def _path(node: griffe.Object, name: str) -> str:
 
 
 def on_page_content(html: str, **kwargs: Any) -> str:
-    r"""``\|`` within code in a table's cell is a pipe on code hosts; Python-Markdown leaves the backslash."""
-    return _CELL.sub(lambda cell: cell[0].replace("\\|", "|"), html)
+    r"""``\|`` within code in a table's cell is a pipe on code hosts; Python-Markdown leaves the backslash.
+
+    And no line of code ends after a hyphen, in the middle of a ``--flag`` or a ``->``.
+    """
+    html = _CELL.sub(lambda cell: cell[0].replace("\\|", "|"), html)
+    return _CODE.sub(lambda code: _TAG_OR_HYPHEN.sub(_held_together, code[0]), html)
+
+
+def _held_together(found: re.Match[str]) -> str:
+    return found[0] if found[0].startswith("<") else f'<span class="held">{found[0]}</span>'
