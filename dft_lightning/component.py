@@ -16,7 +16,7 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from dft_lightning.errors import InputError, nearest
+from dft_lightning.errors import InputError, did_you_mean, nearest
 
 T = TypeVar("T")
 
@@ -206,7 +206,7 @@ def init_parameters(cls: type, first: int = 0, bases: Collection[type] = (object
 
 
 def from_plain(value: T | dict[str, Any], base: type[T]) -> T:
-    """Make a component from ``{"class_path": ..., "init_args": {...}}``; an instance is returned as it is.
+    """Make a component from its class's name or ``{"class_path": ..., "init_args": {...}}``; one is returned as it is.
 
     The class is imported: what a file says is to be looked at first, by :mod:`dft_lightning.checkpoints.trust`.
 
@@ -216,12 +216,16 @@ def from_plain(value: T | dict[str, Any], base: type[T]) -> T:
     """
     if isinstance(value, base):
         return value
+    if isinstance(value, type):
+        raise TypeError(f"{value.__name__} is a class: give {value.__name__}(...), an object of it")
+    if isinstance(value, str):
+        value = {"class_path": value}
     if not isinstance(value, dict) or "class_path" not in value:
         raise TypeError(
             f"expected a {base.__name__} or a dict with class_path and init_args, got {type(value).__name__}: {value!r}"
         )
     try:
-        cls = imported(str(value["class_path"]))
+        cls = _of_short_name(str(value["class_path"]), base) or imported(str(value["class_path"]))
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"cannot import {value['class_path']!r} ({error}); make it importable, or pass the {base.__name__} itself"
@@ -234,6 +238,26 @@ def from_plain(value: T | dict[str, Any], base: type[T]) -> T:
     if lacking := not_saved(init_args, cls.__name__):
         raise ValueError(f"{lacking[0][0]} was {lacking[0][1]}; pass the {base.__name__} itself")
     return cls(**{name: _rebuild(item) for name, item in init_args.items()})
+
+
+def _of_short_name(name: str, base: type) -> type | None:
+    """The class of this package, or of what is imported, that a name without a path means; ``None`` for a path."""
+    if "." in name:
+        return None
+    known = {cls.__name__: cls for cls in reversed(_subclasses(base))}
+    if name not in known:
+        raise ValueError(
+            f"unknown {base.__name__} {name!r}{did_you_mean(name, known)}; of your own give the dotted path, or the "
+            "object itself"
+        )
+    return known[name]
+
+
+def _subclasses(base: type) -> list[type]:
+    """Those that may be meant by name, of this package first."""
+    direct: list[type] = base.__subclasses__()
+    found = [cls for child in direct for cls in (child, *_subclasses(child)) if cls.__name__[0] != "_"]
+    return sorted(found, key=lambda cls: not cls.__module__.startswith("dft_lightning."))
 
 
 def _rebuild(value: Any) -> Any:

@@ -226,7 +226,8 @@ def check_replaceable(
     if not path.is_dir() or not any(path.iterdir()):
         return
     if not overwrite:
-        raise InputError(f"{key}: {path} is not empty: give another folder, or overwrite")
+        flag = "--overwrite" if key.startswith("--") else "overwrite"
+        raise InputError(f"{key}: {path} is not empty: give another folder, or {flag}")
     if not any((path / marker).is_file() for marker in markers):
         raise InputError(f"{key}: {path} is not empty and has no {' or '.join(markers)}: it is no folder to overwrite")
     for entry in path.iterdir():

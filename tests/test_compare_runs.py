@@ -24,6 +24,7 @@ from dft_lightning.compare.recorder import Evaluation, RunIdentity, RunRecorder
 from dft_lightning.compare.records import Record
 from dft_lightning.data import ArithmeticRows
 from dft_lightning.errors import InputError
+from dft_lightning.metrics import LastNumber
 from dft_lightning.modules import GenerationOptions
 from small_runs import TINY_ARITHMETIC, data_options, run_two_processes, trainer
 from test_compare_report import fails
@@ -200,7 +201,8 @@ def test_forgetting_rows_without_answers(tmp_path):
                 yield number, {"prompt": "1+1=", "completion": "||"}
 
     def run(**options):
-        module = CausalLMModule(TINY_ARITHMETIC, evaluation={"generation": GenerationOptions(max_new_tokens=3)})
+        scored = {"generation": GenerationOptions(max_new_tokens=3), "answer_extractor": LastNumber()}
+        module = CausalLMModule(TINY_ARITHMETIC, evaluation=scored)
         data = rows_of()
         data.sources["forgetting"] = NoAnswers(3)
         evaluation = Evaluation(num_samples=1, limit=2, probability_rows=2, **options)

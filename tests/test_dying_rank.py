@@ -16,7 +16,8 @@ import yaml
 from dft_lightning.checkpoints import resolve_checkpoint
 from dft_lightning.errors import InputError
 from dft_lightning.fit import command
-from small_runs import TINY_ARITHMETIC, trainer
+from dft_lightning.fit.run_folder import RunTrainer
+from small_runs import TINY_ARITHMETIC
 
 LIMIT = 240.0
 
@@ -83,7 +84,7 @@ def test_no_process_is_left(tmp_path, mistake):
         assert error.count("error: data.train") == (mistake is not None), error
     assert "Traceback" not in errors[0]
     for folder in folders:
-        newest = resolve_checkpoint("last", trainer(default_root_dir=folder))
+        newest = resolve_checkpoint("last", RunTrainer(default_root_dir=folder, accelerator="cpu", logger=False))
         assert torch.load(newest, weights_only=True)["global_step"] >= 2
 
 

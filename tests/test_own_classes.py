@@ -48,7 +48,7 @@ def config(tmp_path):
     }
     trainer |= {"enable_progress_bar": False, "enable_model_summary": False}
     values = {
-        "model": {"model": TINY, "evaluation": {"generation": {"max_new_tokens": 3}}},
+        "model": {"model": TINY, "evaluation": {"generation": {"max_new_tokens": 3}, "answer_extractor": "LastNumber"}},
         "data": OPTIONS,
         "trainer": trainer,
     }
@@ -121,7 +121,7 @@ def test_a_class_of_main_counts_where_none_is_named(config):
 
 def test_the_saved_config_names_the_class_and_runs_the_same(config, tmp_path, capfd):
     first = main(["fit", "--config", config, *NAMED, "--model.own_start", "0.25"])
-    saved = tmp_path / "run" / "config.yaml"
+    saved = tmp_path / "run" / "lightning_logs" / "version_0" / "config.yaml"
     values = yaml.safe_load(saved.read_text())
     assert (values["model"]["class_path"], values["data"]["class_path"]) == (NAMED[1], NAMED[3])
     again = main(["fit", "--config", str(saved), "--trainer.default_root_dir", str(tmp_path / "again")])
@@ -143,7 +143,7 @@ def test_a_class_that_cannot_be_imported_is_that_of_main_again(config, tmp_path)
 
     own = {"module_class": Here, "datamodule_class": Data}
     main(["validate", "--config", config], **own)
-    saved = tmp_path / "run" / "config.yaml"
+    saved = tmp_path / "run" / "lightning_logs" / "version_0" / "config.yaml"
     assert yaml.safe_load(saved.read_text())["model"]["class_path"].endswith("<locals>.Here")
     root = ["--trainer.default_root_dir", str(tmp_path / "again")]
     assert type(main(["validate", "--config", str(saved), *root], **own).model) is Here
@@ -162,7 +162,7 @@ def test_own_options_of_a_checkpoints_run_are_taken(config, tmp_path, caplog):
     assert (cli.model.own_start, cli.trainer.global_step) == (0.25, 2)
     said = "model.own_start: 0.25, as the checkpoint's run had it (not given; it would be 0.5)"
     assert said in caplog.text
-    saved = yaml.safe_load((tmp_path / "run" / "config-2.yaml").read_text())["model"]
+    saved = yaml.safe_load((tmp_path / "run" / "lightning_logs" / "version_1" / "config.yaml").read_text())["model"]
     assert (saved["class_path"], saved["own_start"]) == (NAMED[1], 0.25)
 
 

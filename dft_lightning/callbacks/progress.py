@@ -48,7 +48,7 @@ class StepProgress(TQDMProgressBar):
         self._total: int | None = None
         self._begun: tuple[int, float] = (0, 0.0)  # the step and the time at which this process began
         self._line_due = False
-        self._has_bar = False
+        self._has_bar = self._validated = False
 
     def enable(self) -> None:
         """Show the bar, as Lightning asks on the first rank; lines stay lines."""
@@ -64,7 +64,7 @@ class StepProgress(TQDMProgressBar):
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         step = trainer.global_step
         self._begun, self._total, self._line_due = (step, time.monotonic()), _total(trainer), False
-        self._has_bar = False
+        self._has_bar = self._validated = False
         rank_zero_info(f"{self.place(step)}: {self._to_come(step)}")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -92,6 +92,10 @@ class StepProgress(TQDMProgressBar):
         self._write_line(trainer)
         if self._has_bar:
             super().on_train_end()
+        if not self._validated and any(trainer.num_val_batches) and not trainer.interrupted:
+            rank_zero_info(
+                "no validation was due before the end: it comes after each epoch, or as trainer.val_check_interval says"
+            )
 
     def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
         self._write_line(trainer)
@@ -104,6 +108,7 @@ class StepProgress(TQDMProgressBar):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
+        self._validated = not trainer.sanity_checking
         values = _named(trainer, "val", _OF_VALIDATION)
         if self.lines and values and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             rank_zero_info(f"{self.place(trainer.global_step)}: validation {values}")

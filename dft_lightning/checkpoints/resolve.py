@@ -21,8 +21,9 @@ def resolve_checkpoint(ckpt_path: str | Path | None, trainer: pl.Trainer) -> str
     different checkpoints, ``fit`` says so on each (see :class:`~dft_lightning.checkpoints.SavesWhole`).
 
     Args:
-        ckpt_path: a path; ``"last"``, the newest whole checkpoint of earlier runs with the same root folder;
-            ``"auto"``, the same if there is one; ``"hpc"`` and ``"registry"``, which are left to Lightning.
+        ckpt_path: a checkpoint, or a folder of which the newest whole one below it is taken; ``"last"``, the newest
+            whole checkpoint of earlier runs with the same root folder; ``"auto"``, the same if there is one; ``"hpc"``
+            and ``"registry"``, which are left to Lightning.
         trainer: tells where checkpoints are kept.
 
     Raises:
@@ -50,11 +51,23 @@ def _named(path: Path) -> str:
     put_back(path.absolute().parent)
     if not path.exists():
         raise InputError(f"--ckpt_path: no such checkpoint: {path}")
+    if path.is_dir() and path.suffix != ".ckpt" and (below := [each for each in path.rglob("*.ckpt") if each.exists()]):
+        return _of_a_folder(path, below)
     if (problem := whole_problem(path)) is not None:
         beside, _ = newest_whole(other for other in path.parent.glob("*.ckpt") if other != path)
         advice = "" if beside is None else f"; the newest whole one beside it is {beside}"
         raise InputError(f"--ckpt_path: {path} {problem}{advice}")
     return str(path)
+
+
+def _of_a_folder(folder: Path, checkpoints: list[Path]) -> str:
+    """The newest whole checkpoint below a run's folder, or one of several runs."""
+    newest, problems = newest_whole(checkpoints)
+    if newest is None:
+        path, problem = next(iter(problems.items()))
+        raise InputError(f"--ckpt_path: no checkpoint in {folder} is whole: {path} {problem}")
+    rank_zero_info(f"ckpt_path {folder}: {newest}")
+    return str(newest)
 
 
 def _newest(ckpt_path: str, trainer: pl.Trainer) -> str | None:

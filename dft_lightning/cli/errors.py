@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
 from dft_lightning.cli import COMMANDS
-from dft_lightning.cli.other_names import meant_class, meant_key, meant_option
+from dft_lightning.cli.other_names import COMMANDS_OF_OTHERS, meant_class, meant_key, meant_option
 from dft_lightning.cli.shipped_configs import hint
 from dft_lightning.component import imported
 from dft_lightning.errors import did_you_mean
@@ -48,6 +48,9 @@ def _strip_subcommand(key: str) -> str:
 
 
 def _unrecognized(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
+    if not match.group(1).startswith("-") and "unrecognized arguments" in message:
+        word = match.group(1)
+        return f"{word}: an argument of no option: a config is --config {word}, rows are --data.train {word}"
     key = match.group(1).lstrip("-").split("=")[0]
     stripped = _strip_subcommand(key)
     if stripped != key and stripped.split(".")[0] in ("model", "data", "trainer") and stripped in _known_keys(parser):
@@ -181,6 +184,8 @@ def _broken_config(match: re.Match[str], message: str, parser: ArgumentParser) -
 
 def _unknown_command(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
     known = [*re.findall(r"\w+", match.group(2)), *COMMANDS]
+    if meant := COMMANDS_OF_OTHERS.get(match.group(1)):
+        return f"unknown command {match.group(1)!r}; did you mean {meant}?"
     return f"unknown command {match.group(1)!r}{did_you_mean(match.group(1), known, f': {_one_of(known)}')}"
 
 

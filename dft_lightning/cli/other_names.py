@@ -43,6 +43,16 @@ KEYS = {
     "ckpt_path": "resume_from_checkpoint",
     "seed_everything": "seed",
 }
+COMMANDS_OF_OTHERS = {
+    "train": "fit",
+    "finetune": "fit",
+    "sft": "fit",
+    "eval": "test",
+    "evaluate": "test",
+    "generate": "predict",
+    "infer": "predict",
+    "inference": "predict",
+}
 _OF_KEYS = {name: key for key, names in KEYS.items() for name in names.split()}
 _OF_CLASSES = {"ce": "CrossEntropyLoss", "nll": "CrossEntropyLoss", "sft": "CrossEntropyLoss"}
 

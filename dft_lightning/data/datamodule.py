@@ -256,7 +256,8 @@ class InstructionDataModule(PlainHyperparameters, pl.LightningDataModule):
         return self._loader("validation") if "validation" in self.splits else []
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._loader("test", with_prompts=any(self.splits.tokenized("test")["prompt"]))  # plain text has none
+        with_prompts = "test" in self.splits and any(self.splits.tokenized("test")["prompt"])  # plain text has none
+        return self._loader("test", with_prompts=with_prompts)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader("predict", with_prompts=True)
@@ -298,7 +299,7 @@ class InstructionDataModule(PlainHyperparameters, pl.LightningDataModule):
     ) -> DataLoader[Any]:
         if split not in self.splits:
             stages = [stage for stage, splits in SPLITS_OF_STAGE.items() if split in splits]
-            raise InputError(f"there are no {split} rows: set data.{split} and call setup({stages[0]!r}) first")
+            raise InputError(f"there are no {split} rows: set data.{split} and call setup({stages[-1]!r}) first")
         pad, packs = self._pad_token_id(), self.packs if goes_on else None
         return row_loader(
             self.splits.dataset(split, pad, with_prompts=with_prompts, limit=limit, packs=packs),

@@ -261,7 +261,7 @@ class Splits:
         source = self._data.sources[split]
         if source is None:
             raise InputError(f"data.{split} is not set")
-        found = as_source(source, "test" if split == "predict" else split)
+        found = as_source(source, "test" if split == "predict" else split, f"data.{split}")
         if self._data.streaming is not None and split == "train":
             found.stream()
         return found

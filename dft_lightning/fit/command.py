@@ -25,8 +25,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.callbacks import InterruptionCheckpoint, PredictionWriter, StepProgress
 from dft_lightning.callbacks.interruption import Interrupted
-from dft_lightning.checkpoints import keep_whole, refused_write, resolve_checkpoint
+from dft_lightning.checkpoints import keep_whole, newest_saved, refused_write, resolve_checkpoint
 from dft_lightning.checkpoints.trust import importing_only
+from dft_lightning.checkpoints.whole import written
 from dft_lightning.cli import COMMANDS
 from dft_lightning.cli.class_paths import check_known
 from dft_lightning.cli.commands import report, run, user_message
@@ -50,6 +51,7 @@ from dft_lightning.fit.parser import Parser
 from dft_lightning.fit.run_folder import RunConfig, RunTrainer, default_loggers, named_strategy
 from dft_lightning.foreign.jsonargparse import constructor_problem
 from dft_lightning.foreign.lightning import CommandLine, quiet
+from dft_lightning.foreign.transformers import no_bars_in_files
 from dft_lightning.modules import CausalLMModule
 
 
@@ -144,8 +146,20 @@ class DFTLightningCLI(CommandLine):
         options["weights_only"] = True if options.weights_only is None else options.weights_only
         lines += differing("model", self.model.hparams, saved.model)
         lines += differing("data", getattr(self.datamodule, "hparams", {}), saved.data)
+        if self._checkpoint is None and self.subcommand in ("validate", "test", "predict"):
+            rank_zero_info(f"no --ckpt_path: {self.subcommand} takes the model of model.model as it is")
         if lines:
             rank_zero_info(printable("\n  ".join([f"options, beside those of {self._checkpoint}:", *lines])))
+
+    def after_fit(self) -> None:
+        """Say what has come of it, and what may come next."""
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        begun = 0 if self._checkpoint is None else written(Path(self._checkpoint))[1]
+        if self.trainer.global_step == begun:
+            rank_zero_info(f"nothing was trained: step {begun} is the last of trainer.max_steps or trainer.max_epochs")
+        elif (saved := newest_saved(self.trainer)) is not None:
+            rank_zero_info(f"saved {saved}; `test --ckpt_path` and `export --checkpoint` take it")
 
     def _options(self, config: Namespace) -> Namespace:
         options: Namespace = config if self.subcommand is None else config[self.subcommand]
@@ -342,6 +356,7 @@ def main(
     if isinstance(given, list) and given and given[0] in COMMANDS:
         raise SystemExit(run(given[0], given[1:], classes))
     quiet()
+    no_bars_in_files()
     is_started = _is_started_by_the_first()
     trainers: list[pl.Trainer] = []
     try:

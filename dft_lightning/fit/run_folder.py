@@ -25,7 +25,7 @@ _RUNS = "lightning_logs"
 def default_loggers(root: str | Path | None) -> list[Logger]:
     """TensorBoard and CSV in the same numbered folder, ``ROOT/lightning_logs/version_N``."""
     folder = str(root or Path.cwd())
-    board = TensorBoardLogger(folder, name=_RUNS)
+    board = TensorBoardLogger(folder, name=_RUNS, default_hp_metric=False)
     return [board, CSVLogger(folder, name=_RUNS, version=board.version)]
 
 

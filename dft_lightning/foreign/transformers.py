@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 from transformers import GenerationConfig
-from transformers.utils import chat_template_utils
+from transformers.utils import chat_template_utils, logging
+
+
+def no_bars_in_files() -> None:
+    """No bars of loading and saving where the output is no terminal: each of their steps would be a line."""
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def names_let_be(model: object) -> list[str]:

@@ -34,8 +34,7 @@ class Statistic:
 
     def __init__(self, name: str, **params: Any) -> None:
         if name not in _STATISTIC_NAMES:
-            known = f"; the known ones are {', '.join(_STATISTIC_NAMES)}"
-            end = "; a loss that reads it sets uses_step = True" if name == "step" else known
+            end = "; a loss that reads it sets uses_step = True" if name == "step" else known_names(_STATISTIC_NAMES)
             raise InputError(f"unknown statistic {name!r}{did_you_mean(str(name), _STATISTIC_NAMES, end)}")
         self.name = name
         self.params = params
@@ -106,6 +105,15 @@ def normalise_needs(needs: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
     return tuple(need if isinstance(need, Statistic) else Statistic(need) for need in needs)
 
 
+class _NoStatisticError(InputError, AttributeError):
+    """So that ``hasattr`` says no."""
+
+
+def known_names(names: Iterable[str]) -> str:
+    """How a message about an unknown name ends where none is like it."""
+    return f"; the known ones are {', '.join(names)}"
+
+
 class _NotGiven:
     """In the place of a statistic that a loss is not given; one that it is given stands in the instance, before it."""
 
@@ -145,6 +153,13 @@ class GivenStats(TokenStats):
         for name in values.keys() - {*_ALWAYS, "reader", "named"}:
             if name not in self.named or values[name] is None:
                 del values[name]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        known = [each.name for each in fields(TokenStats)]
+        end = did_you_mean(name, known, known_names(known))
+        raise _NoStatisticError(f"{self.reader} reads stats.{name}: there is no such statistic{end}")
 
     def __repr__(self) -> str:
         return f"GivenStats({', '.join(f'{each.name}={getattr(self, each.name)!r}' for each in fields(self))})"

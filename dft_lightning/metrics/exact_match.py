@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dft_lightning.errors import InputError
+from dft_lightning.errors import InputError, one_line
 from dft_lightning.metrics.answers import AnswerExtractor
 from dft_lightning.metrics.exact_sums import ExactSums
 
@@ -36,7 +36,10 @@ class ExactMatch(ExactSums):
     def score(self, text: str, answer: str) -> bool:
         """Whether a text gives the same as a row's answer. Raises as :meth:`expected`."""
         self.expected(answer)
-        return self.extractor.matches(text, answer)
+        try:
+            return self.extractor.matches(text, answer)
+        except Exception as error:  # whatever the user's own code runs into
+            raise InputError(f"{self.extractor!r} fails on the text {text[-80:]!r}: {_told(error)}") from error
 
     def expected(self, answer: str) -> str:
         """What a row's answer gives, in the form that is compared.
@@ -44,7 +47,10 @@ class ExactMatch(ExactSums):
         Raises:
             InputError: it gives nothing, so nothing could ever match it.
         """
-        expected = self.extractor.extract(answer)
+        try:
+            expected = self.extractor.extract(answer)
+        except Exception as error:  # whatever the user's own code runs into
+            raise InputError(f"{self.extractor!r} fails on the answer {answer[-80:]!r}: {_told(error)}") from error
         if expected is None:
             raise InputError(
                 f"{self.extractor!r} finds nothing in the answer {answer[-80:]!r}: choose another answer_extractor "
@@ -78,6 +84,10 @@ class ExactMatch(ExactSums):
 
     def compute(self) -> Tensor:
         return self.correct.double() / self.total
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

@@ -70,6 +70,8 @@ def metrics_by_name(given: Mapping[str, Any], key: str = "evaluation.metrics") -
         InputError: a name is taken or can be none; there is no such class, or none of a metric; it cannot be made, or
             lacks a method.
     """
+    if not isinstance(given, Mapping):
+        raise InputError(f"{key}: expected a dict of names and metrics, {{'NAME': METRIC}}, got {type(given).__name__}")
     for name in given:
         if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
             raise InputError(f"{key}: {name!r}: a metric's name has letters, digits and underscores")

@@ -116,6 +116,8 @@ def _problems(batch: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} is of type {type(values).__name__}"
         elif name in ("input_ids", "labels") and values.dtype not in (torch.int64, torch.int32):
             yield f"{name} are {values.dtype}, and are to be torch.int64"
+        elif name == "attention_mask" and values.ndim == 2 and values.is_floating_point():
+            yield f"attention_mask is {values.dtype}, and is to be torch.int64 or torch.bool"
         elif values.ndim == 4 and name == "attention_mask":  # which models take as it is
             continue
         elif values.ndim != 2 or values.shape != ids.shape or not values.numel():

@@ -33,7 +33,7 @@ from dft_lightning.modules.optimizers import DEFAULT_OPTIMIZER, OptimizerCallabl
 from dft_lightning.modules.options import EvaluationOptions, LoadingOptions, StepOptions, saved_options, whole_options
 from dft_lightning.modules.resume.from_checkpoint import FromCheckpoint
 from dft_lightning.modules.resume.run_state import RunState
-from dft_lightning.modules.resume.saved import Checkpoints
+from dft_lightning.modules.resume.saved import Checkpoints, base_of
 from dft_lightning.modules.schedules import ScheduleCallable, WarmupSchedule
 from dft_lightning.modules.size import announce
 from dft_lightning.modules.telemetry import Evaluation, TrainTelemetry, check_prompts, records_of
@@ -114,9 +114,9 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         whole = whole_options({"loading": loading, "sharding": sharding, "step": step, "evaluation": evaluation})
         loading = options_of_itself(model, whole["loading"])
         peft = lora_values(peft)
-        self.save_hyperparameters()
         name, own_forward = type(self).__name__, type(self).forward is not CausalLMModule.forward
         self.loss = objective_of(loss, name)
+        self.save_hyperparameters()
         self.loading: LoadingOptions = loading
         self.sharding: ShardingOptions = whole["sharding"]
         self.step: StepOptions = whole["step"]
@@ -366,6 +366,7 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._steps.begin_at(int(checkpoint.get("global_step", 0)))
+        self.model_name = self.model_name or base_of(checkpoint)  # of a model that was given as an object
         self._checkpoints.load(checkpoint, self.model, self._reference, trainer_of(self))
 
     def state_dict(self, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]

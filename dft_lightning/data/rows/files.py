@@ -34,7 +34,8 @@ def reader_of(path: Path) -> Callable[[Path], Rows]:
     form, packed = suffixes_of(path)
     reader = READERS.get(form)
     if reader is None:
-        raise InputError(f"{path}: expected a {', '.join(READERS)} file")
+        hint = ', of plain text a .jsonl of {"text": ...} a line' if form == ".txt" else ""
+        raise InputError(f"{path}: expected a {', '.join(READERS)} file{hint}")
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     if packed and (packed not in _OPENERS or form == ".parquet"):

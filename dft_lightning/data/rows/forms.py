@@ -13,7 +13,7 @@ from dft_lightning.data.rows.toolcalls import read_tools
 from dft_lightning.data.rows.turns import Message, are_turns, both_have, continued, joined, read_turns
 from dft_lightning.data.rows.unread import WEIGHTS
 from dft_lightning.data.rows.values import kind_of
-from dft_lightning.errors import one_line
+from dft_lightning.errors import did_you_mean, one_line
 
 LastTurn = Literal["any", "assistant", "optional"]
 
@@ -97,12 +97,26 @@ def recognise_form(row: dict[str, Any], options: RowOptions, completion_required
         return "alpaca"
     if options.text_column in row:
         return "text"
+    begin = f"cannot tell the row form from the columns {sorted(map(str, row))}:"
+    if wrong := _wrong_column(row, options, completion_required):
+        raise UnknownForm(f"{begin} {wrong}")
     raise UnknownForm(
-        f"cannot tell the row form from the columns {sorted(map(str, row))}: expected {options.messages_column!r}, or "
+        f"{begin} expected {options.messages_column!r}, or "
         f"'conversations', or {options.prompt_column!r} and {options.completion_column!r}, or 'instruction' and "
         f"'output', or 'chosen', or {options.text_column!r}; name the columns by data.rows.prompt_column and "
         "data.rows.completion_column, or set data.rows.form"
     )
+
+
+def _wrong_column(row: dict[str, Any], options: RowOptions, completion_required: bool) -> str | None:
+    """What to say of a column that the options name and the row lacks, or that it has the half of."""
+    for name in ("prompt_column", "completion_column")[: 1 + completion_required]:
+        column = getattr(options, name)
+        if column != getattr(RowOptions, name) and column not in row:
+            return f"there is no {column!r}, which data.rows.{name} names{did_you_mean(column, map(str, row))}"
+    if options.prompt_column in row:
+        return f"there is {options.prompt_column!r} and no {options.completion_column!r} (data.rows.completion_column)"
+    return None
 
 
 def own_row(row: dict[str, Any], form: RowForm) -> dict[str, Any]:

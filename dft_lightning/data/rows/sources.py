@@ -301,12 +301,13 @@ def _renamed(rows: Iterator[tuple[Any, Row]], names: dict[str, str]) -> Iterator
             yield number, renamed
 
 
-def as_source(value: Any, split: str) -> RowSource:
+def as_source(value: Any, split: str, key: str | None = None) -> RowSource:
     """A source as given, or of what is in memory, or for a string: a local file or folder, otherwise a hub name.
 
     Args:
         value: source, also as a checkpoint holds it, path, hub name, list of dicts, or dataset of ``datasets``.
-        split: which is taken of a folder or dataset that has several; what error messages call rows in memory.
+        split: which is taken of a folder or dataset that has several.
+        key: what error messages call rows in memory, where that is not the split.
 
     Raises:
         InputError: something else, or the dataset has no such split.
@@ -321,7 +322,7 @@ def as_source(value: Any, split: str) -> RowSource:
         except (TypeError, ValueError) as error:
             raise InputError(f"data.{split}: {one_line(error)}") from error
     if not isinstance(value, (str, os.PathLike)):
-        return _in_memory(value, f"data.{split}", split)
+        return _in_memory(value, key or f"data.{split}", split)
     path = os.fspath(value)
     if not path.strip():
         raise InputError(f"data.{split}: empty")

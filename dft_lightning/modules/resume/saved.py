@@ -36,6 +36,11 @@ RECORD = "dft_lightning"
 """The key in a checkpoint of what :meth:`Checkpoints.record` says."""
 
 
+def base_of(checkpoint: dict[str, Any]) -> str | None:
+    """The name or folder that a checkpoint's model began from, where it says one."""
+    return (checkpoint.get(RECORD) or {}).get("base")
+
+
 class Checkpoints:
     """What the checkpoints of a run hold that starts from a base, and how it goes on from one."""
 
