@@ -251,6 +251,19 @@ def test_last_passes_over_cut_ones_and_a_named_one_is_refused(tmp_path):
         resolve_checkpoint("last", run)
 
 
+def test_a_folder_means_the_newest_whole_one_below_it(tmp_path):
+    for number, step in enumerate((3, 1, 2)):
+        folder = tmp_path / "run" / "lightning_logs" / f"version_{number}" / "checkpoints"
+        WholeCheckpointIO().save_checkpoint(content(step, 5), folder / f"step={step}.ckpt")
+    newest = folder / "step=2.ckpt"
+    for given in (tmp_path / "run", folder.parent, folder):
+        assert resolve_checkpoint(given, trainer()) == str(newest)
+    os.truncate(newest, 500)
+    assert resolve_checkpoint(tmp_path / "run", trainer()).endswith("step=1.ckpt")
+    with pytest.raises(InputError, match=r"no checkpoint in .*version_2 is whole: .*step=2\.ckpt is cut short"):
+        resolve_checkpoint(folder.parent, trainer())
+
+
 def test_copies_are_in_the_order_in_which_they_were_written(tmp_path):
     for step in (1, 2, 3):
         WholeCheckpointIO().save_checkpoint(content(step, 5), tmp_path / f"{step}.ckpt")

@@ -113,6 +113,7 @@ def fails(capfd, *args, lines=3):
         (["--trainer.precision", "31"], "trainer.precision: expected one of"),
         (["--trainer.accelerator", "abacus"], "abacus"),
         (["--trainer.callbacks", "Nope"], "trainer.callbacks: unknown class 'Nope'"),
+        (["--trainer.logger", "none"], "trainer.logger: unknown class 'none': none is false, and configs/logger/ has"),
         (["--trainer.precision", "16-mixed"], "trainer.precision: 16-mixed needs a GPU"),
         (["--ckpt_path", "nowhere.ckpt"], "--ckpt_path: no such checkpoint: nowhere.ckpt"),
         (["--ckpt_path", "last"], "--ckpt_path last: no checkpoint under"),
@@ -181,8 +182,18 @@ def test_required_value_missing(capfd):
     assert fails(capfd, "fit", "--data.train", "rows.jsonl") == "model.model: required, but not given"
 
 
+@pytest.mark.parametrize("given", [["rows.jsonl"], ["--model.model", "asset://arithmetic-base", "rows.jsonl"]])
+def test_a_file_of_no_option_is_named_with_where_it_belongs(capfd, given):
+    message = fails(capfd, "fit", *given)
+    assert message == (
+        "rows.jsonl: an argument of no option: a config is --config rows.jsonl, rows are --data.train rows.jsonl"
+    )
+
+
 def test_unknown_command(capfd):
     assert fails(capfd, "fitt") == "unknown command 'fitt'; did you mean fit?"
+    assert fails(capfd, "train") == "unknown command 'train'; did you mean fit?"
+    assert fails(capfd, "generate") == "unknown command 'generate'; did you mean predict?"
     assert fails(capfd, "inspec") == "unknown command 'inspec'; did you mean inspect?"
     assert fails(capfd, "exprt") == "unknown command 'exprt'; did you mean export?"
     assert fails(capfd, "config") == "unknown command 'config'; did you mean configs?"

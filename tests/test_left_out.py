@@ -14,10 +14,19 @@ from conftest import TINY_LLAMA
 from dft_lightning import CausalLMModule, InstructionDataModule
 from dft_lightning.data import RowForm, RowSource
 from dft_lightning.errors import InputError
-from dft_lightning.losses import CrossEntropyLoss, EAFTLoss, MixtureLoss, ScheduledLoss, ThresholdLoss, TokenLoss
+from dft_lightning.losses import (
+    CrossEntropyLoss,
+    EAFTLoss,
+    FocalLoss,
+    MixtureLoss,
+    ScheduledLoss,
+    ThresholdLoss,
+    TokenLoss,
+)
 from dft_lightning.losses.base import unreduced
 from dft_lightning.losses.statistics import TokenStats
-from dft_lightning.metrics import AnswerExtractor
+from dft_lightning.metrics import AnswerExtractor, ExactMatch, HashAnswer
+from dft_lightning.modules.batch_loss import check_batch
 from dft_lightning.ops import linear_token_loss, logits_token_loss
 from small_runs import trainer
 
@@ -205,3 +214,70 @@ def test_a_hook_that_returns_nothing_says_so(method, message):
     batch = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.ones(1, 4, dtype=torch.long)}
     with pytest.raises(InputError, match=message):
         trainer(max_steps=1).fit(own(TINY_LLAMA), DataLoader([batch], batch_size=None))
+
+
+# -- names and classes in Python -----------------------------------------------------------------------------------
+
+
+def test_classes_of_the_package_go_by_their_names():
+    tiny = {"model_type": "gpt2"}
+    module = CausalLMModule(tiny, loss="FocalLoss", evaluation={"answer_extractor": {"class_path": "HashAnswer"}})
+    assert (type(module.loss), type(module.evaluation.answer_extractor)) == (FocalLoss, HashAnswer)
+    again = CausalLMModule(tiny, loss={"class_path": "FocalLoss", "init_args": {"gamma": 3.0}})
+    assert again.loss.gamma == 3.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "DFTLos"}, r"unknown TokenLoss 'DFTLos'; did you mean DFTLoss\?"),
+        ({"loss": FocalLoss}, r"FocalLoss is a class: give FocalLoss\(\.\.\.\), an object of it"),
+        ({"evaluation": {"answer_extractor": HashAnswer}}, r"HashAnswer is a class: give HashAnswer\(\.\.\.\)"),
+        ({"evaluation": {"metrics": [HashAnswer()]}}, r"evaluation\.metrics: expected a dict of names and metrics"),
+    ],
+)
+def test_what_is_no_object_says_so_and_nothing_else(options, message, recwarn):
+    with pytest.raises((TypeError, ValueError), match=message):
+        CausalLMModule({"model_type": "gpt2"}, **options)
+    assert not [each for each in recwarn if "checkpoints will not hold" in str(each.message)]
+
+
+def test_a_misspelt_statistic_is_named_with_the_one_that_is_meant():
+    class Reads(TokenLoss):
+        def token_loss(self, stats):
+            return stats.logprob
+
+    with pytest.raises(InputError, match=r"Reads reads stats\.logprob: .*; did you mean log_prob\?"):
+        Reads()(torch.zeros(2, 3), torch.tensor([0, 1]))
+
+    class Asks(TokenLoss):
+        def token_loss(self, stats):
+            assert not hasattr(stats, "targets")
+            return -stats.log_prob
+
+    assert Asks()(torch.zeros(2, 3), torch.tensor([0, 1])).isfinite()
+
+
+class Fails(AnswerExtractor):
+    def extract(self, text):
+        return text.split("####")[1]
+
+
+def test_an_extractor_that_fails_names_the_text():
+    metric = ExactMatch(Fails())
+    with pytest.raises(InputError, match=r"Fails\(\) fails on the text 'no mark': IndexError: list index out of range"):
+        metric.score("no mark", "#### 7")
+    with pytest.raises(InputError, match=r"test row 2: Fails\(\) fails on the answer 'no mark'"):
+        metric.check(["#### 7", "no mark"], "test")
+
+
+def test_rows_to_predict_are_called_so():
+    data = InstructionDataModule(predict=["2+3="], text={"tokenizer": "asset://arithmetic-base"})
+    with pytest.raises(InputError, match=r"data\.predict: 1 of 1 rows are bad"):
+        data.setup("predict")
+
+
+def test_a_mask_of_floats_is_refused():
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with pytest.raises(InputError, match=r"attention_mask is torch\.float32, and is to be torch\.int64 or torch\.bool"):
+        check_batch({"input_ids": ids, "labels": ids, "attention_mask": torch.ones(1, 3)})

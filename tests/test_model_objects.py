@@ -73,6 +73,10 @@ def test_the_object_is_trained_saved_by_its_config_and_exported(tmp_path):
     again.configure_model()
     assert again.model is not model
     assert same(again.model, model)
+    tested = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    data = InstructionDataModule(test=ROWS, batch_size=2)  # whose tokenizer is where the object came from
+    (values,) = tested.test(again, datamodule=data, verbose=False)
+    assert "test/nll" in values
     export(checkpoint, tmp_path / "exported")
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "exported"), model)
     assert (tmp_path / "exported" / "tokenizer.json").is_file()

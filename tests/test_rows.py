@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from itertools import islice
 
 import pytest
@@ -524,3 +525,41 @@ def test_several_processes_tokenise_the_same(tmp_path):
         tables.append(data.splits.tokenized("train").to_dict())
     assert tables[0] == tables[1]
     assert torch.equal(data.splits.lengths("train"), torch.tensor([len(ids) for ids in tables[0]["input_ids"]]))
+
+
+# -- columns ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "rows", "message"),
+    [
+        ({"question": "a", "answer": "b"}, {"prompt_column": "questoin"},
+         r"there is no 'questoin', which data\.rows\.prompt_column names; did you mean question\?"),
+        ({"question": "a", "answer": "b"}, {"prompt_column": "question", "completion_column": "reply"},
+         r"there is no 'reply', which data\.rows\.completion_column names"),
+        ({"prompt": "a", "answer": "b"}, {}, r"there is 'prompt' and no 'completion' \(data\.rows\.completion_col"),
+        ({"a": "b"}, {}, r"expected 'messages', or 'conversations'"),
+    ],
+)  # fmt: skip
+def test_a_column_that_is_not_there_is_named(row, rows, message):
+    data = InstructionDataModule([row], rows=rows, text={"tokenizer": "asset://arithmetic-base"})
+    with pytest.raises(InputError, match=message):
+        data.setup("fit")
+
+
+def test_a_file_of_plain_text_is_told_how_to_be_rows(tmp_path):
+    (tmp_path / "story.txt").write_text("Once.")
+    data = InstructionDataModule(str(tmp_path / "story.txt"), text={"tokenizer": "asset://arithmetic-base"})
+    with pytest.raises(InputError, match=r'file, of plain text a \.jsonl of \{"text": \.\.\.\} a line'):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize(("max_length", "warns"), [(6, True), (60, False), (None, False)])
+def test_rows_that_are_mostly_cut_are_warned_of(max_length, warns):
+    rows = [{"prompt": "1+1=", "completion": "1+1+0=2c0|2"}] * 4
+    text = {"tokenizer": "asset://arithmetic-base", "max_length": max_length}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        InstructionDataModule(rows, text=text).setup("fit")
+    found = [str(each.message) for each in caught if "max_length" in str(each.message)]
+    assert found == ([f"train: most rows are longer than data.text.max_length: {max_length}"] if warns else [])

@@ -346,3 +346,36 @@ def test_a_strategy_is_known_by_its_class(name):
     assert isinstance(named_strategy(name), ModelParallelStrategy)
     assert named_strategy("ddp") == "ddp"
     assert named_strategy("no_such.Strategy") == "no_such.Strategy"  # Lightning says so
+
+
+# -- what is said at the end ---------------------------------------------------------------------------------------
+
+
+def said(caplog, *args):
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        cli = main([str(arg) for arg in args])
+    return cli, caplog.messages
+
+
+def test_a_run_says_what_has_come_of_it(config, caplog):
+    cli, lines = said(caplog, "fit", "--config", config)
+    saved = cli.trainer.checkpoint_callback.best_model_path
+    assert f"saved {saved}; `test --ckpt_path` and `export --checkpoint` take it" in lines
+    _, lines = said(caplog, "fit", "--config", config, "--ckpt_path", "last")
+    assert any(line.startswith("nothing was trained: step 2 is the last") for line in lines)
+
+
+def test_a_run_without_validation_says_that_none_was_due(config, caplog):
+    none = "no validation was due before the end: it comes after each epoch, or as trainer.val_check_interval says"
+    assert none not in said(caplog, "fit", "--config", config)[1]
+    assert none in said(caplog, "fit", "--config", config, "--trainer.max_steps", 1)[1]
+    not_asked = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
+    assert none not in said(caplog, "fit", "--config", config, *not_asked)[1]
+
+
+def test_a_test_of_the_untrained_model_says_so(config, caplog):
+    main(["fit", "--config", config])
+    line = "no --ckpt_path: test takes the model of model.model as it is"
+    assert line in said(caplog, "test", "--config", config)[1]
+    assert line not in said(caplog, "test", "--config", config, "--ckpt_path", "last")[1]

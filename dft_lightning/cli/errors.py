@@ -80,6 +80,11 @@ def _known_keys(parser: Any) -> list[str]:
 
 def _unknown_class(match: re.Match[str], message: str, parser: ArgumentParser) -> str:
     key = _key_of(message)
+    if key == "trainer.logger":
+        return (
+            f"trainer.logger: unknown class {match.group(1)!r}: none is false, and configs/logger/ has overlays for "
+            "WandbLogger, MLFlowLogger, TensorBoardLogger and CSVLogger"
+        )
     known = sorted(known_classes(key, parser))
     choices = f"known: {', '.join(known)}, or the" if known else "give the"
     near = meant_class(match.group(1), known)

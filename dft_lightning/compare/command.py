@@ -113,6 +113,7 @@ def _compare(config: list[Any], output: Path, jobs: int, print_commands: bool, c
         if print_commands:
             return _print_commands([*sweep, *further], output)
         failures += execute(further, jobs, "seeds at the best rates", lock, clock)
+        print("building the report", flush=True)
         write_report(output)
     return 1 if failures else 0
 

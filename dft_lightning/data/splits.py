@@ -303,10 +303,10 @@ class Splits:
         weights = f", {weighted} with weights other than 1" if weighted else ""
         several = len(found.rows) + counts.dropped + counts.bad > counts.rows
         made = f" (as {len(found.rows)} rows of tokens)" if several else ""
-        rank_zero_info(
-            f"{split}: {counts.rows} rows{made}{bad}, {counts.truncated} truncated, {counts.dropped} dropped without a "
-            f"target{weights}"
-        )
+        cut = f"{counts.truncated} truncated, {counts.dropped} dropped without a target"
+        rank_zero_info(f"{split}: {counts.rows} rows{made}{bad}, {cut}{weights}")
+        if (longest := self._data.text.max_length) and 2 * (counts.truncated + counts.dropped) > counts.rows:
+            rank_zero_warn(f"{split}: most rows are longer than data.text.max_length: {longest}")
         source = preparation.source
         if (day := preparation.encoder.template.date) is not None and self._data.text.date is None:
             self._tell(f"the chat template writes today's date, {day}: data.text.date pins a day")

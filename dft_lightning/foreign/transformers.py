@@ -13,7 +13,7 @@ from transformers.utils import chat_template_utils, logging
 def no_bars_in_files() -> None:
     """No bars of loading and saving where the output is no terminal: each of their steps would be a line."""
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def names_let_be(model: object) -> list[str]:
