@@ -211,6 +211,26 @@ def test_an_extractor_leaves_further_metrics_to_who_asks(tmp_path):
     assert "test/chrf" not in values
 
 
+def test_a_test_that_was_left_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
+    whole = run_of("test", ROWS["prompt_completion"], tmp_path)
+    module, data = whole.lightning_module, whole.datamodule
+    before = {name: value.item() for name, value in whole.callback_metrics.items()}
+    generate, calls = module.generate, []
+
+    def fails_later(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("left")
+        return generate(*args)
+
+    monkeypatch.setattr(module, "generate", fails_later)
+    with pytest.raises(RuntimeError, match="left"):
+        whole.test(module, datamodule=data, verbose=False)
+    (again,) = whole.test(module, datamodule=data, verbose=False)
+    assert again["test/target_tokens"] == 6 * 8
+    assert again == pytest.approx(before)
+
+
 # -- target tokens -------------------------------------------------------------------------------------------------
 
 
@@ -326,7 +346,7 @@ def test_the_command_says_it_in_one_line(tmp_path, capfd):
 
 @pytest.mark.parametrize("value", ["text", [1.0], torch.tensor([1.0, 2.0]), {"a": None}])
 def test_what_is_no_number_is_not_logged(value):
-    with pytest.raises(TypeError, match="expected a number or a dict of numbers"):
+    with pytest.raises(InputError, match=r"evaluation\.metrics\.x: expected a number or a dict of numbers"):
         numbers("x", value)
 
 
@@ -336,7 +356,8 @@ def test_what_is_no_number_is_not_logged(value):
 def test_checkpoints_do_not_hold_what_a_run_measures(tmp_path):
     module = CausalLMModule(TINY, evaluation={"metrics": {"x": Counting()}, "answer_extractor": LastNumber()})
     assert module.hparams["evaluation"]["metrics"] is None
-    trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_progress_bar=False, inference_mode=False)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", inference_mode=False, **quiet)
     trainer.fit(module, datamodule=arithmetic_data(4, batch_size=2))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     loaded = CausalLMModule.load_from_checkpoint(tmp_path / "a.ckpt")

@@ -132,7 +132,7 @@ def _tried(metric: Metric, key: str) -> Metric:
     name = type(metric).__name__
     try:
         metric.update(["a text"], ["a text"])
-        numbers("", metric.compute())
+        numbers(key, metric.compute())
         metric.reset()
     except Exception as error:  # whatever it makes of texts
         raise InputError(
@@ -146,13 +146,15 @@ def numbers(name: str, value: Any) -> dict[str, float]:
     """What a metric has computed, as it is logged: a number under its name, of a dict each under ``NAME/KEY``.
 
     Raises:
-        TypeError: it is neither.
+        InputError: it is neither.
     """
     if isinstance(value, Mapping):
-        return {f"{name}/{key}": number for key, each in value.items() for number in numbers("", each).values()}
+        return {f"{name}/{key}": number for key, each in value.items() for number in numbers(name, each).values()}
     if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
         return {name: float(value)}
-    raise TypeError(f"expected a number or a dict of numbers from compute, got {type(value).__name__}")
+    raise InputError(
+        f"evaluation.metrics.{name}: expected a number or a dict of numbers from compute, got {type(value).__name__}"
+    )
 
 
 def of_texts(metrics: Mapping[str, Metric], texts: Sequence[str], answers: Sequence[str]) -> dict[str, float]:

@@ -300,6 +300,9 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         self.train_telemetry.start_clock()
         self._run_state.after_validation(self.trainer)
 
+    def on_test_start(self) -> None:
+        self.eval_metrics.begin_test()
+
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Token metrics, and scores of generated answers, of each of which ``predictions`` has a record."""
         output = self.token_output(batch, statistics=self.eval_metrics.statistics)

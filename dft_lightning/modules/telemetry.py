@@ -205,6 +205,13 @@ class Evaluation(nn.Module):
         if self._asked_for or any(answer is not None for answer in answers):
             self.exact_match.check(answers, "test")
 
+    def begin_test(self) -> None:
+        """Forget what a test has left that did not come to its end."""
+        self._records = []
+        self.exact_match.reset()
+        for metric in (self.telemetry("test"), *cast(nn.ModuleDict, self.own["test"]).values()):
+            cast(Metric, metric).reset()
+
     def scores(self, batch: Mapping[str, Any]) -> bool:
         """Whether answers are to be generated to a batch's prompts and scored. One without is of token metrics alone,
         unless somebody asked for more."""
