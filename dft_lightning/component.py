@@ -218,7 +218,7 @@ def from_plain(value: T | dict[str, Any], base: type[T]) -> T:
         return value
     if isinstance(value, type):
         raise TypeError(f"{value.__name__} is a class: give {value.__name__}(...), an object of it")
-    if isinstance(value, str):
+    if isinstance(value, str) and "." not in value:  # a path, which is imported, is not said by a text of a file alone
         value = {"class_path": value}
     if not isinstance(value, dict) or "class_path" not in value:
         raise TypeError(

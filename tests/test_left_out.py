@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -281,3 +282,38 @@ def test_a_mask_of_floats_is_refused():
     ids = torch.ones(1, 3, dtype=torch.int64)
     with pytest.raises(InputError, match=r"attention_mask is torch\.float32, and is to be torch\.int64 or torch\.bool"):
         check_batch({"input_ids": ids, "labels": ids, "attention_mask": torch.ones(1, 3)})
+
+
+def test_answers_that_nothing_matches_are_counted():
+    with pytest.raises(InputError, match=r"^test row 2: HashAnswer\(\) finds nothing .* \(2 of 4 rows\)$"):
+        ExactMatch(HashAnswer()).check(["#### 1", "two", "#### 3", "four"], "test")
+    with pytest.raises(InputError, match=r"^test row 1 has no final assistant turn to score against$"):
+        ExactMatch(HashAnswer()).check([None, "#### 3"], "test")
+
+
+def test_a_model_of_which_nothing_is_trained_says_so():
+    class Frozen(CausalLMModule):
+        def build_parameter_groups(self):
+            self.model.requires_grad_(False)
+            return super().build_parameter_groups()
+
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with pytest.raises(InputError, match="no parameter of the model requires a gradient"):
+        trainer(max_steps=1).fit(Frozen(TINY_LLAMA), DataLoader([{"input_ids": ids, "labels": ids}], batch_size=None))
+
+
+class WithOption(CausalLMModule):
+    def __init__(self, *args, square: float = 0.5, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+def test_a_checkpoint_of_a_subclass_that_is_loaded_by_another_class_says_so(tmp_path):
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    run = trainer(max_steps=1)
+    run.fit(WithOption(TINY_LLAMA, square=0.3), DataLoader([{"input_ids": ids, "labels": ids}], batch_size=None))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match="CausalLMModule has no square, which the checkpoint's run had"):
+        CausalLMModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert WithOption.load_from_checkpoint(tmp_path / "a.ckpt").hparams["square"] == 0.3

@@ -23,6 +23,7 @@ from lightning.pytorch.core.saving import (
     load_hparams_from_tags_csv,
     load_hparams_from_yaml,
 )
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -187,6 +188,11 @@ def loading_options(
     for name, parameter in init_parameters(cls).items():
         if parameter.default is parameter.empty and name not in {**options, **given}:
             raise InputError(f"{checkpoint_path} holds no {name} of {cls.__name__}: pass it to load_from_checkpoint")
+    if lost := [name for name in options if name[:1] != "_" and name not in init_parameters(cls)]:
+        rank_zero_warn(
+            f"{cls.__name__} has no {', '.join(map(str, lost))}, which the checkpoint's run had: where that was of a "
+            "subclass, load the checkpoint by it"
+        )
     whole = {name: _with_rest(name, value, options.get(name), groups) for name, value in given.items()}
     left = _of_the_file(options, given, groups)
     for key, said in not_saved({name: left[name] for name in groups if name in left}, cls.__name__):

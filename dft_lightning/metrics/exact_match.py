@@ -59,22 +59,31 @@ class ExactMatch(ExactSums):
         return expected
 
     def check(self, answers: Iterable[str | None], name: str) -> None:
-        """Raise for the first answer that nothing could match, before anything is generated.
+        """Raise where nothing could match an answer, before anything is generated.
 
         Args:
             answers: of the rows in order; ``None`` where a row has none.
             name: what an error message calls the rows.
 
         Raises:
-            InputError: names the row, counted from 1.
+            InputError: names the first such row, counted from 1, and how many there are.
         """
-        for number, answer in enumerate(answers, start=1):
-            if answer is None:
-                raise InputError(f"{name} row {number} has no final assistant turn to score against")
-            try:
-                self.expected(answer)
-            except InputError as problem:
-                raise InputError(f"{name} row {number}: {problem}") from None
+        listed = list(answers)
+        problems = {number: text for number, each in enumerate(listed, start=1) if (text := self._problem(each))}
+        if problems:
+            number, text = next(iter(problems.items()))
+            rest = f" ({len(problems)} of {len(listed)} rows)" if len(problems) > 1 else ""
+            raise InputError(f"{name} row {number}{text}{rest}")
+
+    def _problem(self, answer: str | None) -> str | None:
+        """Why nothing could match a row's answer, to be read after the row."""
+        if answer is None:
+            return " has no final assistant turn to score against"
+        try:
+            self.expected(answer)
+        except InputError as problem:
+            return f": {problem}"
+        return None
 
     def update(self, texts: Sequence[str], answers: Sequence[str]) -> None:
         """Score one text for each row's answer."""

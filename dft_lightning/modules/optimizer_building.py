@@ -63,6 +63,8 @@ class OptimizerBuilder:
         """The optimizer for parameter groups."""
         if not isinstance(groups, (list, tuple)):
             raise InputError(f"build_parameter_groups must return a list of groups, got {type(groups).__name__}")
+        if not any(group["params"] for group in groups):
+            raise InputError("no parameter of the model requires a gradient: there is nothing to train")
         return build_optimizer(self._optimizer, groups, device=device, scales_gradients=scales_gradients(trainer))
 
     def schedule(self, optimizer: Optimizer, trainer: pl.Trainer) -> LRScheduler:
