@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from dft_lightning import CausalLMModule, InstructionDataModule
 from dft_lightning.errors import InputError
 from dft_lightning.fit import main
 from dft_lightning.metrics import LastNumber, TargetMetric, TokenMetrics
-from dft_lightning.metrics.own import numbers, of_texts
+from dft_lightning.metrics.own import metrics_by_name, numbers, of_texts
 from small_runs import arithmetic_data, run_two_processes
 
 TINY = {**TINY_LLAMA, "vocab_size": 20}
@@ -176,6 +177,21 @@ def test_chrf_is_that_of_its_definition():
     assert found["chrf"] != pytest.approx(chrf(texts, answers, words=0), abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "best"), [("BLEUScore", 1), ("SacreBLEUScore", 1), ("CHRFScore", 1), ("WordErrorRate", 0)]
+)
+def test_equal_texts_have_the_best_of_each_score(name, best):
+    texts = ["the cat sat on the mat today", "a dog barks at the cat there"]
+    assert of_texts(metrics_by_name({"x": name}), texts, texts)["x"] == pytest.approx(best)
+
+
+def test_a_metric_within_another_exchanges_nothing_either():
+    metric = metrics_by_name({"x": CHRFScore() + CHRFScore()})["x"]
+    inner = [each for each in metric.modules() if isinstance(each, Metric)]
+    assert len(inner) == 3
+    assert not any(each.distributed_available_fn() for each in inner)
+
+
 def test_values_of_a_run_are_those_of_its_predictions(tmp_path):
     """Of all rows at once, though batches are of two and one row makes the last even."""
     path = tmp_path / "rows.jsonl"
@@ -321,7 +337,8 @@ def test_sums_keep_their_digits_in_half_precision():
         ({"x": "torchmetrics.text.Perplexity"}, r"x: Perplexity takes no lists of texts.*TargetMetric"),
         ({"x": {"class": "CHRFScore"}}, r"x: expected a class path"),
         ({"x": 3}, r"x: expected a class path, class_path and init_args, or a metric; got 3"),
-        ({"nll": "CHRFScore"}, r"metrics\.nll: there is a metric of that name"),
+        ({"nll": "CHRFScore"}, r"metrics\.nll: that name is taken"),
+        ({"type": "CHRFScore"}, r"metrics\.type: that name is taken"),
         ({"a/b": "CHRFScore"}, r"metrics: 'a/b': a metric's name"),
     ],
 )  # fmt: skip
@@ -365,6 +382,68 @@ def test_checkpoints_do_not_hold_what_a_run_measures(tmp_path):
     again = CausalLMModule.load_from_checkpoint(tmp_path / "a.ckpt", evaluation={"metrics": {"y": Counting()}})
     assert list(again.evaluation.further_metrics()) == ["y"]
     assert math.isfinite(loaded.hparams["optimizer"]["init_args"]["lr"])
+
+
+def test_a_checkpoint_that_names_metrics_has_nothing_imported(tmp_path):
+    """One of a stranger's: its text is a class path, in the hyperparameters or in the file of them."""
+    (tmp_path / "stranger_of_metrics.py").write_text("raise SystemExit('imported')")
+    module = CausalLMModule(TINY)
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, inference_mode=False)
+    trainer.fit(module, datamodule=arithmetic_data(4, batch_size=2))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    content["hyper_parameters"]["evaluation"]["metrics"] = {"x": "stranger_of_metrics.Metric"}
+    torch.save(content, tmp_path / "b.ckpt")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        for given in ({}, {"evaluation": {"answer_extractor": LastNumber()}}):
+            with pytest.raises(InputError, match=r"evaluation\.metrics: a file names classes to import"):
+                CausalLMModule.load_from_checkpoint(tmp_path / "b.ckpt", **given)
+        own = {"evaluation": {"metrics": {"y": Counting()}}}
+        assert list(CausalLMModule.load_from_checkpoint(tmp_path / "b.ckpt", **own).evaluation.metrics) == ["y"]
+        args = ["test", "--model.model", json.dumps(TINY), "--data.text.tokenizer", "asset://arithmetic-base"]
+        args += [
+            "--data.test",
+            "ArithmeticRows",
+            "--data.test.num_rows",
+            "2",
+            "--trainer.default_root_dir",
+            str(tmp_path),
+        ]
+        args += ["--ckpt_path", str(tmp_path / "b.ckpt"), "--trainer.logger", "false", "--trainer.accelerator", "cpu"]
+        assert main([*args, "--model.evaluation.generation.max_new_tokens=2"]).model.evaluation.metrics is None
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert "stranger_of_metrics" not in sys.modules
+
+
+def test_a_validation_that_was_left_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
+    rows = ROWS["prompt_completion"]
+    trainer = run_of("fit", rows, tmp_path, {"metrics": {"all": Counting()}}, validation=rows)
+    module, own, calls = trainer.lightning_module, trainer.lightning_module.validation_step, []
+
+    def fails_later(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("left")
+        return own(*args)
+
+    monkeypatch.setattr(module, "validation_step", fails_later)
+    with pytest.raises(RuntimeError, match="left"):
+        trainer.validate(module, datamodule=trainer.datamodule, verbose=False)
+    (values,) = trainer.validate(module, datamodule=trainer.datamodule, verbose=False)
+    assert values["val/all"] == values["val/target_tokens"] == 6 * 8
+
+
+def test_records_without_their_keys_end_the_test_at_the_first_batch(tmp_path):
+    class Own(CausalLMModule):
+        def predict_step(self, batch, batch_idx):
+            return [{"completion": "a", "answer": "b"}]
+
+    data = InstructionDataModule(test=ROWS["alpaca"], text={"tokenizer": "asset://arithmetic-base"}, batch_size=2)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    with pytest.raises(InputError, match="records with index, completion and answer; index is missing"):
+        trainer.test(Own(TINY), datamodule=data, verbose=False)
 
 
 def test_what_a_metric_logs_can_be_monitored(tmp_path):

@@ -24,7 +24,7 @@ from dft_lightning import CausalLMModule, DFTLoss
 from dft_lightning.callbacks import StepProgress
 from dft_lightning.callbacks.progress import shown
 from dft_lightning.fit import main
-from dft_lightning.fit.run_folder import named_strategy
+from dft_lightning.fit.run_folder import RunTrainer, named_strategy
 from dft_lightning.foreign.lightning import shard_over_all
 from small_runs import arithmetic_data
 
@@ -126,6 +126,21 @@ def test_a_folder_that_two_runs_have_by_a_loggers_options_is_the_first_ones(conf
     main(["fit", "--config", config, *own, "--ckpt_path", "last", "--trainer.max_steps=3"])
     assert {"config-2.yaml", "metrics.csv"} <= files_of(first)
     assert (first / "metrics-2.csv").read_text() == kept
+
+
+def test_two_tests_of_one_folder_keep_the_predictions_of_both(config, tmp_path):
+    saved = main(["fit", "--config", config]).trainer.checkpoint_callback.best_model_path
+    own = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}", "--trainer.logger.version=mine"]
+    for _ in range(2):
+        folder = Path(main(["test", "--config", config, *own, "--ckpt_path", saved]).trainer.log_dir)
+    assert {"test_predictions.jsonl", "test_predictions-2.jsonl", "metrics.csv", "metrics-2.csv"} <= files_of(folder)
+
+
+def test_an_address_stays_one(tmp_path):
+    trainer = RunTrainer(default_root_dir="memory://bucket/runs", logger=False, accelerator="cpu")
+    trainer.begin_in_folder(goes_on=True)
+    assert trainer.log_dir == "memory://bucket/runs/lightning_logs/version_0"
+    assert trainer.checkpoint_callback.dirpath == "memory://bucket/runs/lightning_logs/version_0/checkpoints"
 
 
 def test_a_folder_that_a_checkpoint_callback_has_of_its_own_is_left_to_it(config, tmp_path):

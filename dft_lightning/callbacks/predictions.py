@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -26,6 +26,8 @@ class PredictionWriter(Callback):
         path: the file; ``None`` for ``predictions.jsonl`` (``test_predictions.jsonl``) in the run's log folder.
     """
 
+    NAMES: ClassVar[dict[str, str]] = {"test": "test_predictions.jsonl", "predict": "predictions.jsonl"}
+
     def __init__(self, path: str | None = None) -> None:
         self.path = path
         self._records: list[dict[str, Any]] = []
@@ -34,6 +36,12 @@ class PredictionWriter(Callback):
         # Before hours of generation, not after.
         if self.path is not None and (Path(self.path).is_dir() or not os.access(_nearest_folder(self.path), os.W_OK)):
             raise InputError(f"PredictionWriter.path: {self.path} is a folder or cannot be written")
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._records = []  # of one that was left in the middle
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._records = []
 
     def _collect(self, outputs: Any) -> None:
         self._records += outputs["predictions"] if isinstance(outputs, dict) else outputs
@@ -61,10 +69,10 @@ class PredictionWriter(Callback):
         self._collect(outputs)
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write(trainer, "predictions.jsonl")
+        self._write(trainer, self.NAMES["predict"])
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write(trainer, "test_predictions.jsonl")
+        self._write(trainer, self.NAMES["test"])
 
     def _write(self, trainer: pl.Trainer, default_name: str) -> None:
         records, self._records = self._records, []

@@ -91,8 +91,9 @@ def _newest(ckpt_path: str, trainer: pl.Trainer) -> str | None:
 def _roots(trainer: pl.Trainer) -> list[Path]:
     """Where checkpoints are put: folders of ``ModelCheckpoint``'s own, or that which has the folder of each run."""
     own = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
-    run_folder: Path | None = getattr(trainer, "run_folder", None)  # of the command's trainer
-    return [Path(folder) for folder in own] or [run_folder.parent if run_folder else Path(trainer.default_root_dir)]
+    run_folder: str | None = getattr(trainer, "run_folder", None)  # of the command's trainer
+    root = Path(run_folder).parent if run_folder else Path(trainer.default_root_dir)
+    return [Path(folder) for folder in own] or [root]
 
 
 def checkpoint_folders(trainer: pl.Trainer) -> list[Path]:

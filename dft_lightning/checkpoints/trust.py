@@ -195,6 +195,9 @@ def loading_options(
         )
     whole = {name: _with_rest(name, value, options.get(name), groups) for name, value in given.items()}
     left = _of_the_file(options, given, groups)
+    evaluation = left.get("evaluation")
+    if isinstance(evaluation, dict) and evaluation.get("metrics"):  # no checkpoint of this package's has any
+        raise InputError("evaluation.metrics: a file names classes to import: pass them to load_from_checkpoint")
     for key, said in not_saved({name: left[name] for name in groups if name in left}, cls.__name__):
         raise InputError(f"{key}: {said}: pass it to load_from_checkpoint")
     if weights_only is False:

@@ -22,8 +22,9 @@ from dft_lightning.losses.base import FORWARD_OPTIONS, TokenLoss
 
 _NONE: Any = object()
 _GIVE_IT = "give it (--{key} {path}) if you trust it"
-# Never taken from a checkpoint: how this run's processes share the model, and whether a stranger's code runs.
-_OF_THIS_RUN = ("model.sharding", "model.loading.trust_remote_code")
+# Never taken from a checkpoint: how this run's processes share the model, what is measured (classes that are imported),
+# and whether a stranger's code runs.
+_OF_THIS_RUN = ("model.sharding", "model.evaluation.metrics", "model.loading.trust_remote_code")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
@@ -16,6 +17,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from dft_lightning.callbacks import PredictionWriter
 from dft_lightning.errors import InputError
 from dft_lightning.foreign.lightning import shard_over_all
 
@@ -37,10 +39,10 @@ class RunTrainer(pl.Trainer):
     ``ROOT/lightning_logs/version_N``: Lightning's own ``log_dir`` would be the same for all runs there.
 
     Attributes:
-        run_folder: as this process sees it; ``log_dir`` is that of the first.
+        run_folder: a path or an address, as this process sees it; ``log_dir`` is that of the first.
     """
 
-    run_folder: Path
+    run_folder: str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -52,7 +54,7 @@ class RunTrainer(pl.Trainer):
     def log_dir(self) -> str | None:
         if self.fast_dev_run:  # type: ignore[attr-defined]
             return super().log_dir
-        return str(self.strategy.broadcast(str(self.run_folder)))
+        return str(self.strategy.broadcast(self.run_folder))
 
     def begin_in_folder(self, goes_on: bool) -> None:
         """Before loggers open their files: have every ``ModelCheckpoint`` that has no folder of its own write to the
@@ -61,22 +63,25 @@ class RunTrainer(pl.Trainer):
         Raises:
             InputError: an earlier run has the folder, and this one does not go on from a checkpoint.
         """
-        config = self.run_folder / "config.yaml"
-        if config.exists() and not self.fast_dev_run:  # type: ignore[attr-defined]
-            if not goes_on:
-                raise InputError(
-                    f"{config} is of an earlier run, and is kept: leave the logger's version out, so that each run has "
-                    "a folder of its own"
-                )
-            _set_aside(self.run_folder / ExperimentWriter.NAME_METRICS_FILE)
+        config = Path(self.run_folder) / "config.yaml"
+        if config.exists() and not goes_on and not self.fast_dev_run:  # type: ignore[attr-defined]
+            raise InputError(
+                f"{config} is of an earlier run, and is kept: leave the logger's version out, so that each run has a "
+                "folder of its own"
+            )
+        if goes_on and not self.fast_dev_run:  # type: ignore[attr-defined]
+            logged = [Path(logger.log_dir) for logger in self.loggers if isinstance(logger, CSVLogger)]
+            kept = [config.parent / name for name in PredictionWriter.NAMES.values()]
+            for path in (*kept, *(folder / ExperimentWriter.NAME_METRICS_FILE for folder in logged)):
+                _set_aside(path)
         for callback in self.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(self.run_folder / "checkpoints")
+                callback.dirpath = os.path.join(self.run_folder, "checkpoints")  # an address, too
 
 
-def _folder_of(loggers: Iterable[Logger], root: str) -> Path:
+def _folder_of(loggers: Iterable[Logger], root: str) -> str:
     kept = [logger.log_dir for logger in loggers if isinstance(logger, (TensorBoardLogger, CSVLogger))]
-    return Path(kept[0] if kept else CSVLogger(root, name=_RUNS).log_dir)
+    return str(kept[0] if kept else CSVLogger(root, name=_RUNS).log_dir)
 
 
 def named_strategy(given: Any) -> Any:
@@ -89,7 +94,7 @@ def named_strategy(given: Any) -> Any:
 
 @rank_zero_only
 def _set_aside(path: Path) -> None:
-    """Give an earlier run's file, which Lightning's logger would delete, a name of its own."""
+    """Give an earlier run's file, which would be deleted or replaced, a name of its own."""
     if path.exists():
         path.rename(path.parent / _free_name(path.parent, path.name))
 
@@ -101,9 +106,9 @@ class RunConfig(SaveConfigCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.already_saved:
             return
-        folder = Path(trainer.log_dir or ".")  # a collective
+        folder = trainer.log_dir or "."  # a collective
         if self.config.get("ckpt_path") is not None:
-            self.config_filename = trainer.strategy.broadcast(_free_name(folder, self.config_filename))
+            self.config_filename = trainer.strategy.broadcast(_free_name(Path(folder), self.config_filename))
         super().setup(trainer, pl_module, stage)
         rank_zero_info(f"this run's folder: {folder}")
 

@@ -10,9 +10,11 @@ from torchmetrics import Metric
 
 
 def alone(metric: Metric) -> Metric:
-    """Have a metric exchange nothing with other processes, as all of them give it the same. There is an argument for
-    that, which a class of somebody's own need not take."""
-    metric.distributed_available_fn = _never
+    """Have a metric, and those within it, exchange nothing with other processes, as all of them give it the same. There
+    is an argument for that, which a class of somebody's own need not take."""
+    for each in metric.modules():
+        if isinstance(each, Metric):
+            each.distributed_available_fn = _never
     return metric
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torchmetrics
 import torchmetrics.text
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from dft_lightning.component import imported
@@ -75,8 +75,8 @@ def metrics_by_name(given: Mapping[str, Any], key: str = "evaluation.metrics") -
     for name in given:
         if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
             raise InputError(f"{key}: {name!r}: a metric's name has letters, digits and underscores")
-        if name in _RESERVED:
-            raise InputError(f"{key}.{name}: there is a metric of that name in any case: take another")
+        if name in _RESERVED or hasattr(nn.ModuleDict, name):
+            raise InputError(f"{key}.{name}: that name is taken: choose another")
     return {name: _metric(value, f"{key}.{name}") for name, value in given.items()}
 
 
@@ -131,7 +131,7 @@ def _tried(metric: Metric, key: str) -> Metric:
     """The metric, which has scored a text and is empty again: after hours of generation is too late to find out."""
     name = type(metric).__name__
     try:
-        metric.update(["a text"], ["a text"])
+        metric.update(["a text"], _references(metric, ["a text"]))
         numbers(key, metric.compute())
         metric.reset()
     except Exception as error:  # whatever it makes of texts
@@ -157,11 +157,16 @@ def numbers(name: str, value: Any) -> dict[str, float]:
     )
 
 
+def _references(metric: Metric, answers: Sequence[str]) -> list[Any]:
+    """The answers as a metric takes them: BLEU wants a list of references of each, and takes a text for its letters."""
+    return [[answer] for answer in answers] if isinstance(metric, torchmetrics.text.BLEUScore) else list(answers)
+
+
 def of_texts(metrics: Mapping[str, Metric], texts: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
     """What metrics of texts make of all completions and the rows' answers at once, in the order of the rows."""
     values: dict[str, float] = {}
     for name, metric in metrics.items():
         metric.reset()
-        metric.update(list(texts), list(answers))
+        metric.update(list(texts), _references(metric, answers))
         values |= numbers(name, metric.compute())
     return values

@@ -284,6 +284,7 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
 
     def on_validation_start(self) -> None:
         self.train_telemetry.stop_clock()
+        self.eval_metrics.begin("val", "forgetting")
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Token metrics of the validation rows, and of ``data.forgetting``, the second loader, where there is one."""
@@ -301,7 +302,7 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         self._run_state.after_validation(self.trainer)
 
     def on_test_start(self) -> None:
-        self.eval_metrics.begin_test()
+        self.eval_metrics.begin("test")
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Token metrics, and scores of generated answers, of each of which ``predictions`` has a record."""

@@ -205,12 +205,14 @@ class Evaluation(nn.Module):
         if self._asked_for or any(answer is not None for answer in answers):
             self.exact_match.check(answers, "test")
 
-    def begin_test(self) -> None:
-        """Forget what a test has left that did not come to its end."""
-        self._records = []
-        self.exact_match.reset()
-        for metric in (self.telemetry("test"), *cast(nn.ModuleDict, self.own["test"]).values()):
-            cast(Metric, metric).reset()
+    def begin(self, *stages: str) -> None:
+        """Forget what stages have left that did not come to their end."""
+        if "test" in stages:
+            self._records = []
+            self.exact_match.reset()
+        for stage in stages:
+            for metric in (self.telemetry(stage), *cast(nn.ModuleDict, self.own[stage]).values()):
+                cast(Metric, metric).reset()
 
     def scores(self, batch: Mapping[str, Any]) -> bool:
         """Whether answers are to be generated to a batch's prompts and scored. One without is of token metrics alone,
@@ -224,6 +226,11 @@ class Evaluation(nn.Module):
 
     def score(self, records: list[dict[str, Any]]) -> None:
         """Add ``correct`` to records of :func:`records_of`, and count them."""
+        lacking = [name for name in ("index", "completion", "answer") for each in records if name not in each]
+        if lacking:
+            raise InputError(
+                f"predict_step must return records with index, completion and answer; {lacking[0]} is missing"
+            )
         self._records += records
         for record in records:
             record["correct"] = self.exact_match.score(record["completion"], record["answer"])
