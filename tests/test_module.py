@@ -468,7 +468,7 @@ def test_plain_form_refuses_what_is_no_loss():
     with pytest.raises(ValueError, match="cannot import 'no.such.Loss'"):
         from_plain({"class_path": "no.such.Loss"}, TokenLoss)
     with pytest.raises(TypeError, match="expected a TokenLoss or a dict"):
-        CausalLMModule(TINY_LLAMA, loss="DFTLoss")
+        CausalLMModule(TINY_LLAMA, loss="dft_lightning.DFTLoss")
 
 
 def test_resumed_run_goes_on_where_it_stopped(tmp_path):

@@ -436,7 +436,7 @@ def test_each_split_gets_a_folder(llama, tmp_path, capfd):
     record = json.loads((output / "score.json").read_text())
     assert record["model"] == llama
     assert record["splits"]["test"]["rows"] == 3
-    assert f"{output} is not empty: give another folder, or overwrite" in fails(capfd, args)
+    assert f"{output} is not empty: give another folder, or --overwrite" in fails(capfd, args)
     assert main([*args, "--overwrite"]) == 0
     assert sorted(os.listdir(output)) == ["forgetting", "score.json", "test", "train", "validation"]
     assert read(output / "train") == read(output / "forgetting")
