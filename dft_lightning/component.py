@@ -244,7 +244,9 @@ def _of_short_name(name: str, base: type) -> type | None:
     """The class of this package, or of what is imported, that a name without a path means; ``None`` for a path."""
     if "." in name:
         return None
-    known = {cls.__name__: cls for cls in reversed(_subclasses(base))}
+    named = [cls for cls in subclasses(base) if not cls.__name__.startswith("_")]
+    ours = [cls for cls in named if cls.__module__.startswith("dft_lightning.")]
+    known = {cls.__name__: cls for cls in reversed([*ours, *named])}  # of two of a name this package's
     if name not in known:
         raise ValueError(
             f"unknown {base.__name__} {name!r}{did_you_mean(name, known)}; of your own give the dotted path, or the "
@@ -253,11 +255,10 @@ def _of_short_name(name: str, base: type) -> type | None:
     return known[name]
 
 
-def _subclasses(base: type) -> list[type]:
-    """Those that may be meant by name, of this package first."""
+def subclasses(base: type) -> list[type]:
+    """The classes below one, as far as they are imported."""
     direct: list[type] = base.__subclasses__()
-    found = [cls for child in direct for cls in (child, *_subclasses(child)) if cls.__name__[0] != "_"]
-    return sorted(found, key=lambda cls: not cls.__module__.startswith("dft_lightning."))
+    return [cls for child in direct for cls in (child, *subclasses(child))]
 
 
 def _rebuild(value: Any) -> Any:

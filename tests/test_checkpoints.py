@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from checkpoint_runs import RESUMED
 from dft_lightning import CausalLMModule
 from dft_lightning.checkpoints import WholeCheckpointIO, keep_whole, newest_whole, resolve_checkpoint, whole_problem
-from dft_lightning.checkpoints.whole import META, WRITTEN, clear_leftovers, put_back, write_marker
+from dft_lightning.checkpoints.whole import META, WRITTEN, checkpoints_below, clear_leftovers, put_back, write_marker
 from dft_lightning.errors import InputError
 from dft_lightning.files import partial_path, put_in_place, sync_files
 from dft_lightning.fit import main
@@ -259,9 +259,21 @@ def test_a_folder_means_the_newest_whole_one_below_it(tmp_path):
     for given in (tmp_path / "run", folder.parent, folder):
         assert resolve_checkpoint(given, trainer()) == str(newest)
     os.truncate(newest, 500)
-    assert resolve_checkpoint(tmp_path / "run", trainer()).endswith("step=1.ckpt")
+    with pytest.warns(UserWarning, match=r"passed over .*step=2\.ckpt, which is cut short"):
+        assert resolve_checkpoint(tmp_path / "run", trainer()).endswith("step=1.ckpt")
     with pytest.raises(InputError, match=r"no checkpoint in .*version_2 is whole: .*step=2\.ckpt is cut short"):
         resolve_checkpoint(folder.parent, trainer())
+
+
+def test_what_a_kill_left_half_renamed_below_a_folder_is_found(tmp_path):
+    folder = tmp_path / "run" / "version_0" / "checkpoints"
+    folder.mkdir(parents=True)
+    partial = folder / partial_path(folder / "a.ckpt").name.replace(f"-{os.getpid()}-", "-99999999-")
+    shards(partial, 2)
+    write_marker(partial, {"name": "a.ckpt", WRITTEN: 2, "global_step": 2})
+    assert checkpoints_below(tmp_path / "run") == [folder / "a.ckpt"]
+    with pytest.raises(InputError, match=r"a\.ckpt is a checkpoint in shards"):  # which this strategy does not read
+        resolve_checkpoint(tmp_path / "run", trainer())
 
 
 def test_copies_are_in_the_order_in_which_they_were_written(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dft_lightning.checkpoints.strategy import SavesWhole
-from dft_lightning.checkpoints.whole import newest_whole, put_back, whole_problem
+from dft_lightning.checkpoints.whole import checkpoints_below, newest_whole, put_back, whole_problem
 from dft_lightning.errors import InputError
 
 
@@ -51,8 +52,12 @@ def _named(path: Path) -> str:
     put_back(path.absolute().parent)
     if not path.exists():
         raise InputError(f"--ckpt_path: no such checkpoint: {path}")
-    if path.is_dir() and path.suffix != ".ckpt" and (below := [each for each in path.rglob("*.ckpt") if each.exists()]):
-        return _of_a_folder(path, below)
+    if path.is_dir() and path.suffix != ".ckpt" and (below := checkpoints_below(path)):
+        found, problems = _newest_of(below, str(path))
+        if found is None:
+            cut, reason = next(iter(problems.items()))
+            raise InputError(f"--ckpt_path: no checkpoint in {path} is whole: {cut} {reason}")
+        return found
     if (problem := whole_problem(path)) is not None:
         beside, _ = newest_whole(other for other in path.parent.glob("*.ckpt") if other != path)
         advice = "" if beside is None else f"; the newest whole one beside it is {beside}"
@@ -60,26 +65,24 @@ def _named(path: Path) -> str:
     return str(path)
 
 
-def _of_a_folder(folder: Path, checkpoints: list[Path]) -> str:
-    """The newest whole checkpoint below a run's folder, or one of several runs."""
+def _newest_of(checkpoints: Iterable[Path], ckpt_path: str) -> tuple[str | None, dict[Path, str]]:
+    """The newest whole one, which is said, and what is wrong with later ones, which are passed over with a warning."""
     newest, problems = newest_whole(checkpoints)
+    for path, problem in problems.items():
+        rank_zero_warn(f"--ckpt_path {ckpt_path}: passed over {path}, which {problem}")
     if newest is None:
-        path, problem = next(iter(problems.items()))
-        raise InputError(f"--ckpt_path: no checkpoint in {folder} is whole: {path} {problem}")
-    rank_zero_info(f"ckpt_path {folder}: {newest}")
-    return str(newest)
+        return None, problems
+    rank_zero_info(f"ckpt_path {ckpt_path}: {newest}")
+    return str(newest), problems
 
 
 def _newest(ckpt_path: str, trainer: pl.Trainer) -> str | None:
     folders = checkpoint_folders(trainer)
     for folder in folders:
         put_back(folder)
-    newest, problems = newest_whole(path for folder in folders for path in folder.glob("*.ckpt"))
-    for path, problem in problems.items():
-        rank_zero_warn(f"--ckpt_path {ckpt_path}: passed over {path}, which {problem}")
+    newest, problems = _newest_of((path for folder in folders for path in folder.glob("*.ckpt")), ckpt_path)
     if newest is not None:
-        rank_zero_info(f"ckpt_path {ckpt_path}: {newest}")
-        return str(newest)
+        return newest
     roots = ", ".join(str(folder) for folder in _roots(trainer))
     none = f"no {'whole ' if problems else ''}checkpoint under {roots}"
     if ckpt_path == "last":

@@ -142,6 +142,13 @@ def _check_header(file: BinaryIO, record: zipfile.ZipInfo) -> None:
         raise zipfile.BadZipFile(f"nothing is where {record.filename} should begin")
 
 
+def checkpoints_below(folder: Path) -> list[Path]:
+    """Every checkpoint in a folder and in those within it, also where a process ended between two renames."""
+    for each in (folder, *(below for below in folder.rglob("*") if below.is_dir())):
+        put_back(each)
+    return [path for path in folder.rglob("*.ckpt") if path.exists()]  # links may dangle
+
+
 def put_back(folder: Path) -> None:
     """Give a whole folder its name, where a process ended between two renames, of the older and of the newer.
 

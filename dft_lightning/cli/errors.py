@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from dft_lightning.cli import COMMANDS
 from dft_lightning.cli.other_names import COMMANDS_OF_OTHERS, meant_class, meant_key, meant_option
 from dft_lightning.cli.shipped_configs import hint
-from dft_lightning.component import imported
+from dft_lightning.component import imported, subclasses
 from dft_lightning.errors import did_you_mean
 from dft_lightning.foreign.jsonargparse import (
     actions,
@@ -100,7 +100,7 @@ def known_classes(key: str, parser: Any) -> list[str]:
         if _names(action, key)
         for base in _classes_in(type_of(action))
     ]
-    return sorted({cls.__name__ for base in bases for cls in _subclasses(base) if _is_own(cls)})
+    return sorted({cls.__name__ for base in bases for cls in subclasses(base) if _is_own(cls)})
 
 
 def _names(action: Any, key: str) -> bool:
@@ -111,11 +111,6 @@ def _classes_in(typehint: Any) -> list[type]:
     """The classes inside a type hint: ``TokenLoss``, or ``RowSource`` of ``RowSource | str | None``."""
     nested = [cls for argument in get_args(typehint) for cls in _classes_in(argument)]
     return [typehint, *nested] if isinstance(typehint, type) and typehint not in (str, type(None)) else nested
-
-
-def _subclasses(base: type) -> list[type]:
-    direct: list[type] = base.__subclasses__()
-    return [cls for child in direct for cls in (child, *_subclasses(child))]
 
 
 def _is_own(cls: type) -> bool:

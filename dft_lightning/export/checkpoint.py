@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dft_lightning.checkpoints.whole import INDEX, META, put_back, unreadable, whole_problem, written
+from dft_lightning.checkpoints.whole import INDEX, META, checkpoints_below, unreadable, whole_problem, written
 from dft_lightning.errors import InputError
 from dft_lightning.foreign.torch import loading_alone
 from dft_lightning.modules.resume.saved import RECORD
@@ -50,11 +50,8 @@ def open_checkpoint(path: Path) -> TrainedCheckpoint:
         raise InputError(f"--checkpoint: no such file or folder: {path}")
     if path.is_file() or _is_sharded(path):
         return _read(path)
-    for folder in {path, *(below for below in path.rglob("*") if below.is_dir())}:
-        put_back(folder)
-    found = sorted((p for p in path.rglob("*.ckpt") if p.exists()), key=written, reverse=True)  # links may dangle
     problems = []
-    for candidate in found:
+    for candidate in sorted(checkpoints_below(path), key=written, reverse=True):
         try:
             return _read(candidate)
         except InputError as error:

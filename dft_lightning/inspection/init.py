@@ -21,7 +21,7 @@ from dft_lightning.data.rows.reading import Conversations, read_messages
 from dft_lightning.data.rows.sources import as_source
 from dft_lightning.errors import InputError
 from dft_lightning.files import write_text
-from dft_lightning.metrics import AnswerExtractor, BoxedAnswer, HashAnswer
+from dft_lightning.metrics import BoxedAnswer, HashAnswer
 
 # Names of columns that people have for a prompt and its completion; the first pair whose columns are there is taken.
 _PAIRS = (
@@ -147,17 +147,13 @@ def _comparing(rows: Conversations) -> str:
     """The line of the extractor that finds an answer in all rows, of those that look for a mark."""
     answers = [row.answer for row in _first(rows)]
     for extractor in (HashAnswer(), BoxedAnswer()):
-        if answers and all(answer is not None and _finds(extractor, answer) for answer in answers):
+        if answers and all(answer is not None and extractor.extract(answer) is not None for answer in answers):
             return f"    answer_extractor: {type(extractor).__name__}  # finds the answer that is compared\n"
     return "    # answer_extractor: LastNumber  # compares that, and not whole texts; docs/evaluation.md has others\n"
 
 
 def _first(rows: Conversations) -> Iterator[Conversation]:
     return islice(iter(rows), _LOOKED_AT)
-
-
-def _finds(extractor: AnswerExtractor, answer: str) -> bool:
-    return extractor.extract(answer) is not None
 
 
 def _positions(model: str) -> int | None:

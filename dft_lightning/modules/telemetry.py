@@ -186,8 +186,7 @@ class Evaluation(nn.Module):
         if not records:
             return {}
         records.sort(key=lambda record: int(record["index"]))
-        values: dict[str, Any] = {"exact_match": self.exact_match.compute()}
-        self.exact_match.reset()
+        values: dict[str, Any] = {"exact_match": sum(record["correct"] for record in records) / len(records)}
         texts = [[record[name] for record in records] for name in ("completion", "answer")]
         return values | of_texts(self._of_texts, *texts)
 
@@ -209,7 +208,6 @@ class Evaluation(nn.Module):
         """Forget what stages have left that did not come to their end."""
         if "test" in stages:
             self._records = []
-            self.exact_match.reset()
         for stage in stages:
             for metric in (self.telemetry(stage), *cast(nn.ModuleDict, self.own[stage]).values()):
                 cast(Metric, metric).reset()
@@ -225,7 +223,7 @@ class Evaluation(nn.Module):
         return False
 
     def score(self, records: list[dict[str, Any]]) -> None:
-        """Add ``correct`` to records of :func:`records_of`, and count them."""
+        """Add ``correct`` to records of :func:`records_of`, and keep them until the end of the test."""
         lacking = [name for name in ("index", "completion", "answer") for each in records if name not in each]
         if lacking:
             raise InputError(
@@ -234,7 +232,6 @@ class Evaluation(nn.Module):
         self._records += records
         for record in records:
             record["correct"] = self.exact_match.score(record["completion"], record["answer"])
-        self.exact_match.update([r["completion"] for r in records], [r["answer"] for r in records])
 
 
 _OF_PROMPTS = ("prompt_input_ids", "prompt_attention_mask", "index", "prompt", "answer")
