@@ -23,6 +23,8 @@ from dft_lightning.errors import InputError
 from dft_lightning.fit import main
 from dft_lightning.metrics import LastNumber, TargetMetric, TokenMetrics
 from dft_lightning.metrics.own import metrics_by_name, numbers, of_texts
+from dft_lightning.modules.options import EvaluationOptions
+from dft_lightning.modules.telemetry import Evaluation
 from small_runs import arithmetic_data, run_two_processes
 
 TINY = {**TINY_LLAMA, "vocab_size": 20}
@@ -219,6 +221,16 @@ def test_values_of_a_run_are_those_of_its_predictions(tmp_path):
     same = [a.strip() == b.strip() for a, b in zip(texts, answers, strict=True)]
     assert values["test/exact_match"].item() == sum(same) / 5
     assert [record["correct"] for record in records] == same
+
+
+def test_exact_match_is_the_share_of_right_answers():
+    answers, evaluation = ["ab", "bc", "cd", "de"], Evaluation(EvaluationOptions())
+    for index, text in ((2, "cd"), (0, "ab "), (3, "dx"), (1, "bc")):
+        evaluation.score([{"index": index, "completion": text, "answer": answers[index]}])
+    values = evaluation.collect_texts(1)
+    assert values["exact_match"] == 3 / 4
+    assert values["chrf"] == pytest.approx(chrf(["ab ", "bc", "cd", "dx"], answers), abs=1e-6)
+    assert evaluation.collect_texts(1) == {}
 
 
 def test_an_extractor_leaves_further_metrics_to_who_asks(tmp_path):
