@@ -57,7 +57,9 @@ def execute(runs: Sequence[Run], jobs: int, describe: str, lock: int, clock: Clo
     """
     left = [run for run in runs if run.commands()]
     failures: list[Failure] = []
-    print(f"{describe}: {len(left)} of {len(runs)} runs to do" + (f", logs in {runs[0].folder.parent}" if left else ""))
+    if runs:
+        where = f", logs in {runs[0].folder.parent}" if left else ""
+        print(f"{describe}: {len(left)} of {len(runs)} runs to do{where}", flush=True)
     if not left:
         return failures
     children = _Children(lock)
