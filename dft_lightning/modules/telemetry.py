@@ -176,7 +176,7 @@ class Evaluation(nn.Module):
         values.pop("tokens", None)
         for name, metric in cast(nn.ModuleDict, self.own[stage]).items():
             if cast(Metric, metric).update_called:
-                values |= numbers(name, cast(Metric, metric).compute())
+                values |= _exact(numbers(name, cast(Metric, metric).compute()))
                 cast(Metric, metric).reset()
         return values
 
@@ -188,7 +188,7 @@ class Evaluation(nn.Module):
         records.sort(key=lambda record: int(record["index"]))
         values: dict[str, Any] = {"exact_match": sum(record["correct"] for record in records) / len(records)}
         texts = [[record[name] for record in records] for name in ("completion", "answer")]
-        return values | of_texts(self._of_texts, *texts)
+        return _exact(values | of_texts(self._of_texts, *texts))
 
     def check_answers(self, datamodule: pl.LightningDataModule | None) -> None:
         """Whether what test rows have is what is to be scored, before anything is trained or generated.
@@ -232,6 +232,11 @@ class Evaluation(nn.Module):
         self._records += records
         for record in records:
             record["correct"] = self.exact_match.score(record["completion"], record["answer"])
+
+
+def _exact(values: Mapping[str, float]) -> dict[str, Tensor]:
+    """As tensors in float64: Lightning keeps a number in float32."""
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
 _OF_PROMPTS = ("prompt_input_ids", "prompt_attention_mask", "index", "prompt", "answer")
