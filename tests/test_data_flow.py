@@ -298,7 +298,7 @@ def documents(batches, padding):
                     found.append(document)
                 else:
                     assert document[:2] == ([padding], [-100])
-        assert int(batch.get("num_tokens", ids.numel() * len(batch["labels"]))) == tokens
+        assert batch["layout"].num_tokens == tokens
     return found
 
 

@@ -128,6 +128,7 @@ HOMES = {
     "_activation_checkpointing_kwargs": "lightning.pytorch.strategies.FSDPStrategy",
     "_apply": "torch.nn.Module",
     "_attn_implementation": "transformers.PretrainedConfig",
+    "_broadcast_sigterm_tensor": "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop",
     "_batches_that_stepped": "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop",
     "_common": "jsonargparse",
     "_compile_jinja_template": "transformers.utils.chat_template_utils",
@@ -188,7 +189,7 @@ def test_the_list_is_whole():
     """A new one is to be weighed: is there no public form? There were 69 in 24 files."""
     names = {name for module in FILES if ".foreign." in module for name in private_names(module)}
     assert names == HOMES.keys()
-    assert len(names) <= 39
+    assert len(names) <= 40
 
 
 @pytest.mark.parametrize("name", ["_fsdp_wrapped_module.a._checkpoint_wrapped_module.b.w", "a._orig_mod.w", "a.w"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader
 from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FocalLoss
 from dft_lightning.data.batches.collating import Collator
 from dft_lightning.distributed import TokenNormalizer
+from dft_lightning.distributed.ranks import multiply_gradients
 from small_runs import (
     CLIP,
     TINY_ARITHMETIC,
@@ -119,22 +122,39 @@ def test_two_processes_give_the_same_gradient(two_process_gradients, index):
 
 
 def test_weights_that_cannot_be_divided_by():
-    normalizer = TokenNormalizer(lambda total: total, world_size=1)
+    normalizer = TokenNormalizer(lambda total: None, world_size=1)
     parameter = torch.nn.Parameter(torch.ones(2))
-    normalizer.divisor_of(torch.tensor(2))
-    normalizer.count(torch.tensor(2), torch.tensor(-0.5, dtype=torch.float64))
-    with pytest.raises(RuntimeError, match="sum of the tokens' weights -dL/dl, which is -0.5 in this step"):
+    normalizer.divisor_of(2, torch.device("cpu"))
+
+    def totals_of(weight):
+        parameter.grad = torch.ones(2)
+        weight = torch.tensor(weight, dtype=torch.float64)
+        normalizer.count(2, torch.tensor(True), weight=weight)
         normalizer.rescale([parameter], accumulate_grad_batches=1)
-    parameter.grad = torch.zeros(2)
-    # Nothing was learnt from: as with no target at all.
-    normalizer.count(torch.tensor(2), torch.tensor(0.0, dtype=torch.float64))
-    normalizer.rescale([parameter], accumulate_grad_batches=1)
-    assert parameter.grad is None
+        return normalizer.totals()
+
+    with pytest.raises(RuntimeError, match="sum of the tokens' weights -dL/dl, which is -0.5 in this step"):
+        totals_of(-0.5)
+    assert totals_of(0.0).divisor == 0  # nothing was learnt from: as with no target at all
     # What is not finite stays visible, and a gradient scaler can skip it.
-    parameter.grad = torch.ones(2)
-    normalizer.count(torch.tensor(2), torch.tensor(float("nan"), dtype=torch.float64))
-    normalizer.rescale([parameter], accumulate_grad_batches=1)
+    assert math.isnan(totals_of(float("nan")).divisor)
     assert parameter.grad.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_are_divided_in_more_digits_than_they_have(dtype):
+    """By a factor that bfloat16 would round by a thousandth."""
+    parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((3, 5), (), (7,))]
+    for parameter in [*parameters, torch.nn.Parameter(torch.zeros(2))]:
+        parameter.grad = torch.randn_like(parameter)
+    whole = [parameter.grad.clone() for parameter in parameters]
+    factor = torch.tensor(1.0 / 771.0, dtype=torch.float64)
+    multiply_gradients([*parameters, torch.nn.Parameter(torch.zeros(2))], factor)
+    for parameter, before in zip(parameters, whole, strict=True):
+        exact = (before.double() * float(factor)).to(dtype)
+        torch.testing.assert_close(parameter.grad, exact, rtol=2 * torch.finfo(dtype).eps, atol=0)
+        if dtype != torch.float32:  # whose factor is rounded to float32, as every product in it
+            assert torch.equal(parameter.grad, exact)
 
 
 def plain_loader(rows, batch_size):
@@ -231,13 +251,13 @@ def test_fp16_keeps_its_range():
 
 def divided_by(normalizer, targets):
     """The divisor of a micro-batch, which is counted."""
-    divisor = normalizer.divisor_of(torch.tensor(targets))
-    normalizer.count(torch.tensor(targets))
+    divisor = normalizer.divisor_of(targets, torch.device("cpu"))
+    normalizer.count(targets, torch.tensor(True))
     return divisor
 
 
 def test_divisor_is_a_power_of_two_shared_by_ranks():
-    normalizer = TokenNormalizer(lambda count: count * 4, world_size=4)
+    normalizer = TokenNormalizer(lambda count: count.mul_(4), world_size=4)
     assert divided_by(normalizer, 0) == 1.0  # nothing to scale by yet
     assert divided_by(normalizer, 100) == 128.0
     parameter = torch.nn.Parameter(torch.zeros(1))
@@ -255,8 +275,9 @@ def test_fp16_recovers_its_range_after_an_unusual_first_micro_batch():
     module = GradientRecorder(TINY_GPT2, loss=CrossEntropyLoss(), schedule={"decay": "constant"})
     trainer(plugins=[plugin], max_steps=8, accumulate_grad_batches=8).fit(module, plain_loader(rows, 1))
     assert all(gradient.isfinite().all() for gradient in module.gradients[2:])
-    normalizer = TokenNormalizer(lambda count: count, world_size=1)
+    normalizer = TokenNormalizer(lambda count: None, world_size=1)
     divided_by(normalizer, 1)
     divided_by(normalizer, 255)
     normalizer.rescale([], accumulate_grad_batches=2)
+    assert normalizer.totals().targets == 256
     assert divided_by(normalizer, 100) == 128.0  # 128 a micro-batch in the last step

@@ -113,13 +113,14 @@ def test_a_packed_batch_by_hand():
     first = {"input_ids": [5, 6, 7], "labels": [5, 6, 7], "weights": [0, 0.5, 2]}
     second, third = ({"input_ids": ids, "labels": ids, "weights": None} for ids in ([8, 9], [3]))
     batch = Collator(0)([{"documents": [first, second]}, {"documents": [third]}])
+    layout = batch.pop("layout")
     assert {name: value.tolist() for name, value in batch.items()} == {
         "input_ids": [[5, 6, 7, 8, 9], [3, 0, 0, 0, 0]],
         "labels": [[-100, 6, 7, -100, 9], [-100] * 5],
         "position_ids": [[0, 1, 2, 0, 1], [0, 0, 0, 0, 0]],  # each token of padding is a document
         "token_weight": [[0, 0.5, 2, 1, 1], [1, 0, 0, 0, 0]],
-        "num_tokens": 6,
     }
+    assert (layout.num_tokens, layout.documents) == (6, [3, 2, 1, 1, 1, 1, 1])
 
 
 def packed_result(model, attention, padding_free, data, loading=None, **options):

@@ -12,7 +12,8 @@ from dft_lightning import CausalLMModule, DFTLoss, InstructionDataModule, TokenL
 from dft_lightning.data.batches.collating import Collator
 from dft_lightning.errors import InputError
 from dft_lightning.models import documents
-from dft_lightning.models.documents import check_documents, document_index, document_lengths
+from dft_lightning.models.documents import check_documents
+from dft_lightning.models.layout import document_lengths, layout_of
 from dft_lightning.models.loading import load_causal_lm
 from small_runs import TINY_ARITHMETIC, TINY_GPT2, arithmetic_data, trainer
 
@@ -67,6 +68,7 @@ def assert_equal_to_padded(model, attention, tolerance=1e-5, **options):
 def test_rows_become_one_with_positions_that_start_anew():
     first = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
     batch = Collator(0, padding_free=True)([first, {"input_ids": [8, 9], "labels": [-100, 9]}])
+    assert batch.pop("layout").num_tokens == 5
     assert {name: value.tolist() for name, value in batch.items()} == {
         "input_ids": [[5, 6, 7, 8, 9]],
         "labels": [[-100, 6, 7, -100, 9]],  # no first token is a target, whatever the row says
@@ -77,7 +79,9 @@ def test_rows_become_one_with_positions_that_start_anew():
 def test_a_document_begins_where_positions_do_not_go_up_by_one():
     positions = torch.tensor([[3, 4, 0, 1, 2, 0, 0]])  # the first is the end of one that was cut
     assert document_lengths(positions) == [2, 3, 1, 1]
-    assert document_index(positions).tolist() == [0, 0, 1, 1, 1, 2, 3]
+    layout = layout_of({"labels": positions, "position_ids": positions})
+    assert layout.sequence_index().tolist() == [0, 0, 1, 1, 1, 2, 3]
+    assert layout.cu_seq_lens.tolist() == [0, 2, 5, 6, 7]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "documents"])

@@ -309,7 +309,7 @@ def test_the_modules_own_hook_is_called(source, streaming):
         source, batch_size=3, streaming={} if streaming else None, text={"tokenizer": "asset://arithmetic-base"}
     )
     trainer(max_steps=2).fit(Hooked(TINY_ARITHMETIC, schedule={"decay": "constant"}), datamodule=data)
-    assert seen == [["attention_mask", "input_ids", "labels"]] * 2
+    assert seen == [["attention_mask", "input_ids", "labels", "layout"]] * 2
 
 
 def test_streamed_rows_cannot_be_evaluated(source):

@@ -267,7 +267,7 @@ def test_windows_after_a_resume_are_those_that_loggers_see(tmp_path):
 def test_skipped_fp16_steps_do_not_count():
     metrics = GradientMetrics()
     for norm in (2.0, float("inf"), 4.0):
-        metrics.update(torch.tensor(norm), 3.0, skips_non_finite=True)
+        metrics.update(norm, 3.0, skips_non_finite=True)
     assert {k: float(v) for k, v in metrics.compute().items()} == {"grad_norm": 3.0, "clipped_steps": 0.5}
-    metrics.update(torch.tensor(float("nan")), None)
+    metrics.update(float("nan"), None)
     assert metrics.compute()["grad_norm"].isnan()

@@ -15,6 +15,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.checkpoints.whole import written
+from dft_lightning.distributed.ranks import StopFlag
+from dft_lightning.foreign.lightning import exchange_no_signals
+from dft_lightning.modules.training import step_ends
 from dft_lightning.progress import training_loaders
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -27,7 +30,8 @@ class Interrupted(SystemExit):
 class InterruptionCheckpoint(Callback):
     """On SIGTERM and Ctrl-C writes a checkpoint and leaves; a second Ctrl-C leaves at once.
 
-    The batch that is computed is finished; a validation or generation is given up, and done anew by the run that goes
+    The batch that is computed is finished, and on several processes its optimizer step, in whose exchange all of them
+    learn of it; a validation or generation is given up, and done anew by the run that goes
     on, but for those after the last step, which are finished. What is written is of the last optimizer step: a run that
     goes on from it ends as one that was never stopped. A signal on one rank stops all of them at the same batch.
 
@@ -49,15 +53,19 @@ class InterruptionCheckpoint(Callback):
         self._saved_at = -1
         self._previous: dict[int, Any] = {}
         self._trainer: pl.Trainer | None = None
+        self._flag = StopFlag()
 
     # -- signals -----------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # In place of Lightning's own for SIGTERM, which exchanges tensors with other ranks in the middle of anything.
         self._signal, self._trainer = None, trainer
+        self._flag = getattr(pl_module, "stop_flag", None) or StopFlag()
+        self._flag.asked = False
         self._stopping, self._loader_states = False, None
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread set them
             self._previous = {number: signal.signal(number, self._asked) for number in _SIGNALS}
+            exchange_no_signals(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._release()
@@ -78,8 +86,8 @@ class InterruptionCheckpoint(Callback):
             self._leave_at_once(number)
         if self._signal is None:
             name = signal.Signals(number).name
-            _say(f"{name}: stopping after this batch, with a checkpoint; Ctrl-C again leaves at once, without one")
-        self._signal = number
+            _say(f"{name}: stopping, with a checkpoint; Ctrl-C again leaves at once, without one")
+        self._signal, self._flag.asked = number, True
 
     def _leave_at_once(self, number: int) -> None:
         launcher = None if self._trainer is None else self._trainer.strategy.launcher
@@ -92,14 +100,22 @@ class InterruptionCheckpoint(Callback):
 
     def asked(self, trainer: pl.Trainer) -> bool:
         """Whether any rank was asked to stop. A collective."""
-        own = self._signal is not None
-        found = trainer.strategy.reduce_boolean_decision(own, all=False)
-        if found and not own:
+        return self._learnt(bool(trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)))
+
+    def _learnt(self, found: bool) -> bool:
+        if found and self._signal is None:
             self._signal = signal.SIGTERM  # the other's may have been another, which only it knows
-        return bool(found)
+        return found
+
+    def _asked_within(self, trainer: pl.Trainer) -> bool:
+        """As :meth:`asked` after a micro-batch, of which those that end no step exchange nothing."""
+        if trainer.world_size > 1 and not step_ends(trainer):
+            return False
+        told = self._flag.taken()
+        return self.asked(trainer) if told is None or trainer.world_size == 1 else self._learnt(told)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self._stopping = not is_over(trainer) and self.asked(trainer)
+        self._stopping = not is_over(trainer) and self._asked_within(trainer)
         if self._stopping:  # before the next batch is drawn; what this one leaves to be logged is done first
             found = [loader for loader in training_loaders(trainer) if hasattr(loader, "state_dict")]
             self._loader_states = [loader.state_dict() for loader in found]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -11,10 +12,37 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from dft_lightning.distributed.sharding import local_part
 from dft_lightning.errors import InputError
 from dft_lightning.foreign.torch import multiply
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Of all micro-batches and ranks of an optimizer step, on the host.
+
+    Attributes:
+        targets: target tokens.
+        non_finite: micro-batches whose loss is not finite.
+        differs: micro-batches that are not what their layout says.
+        asked: ranks that were asked to stop.
+        weight: the sum of the targets' weights, where the step is divided by it.
+        norm: of the gradient, where it was given.
+    """
+
+    targets: int
+    non_finite: int
+    differs: int
+    asked: int
+    weight: float | None
+    norm: float | None
+
+    @property
+    def divisor(self) -> float:
+        """What the step's sums are divided by."""
+        return self.targets if self.weight is None else self.weight
 
 
 class TokenNormalizer:
@@ -23,7 +51,8 @@ class TokenNormalizer:
     Each micro-batch backpropagates the *sum* of its token losses over what :meth:`divisor_of` returns, and is counted
     where it does (:meth:`count`). Before the optimizer steps, :meth:`rescale` divides by the target tokens that all
     micro-batches and ranks counted, and undoes the divisions by the number of micro-batches (Lightning) and of ranks
-    (data parallelism), which know no tokens.
+    (data parallelism), which know no tokens. Until :meth:`totals` nothing waits for the device: what was counted stays
+    there, is summed there over ranks in one exchange, and divides there.
 
     Sums of thousands of tokens would overflow a fp16 gradient scaler. So sums are divided by a power of two near the
     expected count of a micro-batch: that of the last step, and of the first micro-batch before there is one. Powers
@@ -32,21 +61,22 @@ class TokenNormalizer:
 
     Where weights are counted, the step's divisor is their sum in place of the targets' number.
 
-    Losses that are not finite are counted on the way, in the same exchange, so that all ranks know.
-
     Args:
-        all_reduce: sums a tensor over ranks.
+        all_reduce: sums a tensor over ranks, in place.
         world_size: number of data-parallel ranks.
 
     Attributes:
         divisor: that power of two, for the next step; ``None`` before the first micro-batch.
     """
 
-    def __init__(self, all_reduce: Callable[[Tensor], Tensor], world_size: int) -> None:
+    def __init__(self, all_reduce: Callable[[Tensor], None], world_size: int) -> None:
         self._all_reduce = all_reduce
         self._world_size = world_size
         self.divisor: float | None = None
-        self._counted: Tensor | None = None  # targets, losses not finite, and weights where the step is divided by them
+        self._targets = 0
+        self._counted: Tensor | None = None  # losses not finite, layouts that differ, and weights, of this rank
+        self._summed: Tensor | None = None  # targets, these three and ranks asked to stop, of all ranks
+        self._micro_batches = 1
         self._by_weight = False
 
     @property
@@ -54,66 +84,133 @@ class TokenNormalizer:
         """Whether micro-batches were counted since the last :meth:`rescale`."""
         return self._counted is not None
 
-    def divisor_of(self, num_targets: Tensor) -> float:
-        """What to divide a micro-batch's summed loss by, of its number of targets (a scalar int64 tensor).
+    def divisor_of(self, num_targets: int, device: torch.device) -> float:
+        """What to divide a micro-batch's summed loss by, of its number of targets.
 
-        The first call is a collective.
+        The first call is a collective on ``device``.
         """
         if self.divisor is None:
-            mean = int(self._all_reduce(num_targets.clone())) / self._world_size
+            total = torch.full((), num_targets, dtype=torch.int64, device=device)
+            self._all_reduce(total)
+            mean = int(total) / self._world_size
             if mean == 0:
                 return 1.0  # no rank has targets: the loss is 0, and 0 needs no range
             self.divisor = _power_of_two(mean)
         return self.divisor
 
-    def count(self, num_targets: Tensor, weight: Tensor | None = None, finite: Tensor | None = None) -> None:
+    def count(
+        self, num_targets: int, finite: Tensor, differs: Tensor | None = None, weight: Tensor | None = None
+    ) -> None:
         """Count a micro-batch that is backpropagated; nothing waits for the device.
 
         Args:
-            num_targets: a scalar int64 tensor.
+            num_targets: of it.
+            finite: whether its loss is, a scalar bool tensor.
+            differs: whether it is not what its layout says, likewise; ``None`` for no.
             weight: the sum of its targets' weights ``-dL/dl``, a scalar in float64, where the step is divided by these.
-            finite: whether its loss is, a scalar bool tensor; ``None`` for yes.
         """
-        zero = torch.zeros_like(num_targets)
-        parts = (num_targets, zero if finite is None else ~finite, zero if weight is None else weight)
+        zero = torch.zeros_like(finite)
+        parts = (~finite, zero if differs is None else differs, zero if weight is None else weight)
         counted = torch.stack([part.double() for part in parts])
         self._counted = counted if self._counted is None else self._counted + counted
+        self._targets += num_targets
         self._by_weight = weight is not None
 
     @torch.no_grad()
-    def rescale(self, parameters: Iterable[Tensor], accumulate_grad_batches: int) -> int:
-        """Turn the accumulated gradients into those of the token mean, or of the mean by weight.
+    def rescale(self, parameters: Iterable[Tensor], accumulate_grad_batches: int, asked: bool = False) -> None:
+        """Turn the accumulated gradients into those of the token mean, or of the mean by weight. A collective.
 
-        Where the whole step had no target on any rank, or none with a weight, or where a loss was not finite, gradients
-        are removed, so that the optimizer leaves the parameters as they are, weight decay included. Does nothing where
-        nothing was counted.
+        Where there is nothing to divide by, they are left to whoever reads :meth:`totals`. Does nothing where nothing
+        was counted.
+
+        Args:
+            parameters: whose gradients.
+            accumulate_grad_batches: what Lightning divided by.
+            asked: whether this rank was asked to stop, which all of them learn.
+        """
+        if self._counted is None:
+            return
+        summed = self._counted.new_zeros(5)
+        summed[0], summed[1:4], summed[4] = self._targets, self._counted, float(asked)
+        self._all_reduce(summed)
+        self._targets, self._counted, self._summed = 0, None, summed
+        self._micro_batches = accumulate_grad_batches * self._world_size
+        divided_by = summed[3 if self._by_weight else 0]
+        multiply_gradients(parameters, (self.divisor or 1.0) * self._micro_batches / divided_by)
+
+    def totals(self, norm: Tensor | None = None) -> StepTotals | None:
+        """What was counted of the step, and the norm of its gradient. The one time that a step waits for the device.
+
+        Args:
+            norm: a scalar, where it is known.
 
         Returns:
-            How many micro-batches of all ranks had a loss that is not finite.
+            ``None`` where nothing was counted, or all was told already.
 
         Raises:
             RuntimeError: the weights' sum is negative.
         """
-        if self._counted is None:
-            return 0
-        tokens, non_finite, weight = self._all_reduce(self._counted).tolist()  # one exchange, one wait
-        self._counted = None
+        if self._summed is None:
+            return None
+        values = [*self._summed] if norm is None else [*self._summed, norm.to(self._summed)]
+        self._summed = None
+        targets, non_finite, differs, weight, asked, *norms = torch.stack(values).tolist()
         if self._by_weight and weight < 0 and not non_finite:
             raise RuntimeError(
                 f"renormalize divides by the sum of the tokens' weights -dL/dl, which is {weight} in this step: it "
                 "needs a loss whose weights are not negative"
             )
-        total = weight if self._by_weight else tokens
-        if total == 0 or non_finite:
-            remove_gradients(parameters)
-            return int(non_finite)
-        assert self.divisor is not None
-        micro_batches = accumulate_grad_batches * self._world_size
-        factor = self.divisor * micro_batches / total
-        self.divisor = _power_of_two(tokens / micro_batches)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        multiply(gradients, factor)
-        return 0
+        found = StepTotals(
+            targets=int(targets),
+            non_finite=int(non_finite),
+            differs=int(differs),
+            asked=int(asked),
+            weight=weight if self._by_weight else None,
+            norm=norms[0] if norms else None,
+        )
+        if found.divisor and not non_finite:
+            self.divisor = _power_of_two(targets / self._micro_batches)
+        return found
+
+
+class StopFlag:
+    """Whether a run is to stop. Each rank says it for itself; all learn it in the exchange of an optimizer step.
+
+    Attributes:
+        asked: whether this process was asked.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._found: bool | None = None
+
+    def answer(self, found: bool) -> None:
+        """Of an exchange: whether any rank was asked."""
+        self._found = found
+
+    def taken(self) -> bool | None:
+        """The answer, once; ``None`` where there was no exchange since."""
+        found, self._found = self._found, None
+        return found
+
+
+def multiply_gradients(parameters: Iterable[Tensor], factor: Tensor) -> None:
+    """Multiply gradients in place by a scalar of float64 on the device, which is not waited for.
+
+    The products are in float32 or float64 whatever the gradients are: of a factor in bfloat16 two digits were left.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            gradient = local_part(parameter.grad)
+            kinds.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+    for (device, dtype), gradients in kinds.items():
+        if dtype in (torch.float32, torch.float64):
+            multiply(gradients, factor.to(device, dtype))
+            continue
+        number = factor.to(device, torch.float32)
+        for gradient in gradients:
+            torch.mul(gradient, number.expand(gradient.shape), out=gradient)
 
 
 def remove_gradients(parameters: Iterable[Tensor]) -> None:
@@ -184,6 +281,11 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     square = square.to(mesh.device_type)  # offloaded gradients are on the CPU, which NCCL does not reach
     torch.distributed.all_reduce(square, group=mesh.get_group())
     return square.sqrt().to(local[0])
+
+
+def sum_over_ranks(tensor: Tensor) -> None:
+    """In place, and nothing waits for the device. A collective."""
+    torch.distributed.all_reduce(tensor)
 
 
 def gather_lists(items: list[T], world_size: int) -> list[T]:

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
 
 from dft_lightning.distributed.sharding import ShardingOptions, find_blocks
 from dft_lightning.errors import InputError, one_line
@@ -168,6 +169,17 @@ def gathered_root(trainer: pl.Trainer | None) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def leave_constant_buffers(trainer: pl.Trainer, model: nn.Module) -> None:
+    """Have DDP not send rank 0's buffers around before each step: rotary frequencies and the like are constants.
+
+    Those of a model that keeps running statistics are left to DDP.
+    """
+    wrapped = trainer.strategy.model
+    running = any(getattr(module, "track_running_stats", False) for module in model.modules())
+    if isinstance(wrapped, DistributedDataParallel) and not running:
+        wrapped.broadcast_buffers = False
 
 
 def prepare_fsdp1(trainer: pl.Trainer | None, model: nn.Module) -> None:

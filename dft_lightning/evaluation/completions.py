@@ -15,9 +15,9 @@ from dft_lightning.distributed import gather_lists
 from dft_lightning.errors import InputError
 from dft_lightning.metrics import ExactMatch, TokenMetrics, pass_at_k, reported_k
 from dft_lightning.models.generation import GenerationOptions
+from dft_lightning.models.layout import KEY, with_layout
 from dft_lightning.models.row_checks import evaluating
 from dft_lightning.modules.causal_lm import CausalLMModule
-from dft_lightning.modules.telemetry import count_tokens
 
 
 def check_prompts(trainer: pl.Trainer, module: CausalLMModule, split: str, limit: int | None) -> None:
@@ -100,7 +100,8 @@ def token_values(trainer: pl.Trainer, module: CausalLMModule, split: str, limit:
     metrics = TokenMetrics().to(module.device)
     with measuring(trainer, module):
         for batch in _batches(trainer, module, split, limit):
-            metrics.update(module.token_output(batch, statistics=("entropy",)), count_tokens(batch))
+            batch = with_layout(batch)
+            metrics.update(module.token_output(batch, statistics=("entropy",)), batch[KEY].num_tokens)
     values = {name: float(value) for name, value in metrics.compute().items()}
     del values["tokens"]
     return values

@@ -30,8 +30,9 @@ class Moving(nn.Module):
             return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
 
 
-def multiply(tensors: list[Tensor], factor: float) -> None:
-    """Multiply tensors in place by few kernels. Of those that take lists at once, ``torch`` has none that is public."""
+def multiply(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiply tensors in place by a scalar of their dtype and device, by few kernels. Of those that take lists at
+    once, ``torch`` has none that is public."""
     if tensors:
         torch._foreach_mul_(tensors, factor)
 

@@ -6,7 +6,8 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, masking_utils
 from transformers.utils import chat_template_utils, logging
 
 
@@ -35,6 +36,26 @@ def supports_sdpa(model: object) -> bool:
 def attention_of(model: object) -> str:
     """The name of a model's attention implementation, of which the config's public name is what was asked for."""
     return str(getattr(getattr(model, "config", None), "_attn_implementation", "of its own"))
+
+
+@contextlib.contextmanager
+def told_of_documents(several: bool) -> Iterator[None]:
+    """Whether rows are of several documents. transformers' masks would read it off ``position_ids`` in each forward,
+    and wait for the device: a function of the module that makes masks, which takes no such argument."""
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = _document_index if several else _no_documents
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
+
+
+def _document_index(position_ids: Tensor) -> Tensor:
+    return (position_ids.diff(prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+
+
+def _no_documents(position_ids: Tensor) -> None:
+    return None
 
 
 def let_pass(config: GenerationConfig) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dft_lightning.errors import check_one_of
 from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss
@@ -25,8 +25,15 @@ Mean = Literal["product", "geometric"]
 
 def sequence_sum(values: Tensor, sequence_index: Tensor) -> Tensor:
     """For each token the sum over its sequence; ``[n]`` and ``[n]`` to ``[n]``."""
-    place = torch.unique(sequence_index, return_inverse=True)[1]
+    place = _numbered(sequence_index)
     return torch.zeros_like(values).index_add(0, place, values)[place]
+
+
+def _numbered(sequence_index: Tensor) -> Tensor:
+    """Sequences numbered from 0 up, as ``torch.unique`` does, which waits for the device to know how many there are."""
+    ordered, order = sequence_index.sort()
+    number = nn.functional.pad((ordered[1:] != ordered[:-1]).cumsum(0), (1, 0))
+    return torch.empty_like(order).scatter_(0, order, number[: len(order)])
 
 
 def sequence_mean(values: Tensor, sequence_index: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -45,7 +47,18 @@ class ExactSums(ExactMetric):
             super().reset()
 
 
-class TokenMetrics(ExactSums):
+class NamedSums(ExactSums):
+    """Exact sums of which several values are made, by name."""
+
+    def values_of(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values of states by name."""
+        raise NotImplementedError
+
+    def compute(self) -> dict[str, Tensor]:
+        return self.values_of({name: getattr(self, name) for name in self.metric_state})
+
+
+class TokenMetrics(NamedSums):
     """Objective, NLL, perplexity, accuracy, entropy and mean weight over all target tokens seen.
 
     States are sums in float64 and counts in int64, added over ranks; each mean is one division at the end.
@@ -89,23 +102,24 @@ class TokenMetrics(ExactSums):
             self.entropy_sum += output.entropy.double().sum()
             self.entropy_targets += output.entropy.numel()
 
-    def compute(self) -> dict[str, Tensor]:
-        nll = self.nll_sum / self.targets
+    def values_of(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        targets = sums["targets"]
+        nll = sums["nll_sum"] / targets
         values = {
-            "loss": self.loss_sum / self.targets,
+            "loss": sums["loss_sum"] / targets,
             "nll": nll,
             "perplexity": nll.exp(),
-            "token_accuracy": self.correct.double() / self.targets,
-            "mean_weight": self.weight_sum / self.targets,
-            "target_tokens": self.targets.double(),
-            "tokens": self.tokens.double(),
+            "token_accuracy": sums["correct"].double() / targets,
+            "mean_weight": sums["weight_sum"] / targets,
+            "target_tokens": targets.double(),
+            "tokens": sums["tokens"].double(),
         }
-        if self.entropy_targets > 0:
-            values["entropy"] = self.entropy_sum / self.entropy_targets
+        if sums["entropy_targets"] > 0:
+            values["entropy"] = sums["entropy_sum"] / sums["entropy_targets"]
         return values
 
 
-class SourceMetrics(ExactSums):
+class SourceMetrics(NamedSums):
     """Mean objective and nll over the targets of each source.
 
     States are sums in float64 and counts in int64 for each of up to 64 sources, added over ranks.
@@ -135,17 +149,15 @@ class SourceMetrics(ExactSums):
         """
         self.loss_sums += torch.zeros_like(self.loss_sums).index_add_(0, source, loss.double())
         self.nll_sums += torch.zeros_like(self.nll_sums).index_add_(0, source, nll.double())
-        self.targets += torch.bincount(source, minlength=MAX_SOURCES)
+        # Not torch.bincount, which looks for the largest first and waits for the device.
+        self.targets += torch.zeros_like(self.targets).index_add_(0, source, torch.ones_like(source))
 
-    def compute(self) -> dict[str, Tensor]:
-        return {
-            "loss": self.loss_sums / self.targets,
-            "nll": self.nll_sums / self.targets,
-            "targets": self.targets,
-        }
+    def values_of(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        targets = sums["targets"]
+        return {"loss": sums["loss_sums"] / targets, "nll": sums["nll_sums"] / targets, "targets": targets}
 
 
-class GradientMetrics(ExactSums):
+class GradientMetrics(NamedSums):
     """Mean gradient norm before clipping and share of clipped steps.
 
     Gradients are equal on all ranks by the time they are measured, so nothing is exchanged.
@@ -164,7 +176,7 @@ class GradientMetrics(ExactSums):
         self._add_sums("norm_sum")
         self._add_sums("clipped", "steps", dtype=torch.int64)
 
-    def update(self, norm: Tensor, clip_val: float | int | None, skips_non_finite: bool = False) -> None:
+    def update(self, norm: float, clip_val: float | int | None, skips_non_finite: bool = False) -> None:
         """Add an optimizer step.
 
         Args:
@@ -172,11 +184,33 @@ class GradientMetrics(ExactSums):
             clip_val: the norm it is clipped to, or ``None``.
             skips_non_finite: whether a gradient scaler skips steps whose gradient overflowed; they do not count.
         """
-        counted = norm.isfinite() if skips_non_finite else torch.ones_like(norm, dtype=torch.bool)
-        self.norm_sum += torch.where(counted, norm.detach().double(), 0.0)
-        if clip_val:
-            self.clipped += counted & (norm > clip_val)
-        self.steps += counted
+        if skips_non_finite and not math.isfinite(norm):
+            return
+        self.norm_sum += norm
+        self.clipped += bool(clip_val) and norm > cast(float, clip_val)
+        self.steps += 1
 
-    def compute(self) -> dict[str, Tensor]:
-        return {"grad_norm": self.norm_sum / self.steps, "clipped_steps": self.clipped.double() / self.steps}
+    def values_of(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        steps = sums["steps"]
+        return {"grad_norm": sums["norm_sum"] / steps, "clipped_steps": sums["clipped"].double() / steps}
+
+
+def computed(metrics: Sequence[NamedSums]) -> list[dict[str, Tensor]]:
+    """What ``compute`` returns of each, on the host: over all ranks in one exchange, and read at once. A collective.
+
+    torchmetrics exchanges each state by itself, after a barrier. Counts travel as float64, which has them exactly.
+    """
+    metrics = list(metrics)
+    shared = [metric for metric in metrics if metric.sync_on_compute]
+    ordered = [*shared, *(metric for metric in metrics if not metric.sync_on_compute)]
+    states = [(metric, name, getattr(metric, name)) for metric in ordered for name in metric.metric_state]
+    with torch.inference_mode(False), torch.no_grad():
+        vector = torch.cat([state.double().flatten() for _, _, state in states])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            size = sum(state.numel() for metric, _, state in states if metric.sync_on_compute)
+            torch.distributed.all_reduce(vector[:size])
+        parts = torch.split(vector.cpu(), [state.numel() for _, _, state in states])
+        sums: dict[int, dict[str, Tensor]] = {id(metric): {} for metric in metrics}
+        for (metric, name, state), part in zip(states, parts, strict=True):
+            sums[id(metric)][name] = part.view(state.shape).to(state.dtype)
+        return [metric.values_of(sums[id(metric)]) for metric in metrics]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,9 +11,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from dft_lightning.errors import InputError, one_line
-from dft_lightning.foreign.transformers import attention_of
-from dft_lightning.models.head import LanguageModelHead, check_head, find_head, text_config
-from dft_lightning.models.row_checks import apart, check_rows, rotary_length, rounding, trying, vocabulary_of
+from dft_lightning.foreign.transformers import attention_of, told_of_documents
+from dft_lightning.models.head import LanguageModelHead, check_head, find_head
+from dft_lightning.models.layout import KEY, BatchLayout, document_lengths
+from dft_lightning.models.row_checks import (
+    apart,
+    check_rows,
+    rotary_length,
+    rounding,
+    text_config,
+    trying,
+    vocabulary_of,
+)
 
 ATTENTION = "documents"
 WAY_OUT = "train on padded rows (data.batches.padding_free: false, no data.batches.packing)"
@@ -72,7 +81,7 @@ def model_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
                 "attn_implementation: documents puts documents' lengths in place of a mask, which the auxiliary loss "
                 "of experts reads: use sdpa or flash_attention_2, or set model.step.router_aux_loss_coef: 0"
             )
-        lengths, span = document_lengths(positions), attention_span(model)
+        lengths, span = _lengths(batch), attention_span(model)
         if span is not None and max(lengths) > span:
             raise InputError(
                 f"attn_implementation: documents attends to whole documents, and one of {max(lengths)} tokens is "
@@ -84,20 +93,18 @@ def model_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     return inputs
 
 
-def document_lengths(position_ids: Tensor) -> list[int]:
-    """Tokens of each document of rows: one begins wherever ``position_ids`` ``[B, T]`` do not go up by one.
-
-    Every row begins one, at position 0.
-    """
-    positions = position_ids.flatten()
-    starts = (positions.diff(prepend=positions[:1] - 2) != 1).nonzero().flatten().tolist()
-    return [end - start for start, end in itertools.pairwise([*starts, len(positions)])]
+def knowing_documents(batch: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """A model that is run on a batch meanwhile need not find out what its layout says."""
+    layout = batch.get(KEY)
+    if not isinstance(layout, BatchLayout) or layout.documents is None:
+        return nullcontext()
+    return told_of_documents(layout.joined and len(layout.documents) > layout.shape[0])
 
 
-def document_index(position_ids: Tensor) -> Tensor:
-    """The number ``[B * T]`` of the document of each token."""
-    lengths = torch.tensor(document_lengths(position_ids), device=position_ids.device)
-    return torch.arange(len(lengths), device=position_ids.device).repeat_interleave(lengths)
+def _lengths(batch: Mapping[str, Any]) -> list[int]:
+    layout = batch.get(KEY)
+    known = layout.documents if isinstance(layout, BatchLayout) else None
+    return document_lengths(batch["position_ids"]) if known is None else known
 
 
 def check_documents(model: nn.Module, num_rows: int = 1, longest: int | None = None) -> None:
@@ -195,15 +202,20 @@ class ModelChecks:
 
     def __init__(self) -> None:
         self._rows = self._documents = self._head = False
+        self._needs_mask = True
         self._rotary: tuple[str, int] | None = None
 
-    def before_batch(self, model: nn.Module, batch: Mapping[str, Any], max_length: int | None = None) -> None:
+    def before_batch(self, model: nn.Module, batch: Mapping[str, Any], max_length: int | None = None) -> dict[str, Any]:
         """Try the model with padded rows, and with several documents in a row where the batch has such rows.
 
         Args:
             model: the language model.
             batch: as the module takes it.
             max_length: of documents, where that is known.
+
+        Returns:
+            What the model is to be run on: the batch, without an ``attention_mask`` that it does not need. Of one, a
+            model makes a mask of ``[B, 1, T, T]``, for which it waits and which flash attention does not take.
 
         Raises:
             InputError: the model sees tokens that it must not see.
@@ -212,7 +224,7 @@ class ModelChecks:
             check_documents(model, len(batch["position_ids"]), max_length)
             self._documents = True
         if not self._rows:
-            check_rows(model)
+            self._needs_mask = check_rows(model)
             self._rows, self._rotary = True, rotary_length(text_config(model))
         if self._rotary is not None and batch["input_ids"].shape[1] > self._rotary[1]:
             kind, length = self._rotary
@@ -222,6 +234,9 @@ class ModelChecks:
                 f"together: set data.text.max_length to {length} or less, or a batch size of 1"
             )
             self._rotary = None  # said once
+        layout = batch.get(KEY)
+        right = isinstance(layout, BatchLayout) and layout.lengths is not None
+        return {name: each for name, each in batch.items() if name != "attention_mask" or self._needs_mask or not right}
 
     def head_of(self, model: nn.Module) -> LanguageModelHead:
         """The model's head, held against the model's own logits.

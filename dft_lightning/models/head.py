@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.foreign.torch import is_hooked
-from dft_lightning.models.row_checks import trying
+from dft_lightning.models.row_checks import text_config, trying
 from dft_lightning.ops import linear_token_statistics
 from dft_lightning.ops.row_math import LogitTransform
 
@@ -112,12 +112,6 @@ def find_head(model: nn.Module) -> LanguageModelHead:
 def ends_of(model: nn.Module) -> list[Any]:
     """A model's input embedding and its output layer; ``None`` for one that it does not show."""
     return [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
-
-
-def text_config(model: nn.Module) -> Any:
-    """The config of the language model, within that of a multimodal one."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def run_without_head(model: nn.Module, head: LanguageModelHead, **inputs: Any) -> tuple[Tensor, Any]:

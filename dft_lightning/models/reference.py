@@ -14,7 +14,7 @@ from dft_lightning.errors import InputError
 from dft_lightning.foreign.peft import adapter_off
 from dft_lightning.losses import TokenLoss
 from dft_lightning.losses.statistics import normalise_needs
-from dft_lightning.models.documents import ModelChecks, model_inputs
+from dft_lightning.models.documents import ModelChecks, knowing_documents, model_inputs
 from dft_lightning.models.fingerprints import base_fingerprint, first_difference
 from dft_lightning.models.head import ends_of, run_without_head
 from dft_lightning.models.lora.adapter import base_name, trained_names
@@ -89,26 +89,25 @@ class ReferenceModel:
         Raises:
             InputError: the reference's head or attention is none that the fused head or packed rows can take.
         """
-        with self._running(trained, batch) as model:
+        with self._running(trained, batch) as (model, inputs):
             head = self._checks.head_of(model)
-            hidden, _ = run_without_head(model, head, **model_inputs(model, batch))
+            hidden, _ = run_without_head(model, head, **inputs)
             options = head.options
             weight = options.pop("weight").detach()
         return ReferenceHead(hidden.detach().reshape(-1, hidden.shape[-1]), weight, **options)
 
     def logits(self, trained: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Logits ``[B, T, V]`` of the reference for a batch."""
-        with self._running(trained, batch) as model:
-            logits: Tensor = model(**model_inputs(model, batch)).logits
+        with self._running(trained, batch) as (model, inputs):
+            logits: Tensor = model(**inputs).logits
         return logits.detach()
 
     @contextmanager
-    def _running(self, trained: nn.Module, batch: dict[str, Any]) -> Iterator[nn.Module]:
+    def _running(self, trained: nn.Module, batch: dict[str, Any]) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
         model = trained if self._model is None else self._placed(trained)
         off = adapter_off(trained) if self._model is None else nullcontext()
-        with off, evaluating(model):
-            self._checks.before_batch(model, batch)
-            yield model
+        with off, evaluating(model), knowing_documents(batch):
+            yield model, model_inputs(model, self._checks.before_batch(model, batch))
 
     def _placed(self, trained: nn.Module) -> nn.Module:
         """Beside the trained model, in its dtype: strategies move and cast what they know of."""

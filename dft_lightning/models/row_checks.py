@@ -39,6 +39,12 @@ def trying(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def text_config(model: nn.Module) -> Any:
+    """The config of the language model, within that of a multimodal one."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def rounding(logits: Tensor, units: float, noise: float = 0.0) -> float:
     """How far equal logits may lie apart, by the order of sums alone.
 
@@ -63,11 +69,15 @@ def vocabulary_of(model: nn.Module, otherwise: int) -> int:
     return otherwise if embedding is None else len(embedding.weight)
 
 
-def check_rows(model: nn.Module) -> None:
+def check_rows(model: nn.Module) -> bool:
     """Find out whether a model keeps the future from its tokens, and whether padding leaves a row as it is.
 
     A row of 8 tokens and one of 5, padded on the right: another last token of the first must not move its earlier
     logits, and the second's logits must be those of the second alone. The tokens are the same on every rank.
+
+    Returns:
+        Whether it needs an ``attention_mask`` for rows that are padded on the right. Tokens that attend to what is
+        before them alone do not; the positions of some models (ALiBi) are made of the mask.
 
     Raises:
         InputError: one of the two does not hold, by model.
@@ -89,7 +99,7 @@ def check_rows(model: nn.Module) -> None:
     except Exception as error:  # whatever a model's own code raises
         raise InputError(f"{name} does not run on two rows, of which one is padded ({one_line(error)})") from error
     if not all(logits.isfinite().all() for logits in (first[0], first[1, :_SHORT], alone)):
-        return  # a model of nan shows in the loss
+        return True  # a model of nan shows in the loss
     own = first[1, :_SHORT]
     noise = apart(own, second[1, :_SHORT])
     moved = apart(first[0, :-1], second[0, :-1])
@@ -104,9 +114,23 @@ def check_rows(model: nn.Module) -> None:
             f"{name} takes padding for tokens: padded on the right, a row's logits move by {moved:.3g}; train on rows "
             "of one length (data.batch_size: 1), or take another model"
         )
+    return _needs_mask(model, torch.stack([long, padded]), first, noise)
 
 
-def _logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def _needs_mask(model: nn.Module, rows: Tensor, masked: Tensor, noise: float) -> bool:
+    """Whether the logits of two rows, of which the second is padded, are others without a mask."""
+    if getattr(text_config(model), "output_router_logits", False):
+        return True  # the auxiliary loss of experts is a mean over the tokens that the mask leaves
+    try:
+        with trying(model):
+            unmasked = _logits(model, rows, None)
+    except Exception:  # whatever a model's own code raises: it runs with one
+        return True
+    moved = max(apart(masked[0], unmasked[0]), apart(masked[1, :_SHORT], unmasked[1, :_SHORT]))
+    return not moved <= rounding(masked[0], 2, noise)
+
+
+def _logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     return logits.float() if logits.dtype == torch.float64 else logits
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +12,20 @@ from torch import Tensor, nn
 
 from dft_lightning.errors import InputError
 from dft_lightning.losses import TokenLoss
-from dft_lightning.losses.base import IGNORE_INDEX, sequence_index_of
+from dft_lightning.losses.base import IGNORE_INDEX
 from dft_lightning.losses.statistics import normalise_needs
-from dft_lightning.models.documents import ModelChecks, document_index, model_inputs
-from dft_lightning.models.head import WAY_OUT, LanguageModelHead, run_without_head, text_config
+from dft_lightning.models.documents import ModelChecks, knowing_documents, model_inputs
+from dft_lightning.models.head import WAY_OUT, LanguageModelHead, run_without_head
+from dft_lightning.models.layout import KEY, BatchLayout, layout_of
 from dft_lightning.models.reference import ReferenceModel
+from dft_lightning.models.row_checks import text_config
 from dft_lightning.modules.options import Head, StepOptions
 from dft_lightning.ops import TokenOutput, linear_token_loss, logits_token_loss
+
+CHANGED = (
+    f"a batch was changed after it was made, so that its {KEY!r} is of another: leave that out where you change "
+    "labels, attention_mask or position_ids, and it is made anew"
+)
 
 
 class BatchObjective:
@@ -36,8 +44,9 @@ class BatchObjective:
     def __init__(self, head: Head, step: StepOptions, own_forward: bool, name: str) -> None:
         if head == "fused" and own_forward:
             raise ValueError(f"{name} overrides forward, which the fused head does not call: {WAY_OUT}")
-        self._head, self._step = head, step
+        self._head, self._step, self._own_forward = head, step, own_forward
         self._checks = ModelChecks()
+        self._differs: Tensor | None = None
 
     def output(
         self,
@@ -64,15 +73,29 @@ class BatchObjective:
             InputError: the model, the head or the batch is none for what is asked.
         """
         check_batch(batch)
-        self._checks.before_batch(model, batch, max_length)
-        inputs = _token_inputs(batch, loss)
+        layout = layout_of(batch)
+        call = _Call(batch, layout, self._checks.before_batch(model, batch, max_length), loss, reference, options)
         if self._head == "full":
-            output, model_output = _full(model, forward, batch, loss, inputs, reference, options)
+            output, model_output = _full(model, call, forward if self._own_forward else None)
         else:
-            head = self._checks.head_of(model)
-            output, model_output = _fused(model, head, batch, loss, inputs, reference, options)
+            output, model_output = _fused(model, call, self._checks.head_of(model))
+        if layout is batch.get(KEY):
+            self._note(layout.differs(batch, output.vocab_size))
         auxiliary = auxiliary_loss(model, model_output, required=bool(self._step.router_aux_loss_coef))
         return self._with_auxiliary_loss(output, auxiliary, options["normalizer"])
+
+    def differs(self) -> Tensor | None:
+        """Whether a batch since the last call was not the one that its layout is of: a scalar bool tensor.
+
+        Read it with what the step has to wait for; :data:`CHANGED` is what to say.
+        """
+        found, self._differs = self._differs, None
+        return found
+
+    def _note(self, differs: Tensor) -> None:
+        self._differs = differs if self._differs is None else self._differs | differs
+        if not torch.is_grad_enabled() and bool(self.differs()):  # no step comes that would read it
+            raise InputError(CHANGED)
 
     def _with_auxiliary_loss(
         self, output: TokenOutput, auxiliary: Tensor | None, normalizer: float | None
@@ -125,41 +148,113 @@ def _problems(batch: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} are {list(values.shape)}{beside}"
 
 
-def _fused(
-    model: nn.Module,
-    head: LanguageModelHead,
-    batch: dict[str, Any],
-    loss: TokenLoss,
-    inputs: dict[str, Tensor],
-    reference: ReferenceModel | None,
-    options: dict[str, Any],
-) -> tuple[TokenOutput, Any]:
-    beside = None if reference is None else reference.head(model, batch)
-    hidden, model_output = run_without_head(model, head, **model_inputs(model, batch))
+@dataclass(frozen=True)
+class _Call:
+    """What a head is given for a batch.
+
+    Attributes:
+        batch: whole.
+        layout: the batch's.
+        run_on: of the batch, what the model is run on.
+        loss: any token loss.
+        reference: as in :meth:`BatchObjective.output`.
+        options: likewise.
+    """
+
+    batch: dict[str, Any]
+    layout: BatchLayout
+    run_on: dict[str, Any]
+    loss: TokenLoss
+    reference: ReferenceModel | None
+    options: dict[str, Any]
+
+    def targets(self, num_classes: int) -> Tensor:
+        """Each token's target, ``[B, T]``, at the place of its logits; what stands where there is none is a class, too.
+
+        Raises:
+            InputError: one is no class.
+        """
+        layout = self.layout
+        if layout.smallest_target < 0 or layout.largest_target >= num_classes:
+            wrong = layout.smallest_target if layout.smallest_target < 0 else layout.largest_target
+            raise InputError(
+                f"labels: {wrong} is not a class index: it must lie in [0, {num_classes}), the model's vocabulary, or "
+                f"be {IGNORE_INDEX} where nothing is learnt"
+            )
+        return self.shifted("labels", 0).clamp(0, num_classes - 1)
+
+    def shifted(self, name: str, last: int = 0) -> Tensor:
+        """Each token's successor's value, ``[B, T]``, so that hidden states need not be copied."""
+        values: Tensor = self.batch[name]
+        return torch.cat([values[:, 1:], values.new_full((len(values), 1), last)], dim=1)
+
+    def token_weight(self) -> Tensor | None:
+        """Factor of each token's loss, ``[B, T]``, likewise."""
+        return self.shifted("token_weight") if "token_weight" in self.batch else None
+
+    def inputs(self) -> dict[str, Any]:
+        """What the loss reads of each token beside the model's own statistics, ``[B, T]``, likewise.
+
+        Raises:
+            InputError: the batch lacks it.
+        """
+        needs = {need.name for need in normalise_needs(self.loss.needs)}
+        inputs: dict[str, Any] = {}
+        if "sequence_index" in needs:
+            inputs["sequence_index"] = self.layout.sequence_index().view(self.layout.shape)
+        if "reference_log_prob" in needs:
+            if "reference_log_prob" not in self.batch:
+                raise InputError(
+                    f"{type(self.loss).__name__} needs reference_log_prob of every target, which these rows lack: "
+                    "`python -m dft_lightning score` writes rows that have it"
+                )
+            inputs["reference_log_prob"] = self.shifted("reference_log_prob")
+        return inputs
+
+
+def _fused(model: nn.Module, call: _Call, head: LanguageModelHead) -> tuple[TokenOutput, Any]:
+    inputs, weight = call.inputs(), call.token_weight()
+    beside = None if call.reference is None else call.reference.head(model, call.batch)
+    with knowing_documents(call.batch):
+        hidden, model_output = run_without_head(model, head, **model_inputs(model, call.run_on))
     output = linear_token_loss(
         hidden.reshape(-1, hidden.shape[-1]),
-        # With nothing to predict at the end: so that hidden states need not be copied.
-        targets=_shifted(batch["labels"], IGNORE_INDEX).flatten(),
-        loss=loss,
-        token_inputs=inputs,
+        targets=call.targets(len(head.layer.weight)).flatten(),
+        target_index=call.layout.target_index,
+        loss=call.loss,
+        token_inputs={name: value.flatten() for name, value in inputs.items()},
         reference=beside,
-        token_weight=_shifted(batch["token_weight"], 0).flatten() if "token_weight" in batch else None,
+        token_weight=None if weight is None else weight.flatten(),
         **head.options,
-        **options,
+        **call.options,
     )
     return output, model_output
 
 
-def _full(
-    model: nn.Module,
-    forward: Callable[..., Tensor],
-    batch: dict[str, Any],
-    loss: TokenLoss,
-    inputs: dict[str, Tensor],
-    reference: ReferenceModel | None,
-    options: dict[str, Any],
-) -> tuple[TokenOutput, Any]:
-    beside = None if reference is None else reference.logits(model, batch)[:, :-1]
+def _full(model: nn.Module, call: _Call, forward: Callable[..., Tensor] | None) -> tuple[TokenOutput, Any]:
+    """With a ``forward`` of the module's own, its logits; otherwise the model's."""
+    inputs = call.inputs()
+    beside = None if call.reference is None else call.reference.logits(model, call.batch)
+    with knowing_documents(call.batch):
+        logits, model_output = _logits(model, call.run_on, forward)
+    output = logits_token_loss(
+        logits,
+        call.targets(logits.shape[-1]),
+        call.loss,
+        target_index=call.layout.target_index,
+        reference_logits=beside,
+        token_weight=call.token_weight(),
+        **inputs,
+        **call.options,
+    )
+    return output, model_output
+
+
+def _logits(model: nn.Module, batch: dict[str, Any], forward: Callable[..., Tensor] | None) -> tuple[Tensor, Any]:
+    """Logits ``[B, T, V]`` and the model's output, which has more."""
+    if forward is None:
+        output = model(**model_inputs(model, batch))
+        return output.logits, output
     outputs: list[Any] = []
     handle = model.register_forward_hook(lambda model, args, output: outputs.append(output))
     try:
@@ -167,16 +262,7 @@ def _full(
         logits = forward(batch["input_ids"], batch.get("attention_mask"), **positions)
     finally:
         handle.remove()
-    output = logits_token_loss(
-        logits[:, :-1],
-        batch["labels"][:, 1:],
-        loss,
-        **{name: value.view_as(batch["labels"])[:, :-1] for name, value in inputs.items()},  # type: ignore[arg-type]
-        reference_logits=beside,
-        token_weight=batch["token_weight"][:, 1:] if "token_weight" in batch else None,
-        **options,
-    )
-    return output, outputs[-1] if outputs else None
+    return logits, outputs[-1] if outputs else None
 
 
 def check_top_k(loss: TokenLoss, vocabulary: int) -> None:
@@ -187,34 +273,6 @@ def check_top_k(loss: TokenLoss, vocabulary: int) -> None:
                 f"model.loss: {type(loss).__name__} takes the {need.params['k']} likeliest tokens, and the model knows "
                 f"{vocabulary} in all: set a smaller top_k"
             )
-
-
-def _token_inputs(batch: dict[str, Any], loss: TokenLoss) -> dict[str, Tensor]:
-    """What the loss reads of each token beside the model's own statistics, ``[B * T]``, at the place of its logits."""
-    needs = {need.name for need in normalise_needs(loss.needs)}
-    inputs = {}
-    if "sequence_index" in needs:
-        inputs["sequence_index"] = _sequence_index(batch)
-    if "reference_log_prob" in needs:
-        if "reference_log_prob" not in batch:
-            raise InputError(
-                f"{type(loss).__name__} needs reference_log_prob of every target, which these rows lack: `python -m "
-                "dft_lightning score` writes rows that have it"
-            )
-        inputs["reference_log_prob"] = _shifted(batch["reference_log_prob"], 0).flatten()
-    return inputs
-
-
-def _shifted(values: Tensor, last: int) -> Tensor:
-    """Each token's successor's, ``[B, T]``."""
-    return torch.cat([values[:, 1:], values.new_full((len(values), 1), last)], dim=1)
-
-
-def _sequence_index(batch: dict[str, Any]) -> Tensor:
-    """The sequence of each token, flattened."""
-    if "position_ids" in batch:
-        return document_index(batch["position_ids"])
-    return sequence_index_of(batch["labels"].shape, batch["labels"].device)
 
 
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")

@@ -28,13 +28,13 @@ from dft_lightning.foreign.torch import non_persistent_buffers
 from dft_lightning.losses.base import TokenLoss, require_default_forward_options
 from dft_lightning.losses.statistics import check_params, normalise_needs
 from dft_lightning.models.given import model_itself, name_of, plain_model
-from dft_lightning.models.head import ends_of, find_head, text_config
+from dft_lightning.models.head import ends_of, find_head
 from dft_lightning.models.loading import checkpoint_activations, empty_causal_lm, load_causal_lm
 from dft_lightning.models.lora.adapter import attach, base_name, raise_to_float32
 from dft_lightning.models.lora.options import lora_config
 from dft_lightning.models.quantization import is_quantized
 from dft_lightning.models.reference import ReferenceModel, needs_reference_model, reference_of
-from dft_lightning.models.row_checks import positions_of
+from dft_lightning.models.row_checks import positions_of, text_config
 from dft_lightning.modules.batch_loss import check_top_k, set_auxiliary_loss
 from dft_lightning.modules.options import LoadingOptions, StepOptions
 

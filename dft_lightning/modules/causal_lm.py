@@ -15,14 +15,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dft_lightning.component import plain_values
+from dft_lightning.distributed.ranks import StopFlag
 from dft_lightning.distributed.sharding import ShardingOptions, discard_gradients, is_sharded, synchronise
+from dft_lightning.distributed.strategies import leave_constant_buffers
 from dft_lightning.foreign.lightning import PlainHyperparameters, believe_reduced, logs_now, trainer_of
 from dft_lightning.foreign.torch import Moving
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss
-from dft_lightning.losses.base import IGNORE_INDEX
 from dft_lightning.models.documents import model_inputs
 from dft_lightning.models.generation import Completions, GenerationOptions
 from dft_lightning.models.given import options_of_itself
+from dft_lightning.models.layout import KEY, with_layout
 from dft_lightning.models.lora.options import lora_values
 from dft_lightning.models.reference import ReferenceModel
 from dft_lightning.modules.batch_loss import BatchObjective, check_batch
@@ -56,6 +58,8 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
     aligned with the inputs (the module shifts them) and -100 where there is no target. Packed and padding-free batches
     have rows of whole documents: ``input_ids``, ``labels`` and ``position_ids``, all ``[B, T]``, whose positions start
     anew and whose first label is -100 at each document; where such rows end in padding, ``num_tokens`` is what is none.
+    Batches of the data module have a ``layout``, which says where their targets and documents are, so that a step does
+    not wait for the device; leave it out where you change a batch.
     ``token_weight`` ``[B, T]``, aligned with the labels, multiplies the tokens' losses and leaves the divisor their
     number; ``reference_log_prob`` ``[B, T]``, aligned with the labels, is for the losses that need it; ``source``
     ``[B, T]`` is the index of each token's source in the data module's ``source_names``.
@@ -183,6 +187,11 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         return getattr(trainer_of(self), "datamodule", None)
 
     @property
+    def stop_flag(self) -> StopFlag:
+        """What tells all ranks that one of them was asked to stop, with the exchange of an optimizer step."""
+        return self._steps.stop_flag
+
+    @property
     def _source_names(self) -> Sequence[str]:
         return getattr(self._datamodule, "source_names", ())
 
@@ -225,11 +234,11 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         """
         check_batch(batch)
         synchronise(self, self.sharding, steps=step_ends(self.trainer))
-        targets = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
-        divisor = self._steps.divisor_of(targets, batch_idx, self.trainer)
+        batch = with_layout(batch)
+        divisor = self._steps.divisor_of(batch[KEY].num_targets, batch_idx, self.trainer)
         statistics = ("entropy",) if self.step.log_train_entropy else ()
         output = self.token_output(batch, normalizer=divisor, statistics=statistics)
-        return self._steps.mean_of(output, targets, divisor, batch, batch_idx, self.loss)
+        return self._steps.mean_of(output, divisor, batch, batch_idx, self.loss, self._objective.differs())
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backpropagate a micro-batch's loss by its share of the step's targets."""
@@ -237,7 +246,8 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the gradient of the whole step by its targets."""
-        self._steps.normalise(self.parameters(), optimizer, self.trainer)
+        clips = type(self).configure_gradient_clipping is CausalLMModule.configure_gradient_clipping
+        self._steps.normalise(self.parameters(), optimizer, self.trainer, clips)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -254,6 +264,7 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         assert self.model is not None
         self._steps.begin(self.trainer)
         discard_gradients(self)
+        leave_constant_buffers(self.trainer, self.model)
         self._checkpoints.begin(self.model, self.trainer)
         if self._reference is not None:
             self._reference.check_trained(self.model)

@@ -16,11 +16,11 @@ from torchmetrics import Metric
 from dft_lightning.distributed import gather_lists
 from dft_lightning.errors import InputError
 from dft_lightning.losses import TokenLoss
-from dft_lightning.losses.base import IGNORE_INDEX
 from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.metrics import ExactMatch, GradientMetrics, SourceMetrics, TargetMetric, TokenMetrics
-from dft_lightning.metrics.exact_sums import ExactSums
+from dft_lightning.metrics.exact_sums import NamedSums, computed
 from dft_lightning.metrics.own import numbers, of_texts
+from dft_lightning.models.layout import layout_of
 from dft_lightning.modules.options import EvaluationOptions
 from dft_lightning.ops import TokenOutput
 
@@ -36,34 +36,39 @@ class StageTelemetry(nn.Module):
         self.tokens = TokenMetrics()
         self.sources = SourceMetrics()
 
-    def metrics(self) -> dict[str, ExactSums]:
+    def metrics(self) -> dict[str, NamedSums]:
         """All of them by name."""
-        return {name: cast(ExactSums, metric) for name, metric in self.named_children()}
+        return {name: cast(NamedSums, metric) for name, metric in self.named_children()}
 
     def update(self, output: TokenOutput, batch: Mapping[str, Any], loss: TokenLoss) -> None:
         """Count a batch, as the module takes it."""
-        self.tokens.update(output, count_tokens(batch))
+        layout = layout_of(batch)
+        self.tokens.update(output, layout.num_tokens)
         if "source" not in batch:
             return
-        kept = batch["labels"][:, 1:] != IGNORE_INDEX
+        place = layout.target_index + 1  # a target stands behind what predicts it
         with torch.no_grad():
             losses = loss.token_loss(output)
         if "token_weight" in batch:
-            losses = losses * batch["token_weight"][:, 1:][kept]
-        self.sources.update(batch["source"][:, 1:][kept], losses, -output.log_prob)
+            losses = losses * batch["token_weight"].flatten()[place]
+        self.sources.update(batch["source"].flatten()[place], losses, -output.log_prob)
 
     def collect(self, source_names: Sequence[str]) -> dict[str, Any]:
-        """All values since the last call, reduced over ranks; none where nothing was counted. A collective.
+        """All values since the last call, over all ranks and on the host; none where nothing was counted. A collective.
 
         Of a mixture of sources also ``loss/NAME`` and ``nll/NAME`` of each that had targets.
         """
+        counted = {name: metric for name, metric in self.metrics().items() if metric.update_called}
+        if not counted:
+            return {}
+        found = dict(zip(counted, computed(list(counted.values())), strict=True))
+        for metric in counted.values():
+            metric.reset()
+        of_sources = found.pop("sources", None)
         values: dict[str, Any] = {}
-        if self.tokens.update_called:
-            values = self.tokens.compute()
-            self.tokens.reset()
-        if source_names and self.sources.update_called:
-            of_sources = self.sources.compute()
-            self.sources.reset()
+        for each in found.values():
+            values |= each
+        if of_sources is not None:
             values |= {
                 f"{kind}/{name}": of_sources[kind][i]
                 for i, name in enumerate(source_names)
@@ -91,7 +96,7 @@ class TrainTelemetry(StageTelemetry):
         self.seconds = 0.0
         self._mark: float | None = None
 
-    def update_gradient(self, norm: Tensor, clip_val: float | int | None, skips_non_finite: bool = False) -> None:
+    def update_gradient(self, norm: float, clip_val: float | int | None, skips_non_finite: bool = False) -> None:
         """Count an optimizer step by its gradient norm before clipping."""
         self.gradients.update(norm, clip_val, skips_non_finite)
 
@@ -112,9 +117,6 @@ class TrainTelemetry(StageTelemetry):
         self.stop_clock()
         values = super().collect(source_names)
         values["tokens_per_second"] = values.pop("tokens") / max(self.seconds, 1e-9)
-        if self.gradients.update_called:
-            values |= self.gradients.compute()
-            self.gradients.reset()
         self.seconds = 0.0
         self.start_clock()
         return values
@@ -123,14 +125,6 @@ class TrainTelemetry(StageTelemetry):
         """Forget everything counted, and the time."""
         super().reset()
         self.seconds = 0.0
-
-
-def count_tokens(batch: Mapping[str, Any]) -> Tensor | int:
-    """Tokens of a batch that are no padding."""
-    if "num_tokens" in batch:
-        return cast(Tensor, batch["num_tokens"])
-    mask = batch.get("attention_mask")
-    return cast(int, batch["input_ids"].numel()) if mask is None else cast(Tensor, mask.sum())
 
 
 STAGES = ("val", "forgetting", "test")
@@ -176,7 +170,7 @@ class Evaluation(nn.Module):
         values.pop("tokens", None)
         for name, metric in cast(nn.ModuleDict, self.own[stage]).items():
             if cast(Metric, metric).update_called:
-                values |= _exact(numbers(name, cast(Metric, metric).compute()))
+                values |= exact(numbers(name, cast(Metric, metric).compute()))
                 cast(Metric, metric).reset()
         return values
 
@@ -188,7 +182,7 @@ class Evaluation(nn.Module):
         records.sort(key=lambda record: int(record["index"]))
         values: dict[str, Any] = {"exact_match": sum(record["correct"] for record in records) / len(records)}
         texts = [[record[name] for record in records] for name in ("completion", "answer")]
-        return _exact(values | of_texts(self._of_texts, *texts))
+        return exact(values | of_texts(self._of_texts, *texts))
 
     def check_answers(self, datamodule: pl.LightningDataModule | None) -> None:
         """Whether what test rows have is what is to be scored, before anything is trained or generated.
@@ -234,8 +228,8 @@ class Evaluation(nn.Module):
             record["correct"] = self.exact_match.score(record["completion"], record["answer"])
 
 
-def _exact(values: Mapping[str, float]) -> dict[str, Tensor]:
-    """As tensors in float64: Lightning keeps a number in float32."""
+def exact(values: Mapping[str, float]) -> dict[str, Tensor]:
+    """As tensors in float64 on the host: Lightning makes float32 of a number, and puts it on the device."""
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 

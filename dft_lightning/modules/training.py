@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -13,14 +14,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dft_lightning.distributed import TokenNormalizer
-from dft_lightning.distributed.ranks import clip_by_norm, clips_at, remove_gradients
+from dft_lightning.distributed.ranks import StopFlag, clip_by_norm, clips_at, remove_gradients, sum_over_ranks
 from dft_lightning.errors import InputError
 from dft_lightning.foreign.torch import unscales_itself
 from dft_lightning.losses import TokenLoss
 from dft_lightning.metrics.exact_sums import ExactSums
+from dft_lightning.modules.batch_loss import CHANGED
 from dft_lightning.modules.non_finite import NonFiniteSteps
 from dft_lightning.modules.options import StepOptions
-from dft_lightning.modules.telemetry import TrainTelemetry
+from dft_lightning.modules.telemetry import TrainTelemetry, exact
 from dft_lightning.ops import TokenOutput
 
 
@@ -29,7 +31,8 @@ class _Mean:
     """What is to be counted of a batch whose mean was handed out, when it comes to ``backward``."""
 
     batch_idx: int
-    targets: Tensor  # their number
+    targets: int  # their number
+    differs: Tensor | None  # whether the batch is not what its layout says
     weight: Tensor | None  # the sum of their weights, where the step is divided by these
     share: Tensor  # targets, or their weight, over the divisor of the step's sums: what the mean is multiplied by
     has_gradient: bool = False  # whether anything was backpropagated through it
@@ -62,7 +65,8 @@ class OptimizerSteps:
     micro-batches and ranks is divided by all of them (:meth:`normalise`). So a term that is added to the mean counts at
     its own strength. Micro-batches without such a mean are left to Lightning, which takes the mean over them.
 
-    ``telemetry`` is where steps are measured, ``non_finite`` counts those that were left out.
+    ``telemetry`` is where steps are measured, ``non_finite`` counts those that were left out, ``stop_flag`` tells all
+    ranks in the same exchange whether one of them was asked to stop.
     """
 
     def __init__(self, options: StepOptions, telemetry: TrainTelemetry, name: str) -> None:
@@ -72,6 +76,7 @@ class OptimizerSteps:
         self._done = 0
         self._step: OptimizerStep | None = None
         self.non_finite = NonFiniteSteps(options.on_non_finite)
+        self.stop_flag = StopFlag()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_normalizer": None, "_step": None}  # of a trainer, which stays where it is
@@ -118,7 +123,7 @@ class OptimizerSteps:
 
     # -- micro-batches -----------------------------------------------------------------------------------------
 
-    def divisor_of(self, num_targets: Tensor, batch_idx: int, trainer: pl.Trainer) -> float:
+    def divisor_of(self, num_targets: int, batch_idx: int, trainer: pl.Trainer) -> float:
         """What the summed loss of a batch with so many targets is to be divided by, for the range of half precision.
 
         Raises:
@@ -126,29 +131,32 @@ class OptimizerSteps:
         """
         step = self._at_hand(trainer)
         self._forget_means(step, batch_idx)
-        return cast(TokenNormalizer, self._normalizer).divisor_of(num_targets)
+        return cast(TokenNormalizer, self._normalizer).divisor_of(num_targets, trainer.strategy.root_device)
 
     def mean_of(
         self,
         output: TokenOutput,
-        num_targets: Tensor,
         divisor: float,
         batch: Mapping[str, Any],
         batch_idx: int,
         loss: TokenLoss,
+        differs: Tensor | None = None,
     ) -> Tensor:
         """The mean objective of a batch over its targets; with ``renormalize`` over their weights. 0 without any.
 
-        The loss in ``output`` is over ``divisor``, of :meth:`divisor_of`.
+        The loss in ``output`` is over ``divisor``, of :meth:`divisor_of`; ``batch`` has a layout, and ``differs`` says
+        whether that is another's.
         """
-        step = cast(OptimizerStep, self._step)
+        step, num_targets = cast(OptimizerStep, self._step), output.log_prob.numel()
         self._telemetry.update(output, batch, loss)
         step.loss_name = type(loss).__name__
         if "index" in batch:
             step.rows.append((output.loss.detach().isfinite(), batch["index"]))
         weight = output.weight.detach().double().sum() if self._renormalize else None
-        share = ((num_targets if weight is None else weight) / divisor).to(output.loss.dtype)
-        counted = _Mean(batch_idx, num_targets, weight, share)
+        share = output.loss.detach().new_full((), num_targets / divisor)
+        if weight is not None:
+            share = (weight / divisor).to(output.loss.dtype)
+        counted = _Mean(batch_idx, num_targets, differs, weight, share)
         step.means.append(counted)
         # A quotient by the same tensor that backward multiplies by: the sum's own gradient comes back to the last bit.
         # A weight that is not finite is no fault of the loss, and comes to the gradient there.
@@ -164,21 +172,29 @@ class OptimizerSteps:
         if not means:
             step.unweighted += 1
             return loss
-        targets, shares, weights = ([getattr(each, of) for each in means] for of in ("targets", "share", "weight"))
-        weight = sum(weights) if self._renormalize else None
-        cast(TokenNormalizer, self._normalizer).count(sum(targets), weight, loss.detach().isfinite())
-        return cast(Tensor, loss * sum(shares))
+        normalizer, finite = cast(TokenNormalizer, self._normalizer), loss.detach().isfinite()
+        for each in means:  # one, but in a training_step that calls super() more than once
+            normalizer.count(each.targets, finite, each.differs, each.weight)
+        return loss * sum(each.share for each in means)
 
     # -- the whole step ----------------------------------------------------------------------------------------
 
-    def normalise(self, parameters: Iterable[Tensor], optimizer: Optimizer, trainer: pl.Trainer) -> None:
-        """Divide the gradient of the whole step, or leave the step out. A collective.
+    def normalise(
+        self, parameters: Iterable[Tensor], optimizer: Optimizer, trainer: pl.Trainer, clips: bool = True
+    ) -> None:
+        """Divide the gradient of the whole step. A collective.
 
         Called after fp16's unscaling and before clipping: the one place where the whole step's gradient is at hand.
 
+        Args:
+            parameters: whose gradient.
+            optimizer: what steps.
+            trainer: of the run.
+            clips: whether :meth:`clip` comes next, where the host hears of the step; otherwise it waits for that here.
+
         Raises:
             RuntimeError: the module overrides one of the methods that this leans on, and does not call ``super()``.
-            InputError: a loss is not finite, and such steps are not to be left out.
+            InputError: as :meth:`clip`.
         """
         step, parameters = self._at_hand(trainer), list(parameters)
         self._forget_means(step, None)
@@ -189,8 +205,9 @@ class OptimizerSteps:
                 "and not for others, so that their gradients have no common divisor: call it for all, or for none"
             )
         step.ended, step.learning_rate = True, float(optimizer.param_groups[0]["lr"])
-        if normalizer.rescale(parameters, trainer.accumulate_grad_batches):
-            self._leave_out(step, "loss", parameters, trainer)
+        normalizer.rescale(parameters, trainer.accumulate_grad_batches, self.stop_flag.asked)
+        if not clips:
+            self._hear(step, parameters, None, trainer)
 
     def clip(
         self,
@@ -203,7 +220,8 @@ class OptimizerSteps:
         """Clip as the trainer says, with the gradient's norm taken once; or leave the step out. A collective.
 
         Raises:
-            InputError: the norm is not finite, and such steps are not to be left out; or there is no way to clip.
+            InputError: a loss or the norm is not finite, and such steps are not to be left out; a batch was changed
+                behind its layout; or there is no way to clip.
         """
         step = cast(OptimizerStep, self._step)
         if step.skipped:
@@ -218,24 +236,46 @@ class OptimizerSteps:
         clip_val = clips_at(gradient_clip_val)
         by_norm = clip_val if algorithm in (None, "norm") else None
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = clip_by_norm(parameters, by_norm, root=trainer.model)
+        found = clip_by_norm(parameters, by_norm, root=trainer.model)
+        norm = self._hear(step, parameters, found, trainer)
         if norm is None:
             return
-        # On a GPU this waits a second time in a step, after the normaliser: the optimizer must not step before it is
-        # known. The norm is the same on all ranks. A gradient scaler looks by itself.
-        if not scales and not norm.isfinite():
+        # The norm is the same on all ranks. A gradient scaler looks by itself.
+        if not scales and not math.isfinite(norm):
             self._leave_out(step, "gradient", parameters, trainer)
             return
         if clip_val is not None and by_norm is None:
             clip_by_value()
         self._telemetry.update_gradient(norm, by_norm, skips_non_finite=scales)
 
+    def _hear(
+        self, step: OptimizerStep, parameters: Iterable[Tensor], norm: Tensor | None, trainer: pl.Trainer
+    ) -> float | None:
+        """Wait for what is known of the step on the device: the host's one time.
+
+        Returns:
+            The gradient's norm, ``None`` where there is no gradient, or where it was removed.
+        """
+        totals = cast(TokenNormalizer, self._normalizer).totals(norm)
+        if totals is None:
+            return None if norm is None else float(norm)
+        self.stop_flag.answer(totals.asked > 0)
+        if totals.differs:
+            raise InputError(CHANGED)
+        if totals.non_finite:
+            self._leave_out(step, "loss", parameters, trainer)
+            return None
+        if not totals.divisor:
+            remove_gradients(parameters)
+            return None
+        return totals.norm
+
     def collect(self, source_names: Sequence[str]) -> dict[str, Any]:
         """What is logged of the steps since the last call. A collective."""
         skipped = self.non_finite.skipped
-        values: dict[str, Any] = {"skipped_steps": float(skipped)} if skipped else {}
+        values: dict[str, Any] = exact({"skipped_steps": skipped} if skipped else {})
         if measured := self._telemetry.collect(source_names):
-            values |= {**measured, "lr": self.learning_rate}
+            values |= {**measured, **exact({"lr": self.learning_rate})}
         return values
 
     def _at_hand(self, trainer: pl.Trainer) -> OptimizerStep:
@@ -284,10 +324,11 @@ def scales_gradients(trainer: pl.Trainer) -> bool:
 
 
 def _normalizer_of(trainer: pl.Trainer) -> TokenNormalizer:
-    def sum_over_ranks(tensor: Tensor) -> Tensor:
-        return cast(Tensor, trainer.strategy.reduce(tensor, reduce_op="sum"))
+    return TokenNormalizer(sum_over_ranks if trainer.world_size > 1 else _nothing, trainer.world_size)
 
-    return TokenNormalizer(sum_over_ranks, trainer.world_size)
+
+def _nothing(tensor: Tensor) -> None:
+    """One process has the sum."""
 
 
 def step_ends(trainer: pl.Trainer) -> bool:

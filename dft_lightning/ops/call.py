@@ -96,8 +96,11 @@ def target_tokens(
     reference: ReferenceHead | None,
     token_inputs: Mapping[str, Tensor] | None = None,
     token_weight: Tensor | None = None,
+    target_index: Tensor | None = None,
 ) -> TargetTokens:
     """Check what a head is given, and drop the tokens without a target.
+
+    With ``target_index``, the positions of those that have one, no target is looked at.
 
     Raises:
         TypeError, ValueError: as :func:`~dft_lightning.ops.linear_token_loss`.
@@ -107,8 +110,11 @@ def target_tokens(
     if reference is not None:
         _check_reference(reference, len(hidden), len(weight))
     targets = targets.long()
-    check_class_indices(targets, weight.shape[0], ignore_index)
-    kept = (targets != ignore_index).nonzero().squeeze(-1)
+    if target_index is None:
+        check_class_indices(targets, weight.shape[0], ignore_index)
+        kept = (targets != ignore_index).nonzero().squeeze(-1)
+    else:
+        kept = target_index
     if kept.numel() < targets.numel():
         hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
         inputs = {name: value.index_select(0, kept) for name, value in inputs.items()}

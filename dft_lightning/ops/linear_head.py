@@ -36,6 +36,7 @@ def linear_token_loss(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
+    target_index: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     token_inputs: Mapping[str, Tensor] | None = None,
     token_weight: Tensor | None = None,
@@ -68,6 +69,9 @@ def linear_token_loss(
         logit_scale: factor of the logits.
         logit_softcap: logits become ``softcap * tanh(logits / softcap)`` before the scale.
         ignore_index: the target that is left out.
+        target_index: ``[m]``, the positions of the targets in order, for a caller who knows them: then the call does
+            not wait for the device, nothing at other positions counts, and targets at these are not checked: one that
+            is no class index makes the result undefined. ``None`` finds them by ``ignore_index``.
         normalizer: what the sum is divided by: a number or a scalar tensor on the same device (which is not waited
             for), a constant. ``None`` leaves the sum, and so does a batch without targets.
         token_inputs: ``[n]`` tensors that the loss needs and a head cannot know, by their name in
@@ -100,13 +104,14 @@ def linear_token_loss(
     """
     step = required_step(loss, step)
     needs = (*normalise_needs(loss.needs), *normalise_needs(statistics))
-    batch = target_tokens(hidden, weight, targets, bias, ignore_index, reference, token_inputs, token_weight)
+    given = (token_inputs, token_weight, target_index)
+    batch = target_tokens(hidden, weight, targets, bias, ignore_index, reference, *given)
     settings = _settings(batch, weight, needs, logit_scale, logit_softcap, chunk_bytes, type(loss).__name__)
     if loss.pointwise:
         return one_pass(batch, weight, bias, loss, settings, normalizer, step)
     stats, correct = head_statistics(batch, weight, bias, settings)
-    given: dict[str, Any] = {"step": step, **batch.inputs}
-    stats = replace(stats, **given)
+    beside: dict[str, Any] = {"step": step, **batch.inputs}
+    stats = replace(stats, **beside)
     losses, slope = token_loss_and_weight(loss, stats, batch.weight)
     return reduced(losses, stats, normalizer, weight=slope, correct=correct)
 

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from dft_lightning.data.batches.packing import Packs
 from dft_lightning.losses.base import IGNORE_INDEX
+from dft_lightning.models.layout import KEY, BatchLayout
 
 PADDING_ROW = -1
 Item = dict[str, Any]
@@ -97,9 +98,10 @@ def padding_row(token: int, referenced: bool = False) -> Item:
 class Collator:
     """Pads rows on the right to the longest of the batch, or joins them, and pads prompts on the left.
 
-    Items are rows, or packs of ``documents``. Where a row has weights, the batch has ``token_weight``; where rows have
-    reference log-probs, ``reference_log_prob`` ``[B, T]``, float32, aligned with the labels and 0 where there is no
-    target; where the rows are of a mixture, ``source``, the index of each token's source.
+    Items are rows, or packs of ``documents``. A batch's ``layout`` is what the host knows of it. Where a row has
+    weights, the batch has ``token_weight``; where rows have reference log-probs, ``reference_log_prob`` ``[B, T]``,
+    float32, aligned with the labels and 0 where there is no target; where the rows are of a mixture, ``source``, the
+    index of each token's source.
 
     Args:
         pad_token_id: fills ``input_ids``; labels are filled with -100.
@@ -144,7 +146,9 @@ class Collator:
         for column in columns:
             del column["position_ids"]
             column["attention_mask"] = np.ones(len(column["input_ids"]), np.int64)
-        return self._stack(columns, rows)
+        batch = self._stack(columns, rows)
+        batch[KEY] = BatchLayout(batch["labels"], batch["attention_mask"])
+        return batch
 
     def _joined(self, items: list[Item]) -> dict[str, Any]:
         """A row of whole documents for each item; what fills it up are documents of one token, at position 0."""
@@ -153,9 +157,8 @@ class Collator:
             documents = [self._columns(row) for row in item["documents"]]
             rows.append({name: np.concatenate([column[name] for column in documents]) for name in documents[0]})
         batch = self._stack(rows, [row for item in items for row in item["documents"]])
-        lengths = [len(row["input_ids"]) for row in rows]
-        if batch["input_ids"].shape[1] * len(rows) > sum(lengths):
-            batch["num_tokens"] = torch.tensor(sum(lengths))
+        tokens = sum(len(row["input_ids"]) for row in rows)
+        batch[KEY] = BatchLayout(batch["labels"], position_ids=batch["position_ids"], num_tokens=tokens)
         return batch
 
     def _columns(self, row: Item) -> dict[str, Any]:
