@@ -7,7 +7,37 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+
+
+@dataclass(frozen=True)
+class RowsOfBatches:
+    """How many rows, over all ranks, are in a number of micro-batches of a rank.
+
+    Attributes:
+        rows: how many.
+        batches: in so many micro-batches, which are not taken apart: 1, or those of a step.
+    """
+
+    rows: int
+    batches: int = 1
+
+    def rows_of(self, batches: int) -> int:
+        """Rows of whole ones among so many micro-batches."""
+        return batches // self.batches * self.rows
+
+    def batches_of(self, rows: int) -> int:
+        """Micro-batches of whole ones among so many rows."""
+        return rows // self.rows * self.batches
+
+
+def accumulation_of(trainer: pl.Trainer, epoch: int) -> int:
+    """Micro-batches of an optimizer step in an epoch, as a ``GradientAccumulationScheduler`` will have them."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    schedulers = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
+    number = schedulers[-1].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
+    return int(number)
 
 
 @dataclass(frozen=True)
@@ -34,20 +64,20 @@ class Progress:
         """In plain values."""
         return asdict(self)
 
-    def in_batches_of(self, rows: int, before: int, batches_of_epoch: int | None) -> Progress:
+    def in_batches_of(self, now: RowsOfBatches, before: RowsOfBatches, batches_of_epoch: int | None) -> Progress:
         """The same progress where batches have another number of rows, in whole batches.
 
         Args:
-            rows: of a micro-batch over all ranks.
+            now: rows of micro-batches.
             before: the same when this was written.
             batches_of_epoch: how many such batches an epoch has.
         """
-        if rows == before:
+        if now == before:
             return self
-        batches = self.batches * before // rows
+        batches, total = (now.batches_of(before.rows_of(number)) for number in (self.batches, self.total_batches))
         if self.epoch_full and batches_of_epoch is not None:
             batches = batches_of_epoch
-        return replace(self, batches=batches, total_batches=self.total_batches * before // rows)
+        return replace(self, batches=batches, total_batches=total)
 
 
 def last_step(trainer: pl.Trainer, validated_at: int | None = None) -> Progress:

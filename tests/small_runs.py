@@ -150,6 +150,7 @@ def step_gradient(
     clip: float = CLIP,
     devices: int = 1,
     strategy: Any = "auto",
+    data: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient of the first step of a fit on arithmetic rows, before and after clipping."""
@@ -157,9 +158,9 @@ def step_gradient(
     loss_options = {"class_path": f"dft_lightning.{loss}"}
     module = GradientRecorder(TINY_ARITHMETIC, loss=loss_options, loading={"dtype": "float64"}, **options)
     module.rounded = getattr(torch, dtype)
-    data = arithmetic_data(num_rows, batch_size=batch_size, shuffle=False)
+    rows = arithmetic_data(num_rows, **{"batch_size": batch_size, "shuffle": False, **(data or {})})
     run = trainer(accumulate_grad_batches=accumulate, gradient_clip_val=clip, devices=devices, strategy=strategy)
-    run.fit(module, datamodule=data)
+    run.fit(module, datamodule=rows)
     assert {p.dtype for p in module.parameters()} == {module.rounded}
     return module.gradients[0], module.clipped[0]
 

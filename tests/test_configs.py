@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from conftest import ROOT, TINY_LLAMA
-from dft_lightning.data.batches.accumulation import micro_batches_of
+from dft_lightning.data.batches.steps import micro_batches_of
 from dft_lightning.fit import main
 from dft_lightning.fit.config import read_fit_config
 from dft_lightning.models.loading import load_causal_lm

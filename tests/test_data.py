@@ -17,9 +17,9 @@ from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 from conftest import at_hand
 from dft_lightning.assets import resolve
 from dft_lightning.data import ArithmeticRows, HubRows, InstructionDataModule, LocalRows, arithmetic_tokenizer
-from dft_lightning.data.batches.accumulation import micro_batches_of
 from dft_lightning.data.batches.collating import Collator, ItemRows
 from dft_lightning.data.batches.sampling import RowSampler
+from dft_lightning.data.batches.steps import micro_batches_of
 from dft_lightning.data.options import RowOptions, TextOptions
 from dft_lightning.data.rows.arithmetic import is_held_out
 from dft_lightning.data.rows.forms import Conversation, Reading

@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT, TINY_LLAMA
 from dft_lightning import CausalLMModule, GenerationEvaluation, InstructionDataModule
 from dft_lightning.data import HubRows
-from dft_lightning.data.batches.accumulation import micro_batches_of
+from dft_lightning.data.batches.steps import micro_batches_of
 from dft_lightning.errors import InputError
 from dft_lightning.fit import main
 from dft_lightning.fit.config import read_fit_config

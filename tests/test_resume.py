@@ -24,6 +24,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"packing": "bfd", "max_length": 64, "num_rows": 40, "num_workers": 2},
         {"max_steps": 9, "max_epochs": -1, "check_val_every_n_epoch": None, "val_check_interval": 4},
     ),
+    "micro-batches of tokens": (
+        {"num_rows": 40, "global_batch_size": 6, "max_tokens": 120, "padding_free": True},
+        {"max_steps": -1, "max_epochs": 2},
+    ),
     "streamed": (
         {"streaming": {}, "shuffle_buffer_size": 5},
         {"max_steps": 6, "accumulate_grad_batches": 2, "check_val_every_n_epoch": None, "val_check_interval": 3},

@@ -157,6 +157,25 @@ def test_data_of_generated_rows(tmp_path, capsys):
     assert not (tmp_path / "none.json").exists()
 
 
+def test_waits(tmp_path, capsys):
+    output = tmp_path / "out.json"
+    run_script("benchmarks/waits.py", "--variants", "padded", "--lines", "--output", output)
+    found = json.loads(output.read_text())["processes"]["1"]["padded"]
+    assert found["waits"]["own"]["within"] == 0
+    assert "exact_sums.py" in capsys.readouterr().out
+
+
+def test_dealing(tmp_path, capsys):
+    output = tmp_path / "out.json"
+    run_script("benchmarks/dealing.py", "--synthetic", 300, "--output", output)
+    found = json.loads(output.read_text())["results"]
+    assert {row["padded"] for row in found} == {False, True}
+    for row in found:
+        assert row["rows"]["step"] < row["in turn"]["step"] or row["padded"]
+        assert row["time of tokens"]["step"] < 1
+    assert "joined 32 x 4 x 2" in capsys.readouterr().out
+
+
 def test_quickstart(tmp_path):
     output = tmp_path / "out.json"
     sizes = ["--trainer.max_steps", 1, "--trainer.enable_progress_bar", "false", "--data.train.num_rows", 4]

@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader
 
 from dft_lightning.checkpoints.trust import loading_options
 from dft_lightning.component import brief_values
-from dft_lightning.data.batches.accumulation import accumulate_to
 from dft_lightning.data.batches.collating import Collator
 from dft_lightning.data.batches.loaders import goes_on, row_loader, stream_loader
 from dft_lightning.data.batches.packing import Packs
 from dft_lightning.data.batches.row_position import RowPosition
+from dft_lightning.data.batches.steps import StepRows, Steps
 from dft_lightning.data.batches.stream_position import StreamRecord
 from dft_lightning.data.options import (
     GROUPS,
@@ -33,7 +33,7 @@ from dft_lightning.data.splits import SPLITS_OF_STAGE, Splits
 from dft_lightning.data.text.tokenizer import end_of_turn, load_tokenizer
 from dft_lightning.errors import InputError
 from dft_lightning.foreign.lightning import PlainHyperparameters
-from dft_lightning.progress import last_step
+from dft_lightning.progress import RowsOfBatches, last_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +83,7 @@ class InstructionDataModule(PlainHyperparameters, pl.LightningDataModule):
         >>> data = InstructionDataModule(rows, text={"tokenizer": "asset://arithmetic-base"}, batch_size=2)
         >>> data.prepare_data(); data.setup("fit")
         >>> sorted(next(iter(data.train_dataloader())))
-        ['attention_mask', 'input_ids', 'labels']
+        ['attention_mask', 'input_ids', 'labels', 'layout']
     """
 
     @classmethod
@@ -155,12 +155,13 @@ class InstructionDataModule(PlainHyperparameters, pl.LightningDataModule):
             forgetting=forgetting,
             validation_fraction=validation_fraction,
             num_workers=num_workers,
+            global_batch_size=global_batch_size,
         )
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.end_of_turn_ids: list[int] = []
         self.model_hparams: dict[str, Any] = {}  # where there is no trainer to ask
         self.splits = Splits(self)
-        self._micro_batches = 1
+        self._steps = Steps(batch_size, global_batch_size, self.batches)
         self._stream = StreamRecord()
         self.row_position = RowPosition()
 
@@ -188,13 +189,12 @@ class InstructionDataModule(PlainHyperparameters, pl.LightningDataModule):
             self.row_position.reset()
         if stage == "fit" and trainer is not None:
             check_trainer(trainer, self.batches, self.streaming, validates=self.sources["validation"] is not None)
-            if self.global_batch_size is not None:
-                self._micro_batches = accumulate_to(
-                    trainer, self.global_batch_size, self.batch_size, self._micro_batches
-                )
+            self._steps.accumulate(trainer)
         if trainer is not None and trainer.world_size > 1:
             self.splits.follow(trainer.strategy.broadcast(self.splits.names))
         self.load(stage)
+        if stage == "fit" and self.batches.max_tokens is not None:
+            self._steps.count_tokens(trainer, self._step_rows())
 
     def build_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer by name, or the model's. Override for one made otherwise."""
@@ -309,14 +309,22 @@ class InstructionDataModule(PlainHyperparameters, pl.LightningDataModule):
             ranks=self._ranks(),
             shuffle=shuffle,
             lengths=self.splits.lengths(split) if shuffle and self.batches.group_by_length else None,
-            group_size=self._group_size(),
+            group_size=self._steps.group_size(self._ranks()[1]),
+            dealing=self._steps.dealing(self.trainer, self._step_rows()) if goes_on and packs is None else None,
             num_workers=self.num_workers,
             begin=self._begin if goes_on else None,
         )
 
+    def _step_rows(self) -> StepRows:
+        return StepRows.of(self.splits.tokenized("train"), self.splits.lengths("train"), self.batches)
+
     def _begin(self, sampler: Any) -> None:
         """Where a checkpoint says that the training rows go on."""
-        self.row_position.apply(sampler, self.batch_size * self._ranks()[1], self._row_order())
+        self.row_position.apply(sampler, self.rows_of_batches(), self._row_order())
+
+    def rows_of_batches(self) -> RowsOfBatches:
+        """Rows of training micro-batches over all ranks."""
+        return self._steps.rows_of_batches(self._ranks()[1])
 
     @property
     def packs(self) -> Packs | None:
@@ -378,23 +386,12 @@ class InstructionDataModule(PlainHyperparameters, pl.LightningDataModule):
             return self._stream.state_dict(self._ranks()[1], self._within_step())
         if self.trainer is None or "train" not in self.splits:
             return {}
-        return {"train": self.row_position.state_dict(self.trainer, self.batch_size, self._row_order())}
+        return {"train": self.row_position.state_dict(self.trainer, self.rows_of_batches(), self._row_order())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._stream.load_state_dict(state_dict)
         self.row_position.load_state_dict(state_dict.get("train"))
 
     def _row_order(self) -> dict[str, Any]:
-        """What the order of the training rows hangs on."""
-        options = self.batches
-        order = {
-            "number of rows": len(self.splits.tokenized("train")) if self.packs is None else len(self.packs),
-            "data.batches.seed": options.seed if options.shuffle else None,
-            "data.batches.packing": options.packing,
-        }
-        if options.shuffle and options.group_by_length:
-            order["rows of a group"] = self._group_size()
-        return order
-
-    def _group_size(self) -> int:
-        return self.global_batch_size or self.batch_size * self._ranks()[1]
+        number = len(self.splits.tokenized("train")) if self.packs is None else len(self.packs)
+        return self._steps.row_order(number, self._ranks()[1])

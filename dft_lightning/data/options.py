@@ -137,6 +137,9 @@ class TextOptions:
 class BatchOptions:
     """How tokenised rows become batches.
 
+    The rows of an optimizer step are dealt to ranks and micro-batches by their tokens, so that ranks hardly wait for
+    each other: the step's gradient is the same however they are dealt.
+
     Attributes:
         packing: pack the training rows into rows of ``text.max_length`` tokens, best-fit decreasing: ``"bfd"`` cuts
             longer rows off, ``"bfd_split"`` into pieces. ``batch_size`` then counts packed rows. They stay separate
@@ -145,6 +148,9 @@ class BatchOptions:
             the model, which is checked. ``model.loading.attn_implementation`` should be ``documents`` or a flash
             attention.
         group_by_length: let training batches have rows of about the same length.
+        max_tokens: at most so many tokens in a micro-batch, padding included, and any number of rows: those of a step,
+            ``global_batch_size``, are cut into as many micro-batches as the largest step needs, the same number on
+            every rank. ``batch_size`` then counts in validation alone. ``None`` makes micro-batches of ``batch_size``.
         pad_to_multiple_of: batch lengths are rounded up to a multiple of this.
         shuffle: a new row order in each epoch, by ``seed``; the same for any number of ranks.
         seed: of the order and, unless ``split_seed`` is given, of the split.
@@ -154,6 +160,7 @@ class BatchOptions:
     packing: Packing | None = None
     padding_free: bool = False
     group_by_length: bool = False
+    max_tokens: int | None = None
     pad_to_multiple_of: int = 1
     shuffle: bool = True
     seed: int = 0
@@ -161,9 +168,14 @@ class BatchOptions:
 
     def __post_init__(self) -> None:
         check_one_of("packing", self.packing, (None, *get_args(Packing)))
-        check_positive(pad_to_multiple_of=self.pad_to_multiple_of)
+        check_positive(pad_to_multiple_of=self.pad_to_multiple_of, max_tokens=self.max_tokens)
         if self.packing is not None and self.group_by_length:
             raise ValueError("packed rows are all of one length: leave group_by_length out")
+        if self.max_tokens is not None and (self.packing is not None or self.group_by_length):
+            raise ValueError(
+                "max_tokens makes micro-batches of rows of like lengths: leave group_by_length out, and packing, whose "
+                "rows are all of one length"
+            )
         if self.padding_free and self.pad_to_multiple_of != 1:
             raise ValueError("padding_free batches have nothing to pad: leave pad_to_multiple_of at 1")
 
@@ -220,6 +232,7 @@ def check_together(
     forgetting: Any,
     validation_fraction: float,
     num_workers: int,
+    global_batch_size: int | None,
 ) -> None:
     """What each group cannot see by itself.
 
@@ -232,6 +245,11 @@ def check_together(
         raise ValueError(
             "a stream has no known rows to group or divide: leave group_by_length and validation_fraction out, and "
             "give validation"
+        )
+    if batches.max_tokens is not None and (streaming is not None or global_batch_size is None):
+        raise ValueError(
+            "max_tokens cuts the rows of a step into micro-batches: set global_batch_size, the rows of a step, and "
+            "leave streaming out"
         )
     if num_workers < 0:
         raise ValueError(f"num_workers must not be negative, got {num_workers}")

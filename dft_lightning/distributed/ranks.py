@@ -120,8 +120,8 @@ class TokenNormalizer:
     def rescale(self, parameters: Iterable[Tensor], accumulate_grad_batches: int, asked: bool = False) -> None:
         """Turn the accumulated gradients into those of the token mean, or of the mean by weight. A collective.
 
-        Where there is nothing to divide by, they are left to whoever reads :meth:`totals`. Does nothing where nothing
-        was counted.
+        Where there is nothing to divide by they become 0, and are to be removed by whoever reads :meth:`totals`. Does
+        nothing where nothing was counted.
 
         Args:
             parameters: whose gradients.
@@ -136,7 +136,8 @@ class TokenNormalizer:
         self._targets, self._counted, self._summed = 0, None, summed
         self._micro_batches = accumulate_grad_batches * self._world_size
         divided_by = summed[3 if self._by_weight else 0]
-        multiply_gradients(parameters, (self.divisor or 1.0) * self._micro_batches / divided_by)
+        factor = (self.divisor or 1.0) * self._micro_batches / divided_by
+        multiply_gradients(parameters, torch.where(divided_by == 0, 0.0, factor))
 
     def totals(self, norm: Tensor | None = None) -> StepTotals | None:
         """What was counted of the step, and the norm of its gradient. The one time that a step waits for the device.

@@ -77,6 +77,9 @@ class BatchLayout:
         """With its tensors in pinned memory, as loaders ask for."""
         return self._with_tensors(Tensor.pin_memory)
 
+    def __getitem__(self, part: Any) -> None:
+        """Of a part of a batch, which may be taken of all that it holds alike, there is none: it is made anew."""
+
     def __iter__(self) -> Iterator[None]:
         """Over nothing: Lightning goes through a batch for tensors whose first dimension is its size."""
         return iter(())

@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import (
@@ -25,6 +24,7 @@ from torch.utils.data import DistributedSampler
 from dft_lightning.errors import InputError, check_one_of, one_line
 from dft_lightning.foreign.lightning import shares_rows_out, training_loader
 from dft_lightning.modules.factories import Values, class_of, factory_values, options_of, parameters_of, tried
+from dft_lightning.progress import accumulation_of
 
 ScheduleCallable = Callable[[Optimizer], LRScheduler]
 Decay = Literal["cosine", "linear", "constant"]
@@ -216,13 +216,7 @@ def steps_of_epochs(trainer: pl.Trainer) -> list[int] | None:
     batches = num_training_batches(trainer)
     if batches is None or trainer.max_epochs is None or trainer.max_epochs < 0:
         return None
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    schedulers = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
-
-    def accumulation(epoch: int) -> int:
-        return schedulers[-1].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
-
-    return [math.ceil(batches / accumulation(epoch)) for epoch in range(trainer.max_epochs)]
+    return [math.ceil(batches / accumulation_of(trainer, epoch)) for epoch in range(trainer.max_epochs)]
 
 
 def num_training_batches(trainer: pl.Trainer) -> int | None:

@@ -19,7 +19,7 @@ Item = dict[str, Any]
 
 
 class ItemRows(Dataset[Item]):
-    """Rows by index, and at index -1 a row without targets that evens out the ranks.
+    """Rows by index, or several by a list, and at index -1 a row without targets that evens out the ranks.
 
     Args:
         rows: tokenised rows.
@@ -34,7 +34,9 @@ class ItemRows(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int | list[int]) -> Any:
+        if isinstance(index, list):  # a micro-batch
+            return [self[each] for each in index]
         if index != PADDING_ROW:
             return {**self.rows[index], "index": index}
         return self.padding_row

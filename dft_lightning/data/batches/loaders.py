@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from dft_lightning.data.batches.collating import Collator
+from dft_lightning.data.batches.dealing import RowDealing, TokenDealing
 from dft_lightning.data.batches.sampling import RowSampler
 from dft_lightning.data.batches.streaming import Stream, StreamedBatches, StreamPosition
 from dft_lightning.data.options import BatchOptions
@@ -33,6 +34,7 @@ def row_loader(
     shuffle: bool,
     lengths: Tensor | None,
     group_size: int,
+    dealing: RowDealing | TokenDealing | None,
     num_workers: int,
     begin: Callable[[RowSampler], None] | None,
 ) -> DataLoader[Any]:
@@ -47,16 +49,17 @@ def row_loader(
         shuffle: a new order in each epoch.
         lengths: of the rows: with them, rows of about the same length come together.
         group_size: how many do.
+        dealing: deals the rows of each step to ranks and micro-batches; ``None`` deals rows in turn.
         num_workers: processes that read.
         begin: has the sampler go on where a checkpoint says.
     """
     rank, world_size = ranks
-    sampler = RowSampler(dataset, world_size, rank, shuffle, options.seed, lengths, group_size)
+    sampler = RowSampler(dataset, world_size, rank, shuffle, options.seed, lengths, group_size, dealing)
     if begin is not None:
         begin(sampler)
     loader: DataLoader[Any] = _RowLoader(
         dataset,
-        batch_size=batch_size,
+        batch_size=None if isinstance(dealing, TokenDealing) else batch_size,  # the sampler's own batches
         sampler=sampler,
         collate_fn=collator,
         num_workers=num_workers,

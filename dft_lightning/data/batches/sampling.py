@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from dft_lightning.data.batches.collating import PADDING_ROW
+from dft_lightning.data.batches.dealing import RowDealing, TokenDealing
 
 
 class RowSampler(DistributedSampler[Any]):
@@ -19,7 +20,8 @@ class RowSampler(DistributedSampler[Any]):
     rows instead, which counts them twice in an epoch's gradients and metrics. It is a ``DistributedSampler`` so that
     Lightning leaves it alone and sets its epoch.
 
-    Its state is the epoch and how many of its rows all ranks have drawn together, and so good for any number of ranks.
+    Its state is the epoch and how many of its rows all ranks have drawn together, of dealt rows those of whole steps,
+    and so good for any number of ranks.
 
     Args:
         dataset: the rows.
@@ -29,6 +31,7 @@ class RowSampler(DistributedSampler[Any]):
         seed: of the order.
         lengths: of the rows: with them, rows of about the same length come together.
         group_size: how many; over all ranks.
+        dealing: deals the rows of each step; ``None`` deals them in turn.
     """
 
     def __init__(
@@ -40,12 +43,20 @@ class RowSampler(DistributedSampler[Any]):
         seed: int = 0,
         lengths: Tensor | None = None,
         group_size: int = 1,
+        dealing: RowDealing | TokenDealing | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
         self.lengths = lengths
         self.group_size = group_size
-        self._start = 0  # rows of this rank that the next iteration leaves out
-        self._drawn = 0
+        self.dealing = dealing
+        self._start = 0  # rows of all ranks that the next iteration leaves out
+        self._drawn = 0  # rows of all ranks
+
+    def __len__(self) -> int:
+        """What an iteration yields: rows, or micro-batches of a number of tokens."""
+        if isinstance(self.dealing, TokenDealing):
+            return self.dealing.micro_batches_of(len(self.dataset))  # type: ignore[arg-type]
+        return self.num_samples
 
     def set_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
@@ -54,30 +65,59 @@ class RowSampler(DistributedSampler[Any]):
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and the rows drawn of it over all ranks."""
-        return {"epoch": self.epoch, "rows": self._drawn * self.num_replicas}
+        return {"epoch": self.epoch, "rows": self._drawn}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Have the next iteration go on where :meth:`state_dict` was taken; later ones of other epochs are whole."""
-        self.epoch = state_dict["epoch"]
-        self._start = self._drawn = state_dict["rows"] // self.num_replicas
+        self.epoch, rows = state_dict["epoch"], state_dict["rows"]
+        if not isinstance(self.dealing, TokenDealing):  # which fills ranks up step by step
+            rows -= rows % self.num_replicas
+        self._start = self._drawn = rows
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         start, self._start = self._start, 0
         self._drawn = start
-        for index in self._order()[start:]:
-            self._drawn += 1
+        if self.dealing is not None:
+            yield from self._dealt(start, self.dealing)
+            return
+        for index in self._filled()[start + self.rank :: self.num_replicas]:
+            self._drawn += self.num_replicas
             yield index
 
-    def _order(self) -> list[int]:
-        """This rank's rows of the epoch."""
+    def _dealt(self, start: int, dealing: RowDealing | TokenDealing) -> Iterator[Any]:
+        """This rank's part of each step."""
+        in_batches = isinstance(dealing, TokenDealing)
+        order = self.order() if in_batches else self._filled()
+        order, size = order[: dealing.limit], dealing.rows_of_step(self.num_replicas, self.epoch)
+        for first in range(start, len(order), size):
+            step = order[first : first + size]
+            own = dealing.deal(step, self.num_replicas)[self.rank]
+            *others, last = own if in_batches else [row for rows in own for row in rows]
+            yield from others
+            self._drawn = first + len(step)
+            yield last
+
+    def _filled(self) -> list[int]:
+        """The rows of the epoch, as many for each rank."""
+        order = self.order()
+        return order + [PADDING_ROW] * (self.total_size - len(order))
+
+    def order(self) -> list[int]:
+        """The rows of the epoch in their order over all ranks."""
         size = len(self.dataset)  # type: ignore[arg-type]
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        shuffled = torch.randperm(size, generator=generator) if self.shuffle else torch.arange(size)
-        if self.lengths is not None:
-            shuffled = _by_length(shuffled, self.lengths, self.group_size, generator if self.shuffle else None)
-        order = shuffled.tolist()
-        order += [PADDING_ROW] * (self.total_size - size)
-        return order[self.rank :: self.num_replicas]
+        return epoch_order(size, self.shuffle, self.seed, self.epoch, self.lengths, self.group_size)
+
+
+def epoch_order(
+    size: int, shuffle: bool, seed: int, epoch: int, lengths: Tensor | None = None, group_size: int = 1
+) -> list[int]:
+    """The rows of an epoch in their order over all ranks; see :class:`RowSampler`."""
+    generator = torch.Generator().manual_seed(seed + epoch)
+    shuffled = torch.randperm(size, generator=generator) if shuffle else torch.arange(size)
+    if lengths is not None:
+        shuffled = _by_length(shuffled, lengths, group_size, generator if shuffle else None)
+    found: list[int] = shuffled.tolist()
+    return found
 
 
 _POOLED_GROUPS = 50

@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -19,7 +18,15 @@ from dft_lightning.metrics.exact_sums import ExactSums
 from dft_lightning.modules.schedules import num_training_batches
 from dft_lightning.modules.telemetry import TrainTelemetry
 from dft_lightning.modules.training import OptimizerSteps, step_ends
-from dft_lightning.progress import Progress, batches_done, go_on_from, last_step, training_loaders
+from dft_lightning.progress import (
+    Progress,
+    RowsOfBatches,
+    accumulation_of,
+    batches_done,
+    go_on_from,
+    last_step,
+    training_loaders,
+)
 
 RUN_STATE = "dft_lightning_run"
 """Its key in a checkpoint."""
@@ -79,11 +86,11 @@ class RunState:
             own = self._noted
         elif self._step_number != trainer.global_step and logs_now(trainer):
             own["metrics"] = {}  # logged as soon as this is written
-        rows = rows_of_batch(trainer) if positions(trainer) else None
+        rows = rows_of_batches(trainer) if positions(trainer) else None
         checkpoint[RUN_STATE] = {
             "progress": progress.to_dict(),
             "callback_metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
-            "rows_of_batch": rows,
+            "rows_of_batches": None if rows is None else [rows.rows, rows.batches],
             "ranks": gather_lists([on_host(own)], trainer.world_size),
         }
         if rows is not None:  # the loader's own state is where it has read to, and of this rank
@@ -100,13 +107,13 @@ class RunState:
             )
         if saved is None or "loops" not in checkpoint:
             return
-        progress, rows = Progress(**saved["progress"]), rows_of_batch(trainer)
-        if rows is None or saved["rows_of_batch"] is None:
+        progress, rows = Progress(**saved["progress"]), rows_of_batches(trainer)
+        if rows is None or saved["rows_of_batches"] is None:
             return  # batches of a loader that does not say what they are: Lightning's own count
-        of_epoch = None
-        if rows != saved["rows_of_batch"] and progress.epoch_full:
+        of_epoch, before = None, RowsOfBatches(*saved["rows_of_batches"])
+        if rows != before and progress.epoch_full:
             of_epoch = num_training_batches(trainer)
-        found = progress.in_batches_of(rows, saved["rows_of_batch"], of_epoch)
+        found = progress.in_batches_of(rows, before, of_epoch)
         checkpoint["loops"] = go_on_from(found, checkpoint["loops"])
         self._loaded = {**saved, "validated_at": found.total_batches if found.validated else None}
 
@@ -129,9 +136,8 @@ class RunState:
         self._steps.load_in_flight(ranks[min(trainer.global_rank, len(ranks) - 1)]["values"])
         for name, value in saved["callback_metrics"].items():  # what callbacks look for at the end of the epoch
             trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float64)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, GradientAccumulationScheduler):  # which is asked where an epoch begins alone
-                trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
+        # A GradientAccumulationScheduler is asked where an epoch begins alone.
+        trainer.accumulate_grad_batches = accumulation_of(trainer, trainer.current_epoch)
         if positions(trainer):
             count_logged_steps(trainer)
 
@@ -142,12 +148,11 @@ def positions(trainer: pl.Trainer) -> bool:
     return hasattr(datamodule, "goes_on") and all(map(datamodule.goes_on, training_loaders(trainer)))
 
 
-def rows_of_batch(trainer: pl.Trainer) -> int | None:
-    """Rows of a training micro-batch over all ranks, where the data module says so."""
+def rows_of_batches(trainer: pl.Trainer) -> RowsOfBatches | None:
+    """Rows of training micro-batches over all ranks, where the data module says so."""
     datamodule: Any = getattr(trainer, "datamodule", None)
-    if not hasattr(datamodule, "goes_on"):
-        return None
-    return int(datamodule.batch_size) * trainer.world_size
+    found: RowsOfBatches | None = datamodule.rows_of_batches() if hasattr(datamodule, "rows_of_batches") else None
+    return found
 
 
 def on_host(state: Any) -> Any:
