@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -203,12 +206,85 @@ def test_a_model_that_ignores_position_ids_is_refused_and_left_in_training_mode(
     assert all(module.training for module in model.modules())
 
 
-def test_a_document_beyond_the_sliding_window_is_refused():
-    model = {**LLAMA, "model_type": "mistral", "sliding_window": 8}
-    with pytest.raises(InputError, match="one of 12 tokens is longer than the model's window of attention, 8"):
-        loss_and_gradient(model, True, "documents")
-    model["sliding_window"] = 12
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "gemma3_text"])
+def test_a_document_beyond_the_sliding_window(kind):
+    """Is attended to within the window, as the same rows padded."""
+    model = {**LLAMA, "model_type": kind, "sliding_window": 8}
+    if kind == "qwen2":
+        model |= {"use_sliding_window": True, "max_window_layers": 1}
+    if kind == "gemma3_text":
+        model |= {"head_dim": 4, "layer_types": ["sliding_attention", "full_attention"]}
     assert_equal_to_padded(model, "documents")
+
+
+def attention_of_documents(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch's kernel for CUDA computes, by its own page: ``[T, heads, D]``, documents one after the other."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert max_q == max_k == int(cu_seq_q.diff().max())
+    assert (q.shape[1] != k.shape[1]) == enable_gqa
+    outputs = []
+    for start, stop in itertools.pairwise(cu_seq_q.tolist()):
+        own = [tensor[start:stop].transpose(0, 1) for tensor in (q, k, v)]
+        own[1:] = [tensor.repeat_interleave(q.shape[1] // k.shape[1], 0) for tensor in own[1:]]
+        scores = own[0] @ own[1].transpose(1, 2) * scale
+        behind = torch.arange(stop - start)[:, None] - torch.arange(stop - start)
+        seen = (behind >= -window_size[1]) & ((window_size[0] < 0) | (behind <= window_size[0]))
+        outputs.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ own[2])
+    return torch.cat(outputs, 1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("model", [LLAMA, GPT2, {**LLAMA, "model_type": "mistral", "sliding_window": 8}], ids=str)
+def test_all_documents_in_one_call(model, told, monkeypatch):
+    """As a GPU takes them: with the documents' places from the batch, or from the lengths in the mask's place."""
+    from torch.nn.attention import varlen
+
+    calls = []
+    monkeypatch.setattr(documents, "in_one_call", lambda query, dropout: True)
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *args, **options: calls.append(args) or kernel(*args, **options))
+    kernel = attention_of_documents
+    if not told:
+        monkeypatch.setattr(documents, "takes_any_option", lambda model: False)
+    assert_equal_to_padded(model, "documents")
+    assert (calls[-2][3] is calls[-1][3]) == told  # both layers are given the batch's own
+
+
+def test_what_goes_to_one_call():
+    half = torch.zeros(1, 2, 3, 64, dtype=torch.bfloat16, device="meta")
+    assert not documents.in_one_call(half, 0.0)  # not on CUDA
+
+    class OnCUDA(torch.Tensor):
+        is_cuda = True
+
+    half = half.as_subclass(OnCUDA)
+    assert documents.in_one_call(half, 0.0)
+    assert not documents.in_one_call(half, 0.1)
+    assert not documents.in_one_call(half.float(), 0.0)
+    assert not documents.in_one_call(half[..., :60], 0.0)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_is_told_where_documents_begin(attention, monkeypatch):
+    module = CausalLMModule(LLAMA)
+    module.configure_model()
+    batch = Collator(0, padding_free=True)(rows())
+    monkeypatch.setattr(documents, "attention_of", lambda model: attention)
+    found = documents.model_inputs(module.model, batch)
+    lengths = [len(row["input_ids"]) for row in rows()]
+    assert found["cu_seq_lens_q"].tolist() == found["cu_seq_lens_k"].tolist() == [0, *itertools.accumulate(lengths)]
+    assert found["cu_seq_lens_q"].dtype == torch.int32
+    assert found["max_length_q"] == found["max_length_k"] == max(lengths)
+    assert found["attention_mask"] is None
+    packed = Collator(0)([{"documents": rows()[:2]}, {"documents": rows()[2:]}])
+    assert "cu_seq_lens_q" not in documents.model_inputs(module.model, packed)  # rows that it refuses
+    assert "cu_seq_lens_q" not in documents.model_inputs(IgnoresPositions(), batch)  # it takes no such option
+
+
+@pytest.mark.parametrize("option", ["s_aux", "position_bias"])
+def test_an_attention_that_has_more_to_it_is_refused(option):
+    query, lengths = torch.zeros(1, 2, 4, 8), torch.tensor([4]).view(1, 1, 1, 1)
+    with pytest.raises(InputError, match="attn_implementation: documents computes no .*, which Linear has"):
+        documents._documents_attention(torch.nn.Linear(1, 1), *[query] * 3, lengths, **{option: torch.zeros(2)})
 
 
 def test_what_sdpa_cannot_compute_is_refused():

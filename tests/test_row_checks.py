@@ -132,7 +132,7 @@ def test_documents_beyond_a_chunk_are_refused():
     module = CausalLMModule(LLAMA4, loading={"attn_implementation": "documents"})
     module.configure_model()
     ids, positions = torch.arange(12)[None], torch.arange(12)[None]
-    with pytest.raises(InputError, match="one of 12 tokens is longer than the model's window of attention, 8"):
+    with pytest.raises(InputError, match="one of 12 tokens is longer than the model's chunk of attention, 8"):
         module.token_output({"input_ids": ids, "labels": ids, "position_ids": positions})
 
 

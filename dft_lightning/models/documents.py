@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.foreign.transformers import attention_of, told_of_documents
 from dft_lightning.models.head import LanguageModelHead, check_head, find_head
-from dft_lightning.models.layout import KEY, BatchLayout, document_lengths
+from dft_lightning.models.layout import KEY, BatchLayout, document_lengths, with_layout
 from dft_lightning.models.row_checks import (
     apart,
     check_rows,
@@ -31,9 +32,10 @@ WAY_OUT = "train on padded rows (data.batches.padding_free: false, no data.batch
 def register_documents_attention() -> None:
     """Make ``attn_implementation="documents"`` known to transformers.
 
-    One ``scaled_dot_product_attention`` for each document of a row. transformers' ``sdpa`` takes the row as one
-    sequence under a block-diagonal mask instead, whose cost grows with the square of the row's length. Batches that
-    are not padding-free go to ``sdpa``.
+    Attention within each document of a row. On CUDA it is one call for all of them where torch has a kernel for that
+    (half precision, no dropout), elsewhere one ``scaled_dot_product_attention`` a document. transformers' ``sdpa``
+    takes the row as one sequence under a block-diagonal mask instead, whose cost grows with the square of the row's
+    length. Batches that are not padding-free go to ``sdpa``.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -43,20 +45,99 @@ def register_documents_attention() -> None:
 
 
 def _documents_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    sliding_window: int | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention outputs ``[B, T, heads, D]`` from ``[B, heads, T, D]``.
 
-    ``attention_mask`` holds the documents' lengths, as integers; any other mask is for ``sdpa``.
+    ``attention_mask`` holds the documents' lengths, as integers; any other mask is for ``sdpa``, and has the window in
+    it.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    lengths = attention_mask.flatten().tolist()
-    documents = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in documents]
-    return torch.cat(outputs, dim=1), None
+    for name, what in (
+        ("s_aux", "attention sinks"),
+        ("softcap", "a softcap"),
+        ("position_bias", "a bias of positions"),
+    ):
+        if options.get(name) is not None:
+            raise InputError(
+                f"attn_implementation: documents computes no {what.removeprefix('a ')}, which {type(module).__name__} "
+                f"has: set flash_attention_2 or eager"
+            )
+    if in_one_call(query, options.get("dropout", 0.0)):
+        return _all_documents(query, key, value, attention_mask, sliding_window, **options), None
+    return _document_by_document(module, query, key, value, attention_mask, sliding_window, options), None
+
+
+def in_one_call(query: Tensor, dropout: float) -> bool:
+    """Whether torch's attention over documents takes such queries ``[B, heads, T, D]``."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and half and dropout == 0 and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+
+
+def _all_documents(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    sliding_window: int | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **_: Any,
+) -> Tensor:
+    from torch.nn.attention import varlen
+
+    if cu_seq_lens_q is None or max_length_q is None:  # a model that hands no such options on to its attention
+        ends = lengths.flatten().cumsum(0, dtype=torch.int32)
+        cu_seq_lens_q, max_length_q = nn.functional.pad(ends, (1, 0)).to(query.device), int(lengths.max())
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    output = varlen.varlen_attn(
+        q,
+        k,
+        v,
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),  # a token is in its own window
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output, Tensor)
+    return output.unsqueeze(0)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore] # another number of documents in every batch
+def _document_by_document(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    sliding_window: int | None,
+    options: dict[str, Any],
+) -> Tensor:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    sizes = lengths.flatten().tolist()
+    outputs = []
+    for q, k, v in zip(*(torch.split(tensor, sizes, dim=2) for tensor in (query, key, value)), strict=True):
+        mask = None
+        if sliding_window is not None and q.shape[2] > sliding_window:
+            place = torch.arange(q.shape[2], device=q.device)
+            behind = place[:, None] - place[None]
+            mask = ((behind >= 0) & (behind < sliding_window))[None, None]
+        outputs.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
+    return torch.cat(outputs, dim=1)
 
 
 def model_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
@@ -81,16 +162,33 @@ def model_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
                 "attn_implementation: documents puts documents' lengths in place of a mask, which the auxiliary loss "
                 "of experts reads: use sdpa or flash_attention_2, or set model.step.router_aux_loss_coef: 0"
             )
-        lengths, span = _lengths(batch), attention_span(model)
-        if span is not None and max(lengths) > span:
+        lengths, chunk = _lengths(batch), getattr(text_config(model), "attention_chunk_size", None)
+        if isinstance(chunk, int) and max(lengths) > chunk:
             raise InputError(
                 f"attn_implementation: documents attends to whole documents, and one of {max(lengths)} tokens is "
-                f"longer than the model's window of attention, {span}: use sdpa or flash_attention_2, or a smaller "
+                f"longer than the model's chunk of attention, {chunk}: use sdpa or flash_attention_2, or a smaller "
                 "data.text.max_length"
             )
         # transformers hands a mask of four dimensions to the attention as it is.
         inputs["attention_mask"] = torch.tensor(lengths).view(1, 1, 1, -1)
-    return inputs
+    return inputs | _options_of_documents(model, batch)
+
+
+def _options_of_documents(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Where documents begin, for an attention that would wait for the device in every layer to find out."""
+    layout, attention = batch.get(KEY), attention_of(model)
+    if not isinstance(layout, BatchLayout) or len(batch["input_ids"]) != 1:
+        return {}
+    if not (attention == ATTENTION or attention.startswith("flash_attention")) or not takes_any_option(model):
+        return {}
+    starts, longest = layout.cu_seq_lens, layout.max_length
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+
+
+def takes_any_option(model: nn.Module) -> bool:
+    """Whether a model hands options that it does not know on to its attention."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
 
 
 def knowing_documents(batch: Mapping[str, Any]) -> AbstractContextManager[None]:
@@ -126,7 +224,9 @@ def check_documents(model: nn.Module, num_rows: int = 1, longest: int | None = N
     """
     _check_documents_of(_CHECKED_TOKENS, model, num_rows)
     span = attention_span(model)
-    if span is not None and (longest is None or longest > span) and attention_of(model) != ATTENTION:
+    if attention_of(model) == ATTENTION and getattr(text_config(model), "attention_chunk_size", None) == span:
+        return  # documents beyond a chunk are refused one by one
+    if span is not None and (longest is None or longest > span):
         _check_documents_of(span + _CHECKED_TOKENS, model, num_rows)
 
 
@@ -186,8 +286,9 @@ def _last_logits(model: nn.Module, documents: Sequence[Tensor], num_rows: int) -
     """Of the last document of a row, whose positions start anew with each."""
     rows = min(num_rows, 2)
     positions = torch.cat([torch.arange(len(document), device=document.device) for document in documents])
-    batch = {"input_ids": torch.cat(list(documents)).expand(rows, -1), "position_ids": positions.expand(rows, -1)}
-    output: Tensor = model(**model_inputs(model, batch)).logits
+    ids, positions = torch.cat(list(documents)).expand(rows, -1), positions.expand(rows, -1)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    output: Tensor = model(**model_inputs(model, with_layout(batch))).logits
     return output[:, -_CHECKED_TOKENS:]
 
 
