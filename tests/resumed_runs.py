@@ -22,7 +22,7 @@ FIXED_BATCH = {"num_rows": 28, "global_batch_size": 4, "batch_size": 2}
 
 
 class Records(Logger):
-    """Every value that is logged, by step, but for speeds."""
+    """Every value that is logged, by step, but for speeds and memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Records(Logger):
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         for name, value in metrics.items():
-            if "per_second" not in name:
+            if "per_second" not in name and "memory" not in name:
                 self.values[step, name] = value
 
 

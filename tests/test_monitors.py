@@ -106,7 +106,7 @@ def test_what_checkpoints_and_generation_have(name, tmp_path):
 def test_names_are_those_of_a_run_that_logs_all_it_can():
     parts = {name: ArithmeticRows(8, seed=seed) for seed, name in enumerate(("easy", "hard"))}
     rows = {"train": MixedRows(parts), "validation": MixedRows(parts), "forgetting": MixedRows(parts)}
-    module = CausalLMModule(TINY_ARITHMETIC, step={"log_train_entropy": True})
+    module = CausalLMModule(TINY_ARITHMETIC, step={"log_train_entropy": True, "peak_flops": 1e12})
     ended = trainer(max_steps=4, log_every_n_steps=1, max_epochs=-1)
     ended.fit(
         module,

@@ -195,6 +195,25 @@ class GradientMetrics(NamedSums):
         return {"grad_norm": sums["norm_sum"] / steps, "clipped_steps": sums["clipped"].double() / steps}
 
 
+class WorkMetrics(NamedSums):
+    """Floating-point operations of a model, added over ranks; :meth:`compute` returns ``flops``, a float64 scalar."""
+
+    higher_is_better = None
+
+    flops: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._add_sums("flops")
+
+    def update(self, flops: float) -> None:
+        """Add those of a micro-batch."""
+        self.flops += flops
+
+    def values_of(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"flops": sums["flops"]}
+
+
 def computed(metrics: Sequence[NamedSums]) -> list[dict[str, Tensor]]:
     """What ``compute`` returns of each, on the host: over all ranks in one exchange, and read at once. A collective.
 

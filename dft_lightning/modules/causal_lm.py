@@ -22,6 +22,7 @@ from dft_lightning.foreign.lightning import PlainHyperparameters, believe_reduce
 from dft_lightning.foreign.torch import Moving
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss
 from dft_lightning.models.documents import model_inputs
+from dft_lightning.models.flops import ModelFlops
 from dft_lightning.models.generation import Completions, GenerationOptions
 from dft_lightning.models.given import options_of_itself
 from dft_lightning.models.layout import KEY, with_layout
@@ -38,7 +39,7 @@ from dft_lightning.modules.resume.run_state import RunState
 from dft_lightning.modules.resume.saved import Checkpoints, base_of
 from dft_lightning.modules.schedules import ScheduleCallable, WarmupSchedule
 from dft_lightning.modules.size import announce
-from dft_lightning.modules.telemetry import Evaluation, TrainTelemetry, check_prompts, records_of
+from dft_lightning.modules.telemetry import Evaluation, TrainTelemetry, check_prompts, peak_flops, records_of
 from dft_lightning.modules.training import OptimizerSteps, step_ends
 from dft_lightning.ops import TokenOutput
 
@@ -168,6 +169,7 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             # What a subclass freezes or trains there counts when the model is wrapped: DDP and FSDP look but once.
             self.build_parameter_groups()
+            self.train_telemetry.model_flops = ModelFlops.of(self.model)
         builder.wrap(self, self.model, files, mesh, trainer, _RUN_THE_MODEL)
         self._checkpoints.remember_base(self.model)
 
@@ -268,6 +270,8 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         self._checkpoints.begin(self.model, self.trainer)
         if self._reference is not None:
             self._reference.check_trained(self.model)
+        peak = peak_flops(self.device, self.trainer.precision, self.step.peak_flops)
+        self.train_telemetry.peak_flops = None if peak is None else peak * self.trainer.world_size
         announce(self, self.model, self.trainer)
         self.train_telemetry.start_clock()
 

@@ -14,7 +14,8 @@ from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.modules.options import StepOptions
 
 _TOKENS = ("loss", "nll", "perplexity", "token_accuracy", "mean_weight", "target_tokens")
-_TRAINING = (*_TOKENS, "tokens_per_second", "grad_norm", "clipped_steps", "lr", "skipped_steps")
+_SPEED = ("tokens_per_second", "peak_memory_gib", "mfu")
+_TRAINING = (*_TOKENS, *_SPEED, "grad_norm", "clipped_steps", "lr", "skipped_steps")
 # Whose classes log what is known here, or nothing.
 _KNOWN = ("dft_lightning", "lightning", "torch", "builtins")
 # What a subclass may override and log nothing in: Lightning refuses to log there, or it is called for no run.

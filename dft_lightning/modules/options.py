@@ -80,18 +80,24 @@ class StepOptions:
             each micro-batch; 0 leaves it out. ``None`` goes by the model's config, in which most leave it out
             (``output_router_logits: false``); the run says which it is. It is a mean over the tokens of a micro-batch,
             so that it depends on how a step is split.
+        peak_flops: floating-point operations a second of each device at its best, such as 989e12 of an H100 in
+            bfloat16, which ``mfu`` is measured by. ``None`` knows many GPUs by their name; of others and of the CPU no
+            ``mfu`` is logged.
     """
 
     renormalize: bool = False
     on_non_finite: OnNonFinite = "raise"
     log_train_entropy: bool = False
     router_aux_loss_coef: float | None = None
+    peak_flops: float | None = None
 
     def __post_init__(self) -> None:
         check_one_of("on_non_finite", self.on_non_finite, get_args(OnNonFinite))
         coefficient = self.router_aux_loss_coef
         if coefficient is not None and not 0 <= coefficient < math.inf:
             raise ValueError(f"router_aux_loss_coef must be a number from 0 on, got {coefficient}")
+        if self.peak_flops is not None and not 0 < self.peak_flops < math.inf:
+            raise ValueError(f"peak_flops must be a number above 0, got {self.peak_flops}")
 
 
 @dataclass(frozen=True)

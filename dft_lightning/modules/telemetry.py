@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -18,8 +21,9 @@ from dft_lightning.errors import InputError
 from dft_lightning.losses import TokenLoss
 from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.metrics import ExactMatch, GradientMetrics, SourceMetrics, TargetMetric, TokenMetrics
-from dft_lightning.metrics.exact_sums import NamedSums, computed
+from dft_lightning.metrics.exact_sums import NamedSums, WorkMetrics, computed
 from dft_lightning.metrics.own import numbers, of_texts
+from dft_lightning.models.flops import ModelFlops
 from dft_lightning.models.layout import layout_of
 from dft_lightning.modules.options import EvaluationOptions
 from dft_lightning.ops import TokenOutput
@@ -84,17 +88,28 @@ class StageTelemetry(nn.Module):
 
 
 class TrainTelemetry(StageTelemetry):
-    """Beside the tokens' metrics the gradient's norm, the share of clipped steps and the speed.
+    """Beside the tokens' metrics the gradient's norm, the share of clipped steps, the speed and the memory.
 
     Attributes:
         seconds: of training since the last :meth:`collect`.
+        model_flops: what the model's operations are counted by; ``None`` before it is known.
+        peak_flops: operations a second of all ranks' devices together at their best; ``None`` where it is not known.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.gradients = GradientMetrics()
+        self.work = WorkMetrics()
+        self.model_flops: ModelFlops | None = None
+        self.peak_flops: float | None = None
         self.seconds = 0.0
         self._mark: float | None = None
+
+    def update(self, output: TokenOutput, batch: Mapping[str, Any], loss: TokenLoss) -> None:
+        """Count a micro-batch, as the module takes it."""
+        super().update(output, batch, loss)
+        if self.model_flops is not None:
+            self.work.update(self.model_flops.of_batch(layout_of(batch)))
 
     def update_gradient(self, norm: float, clip_val: float | int | None, skips_non_finite: bool = False) -> None:
         """Count an optimizer step by its gradient norm before clipping."""
@@ -111,12 +126,18 @@ class TrainTelemetry(StageTelemetry):
             self._mark = None
 
     def collect(self, source_names: Sequence[str]) -> dict[str, Any]:
-        """As :meth:`StageTelemetry.collect`, with ``tokens_per_second``, ``grad_norm`` and ``clipped_steps``."""
+        """As :meth:`StageTelemetry.collect`, with ``tokens_per_second``, ``grad_norm``, ``clipped_steps``,
+        ``peak_memory_gib`` of this process and, where the devices' peak is known, ``mfu``."""
         if not self.tokens.update_called:  # all steps since the last call were skipped
             return {}
         self.stop_clock()
         values = super().collect(source_names)
-        values["tokens_per_second"] = values.pop("tokens") / max(self.seconds, 1e-9)
+        seconds, flops = max(self.seconds, 1e-9), values.pop("flops", None)
+        values["tokens_per_second"] = values.pop("tokens") / seconds
+        if flops is not None and self.peak_flops is not None:
+            values["mfu"] = flops / seconds / self.peak_flops
+        if (memory := peak_memory(self.tokens.device)) is not None:
+            values |= exact({"peak_memory_gib": memory / 2**30})
         self.seconds = 0.0
         self.start_clock()
         return values
@@ -125,6 +146,31 @@ class TrainTelemetry(StageTelemetry):
         """Forget everything counted, and the time."""
         super().reset()
         self.seconds = 0.0
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes at the most: of tensors on CUDA since the last call, of the process elsewhere since it began, where the
+    system says so."""
+    if device.type == "cuda":
+        found = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return found
+    if find_spec("resource") is None:  # Windows
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_flops(device: torch.device, precision: str, given: float | None) -> float | None:
+    """Operations a second of a device at its best: what is given, or by the name of a GPU that Lightning knows."""
+    if given is not None or device.type != "cuda":
+        return given
+    kinds = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+    dtype = next((kind for name, kind in kinds.items() if precision.startswith(name)), torch.float32)
+    found = get_available_flops(device, dtype)
+    return None if found is None else float(found)
 
 
 STAGES = ("val", "forgetting", "test")
