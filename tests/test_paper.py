@@ -59,7 +59,7 @@ def test_what_a_recipe_says(name):
     for overlay in ("one_gpu", "ddp", "fsdp2_8gpus", "fsdp2_4nodes"):
         content = yaml.safe_load((ROOT / "configs" / "trainer" / f"{overlay}.yaml").read_text())
         ranks = content["trainer"]["devices"] * content["trainer"]["num_nodes"]
-        micro_batches_of(256, content.get("data", data)["batch_size"], ranks)
+        micro_batches_of(256, {**data, **content.get("data", {})}["batch_size"], ranks)
 
 
 def test_the_losses():
