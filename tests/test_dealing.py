@@ -231,6 +231,7 @@ def test_a_fit_in_micro_batches_of_tokens(caplog):
         ({"max_tokens": 30}, {}, r"data.train: row \d+ has \d+ tokens, and a micro-batch at most 30 .*max_tokens"),
         ({"max_tokens": 200}, {"max_epochs": -1, "max_steps": -1}, "set trainer.max_epochs or trainer.max_steps"),
         ({"max_tokens": 200}, {"accumulate_grad_batches": 99}, "16 rows are .* micro-batches of at most 200 tokens"),
+        ({"max_tokens": 200}, {"overfit_batches": 2}, "trainer.overfit_batches takes rows in their own order"),
     ],
 )
 def test_what_does_not_fit_is_said(options, trained, message):

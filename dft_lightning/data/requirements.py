@@ -156,6 +156,11 @@ def check_trainer(
             f"{type(loss).__name__} reads whole sequences (pointwise = False), and data.batches.packing: bfd_split "
             "cuts them: use bfd"
         )
+    if batches.max_tokens is not None and trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+        raise InputError(
+            "trainer.overfit_batches takes rows in their own order, and data.batches.max_tokens deals those of a step: "
+            "leave one of the two out"
+        )
     if streaming is None:
         return
     if trainer.max_steps < 0 and not any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
