@@ -92,6 +92,19 @@ def test_two_processes_go_on_alike_and_on_one_and_from_one(tmp_path):
         assert_close(one, resumed, 3)
 
 
+@pytest.mark.parametrize("before", ["rows", "tokens"])
+def test_steps_of_as_many_rows_go_on_in_other_micro_batches(tmp_path, before):
+    """Of a number of rows, and of a number of tokens: a checkpoint's position is counted in rows."""
+    step = {"num_rows": 30, "global_batch_size": 4}
+    kinds = {"rows": {**step, "batch_size": 2}, "tokens": {**step, "max_tokens": 120, "padding_free": True}}
+    after = "tokens" if before == "rows" else "rows"
+    _, whole = fit(kinds[before], {"max_steps": 12}, SaveAt(tmp_path, "on_train_batch_end"), model=WITHOUT_DROPOUT)
+    paths = sorted(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    for path in paths[3 : len(paths) - 1 : len(paths) // 4]:
+        _, resumed = fit(kinds[after], {"max_steps": 12}, ckpt_path=path, model=WITHOUT_DROPOUT)
+        assert_close(whole, resumed, torch.load(path, weights_only=True)["global_step"])
+
+
 def test_the_loader_goes_on_in_a_loop_of_ones_own():
     """Its state is good with and without workers, at any batch, and its later epochs are whole."""
     for options in ({}, {"num_workers": 2}, {"group_by_length": True}):
