@@ -634,6 +634,31 @@ def test_triton_kernels_are_the_torch_kernels(loss, softcap, dtype, triton_kerne
         assert relative(own, reference) < tolerance
 
 
+@pytest.mark.parametrize("loss", [DFTLoss(), AllStatistics(), Anchored()], ids=repr)
+@pytest.mark.parametrize("vocabulary", [63, 64, 65, 128, 50257])
+def test_triton_blocks_of_odd_vocabularies(vocabulary, loss, triton_kernels, monkeypatch):
+    """Whole blocks alone, the ragged last one alone, and both: against float64."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if vocabulary < 1000:
+        monkeypatch.setattr(triton_kernels, "_BLOCK", 64)
+    monkeypatch.setattr("dft_lightning.ops.passes.kernels_for", lambda *args: triton_kernels)
+    exact = problem(5, 8, vocabulary, spread=0.3, ignored=False)
+    own = [leaf.detach().float().to(device).requires_grad_() for leaf in exact[:3]]
+    exact = [leaf.detach().float().double().requires_grad_() for leaf in exact[:3]]
+    targets = torch.tensor([0, vocabulary - 1, vocabulary // 64 * 64 - 1, 7, 50]) % vocabulary
+    beside = reference_head(5, vocabulary, device=device, dtype=torch.float32)
+    hidden, weight, bias = (getattr(beside, name).cpu().double() for name in ("hidden", "weight", "bias"))
+    output = linear_token_loss(
+        *own[:2], targets.to(device), loss, bias=own[2], reference=beside, chunk_bytes=4 * vocabulary * 4
+    )
+    theirs = full_logits(hidden, weight, bias, beside.logit_scale)
+    stats = statistics_from_logits(full_logits(*exact), targets, loss.needs, reference_logits=theirs)
+    expected = loss.token_loss(stats).sum()
+    assert relative(output.loss.detach().cpu(), expected.detach()) < 1e-5
+    for ours, reference in zip(gradients(output.loss, own), gradients(expected, exact), strict=True):
+        assert relative(ours.cpu(), reference) < 1e-5
+
+
 def test_triton_moments_of_hard_rows(triton_kernels):
     """Ties, banned classes, a banned target, near certainty, a target that is alone."""
     from dft_lightning.ops import torch_kernels
@@ -661,7 +686,10 @@ def test_triton_moments_of_hard_rows(triton_kernels):
 
 
 def test_triton_kernels_compile_for_a_gpu(tmp_path):
-    """Down to machine code for compute capability 9.0; needs no GPU, but the interpreter must be off."""
+    """Down to machine code for compute capability 9.0; needs no GPU, but the interpreter must be off.
+
+    A thread of 256 has 16 of a block's 4096 logits, which it loads and stores by 16 bytes at a time.
+    """
     pytest.importorskip("triton", reason="Triton comes with torch on CUDA, and beside it on Linux")
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     env.pop("TRITON_INTERPRET", None)
@@ -669,3 +697,8 @@ def test_triton_kernels_compile_for_a_gpu(tmp_path):
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("cubin") == 18
+    for line in done.stdout.splitlines():
+        kernel, dtype, with_reference, *_, loads, _, stores = line.split()
+        vectors = 16 * (4 if dtype == "*fp32" else 2) // 16
+        rows = 2 if "divergence" in kernel or ("gradient" in kernel and with_reference == "True") else 1
+        assert (int(loads), int(stores)) == (rows * vectors, vectors if "gradient" in kernel else 0), line

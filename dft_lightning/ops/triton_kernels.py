@@ -26,6 +26,15 @@ def _transformed(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):  # type: ignore[
 
 
 @triton.jit
+def _loaded(pointers, inside, RAGGED: tl.constexpr):  # type: ignore[no-untyped-def]
+    # Without a mask whole vectors are loaded; a mask that no vector fits in has each element loaded for itself.
+    if RAGGED:
+        return tl.load(pointers, mask=inside, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
 def _log1p(u):  # type: ignore[no-untyped-def]
     # log(1 + u) loses u where it is small; the quotient gives back what the sum has rounded off.
     w = 1 + u
@@ -64,28 +73,30 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
     squared_sum = 0.0
     total = 0.0
     larger = 0
-    for start in range(0, vocabulary, BLOCK):
-        offsets = start + tl.arange(0, BLOCK)
-        inside = offsets < vocabulary
-        z = tl.load(start_of_row + offsets, mask=inside, other=0.0)
-        z = _transformed(z, scale, softcap, HAS_SOFTCAP)
-        if WANT_SUM_LOGITS:
-            total += tl.sum(tl.where(inside, z, 0.0), axis=0)
-        z = tl.where(inside & (offsets != target), z, -float("inf"))
-        ahead = inside & ((z > target_logit) | ((z == target_logit) & (offsets < target)))
-        larger += tl.sum(ahead.to(tl.int32), axis=0)
-        new = tl.maximum(highest, tl.max(z, axis=0))
-        base = tl.where(new == -float("inf"), 0.0, new)
-        shift = tl.where(highest == -float("inf"), 0.0, highest - base)
-        rescale = tl.where(highest == -float("inf"), 0.0, tl.exp(shift))
-        e = tl.exp(z - base)
-        if WANT_SUM_P_LOG_P:
-            weighted_sum = rescale * (weighted_sum + shift * exp_sum)
-            weighted_sum += tl.sum(tl.where(e > 0, e * (z - base), 0.0), axis=0)
-        if WANT_SUM_P_SQUARED:
-            squared_sum = squared_sum * rescale * rescale + tl.sum(e * e, axis=0)
-        exp_sum = exp_sum * rescale + tl.sum(e, axis=0)
-        highest = new
+    whole = vocabulary // BLOCK * BLOCK
+    for RAGGED in tl.static_range(2):
+        for start in range(whole if RAGGED else 0, vocabulary if RAGGED else whole, BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            inside = offsets < vocabulary
+            z = _loaded(start_of_row + offsets, inside, RAGGED)
+            z = _transformed(z, scale, softcap, HAS_SOFTCAP)
+            if WANT_SUM_LOGITS:
+                total += tl.sum(tl.where(inside, z, 0.0), axis=0)
+            z = tl.where(inside & (offsets != target), z, -float("inf"))
+            ahead = inside & ((z > target_logit) | ((z == target_logit) & (offsets < target)))
+            larger += tl.sum(ahead.to(tl.int32), axis=0)
+            new = tl.maximum(highest, tl.max(z, axis=0))
+            base = tl.where(new == -float("inf"), 0.0, new)
+            shift = tl.where(highest == -float("inf"), 0.0, highest - base)
+            rescale = tl.where(highest == -float("inf"), 0.0, tl.exp(shift))
+            e = tl.exp(z - base)
+            if WANT_SUM_P_LOG_P:
+                weighted_sum = rescale * (weighted_sum + shift * exp_sum)
+                weighted_sum += tl.sum(tl.where(e > 0, e * (z - base), 0.0), axis=0)
+            if WANT_SUM_P_SQUARED:
+                squared_sum = squared_sum * rescale * rescale + tl.sum(e * e, axis=0)
+            exp_sum = exp_sum * rescale + tl.sum(e, axis=0)
+            highest = new
     others = highest + tl.log(exp_sum)
     margin = target_logit - others
     tail = _log1p(tl.exp(-tl.abs(margin)))
@@ -161,23 +172,25 @@ def _divergence_kernel(  # type: ignore[no-untyped-def]
     highest = -float("inf")
     exp_sum = 0.0
     weighted_sum = 0.0
-    for start in range(0, vocabulary, BLOCK):
-        offsets = start + tl.arange(0, BLOCK)
-        inside = offsets < vocabulary
-        own = tl.load(start_of_row + offsets, mask=inside, other=0.0)
-        own = _transformed(own, scale, softcap, HAS_SOFTCAP) - normalizer
-        other = tl.load(start_of_reference + offsets, mask=inside, other=0.0)
-        other = _transformed(other, reference_scale, reference_softcap, HAS_REFERENCE_SOFTCAP)
-        other = tl.where(inside, other, -float("inf"))
-        new = tl.maximum(highest, tl.max(other, axis=0))
-        base = tl.where(new == -float("inf"), 0.0, new)
-        shift = tl.where(highest == -float("inf"), 0.0, highest - base)
-        rescale = tl.where(highest == -float("inf"), 0.0, tl.exp(shift))
-        e = tl.exp(other - base)
-        weighted_sum = rescale * (weighted_sum + shift * exp_sum)
-        weighted_sum += tl.sum(tl.where(e > 0, e * (other - base - own), 0.0), axis=0)
-        exp_sum = exp_sum * rescale + tl.sum(e, axis=0)
-        highest = new
+    whole = vocabulary // BLOCK * BLOCK
+    for RAGGED in tl.static_range(2):
+        for start in range(whole if RAGGED else 0, vocabulary if RAGGED else whole, BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            inside = offsets < vocabulary
+            own = _loaded(start_of_row + offsets, inside, RAGGED)
+            own = _transformed(own, scale, softcap, HAS_SOFTCAP) - normalizer
+            other = _loaded(start_of_reference + offsets, inside, RAGGED)
+            other = _transformed(other, reference_scale, reference_softcap, HAS_REFERENCE_SOFTCAP)
+            other = tl.where(inside, other, -float("inf"))
+            new = tl.maximum(highest, tl.max(other, axis=0))
+            base = tl.where(new == -float("inf"), 0.0, new)
+            shift = tl.where(highest == -float("inf"), 0.0, highest - base)
+            rescale = tl.where(highest == -float("inf"), 0.0, tl.exp(shift))
+            e = tl.exp(other - base)
+            weighted_sum = rescale * (weighted_sum + shift * exp_sum)
+            weighted_sum += tl.sum(tl.where(e > 0, e * (other - base - own), 0.0), axis=0)
+            exp_sum = exp_sum * rescale + tl.sum(e, axis=0)
+            highest = new
     log_sum = tl.log(exp_sum)
     tl.store(reference_log_normalizer + row, highest + log_sum)
     tl.store(divergence + row, weighted_sum / exp_sum - log_sum)
@@ -254,29 +267,34 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     row_quadratic = tl.load(quadratic + row)
     row_reference = tl.load(reference + row)
     reference_normalizer = tl.load(reference_log_normalizer + row)
-    for start in range(0, vocabulary, BLOCK):
-        offsets = start + tl.arange(0, BLOCK)
-        inside = offsets < vocabulary
-        z = _transformed(tl.load(start_of_row + offsets, mask=inside, other=0.0), scale, softcap, HAS_SOFTCAP)
-        log_p = z - normalizer
-        p = tl.exp(log_p)
-        polynomial = row_linear
-        if HAS_LOG_LINEAR:
-            polynomial += row_log_linear * tl.where(p > 0, log_p, 0.0)
-        if HAS_QUADRATIC:
-            polynomial += row_quadratic * p
-        gradient = p * polynomial
-        if HAS_CONSTANT:
-            gradient += row_constant
-        gradient = tl.where(offsets == target, target_value, gradient)
-        if HAS_REFERENCE:
-            other = tl.load(reference_logits + row * reference_stride + offsets, mask=inside, other=0.0)
-            other = _transformed(other, reference_scale, reference_softcap, HAS_REFERENCE_SOFTCAP)
-            gradient -= row_reference * tl.exp(other - reference_normalizer)
-        if HAS_SOFTCAP:
-            tanh = z / (scale * softcap)
-            gradient *= 1 - tanh * tanh
-        tl.store(start_of_row + offsets, gradient.to(logits.dtype.element_ty), mask=inside)
+    whole = vocabulary // BLOCK * BLOCK
+    for RAGGED in tl.static_range(2):
+        for start in range(whole if RAGGED else 0, vocabulary if RAGGED else whole, BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            inside = offsets < vocabulary
+            z = _transformed(_loaded(start_of_row + offsets, inside, RAGGED), scale, softcap, HAS_SOFTCAP)
+            log_p = z - normalizer
+            p = tl.exp(log_p)
+            polynomial = row_linear
+            if HAS_LOG_LINEAR:
+                polynomial += row_log_linear * tl.where(p > 0, log_p, 0.0)
+            if HAS_QUADRATIC:
+                polynomial += row_quadratic * p
+            gradient = p * polynomial
+            if HAS_CONSTANT:
+                gradient += row_constant
+            gradient = tl.where(offsets == target, target_value, gradient)
+            if HAS_REFERENCE:
+                other = _loaded(reference_logits + row * reference_stride + offsets, inside, RAGGED)
+                other = _transformed(other, reference_scale, reference_softcap, HAS_REFERENCE_SOFTCAP)
+                gradient -= row_reference * tl.exp(other - reference_normalizer)
+            if HAS_SOFTCAP:
+                tanh = z / (scale * softcap)
+                gradient *= 1 - tanh * tanh
+            if RAGGED:
+                tl.store(start_of_row + offsets, gradient.to(logits.dtype.element_ty), mask=inside)
+            else:
+                tl.store(start_of_row + offsets, gradient.to(logits.dtype.element_ty))
 
 
 def row_gradient_(
