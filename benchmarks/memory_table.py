@@ -14,7 +14,7 @@ from torch import nn
 
 from dft_lightning.distributed.shard_loading import parameters_on_meta
 from dft_lightning.distributed.sharding import find_blocks
-from dft_lightning.ops.call import DEFAULT_CHUNK_BYTES
+from dft_lightning.ops.chunks import CUDA_CHUNK_ROWS, DEFAULT_CHUNK_BYTES
 
 # What their config.json on the hub says of their size.
 MODELS = {
@@ -104,7 +104,9 @@ def estimate_memory(
         unreduced = (block + rest) * (_BFLOAT16 + _FLOAT32) if sync_micro_batches else total * _FLOAT32
     at_work = tokens * _block_bytes_per_token(config, between)
     kept = len(blocks) * (tokens * config.hidden_size * between if gradient_checkpointing else at_work)
-    chunk = min(DEFAULT_CHUNK_BYTES, tokens * config.vocab_size * _BFLOAT16)
+    # As many tokens as a chunk has where memory is not short.
+    logits, chunks = tokens * config.vocab_size * _BFLOAT16, max(1, tokens // CUDA_CHUNK_ROWS)
+    chunk = min(logits, max(DEFAULT_CHUNK_BYTES, logits // chunks))
     head_gradients = config.vocab_size * config.hidden_size * _FLOAT32 + tokens * config.hidden_size * _FLOAT32
     return MemoryEstimate(
         parameters=total * _FLOAT32 // ranks + gathered,

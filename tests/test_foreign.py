@@ -124,6 +124,9 @@ def test_words_of_others_are_in_their_rooms(module):
 
 # Where each is in the releases that the package is for. ``None``: it is looked for by getattr, and may be missing.
 HOMES = {
+    "_C": "torch",  # on the way to what torch.compile asks a backward pass
+    "_autograd": "torch._C",
+    "_get_current_graph_task_keep_graph": "torch._C._autograd",
     "_accelerator_connector": "lightning.pytorch.trainer.trainer.Trainer",
     "_activation_checkpointing_kwargs": "lightning.pytorch.strategies.FSDPStrategy",
     "_apply": "torch.nn.Module",
@@ -189,7 +192,7 @@ def test_the_list_is_whole():
     """A new one is to be weighed: is there no public form? There were 69 in 24 files."""
     names = {name for module in FILES if ".foreign." in module for name in private_names(module)}
     assert names == HOMES.keys()
-    assert len(names) <= 40
+    assert len(names) <= 43
 
 
 @pytest.mark.parametrize("name", ["_fsdp_wrapped_module.a._checkpoint_wrapped_module.b.w", "a._orig_mod.w", "a.w"])

@@ -21,7 +21,7 @@ from dft_lightning import DFTLoss
 from dft_lightning.data import ArithmeticRows
 from dft_lightning.data.rows.arithmetic import solve
 from dft_lightning.losses import LOSSES
-from dft_lightning.ops.call import DEFAULT_CHUNK_BYTES
+from dft_lightning.ops.chunks import CUDA_CHUNK_ROWS, DEFAULT_CHUNK_BYTES
 from test_normalization import TOLERANCE
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -82,7 +82,7 @@ def head_passages() -> Iterator[str]:
     assert errors("plain") == errors("dft_lightning")
     own, other = errors("dft_lightning"), errors("torch chunked")
     yield f"is that of full logits ({own} in bfloat16, torch's chunked head {other})"
-    yield f"in chunks (up to {DEFAULT_CHUNK_BYTES // 2**20} MiB of logits)"
+    yield f"in chunks (up to {DEFAULT_CHUNK_BYTES // 2**20} MiB of logits, on CUDA {CUDA_CHUNK_ROWS} tokens and more"
 
 
 # -- training steps ----------------------------------------------------------------------------------------------------

@@ -37,6 +37,14 @@ def multiply(tensors: list[Tensor], factor: Tensor) -> None:
         torch._foreach_mul_(tensors, factor)
 
 
+def keeps_graph() -> bool:
+    """Whether the backward pass that this is called in retains its graph, so that another may follow.
+
+    ``torch.compile`` asks the same before it gives the memory of saved tensors to something else.
+    """
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def non_persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     """A module's own buffers that its state dict leaves out; to ask the state dict may be a collective."""
     return [

@@ -13,10 +13,6 @@ from dft_lightning.losses.base import check_class_indices
 from dft_lightning.losses.statistics import Statistic, TokenStats
 from dft_lightning.ops.row_math import LogitTransform
 
-# 2048 tokens of a vocabulary of 150,000 in half precision. Within one chunk nothing is accumulated; every further one
-# reads and writes the weight's gradient once more.
-DEFAULT_CHUNK_BYTES = 640 * 2**20
-
 # What a head always computes.
 ALWAYS = ("log_prob", "log_expected_prob")
 
@@ -29,24 +25,15 @@ class HeadSettings:
         transform: what the model does to the product.
         statistics: what to compute, by name in ``ENTRIES``, in the order of the names.
         dtype: of the matrix products.
-        chunk_bytes: size of the buffer of logits.
+        chunk_bytes: size of the buffer of logits, ``None`` for what suits the device.
         reference_transform: what a reference model does to its product, where a statistic needs its logits.
     """
 
     transform: LogitTransform
     statistics: Mapping[str, Statistic]
     dtype: torch.dtype
-    chunk_bytes: int
+    chunk_bytes: int | None
     reference_transform: LogitTransform | None
-
-    @property
-    def float16_factor(self) -> float:
-        """What gradients of logits are multiplied by before they are rounded; divided off again in float32.
-
-        They are at most the loss's slope over the normaliser, and 5e-8 and less is 0 in float16. This leaves room for
-        slopes of 15 times the normaliser.
-        """
-        return 4096.0 if self.dtype == torch.float16 else 1.0
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss, required_step, to
 from dft_lightning.losses.statistics import Statistic, TokenStats, check_params, normalise_needs
 from dft_lightning.ops.call import (
     ALWAYS,
-    DEFAULT_CHUNK_BYTES,
     HeadSettings,
     ReferenceHead,
     TargetTokens,
@@ -43,7 +42,7 @@ def linear_token_loss(
     reference: ReferenceHead | None = None,
     statistics: Iterable[Statistic | str] = (),
     step: int | None = None,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> TokenOutput:
     """The summed token loss of a linear head, with per-token statistics, without ever holding its logits.
 
@@ -52,9 +51,12 @@ def linear_token_loss(
     matrix products in all, and backward only scales the result. A loss with ``pointwise = False`` is computed from
     the statistics of all tokens, and the logits are computed again in backward.
 
-    The weight's gradient is accumulated in float32 and returned in the weight's dtype. Under autocast the products
-    run in autocast's dtype. Gradients that nobody asks for (frozen head, frozen backbone, ``torch.no_grad``) are not
-    computed.
+    The weight's gradient is accumulated in float32 and returned in the weight's dtype; of a single chunk in bfloat16 it
+    is rounded once, by the product. Under autocast the products run in autocast's dtype. In float16, what a chunk's
+    logits become is first multiplied by the power of two that its largest element has room for. Rows of logits lie 16
+    elements aligned, whatever the vocabulary. Backward scales the gradients in place where they are in the leaf's
+    dtype and the graph is not retained. Gradients that nobody asks for (frozen head, frozen backbone,
+    ``torch.no_grad``) are not computed.
 
     On the CPU gradients are fresh tensors, which are written a few times faster on huge pages: under Linux torch takes
     them where ``THP_MEM_ALLOC_ENABLE=1`` is set before its first large tensor, as the command sets it.
@@ -82,8 +84,11 @@ def linear_token_loss(
             model's own chunk by chunk, and take as much again as ``chunk_bytes``.
         statistics: what to compute beyond ``loss.needs``, such as ``"entropy"``.
         step: the optimizer step, which losses with a schedule need.
-        chunk_bytes: at most what the buffer of a chunk's logits takes (and never less than one token's logits). On
-            the CPU the buffer is kept for the next call (:func:`release_scratch` frees it).
+        chunk_bytes: at most what the buffer of a chunk's logits takes (and never less than one token's logits).
+            ``None`` is 640 MiB; on CUDA, where the weight's gradient is wanted, at least 4096 tokens if their logits
+            take no more than a quarter of the free memory, and all tokens in one chunk where the larger buffer is
+            less than the accumulator that it saves. On the CPU the buffer is kept for the next call
+            (:func:`release_scratch` frees it).
 
     Returns:
         A :class:`TokenOutput` over the targets that are not ignored, in order.
@@ -128,7 +133,7 @@ def linear_token_statistics(
     logit_softcap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
     reference: ReferenceHead | None = None,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> TokenStats:
     """Differentiable per-token statistics of a linear head, without holding its logits.
 
@@ -164,7 +169,7 @@ def _settings(
     needs: Iterable[Statistic],
     logit_scale: float,
     logit_softcap: float | None,
-    chunk_bytes: int,
+    chunk_bytes: int | None,
     who: str,
 ) -> HeadSettings:
     wanted: dict[str, Statistic] = {}
@@ -181,7 +186,7 @@ def _settings(
             raise ValueError(f"{who} needs {need!r}: pass reference, the reference model's hidden states and head")
         if wanted.setdefault(need.name, need) != need:
             raise ValueError(f"one call computes {wanted[need.name]!r} or {need!r}, not both")
-    if chunk_bytes <= 0:
+    if chunk_bytes is not None and chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
     beside = batch.reference if "reference_kl" in wanted else None
     return HeadSettings(
@@ -194,7 +199,7 @@ def _settings(
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype that ``torch.nn.functional.linear`` would compute in, but for float16 on the CPU."""
+    """The dtype that ``torch.nn.functional.linear`` would compute in; float32 for float16 anywhere but on CUDA."""
     if type(weight) is not Tensor and type(weight) is not torch.nn.Parameter:
         raise TypeError(
             f"weight is a {type(weight).__name__}: the head needs the whole weight as a plain tensor (call it inside "
@@ -210,5 +215,5 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
         dtype = torch.get_autocast_dtype(kind)
     elif hidden.dtype != weight.dtype:
         raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them, or use torch.autocast")
-    # A CPU can only leave float16 products rounded to float16, whose range sums over tokens exceed.
-    return torch.float32 if kind == "cpu" and dtype == torch.float16 else dtype
+    # Elsewhere float16 products can only be left rounded to float16, whose range sums over tokens exceed.
+    return torch.float32 if kind != "cuda" and dtype == torch.float16 else dtype

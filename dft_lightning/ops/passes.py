@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dft_lightning.foreign.torch import keeps_graph
 from dft_lightning.losses.base import TokenLoss, loss_and_slopes
 from dft_lightning.losses.statistics import TokenStats, raised_dtype
 from dft_lightning.ops import torch_kernels
@@ -88,7 +89,7 @@ class OnePass(torch.autograd.Function):
         per_token = _concatenated(chunks, names, settings.dtype, hidden.device)
         loss_sum = per_token.pop("losses").sum()
         ctx.save_for_backward(*products.gradients)
-        ctx.settings, ctx.dtypes = settings, _dtypes(hidden, weight, bias)
+        ctx.scale, ctx.dtypes, ctx.first = products.scale, _dtypes(hidden, weight, bias), True
         details = (loss_sum, *per_token.values())
         ctx.mark_non_differentiable(*details)
         return (loss_sum * inverse, *details)
@@ -96,7 +97,12 @@ class OnePass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
-        return (*_returned(ctx.saved_tensors, ctx.dtypes, upstream, ctx.settings), *[None] * 6)
+        # Not where another backward may need the gradients as they are, nor where an earlier one may have given them
+        # to somebody as they are.
+        in_place = ctx.first and not keeps_graph()
+        ctx.first = False
+        returned = _returned(ctx.saved_tensors, ctx.dtypes, upstream, ctx.scale, in_place=in_place)
+        return (*returned, *[None] * 6)
 
 
 def head_statistics(
@@ -149,8 +155,6 @@ class _Statistics(torch.autograd.Function):
         names = ("log_prob", *settings.statistics)
         slopes = {name: u for name, u in zip(names, upstream, strict=True) if u is not None}
         slopes.setdefault("log_prob", torch.zeros_like(saved["log_prob"]))
-        size = _size_of(slopes, settings)
-        slopes = {name: slope / size for name, slope in slopes.items()}
         with (
             torch.autocast(hidden.device.type, enabled=False),
             HeadProducts(hidden, weight, bias, settings, ctx.needs_input_grad[:3], ctx.reference) as products,
@@ -161,7 +165,8 @@ class _Statistics(torch.autograd.Function):
                 coefficients = coefficients_of(_rows_of(slopes, rows), values, products.vocabulary)
                 logits, beside = products.logits(rows), products.reference_logits(rows)
                 _push_back(products, rows, targets, settings, logits, beside, moments, coefficients)
-        returned = _returned(products.gradients, _dtypes(hidden, weight, bias), size, settings)
+        dtypes = _dtypes(hidden, weight, bias)
+        returned = _returned(products.gradients, dtypes, 1.0, products.scale, in_place=True)
         return (*returned, None, None, None)
 
 
@@ -215,13 +220,16 @@ def _push_back(
         assert settings.reference_transform is not None
         assert moments.reference_log_normalizer is not None
         reference = ReferenceRows(beside, settings.reference_transform, moments.reference_log_normalizer)
+    if settings.dtype == torch.float16:
+        largest = coefficients.largest_gradient(moments.log_prob) * abs(settings.transform.scale)
+        coefficients = coefficients.scaled(products.next_scale(largest))
     kernels_for(products.device, settings.dtype).row_gradient_(
         logits,
         targets[rows],
         settings.transform,
         moments.log_prob,
         moments.log_normalizer,
-        coefficients.scaled(settings.float16_factor),
+        coefficients,
         products.bias_gradient,
         reference,
     )
@@ -250,13 +258,15 @@ def _returned(
     gradients: Iterable[Tensor | None],
     dtypes: Iterable[torch.dtype | None],
     upstream: Tensor | float,
-    settings: HeadSettings,
+    scale: Tensor | float,
+    *,
+    in_place: bool,
 ) -> list[Tensor | None]:
-    """Accumulated gradients times the upstream gradient, each in the dtype of its leaf."""
-    factor = upstream / settings.float16_factor
+    """Accumulated gradients times the upstream gradient, each in the dtype of its leaf; ``scale`` is divided off."""
+    factors = (upstream, upstream / scale, upstream / scale)  # of hidden states, weight and bias
     return [
-        None if gradient is None or dtype is None else scaled(gradient, factor, dtype)
-        for gradient, dtype in zip(gradients, dtypes, strict=True)
+        None if gradient is None or dtype is None else scaled(gradient, factor, dtype, in_place=in_place)
+        for gradient, dtype, factor in zip(gradients, dtypes, factors, strict=True)
     ]
 
 
@@ -267,17 +277,3 @@ def _refuse_double_backward() -> None:
             "the fused linear head has no second derivative (create_graph=True): use logits, with logits_token_loss "
             "or head: full"
         )
-
-
-def _size_of(slopes: Mapping[str, Tensor], settings: HeadSettings) -> Tensor | float:
-    """A power of two near the largest slope, which float16 would overflow on; 1 in other dtypes.
-
-    What comes from outside has the gradient scaler's factor in it, on top of which goes the head's own. In one pass the
-    slopes are the loss's own, and the scaler's factor comes after the products.
-    """
-    if settings.dtype != torch.float16:
-        return 1.0
-    largest = torch.stack([slope.abs().amax() for slope in slopes.values() if slope.numel()] or [torch.ones(())]).amax()
-    smallest = torch.finfo(largest.dtype).tiny
-    size = torch.exp2(largest.clamp(min=smallest).log2().ceil())
-    return torch.where(size.isfinite(), size, 1.0)  # inf and nan are the scaler's to see

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dft_lightning.losses.statistics import raised_dtype
 from dft_lightning.ops.call import HeadSettings, ReferenceHead
+from dft_lightning.ops.chunks import CUDA_CHUNK_ROWS, chunk_rows, row_stride
 
 # Weight-gradient rows whose half-precision product waits to be added to the accumulator (CPU).
 _TILE_BYTES = 16 * 2**20
@@ -23,7 +24,7 @@ class HeadProducts:
     """Logits of chunks of tokens into one reused buffer, and the two gradient products out of it.
 
     Use as a context manager, which holds the buffers. The weight's gradient is accumulated in float32 for half
-    precision.
+    precision, unless a single chunk's product in bfloat16 is all there is to it.
 
     Args:
         hidden: ``[n, H]``.
@@ -32,6 +33,7 @@ class HeadProducts:
         settings: the dtype of the products and the size of the buffer of logits.
         wanted: whether to accumulate the gradients of ``hidden``, ``weight`` and ``bias``.
         reference: a reference model's head, whose logits stand beside where a statistic wants them.
+        chunk: tokens of a chunk, where the caller knows.
         role: of the buffers: two that are held at once have buffers of their own.
     """
 
@@ -43,6 +45,7 @@ class HeadProducts:
         settings: HeadSettings,
         wanted: tuple[bool, bool, bool] = NO_GRADIENTS,
         reference: ReferenceHead | None = None,
+        chunk: int | None = None,
         role: str = "",
     ) -> None:
         self._role = role
@@ -51,21 +54,31 @@ class HeadProducts:
         self.device = hidden.device
         self.wanted = wanted
         self.num_tokens, self.vocabulary = hidden.shape[0], weight.shape[0]
-        self._chunk = _even_chunk(
-            self.num_tokens, max(1, settings.chunk_bytes // (self.vocabulary * self._dtype.itemsize))
-        )
         self._stack = ExitStack()
         self._started = False
+        self._scale = GradientScale()
         self.hidden_gradient: Tensor | None = None
         self.weight_gradient: Tensor | None = None
         self.bias_gradient: Tensor | None = None
+        self._chunk = chunk or self._chunk_rows(settings)
         self._beside: HeadProducts | None = None
         if reference is not None and settings.reference_transform is not None:
             head = (reference.hidden, reference.weight, reference.bias)
-            self._beside = HeadProducts(*head, settings, role="reference ")
+            self._beside = HeadProducts(*head, settings, chunk=self._chunk, role="reference ")
+
+    def _chunk_rows(self, settings: HeadSettings) -> int:
+        buffers = 1 if settings.reference_transform is None else 2
+        row_bytes = row_stride(self.vocabulary) * self._dtype.itemsize
+        rows_for_weight = 0
+        if self.wanted[1]:
+            # Where one chunk needs no accumulator, logits may take its place.
+            saved = self._weight.numel() * torch.float32.itemsize if self._rounds_once else 0
+            rows_for_weight = CUDA_CHUNK_ROWS + saved // (buffers * row_bytes)
+        return chunk_rows(self.num_tokens, row_bytes, buffers, self.device, settings.chunk_bytes, rows_for_weight)
 
     def __enter__(self) -> HeadProducts:
-        self._logits = self._scratch("logits", (self._chunk, self.vocabulary))
+        stride = row_stride(self.vocabulary)
+        self._logits = self._scratch("logits", (self._chunk, stride))[:, : self.vocabulary]
         self._cast_weight = self._cast("weight", self._weight)
         self._cast_bias = None if self._bias is None else self._bias.to(self._dtype)
         self._make_gradients()
@@ -85,7 +98,7 @@ class HeadProducts:
         return self._scratch(role, tuple(tensor.shape)).copy_(tensor)
 
     def _make_gradients(self) -> None:
-        raised, on_host = raised_dtype(self._dtype), self.device.type == "cpu"
+        raised = raised_dtype(self._dtype)
         wants_hidden, wants_weight, wants_bias = self.wanted
         if wants_hidden:
             # Only an accelerator's product can leave float32 behind; elsewhere the hidden states' own dtype is as good.
@@ -93,8 +106,7 @@ class HeadProducts:
             self.hidden_gradient = torch.empty(self._hidden.shape, dtype=dtype, device=self.device)
         if wants_weight:
             # A single chunk has nothing to accumulate: the product itself sums in float32 and rounds once.
-            single = on_host and self._chunk == self.num_tokens and self._rounds_weight_gradient
-            dtype = self._dtype if single else raised
+            dtype = self._dtype if self._rounds_once and self._chunk == self.num_tokens else raised
             self.weight_gradient = torch.empty(self._weight.shape, dtype=dtype, device=self.device)
             if self.num_tokens == 0:
                 self.weight_gradient.zero_()
@@ -107,9 +119,32 @@ class HeadProducts:
         return self._weight.dtype == self._dtype
 
     @property
+    def _rounds_once(self) -> bool:
+        """Whether a single chunk needs no float32 beside the weight's gradient; in float16 the scale is to come off."""
+        return self._rounds_weight_gradient and self._dtype == torch.bfloat16
+
+    @property
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of the hidden states, the weight and the bias, as accumulated; ``None`` where not wanted."""
         return self.hidden_gradient, self.weight_gradient, self.bias_gradient
+
+    @property
+    def scale(self) -> Tensor | float:
+        """What is on the gradients of the weight and the bias, and to be divided off."""
+        return self._scale.factor
+
+    def next_scale(self, largest: Tensor) -> Tensor | float:
+        """What to multiply the next chunk's gradient by before it is rounded: 1 but for float16.
+
+        Args:
+            largest: ``[c]``, what no element of a row's gradient exceeds.
+        """
+        if self._dtype == torch.float16:
+            change = self._scale.next(largest)
+            for total in (self.weight_gradient, self.bias_gradient):
+                if total is not None and self._started:
+                    total.mul_(change)
+        return self._scale.factor
 
     def chunks(self) -> Iterator[slice]:
         """Slices of tokens, all but the last of one size."""
@@ -130,7 +165,10 @@ class HeadProducts:
     def add_gradients(self, rows: slice, logit_gradient: Tensor) -> None:
         """Add what a chunk's ``[c, V]`` gradient with respect to its logits contributes."""
         if self.hidden_gradient is not None:
-            _product(logit_gradient, self._cast_weight, out=self.hidden_gradient[rows])
+            gradient = self.hidden_gradient[rows]
+            _product(logit_gradient, self._cast_weight, out=gradient)
+            if self._dtype == torch.float16:
+                gradient.div_(self.scale)
         if self.weight_gradient is not None:
             hidden = self._hidden[rows].to(self._dtype)
             # A product rounded to half precision is as good as a float32 gradient needs (torch's own autocast rounds
@@ -140,12 +178,26 @@ class HeadProducts:
         self._started = True
 
 
-def _even_chunk(n: int, largest: int) -> int:
-    """Chunks of nearly one size: a last one of a few tokens would cost as much as a full one."""
-    chunks = -(-n // largest)
-    even = -(-n // max(chunks, 1))
-    rounded = -(-even // 64) * 64  # the product's own blocking
-    return max(1, min(rounded, largest, n))
+class GradientScale:
+    """The power of two that gradients of logits are multiplied by before they are rounded to float16.
+
+    It brings the largest of a chunk to between 2**14 and 2**15, on the device, without waiting for it.
+    """
+
+    def __init__(self) -> None:
+        self.factor: Tensor | float = 1.0
+        self._largest: Tensor | None = None
+
+    def next(self, largest: Tensor) -> Tensor | float:
+        """Take the next chunk in, and return the new factor over the old one, for what was accumulated under that."""
+        found = largest.amax().clamp(min=2.0**-100)
+        if self._largest is None:
+            self._largest = found
+        found = torch.maximum(found, self._largest * 2.0**-60)  # sums of the largest stay finite in float32
+        self._largest = torch.maximum(found, self._largest)
+        before, factor = self.factor, torch.exp2(15 - found.log2().ceil())
+        self.factor = torch.where(factor > 0, factor, 1.0)  # inf and nan are the scaler's to see
+        return self.factor / before
 
 
 def _product(a: Tensor, b: Tensor, *, out: Tensor) -> None:
@@ -250,18 +302,19 @@ def add_(total: Tensor, addend: Tensor) -> None:
             total[rows].add_(piece[: len(part)].copy_(part))
 
 
-def scaled(gradient: Tensor, factor: Tensor | float, dtype: torch.dtype) -> Tensor:
+def scaled(gradient: Tensor, factor: Tensor | float, dtype: torch.dtype, *, in_place: bool) -> Tensor:
     """``gradient * factor`` in ``dtype``, rounded once; the tensor itself where there is nothing to do.
 
-    Handing out the tensor itself is safe: autograd copies what somebody else holds before it adds to it.
+    Handing out the tensor itself is safe: autograd copies what somebody else holds before it adds to it. Scaling it
+    ``in_place`` is where nobody will ask for it again.
     """
     on_host = gradient.device.type == "cpu"
     factor = float(factor) if on_host else factor
-    if on_host and factor == 1.0 and dtype == gradient.dtype:
+    if not isinstance(factor, Tensor) and factor == 1.0 and dtype == gradient.dtype:
         return gradient
-    out = torch.empty_like(gradient, dtype=dtype)
+    out = gradient if in_place and dtype == gradient.dtype else torch.empty_like(gradient, dtype=dtype)
     if not on_host or dtype == gradient.dtype:
-        return torch.mul(gradient, factor, out=out)
+        return multiplied(gradient, factor, out=out)
     if factor == 1.0:
         return out.copy_(gradient)
     # In pieces: torch would make a copy of the whole in the gradient's dtype first.
@@ -270,3 +323,10 @@ def scaled(gradient: Tensor, factor: Tensor | float, dtype: torch.dtype) -> Tens
         for part, part_out in zip(torch.split(gradient.view(-1), size), torch.split(out.view(-1), size), strict=True):
             part_out.copy_(torch.mul(part, factor, out=piece[: len(part)]))
     return out
+
+
+def multiplied(gradient: Tensor, factor: Tensor | float, *, out: Tensor) -> Tensor:
+    """``out = gradient * factor``, rounded once, whatever the factor's dtype."""
+    if isinstance(factor, Tensor):
+        factor = factor.reshape(1)  # torch would round a scalar tensor to the gradient's dtype first
+    return torch.mul(gradient, factor, out=out)

@@ -12,6 +12,7 @@ with ``r`` the probabilities of a reference model. One statistic is one entry of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -107,6 +108,26 @@ class Coefficients:
     def scaled(self, factor: Tensor | float) -> Coefficients:
         """All of them times a factor."""
         return Coefficients(**{name: c * factor for name, c in vars(self).items() if c is not None})
+
+    def largest_gradient(self, log_prob: Tensor) -> Tensor:
+        """``[n]``, what no element of a row's gradient exceeds in size: of the target's own and the others' bound.
+
+        Off the target, ``p`` is at most ``q = 1 - p_y``.
+        """
+        # Coefficients times what this leaves room for stay finite in float32.
+        q = (-torch.expm1(log_prob)).clamp(min=2.0**-40)
+        likeliest = q.clamp(max=1 / math.e)  # where -p log p is largest
+        others = self.at_target.abs() * q
+        for coefficient, size in (
+            (self.constant, 1.0),
+            (self.linear, q),
+            (self.log_linear, -likeliest * likeliest.log()),
+            (self.quadratic, q.square()),
+        ):
+            if coefficient is not None:
+                others = others + coefficient.abs() * size
+        largest = torch.maximum(self.target_gradient(log_prob).abs(), others)
+        return largest if self.reference is None else largest + self.reference.abs()
 
     def off_target_linear(self) -> Tensor:
         """What multiplies ``p_v`` away from the target."""
