@@ -28,7 +28,7 @@ from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
 CPU_SHAPES = [(2048, 1024, 50304), (2048, 1536, 151936)]
-CUDA_SHAPES = [(8192, 4096, 151936)]
+CUDA_SHAPES = [(8192, 4096, 151936), (16384, 2048, 151936), (16384, 2048, 151665)]
 PATIENCE = 120.0  # seconds a call may take
 SAMPLED_ROWS = 4096  # of the weight's gradient, where its error is measured
 
