@@ -249,6 +249,22 @@ def test_all_documents_in_one_call(model, told, monkeypatch):
     assert (calls[-2][3] is calls[-1][3]) == told  # both layers are given the batch's own
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_half_precision_on_the_cpu_loses_no_more_than_its_last_digit(dtype, mixed):
+    """Scores and sums are in float32, under autocast too."""
+    module, generator = torch.nn.Module().eval(), torch.Generator().manual_seed(0)
+    sizes = [5, 30, 1]
+    query, key, value = (torch.randn(1, 2, 36, 8, generator=generator).mul(3).to(dtype) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        found, _ = documents._documents_attention(module, query, key, value, torch.tensor(sizes).view(1, 1, 1, -1))
+    assert found.dtype == dtype
+    parts = zip(*(tensor.double().split(sizes, 2) for tensor in (query, key, value)), strict=True)
+    exact = [torch.nn.functional.scaled_dot_product_attention(*part, is_causal=True) for part in parts]
+    exact = torch.cat(exact, 2).transpose(1, 2)
+    assert (found.double() - exact).abs().max() <= 0.51 * torch.finfo(dtype).eps * exact.abs().max()
+
+
 def test_what_goes_to_one_call():
     half = torch.zeros(1, 2, 3, 64, dtype=torch.bfloat16, device="meta")
     assert not documents.in_one_call(half, 0.0)  # not on CUDA
