@@ -122,6 +122,16 @@ def test_lengths_are_counted_by_themselves_and_in_ranges(capfd, config):
     assert all(number == (3, 40) for number in spread.values())
 
 
+def test_padding_is_that_of_rows_as_they_are_dealt(capfd, config):
+    """Those of a step with others of like lengths: rows of 5 and 9 tokens in turn."""
+    rows = [{"prompt": "1" * size, "completion": "2"} for size in (2, 6) * 4]
+    for data, share in (({}, 22), ({"global_batch_size": 4}, 0), ({"global_batch_size": 6}, 9)):
+        found = shown(capfd, *config(rows, batch_size=2, **data), "--rows", "0")
+        assert f"padded in batches of 2: about {share}% of the tokens are padding" in squeezed(found)
+    found = shown(capfd, *config(rows, max_tokens=1000, global_batch_size=4), "--rows", "0")
+    assert "padded in micro-batches of at most 1,000 tokens, rows of like lengths together" in squeezed(found)
+
+
 def test_some_of_the_rows(capfd, config):
     args = config([{"prompt": f"{i}+1=", "completion": "2"} for i in range(1, 10)])
     out = shown(capfd, *args, "--first", "4", "--rows", "2", "--limit", "6")

@@ -131,9 +131,14 @@ def show_counts(console: Console, data: InstructionDataModule, split: str, summa
         )
     elif data.batches.padding_free:
         console.print("padding-free: rows are joined, none are padded")
+    elif split == "train" and data.batches.max_tokens is not None:
+        limit = data.batches.max_tokens
+        console.print(f"padded in micro-batches of at most {limit:,} tokens, rows of like lengths together")
     else:
         size = data.batch_size if split == "train" else data.eval_batch_size
-        console.print(f"padded in batches of {size}: about {summary.padding(size):.0%} of the tokens are padding")
+        step = data.global_batch_size if split == "train" and data.global_batch_size else size
+        share = summary.padding(size, max(step // size, 1) * size)
+        console.print(f"padded in batches of {size}: about {share:.0%} of the tokens are padding")
 
 
 def _sources_table(summary: SplitSummary) -> Table:

@@ -57,12 +57,18 @@ class SplitSummary:
         rows, tokens, targets, weight = (sum(column) for column in zip(*parts, strict=True))
         return SourceSummary("all", int(rows), int(tokens), int(targets), weight)
 
-    def padding(self, batch_size: int) -> float:
-        """The share of padding in batches of rows in their own order, padded to the longest."""
-        size = self.lengths.size // batch_size * batch_size
+    def padding(self, batch_size: int, step: int) -> float:
+        """The share of padding in batches of rows in their own order, padded to the longest.
+
+        Args:
+            batch_size: rows of a batch.
+            step: rows of an optimizer step, a multiple of it, in which rows of like lengths come together.
+        """
+        size = self.lengths.size // step * step
         if not size:
             return 1 - float(self.lengths.mean() / self.lengths.max())
-        batches = self.lengths[:size].reshape(-1, batch_size)
+        steps = np.sort(self.lengths[:size].reshape(-1, step), axis=1)
+        batches = steps.reshape(-1, batch_size)
         return 1 - float(batches.sum() / (batches.max(axis=1) * batch_size).sum())
 
 
