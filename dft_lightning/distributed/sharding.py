@@ -73,7 +73,7 @@ def find_blocks(model: nn.Module, class_paths: list[str] | None = None) -> list[
     """
     kind = type(model).__name__
     if class_paths is None:
-        blocks = list(_outermost_list_items(model))
+        blocks = list(repeated_layers(model))
         if not blocks:
             raise InputError(
                 f"model.sharding: {kind} has no ModuleList of repeated layers: name their class in "
@@ -87,12 +87,13 @@ def find_blocks(model: nn.Module, class_paths: list[str] | None = None) -> list[
     return blocks
 
 
-def _outermost_list_items(module: nn.Module) -> Iterator[nn.Module]:
+def repeated_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model's outermost ``ModuleList``\\ s, in its order."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from child
         else:
-            yield from _outermost_list_items(child)
+            yield from repeated_layers(child)
 
 
 def _module_class(path: str) -> type[nn.Module]:

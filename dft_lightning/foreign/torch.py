@@ -62,6 +62,25 @@ def is_hooked(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
+def arguments_of(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What an operator of torch is called with, by the names of its schema, without defaults that are not given."""
+    return {**dict(zip((each.name for each in operation._schema.arguments), args, strict=False)), **kwargs}
+
+
+def is_of_a_parameter(tensor: Tensor) -> bool:
+    """Whether a tensor that backward needs is a parameter, a view of one, or what autocast has made of one."""
+    base = tensor if tensor._base is None else tensor._base
+    if type(base.grad_fn).__name__ == "ToCopyBackward0":
+        base = getattr(base.grad_fn.next_functions[0][0], "variable", base)  # type: ignore[union-attr]
+    return isinstance(base, nn.Parameter)
+
+
+def split_no_graphs() -> None:
+    """Have torch.compile leave graphs whole under DDP, which it would cut by DDP's buckets: a graph of one block has
+    nothing to gain by it, and one with gradient checkpointing is refused."""
+    torch._dynamo.config.optimize_ddp = False
+
+
 # -- shards ------------------------------------------------------------------------------------------------------------
 
 

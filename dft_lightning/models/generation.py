@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dft_lightning.distributed.strategies import gathered_root, shards_parameters
 from dft_lightning.errors import InputError, one_line
+from dft_lightning.models.blocks import uncompiled
 from dft_lightning.models.row_checks import apart, evaluating, rounding, trying, vocabulary_of
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def generate(
     )
     manner = _manner_of(model, pad_token_id, ranks_together)
     config.use_cache = manner.use_cache
-    with evaluating(model):
+    with evaluating(model), uncompiled():
         if manner.together:
             return _generated(model, input_ids, attention_mask, config, synced_gpus=ranks_together).sequences
         rows = [

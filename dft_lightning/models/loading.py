@@ -301,21 +301,6 @@ def _plain(config: Any, use_diff: bool) -> dict[str, Any]:
     return values
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Have a model compute its activations again in backward.
-
-    Raises:
-        InputError: it cannot.
-    """
-    try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    except (AttributeError, NotImplementedError, ValueError) as error:
-        raise InputError(
-            f"model.loading.gradient_checkpointing: {type(model).__name__} does not support it ({one_line(error)}): "
-            "set false"
-        ) from error
-
-
 def _check_interface(error: Exception, name: str, attn_implementation: str | None) -> None:
     """Some models choose among attentions of their own, where a name that transformers knows may be missing."""
     if isinstance(error, KeyError) and error.args == (attn_implementation,):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dft_lightning.errors import InputError, one_line
+from dft_lightning.models.blocks import uncompiled
 
 _LONG, _SHORT = 8, 5
 
@@ -30,9 +31,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def trying(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes and random states are left as they were."""
+    """Evaluation mode without gradients; modes and random states are left as they were, and nothing is compiled."""
     device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model), uncompiled():
         for module in model.modules():  # on the CPU these pack their weights anew at the first call in evaluation mode
             if type(module).__module__.startswith("bitsandbytes"):
                 module.training = True

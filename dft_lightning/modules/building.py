@@ -24,12 +24,14 @@ from dft_lightning.distributed.strategies import (
     shards_parameters,
 )
 from dft_lightning.errors import InputError
+from dft_lightning.foreign.lightning import came_compiled
 from dft_lightning.foreign.torch import non_persistent_buffers
 from dft_lightning.losses.base import TokenLoss, require_default_forward_options
 from dft_lightning.losses.statistics import check_params, normalise_needs
+from dft_lightning.models.blocks import compile_blocks, spare_activations
 from dft_lightning.models.given import model_itself, name_of, plain_model
 from dft_lightning.models.head import ends_of, find_head
-from dft_lightning.models.loading import checkpoint_activations, empty_causal_lm, load_causal_lm
+from dft_lightning.models.loading import empty_causal_lm, load_causal_lm
 from dft_lightning.models.lora.adapter import attach, base_name, raise_to_float32
 from dft_lightning.models.lora.options import lora_config
 from dft_lightning.models.quantization import is_quantized
@@ -147,8 +149,10 @@ class ModelBuilder:
             attach(model, lora_config(self._peft))
             if self._loading.head == "fused":
                 find_head(model)  # an adapter on it is refused before the data is prepared
-        if self._loading.gradient_checkpointing:
-            checkpoint_activations(model)
+        if not isinstance(choice := self._loading.gradient_checkpointing, bool):  # true is a name by now
+            spare_activations(model, choice)
+        if self._loading.compile:
+            compile_blocks(model)
         return reference
 
     def check_lengths(self, model: nn.Module, data: Any) -> None:
@@ -229,6 +233,16 @@ class ModelBuilder:
 def _compares(loss: TokenLoss, trainer: pl.Trainer | None) -> bool:
     predicts = trainer is not None and trainer.state.fn == TrainerFn.PREDICTING
     return needs_reference_model(loss) and not predicts
+
+
+def check_uncompiled(module: pl.LightningModule) -> None:
+    """Raise ``InputError`` for what was given as ``torch.compile(module)``: a step is no one graph."""
+    if came_compiled(module):
+        raise InputError(
+            f"torch.compile({type(module).__name__}): a whole step is no graph, for it counts, logs and checks: give "
+            "the trainer a module that is not compiled, with model.loading.compile: true (loading={'compile': True}), "
+            "which compiles the model's blocks"
+        )
 
 
 def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:

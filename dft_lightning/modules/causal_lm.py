@@ -29,7 +29,7 @@ from dft_lightning.models.layout import KEY, with_layout
 from dft_lightning.models.lora.options import lora_values
 from dft_lightning.models.reference import ReferenceModel
 from dft_lightning.modules.batch_loss import BatchObjective, check_batch
-from dft_lightning.modules.building import ModelBuilder, objective_of
+from dft_lightning.modules.building import ModelBuilder, check_uncompiled, objective_of
 from dft_lightning.modules.monitors import check_monitors, check_monitors_by_validation
 from dft_lightning.modules.optimizer_building import OptimizerBuilder
 from dft_lightning.modules.optimizers import DEFAULT_OPTIMIZER, OptimizerCallable
@@ -151,6 +151,7 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
 
     def configure_model(self) -> None:
         """Build the model, once, and shard it. Lightning calls this when device, precision and strategy are known."""
+        check_uncompiled(self)
         builder, trainer = self._builder, trainer_of(self)
         mesh = builder.mesh(trainer)
         if is_sharded(self):

@@ -15,6 +15,7 @@ from dft_lightning.distributed.sharding import ShardingOptions
 from dft_lightning.errors import check_one_of
 from dft_lightning.metrics import AnswerExtractor, WholeText
 from dft_lightning.metrics.own import metrics_by_name
+from dft_lightning.models.blocks import Checkpointing
 from dft_lightning.models.generation import GenerationOptions
 from dft_lightning.models.given import kept_model
 from dft_lightning.models.loading import DType
@@ -40,7 +41,12 @@ class LoadingOptions:
         trust_remote_code: run code that comes with the checkpoint.
         quantization_config: options of transformers' ``BitsAndBytesConfig``: keeps the base below an adapter in 4 or
             8 bits.
-        gradient_checkpointing: recompute activations in backward to save memory.
+        gradient_checkpointing: what to keep for backward, to save memory: ``"full"``, or true, keeps the inputs of the
+            model's blocks and computes the rest again; ``"every_2"`` and so on do so with every second block;
+            ``"selective"`` keeps matrix products and attention as well, and computes again what is cheap;
+            ``"offload"`` computes nothing again and keeps all in host memory. Gradients stay the same.
+        compile: have ``torch.compile`` make one graph of the model's repeated blocks, for every length of rows. The
+            first step then takes a minute or more.
         head: ``"fused"`` computes loss and gradients from the last hidden states, without holding logits; ``"full"``
             takes the model's own logits, for models whose head the fused one does not know.
     """
@@ -50,11 +56,16 @@ class LoadingOptions:
     revision: str | None = None
     trust_remote_code: bool = False
     quantization_config: dict[str, Any] | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Checkpointing = False
+    compile: bool = False
     head: Head = "fused"
 
     def __post_init__(self) -> None:
         check_one_of("head", self.head, get_args(Head))
+        if self.gradient_checkpointing is True:
+            object.__setattr__(self, "gradient_checkpointing", "full")
+        elif self.gradient_checkpointing is not False:
+            check_one_of("gradient_checkpointing", self.gradient_checkpointing, get_args(Checkpointing))
 
     @property
     def of_a_model(self) -> dict[str, Any]:

@@ -1,0 +1,193 @@
+"""What gradient checkpointing and compiled blocks take and save: time and memory of whole steps with DFT.
+
+    python ../shared/get_smollm2.py smollm2
+    python benchmarks/activations.py --model smollm2 --rows ../shared/data/gsm8k_train.jsonl
+
+Needs a model folder with tokenizer, and rows with ``question`` and ``answer``. Every side trains on the same padded rows
+in the same order: bfloat16 by autocast, float32 weights, the fused head, AdamW. Every measurement is a process of its
+own; the sides take turns, and a ratio is the median over turns. Time runs from the end of the second step; the first,
+which compiles, is given beside it. Memory is what torch's allocator holds at most beyond weights, gradients and optimizer
+in the forward and backward pass of one micro-batch more, by its own record; ``to_host`` is what ``offload`` would move
+from a GPU, which on the CPU stays where it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from linear_head import RESULTS, machine
+
+WARM_UP = 2
+SIDES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "every_2": {"gradient_checkpointing": "every_2"},
+    "full": {"gradient_checkpointing": "full"},
+    "selective": {"gradient_checkpointing": "selective"},
+    "offload": {"gradient_checkpointing": "offload"},
+    "compiled": {"compile": True},
+    "compiled, full": {"gradient_checkpointing": "full", "compile": True},
+    "compiled, selective": {"gradient_checkpointing": "selective", "compile": True},
+}
+
+
+@contextlib.contextmanager
+def peak_memory(trace: Path) -> Iterator[list[int]]:
+    """Appends the most bytes held at once of those allocated within, by the allocator's own record.
+
+    Summed here by address: the allocator's running total also takes off what was allocated before and is freed
+    within, and, in a process that was profiled before, by the size that another block had at that address.
+    """
+    found: list[int] = []
+    with torch.profiler.profile(profile_memory=True) as profile:
+        yield found
+    profile.export_chrome_trace(str(trace))
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    held: dict[int, int] = {}
+    total = most = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        total -= held.pop(address, 0)
+        if size > 0 and event["args"]["Total Allocated"]:  # none is given for a file that is mapped
+            held[address] = size
+            total += size
+        most = max(most, total)
+    found.append(most)
+
+
+@contextlib.contextmanager
+def counted_moves() -> Iterator[list[int]]:
+    """Appends the bytes of each tensor that would be moved to the host."""
+    from dft_lightning.foreign.torch import is_of_a_parameter
+    from dft_lightning.models import blocks
+
+    found: list[int] = []
+
+    def stays(tensor: torch.Tensor) -> bool:
+        found.extend([] if is_of_a_parameter(tensor) else [tensor.nbytes])
+        return True
+
+    with patch.object(blocks, "_stays", stays):
+        yield found
+
+
+def run(options: argparse.Namespace, folder: Path) -> dict:
+    """Steps of one side."""
+    import dft_lightning.__main__  # noqa: F401 (large tensors on huge pages, as the command has them)
+    from dft_lightning import CausalLMModule, DFTLoss, InstructionDataModule
+    from dft_lightning.ops import release_scratch
+
+    rows = [json.loads(line) for line in options.rows.read_text().splitlines()[: options.steps * options.batch_size]]
+    data = InstructionDataModule(
+        rows,
+        batch_size=options.batch_size,
+        rows={"prompt_column": "question", "completion_column": "answer"},
+        text={"tokenizer": str(options.model)},
+        batches={"shuffle": False},
+    )
+    data.prepare_data()
+    data.setup("fit")
+    module = CausalLMModule(str(options.model), loss=DFTLoss(), loading=SIDES[options.side])
+    module.configure_model()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=5e-5, fused=True)
+
+    def gradients(batch: dict) -> float:
+        with torch.autocast("cpu", torch.bfloat16):
+            output = module.token_output(batch, normalizer=float(batch["layout"].num_targets))
+        output.loss.backward()
+        return float(output.loss)
+
+    tokens, seconds, losses = 0, [], []
+    for step, batch in enumerate(data.train_dataloader()):
+        started = time.perf_counter()
+        losses.append(gradients(batch))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        seconds.append(time.perf_counter() - started)
+        tokens += int(batch["attention_mask"].sum()) if step >= WARM_UP else 0
+    release_scratch()  # what is kept between calls would not be allocated again
+    with counted_moves() as moved, peak_memory(folder / "trace.json") as most:
+        gradients(batch)
+    return {
+        "tokens_per_second": tokens / sum(seconds[WARM_UP:]),
+        "first_step": seconds[0],
+        "peak_memory": most[0],
+        "to_host": sum(moved),
+        "loss": losses[-1],
+    }
+
+
+def in_own_process(options: argparse.Namespace, side: str) -> dict:
+    arguments = [sys.executable, __file__, "--side", side, "--model", str(options.model), "--rows", str(options.rows)]
+    arguments += ["--steps", str(options.steps), "--batch_size", str(options.batch_size)]
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        done = subprocess.run([*arguments, "--result", str(result)], check=False, cwd=folder)
+        if done.returncode != 0:
+            raise SystemExit(f"{side} failed")
+        return json.loads(result.read_text())
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def compare(options: argparse.Namespace) -> dict:
+    """Medians of every side over turns, with its speed as a multiple of that of the first."""
+    turns = []
+    for _ in range(options.turns):
+        turns.append({side: in_own_process(options, side) for side in options.sides})
+    found = {}
+    for side in options.sides:
+        found[side] = {key: median([turn[side][key] for turn in turns]) for key in turns[0][side]}
+        found[side]["first_step"] = turns[0][side]["first_step"]  # later ones find what was compiled
+        speeds = [turn[side]["tokens_per_second"] / turn[options.sides[0]]["tokens_per_second"] for turn in turns]
+        found[side]["times_the_speed"] = median(speeds)
+        print(
+            f"{side:20} {found[side]['times_the_speed']:5.2f} times the speed, first step "
+            f"{found[side]['first_step']:5.1f} s, {found[side]['peak_memory'] / 2**20:6.0f} MiB",
+            flush=True,
+        )
+    return {"turns": turns, "sides": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder with weights and tokenizer")
+    parser.add_argument("--rows", type=Path, required=True, help="JSON lines with question and answer")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--output", type=Path, default=RESULTS / "activations_cpu.json")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.steps <= WARM_UP:
+        parser.error(f"--steps must be more than {WARM_UP}, which warm up")
+    options.model, options.rows = options.model.resolve(), options.rows.resolve()
+    if options.side:
+        with tempfile.TemporaryDirectory() as folder:
+            options.result.write_text(json.dumps(run(options, Path(folder))))
+        return
+    sizes = {"steps": options.steps, "batch_size": options.batch_size}
+    found = {**machine("cpu"), **sizes, **compare(options)}
+    options.output.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"written to {options.output}")
+
+
+if __name__ == "__main__":
+    main()
