@@ -3,12 +3,12 @@
     python ../shared/get_smollm2.py smollm2
     python benchmarks/activations.py --model smollm2 --rows ../shared/data/gsm8k_train.jsonl
 
-Needs a model folder with tokenizer, and rows with ``question`` and ``answer``. Every side trains on the same padded rows
-in the same order: bfloat16 by autocast, float32 weights, the fused head, AdamW. Every measurement is a process of its
-own; the sides take turns, and a ratio is the median over turns. Time runs from the end of the second step; the first,
-which compiles, is given beside it. Memory is what torch's allocator holds at most beyond weights, gradients and optimizer
-in the forward and backward pass of one micro-batch more, by its own record; ``to_host`` is what ``offload`` would move
-from a GPU, which on the CPU stays where it is.
+Needs a model folder with tokenizer, and rows with ``question`` and ``answer``. Every side trains on the same padded
+rows in the same order: bfloat16 by autocast, float32 weights, the fused head, AdamW. Every measurement is a process of
+its own; the sides take turns, and a ratio is the median over turns. Time runs from the end of the second step; the
+first, which compiles, is given beside it. Memory is what torch's allocator holds at most, beyond weights, gradients and
+optimizer, in the forward and backward pass of one micro-batch more, by its own record; ``to_host`` is what ``offload``
+would move from a GPU, which on the CPU stays where it is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How much memory a GPU needs to train a model, worked out before one is rented: the table of docs/sharding.md.
+"""How much memory a GPU needs to train a model, worked out before one is rented: the tables of docs/sharding.md.
 
 usage: python benchmarks/memory_table.py [MODEL ...]
 
@@ -27,6 +27,7 @@ MODELS = {
 _KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 GPUS = (1, 8, 64)
 TOKENS = 4 * 2048
+CHOICES = (False, "every_4", "every_2", "selective", "full", "offload")  # of gradient checkpointing
 
 
 def empty_model(name: str) -> nn.Module:
@@ -74,7 +75,7 @@ def estimate_memory(
     *,
     tokens: int,
     ranks: int = 1,
-    gradient_checkpointing: bool = True,
+    gradient_checkpointing: bool | str = "full",
     sync_micro_batches: bool = True,
 ) -> MemoryEstimate:
     """Memory per GPU under ``bf16-mixed`` with AdamW: unsharded on one rank, by FSDP2 on several.
@@ -86,7 +87,7 @@ def estimate_memory(
         model: the model; on the meta device it takes no memory to ask.
         tokens: of a micro-batch, padding included.
         ranks: GPUs that share the model.
-        gradient_checkpointing: whether blocks are computed again in backward.
+        gradient_checkpointing: as in :class:`~dft_lightning.modules.LoadingOptions`.
         sync_micro_batches: as in :class:`~dft_lightning.distributed.ShardingOptions`; ``False`` and several
             micro-batches a step keep a whole float32 gradient on each rank.
     """
@@ -103,7 +104,7 @@ def estimate_memory(
         # Gradients before they are summed, in bfloat16, and the buffer that they are summed from.
         unreduced = (block + rest) * (_BFLOAT16 + _FLOAT32) if sync_micro_batches else total * _FLOAT32
     at_work = tokens * _block_bytes_per_token(config, between)
-    kept = len(blocks) * (tokens * config.hidden_size * between if gradient_checkpointing else at_work)
+    inputs, products = tokens * config.hidden_size * between, tokens * _product_bytes_per_token(config)
     # As many tokens as a chunk has where memory is not short.
     logits, chunks = tokens * config.vocab_size * _BFLOAT16, max(1, tokens // CUDA_CHUNK_ROWS)
     chunk = min(logits, max(DEFAULT_CHUNK_BYTES, logits // chunks))
@@ -112,9 +113,18 @@ def estimate_memory(
         parameters=total * _FLOAT32 // ranks + gathered,
         gradients=total * _FLOAT32 // ranks + unreduced,
         optimizer=2 * total * _FLOAT32 // ranks,
-        activations=kept + (at_work if gradient_checkpointing else 0),
+        activations=_activations(gradient_checkpointing, len(blocks), inputs, products, at_work),
         head=chunk + head_gradients,
     )
+
+
+def _activations(choice: bool | str, blocks: int, inputs: int, products: int, at_work: int) -> int:
+    """What all blocks keep, and the one whose activations are there again."""
+    if choice is False:
+        return blocks * at_work
+    again = -(-blocks // int(str(choice).removeprefix("every_"))) if str(choice).startswith("every_") else blocks
+    kept = {"offload": 0, "selective": inputs + products}.get(str(choice), inputs)
+    return again * kept + (blocks - again) * at_work + at_work
 
 
 def _numel(module: nn.Module) -> int:
@@ -134,6 +144,13 @@ def _block_bytes_per_token(config: Any, between: int) -> int:
     return int(norms + projections + mlp)
 
 
+def _product_bytes_per_token(config: Any) -> int:
+    """The outputs of a block's products and of its attention, per token."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention, shared = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    return int((2 * attention + 2 * shared + 2 * config.hidden_size + 2 * config.intermediate_size) * _BFLOAT16)
+
+
 def table(models: list[str]) -> str:
     """A row for each model and number of GPUs, in GiB per GPU."""
     lines = [
@@ -150,5 +167,16 @@ def table(models: list[str]) -> str:
     return "\n".join(lines)
 
 
+def activations_table(models: list[str]) -> str:
+    """A row for each model: GiB of activations on one of several GPUs under each choice of gradient checkpointing."""
+    lines = ["| model | " + " | ".join(str(choice or "none") for choice in CHOICES) + " |", "|---" * 7 + "|"]
+    for name in models:
+        model = empty_model(name)
+        parts = [estimate_memory(model, tokens=TOKENS, ranks=8, gradient_checkpointing=choice) for choice in CHOICES]
+        lines.append(f"| {name} | " + " | ".join(f"{part.activations / 2**30:.1f}" for part in parts) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table(sys.argv[1:] or list(MODELS)))
+    models = sys.argv[1:] or list(MODELS)
+    print(table(models), activations_table(models), sep="\n\n")

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from small_runs import (
     GradientRecorder,
     adapter_strategy,
     arithmetic_data,
+    graphs_of,
     strategy_of,
     trainer,
     whole,
@@ -39,6 +39,7 @@ from small_runs import (
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+from activations import peak_memory
 from memory_table import estimate_memory
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -100,7 +101,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "recomputing head, untied": ({"loss": WholeSequence(), "model": {**TINY_ARITHMETIC, "tie_word_embeddings": False}},)
     * 2,
     "full head": ({"loading": {"dtype": "float64", "head": "full"}},) * 2,
-    "gradient checkpointing": ({"loading": {"dtype": "float64", "gradient_checkpointing": True}}, {}),
+    "gradient checkpointing": ({"loading": {"dtype": "float64", "gradient_checkpointing": "full"}}, {}),
+    "selective": ({"loading": {"dtype": "float64", "gradient_checkpointing": "selective"}}, {}),
+    "activations offloaded": ({"loading": {"dtype": "float64", "gradient_checkpointing": "offload"}}, {}),
+    "compiled": ({"loading": {"dtype": "float64", "gradient_checkpointing": "selective", "compile": True}}, {}),
     "blocks by class path": ({"sharding": {"blocks": [BLOCK]}}, {}),
     "weights kept after forward": ({"sharding": {"reshard_after_forward": False}}, {}),
     "every micro-batch reduced": ({"sharding": {"sync_micro_batches": True}}, {}),
@@ -121,7 +125,9 @@ def one_step(batch_size: int, accumulate: int, options: dict[str, Any], trainer_
     elif beforehand == "build_model":  # as a subclass may in its __init__
         module.model = module.build_model()
     run = trainer(accumulate_grad_batches=accumulate, **trainer_options)
-    run.fit(module, datamodule=arithmetic_data(16, batch_size=batch_size, shuffle=False))
+    with graphs_of() if module.loading.compile else contextlib.nullcontext([]) as graphs:
+        run.fit(module, datamodule=arithmetic_data(16, batch_size=batch_size, shuffle=False))
+    assert bool(graphs) == module.loading.compile
     decayed = [sum(whole(p).numel() for p in group["params"]) for group in run.optimizers[0].param_groups]
     counts = torch.tensor(decayed)
     if isinstance(run.model, FullyShardedDataParallel):  # a rank's parts
@@ -188,7 +194,7 @@ def variants(folder: Path) -> None:
     gradients = {}
     for strategy in ("ddp", "fsdp1", "fsdp2"):
         for name, (options, _) in VARIANTS.items():
-            if strategy == "fsdp2" or "sharding" not in options:
+            if strategy == "fsdp2" or ("sharding" not in options and (strategy, name) != ("fsdp1", "compiled")):
                 run = {"devices": 2, "strategy": strategy_of(strategy)}
                 gradients[strategy, name] = one_step(2, 4, options, run)
     save(gradients, folder / "out.pt")
@@ -370,30 +376,6 @@ def options(folder: Path) -> None:
     save(out, folder / "out.pt")
 
 
-@contextlib.contextmanager
-def peak_memory(trace: Path) -> Iterator[list[int]]:
-    """Appends the most bytes held at once of those allocated within, by the allocator's own record.
-
-    Summed here by address: the allocator's running total also takes off what was allocated before and is freed
-    within, and, in a process that was profiled before, by the size that another block had at that address.
-    """
-    found: list[int] = []
-    with torch.profiler.profile(profile_memory=True) as profile:
-        yield found
-    profile.export_chrome_trace(str(trace))
-    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    held: dict[int, int] = {}
-    total = most = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        address, size = event["args"]["Addr"], event["args"]["Bytes"]
-        total -= held.pop(address, 0)
-        if size > 0 and event["args"]["Total Allocated"]:  # none is given for a file that is mapped
-            held[address] = size
-            total += size
-        most = max(most, total)
-    found.append(most)
-
-
 def loading(folder: Path) -> None:
     """Memory of a rank while a checkpoint is loaded, and what it keeps."""
 
@@ -415,7 +397,9 @@ def loading(folder: Path) -> None:
     save(found, folder / "out.pt")
 
 
-def training_memory(trace: Path, ranks: int, sizes: dict[str, int], tokens: int, checkpointing: bool) -> list[int]:
+def training_memory(
+    trace: Path, ranks: int, sizes: dict[str, int], tokens: int, checkpointing: bool | str
+) -> list[int]:
     """Bytes that two steps of two micro-batches took at most, and what the estimate says."""
     options = two() if ranks == 2 else {}
     module = CausalLMModule(
@@ -436,10 +420,12 @@ def training_memory(trace: Path, ranks: int, sizes: dict[str, int], tokens: int,
 
 _SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 2048}
 _WIDE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 5, "vocab_size": 4096}
+_SMALL |= {"num_attention_heads": 8, "num_key_value_heads": 4}
 MEMORY_CASES = [
-    ({**_SMALL, "num_attention_heads": 8, "num_key_value_heads": 4}, 1024, True),
+    (_SMALL, 1024, "full"),
     ({**_WIDE, "num_attention_heads": 4, "num_key_value_heads": 2}, 1024, False),
 ]
+ALONE = [(_SMALL, 1024, "every_2"), (_SMALL, 1024, "selective")]
 
 
 def training(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import runpy
 import shutil
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -139,6 +140,25 @@ def strategy_of(name: str) -> Any:
 
         return FSDP1OnCPU(auto_wrap_policy={GPT2Block}, activation_checkpointing_policy={GPT2Block})
     return name
+
+
+@contextlib.contextmanager
+def graphs_of(backend: Any = "eager") -> Iterator[list[Any]]:
+    """The graphs that blocks are compiled to meanwhile, by a backend that takes less time than torch's default."""
+    made: list[Any] = []
+
+    def compiled(graph: Any, inputs: list[Any]) -> Any:
+        made.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    compile_in_place = torch.nn.Module.compile
+    in_place = patch.object(torch.nn.Module, "compile", lambda self, **o: compile_in_place(self, backend=compiled, **o))
+    # pytest keeps what is logged, and torch would log each of its guards for it.
+    no_trace = patch.object(logging.getLogger("torch.__trace"), "handlers", [])
+    torch._dynamo.reset()
+    with in_place, no_trace:
+        yield made
+    torch._dynamo.reset()
 
 
 def step_gradient(

@@ -119,7 +119,7 @@ def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:
 
 
 def came_compiled(module: pl.LightningModule) -> bool:
-    """Whether a module was given as ``torch.compile(module)``, out of which Lightning takes it and compiles its steps."""
+    """Whether a module was given as ``torch.compile(module)``, of which Lightning takes it and compiles its steps."""
     return getattr(module, "_compiler_ctx", None) is not None
 
 
