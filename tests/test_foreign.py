@@ -135,6 +135,7 @@ HOMES = {
     "_batches_that_stepped": "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop",
     "_common": "jsonargparse",
     "_compile_jinja_template": "transformers.utils.chat_template_utils",
+    "_dynamo": "torch",
     "_data_fetcher": "lightning.pytorch.loops.fit_loop._FitLoop",
     "_data_source": "lightning.pytorch.loops.fit_loop._FitLoop",
     "_disable_adapters": "peft.tuners.tuners_utils.BaseTunerLayer",
@@ -192,7 +193,7 @@ def test_the_list_is_whole():
     """A new one is to be weighed: is there no public form? There were 69 in 24 files."""
     names = {name for module in FILES if ".foreign." in module for name in private_names(module)}
     assert names == HOMES.keys()
-    assert len(names) <= 43
+    assert len(names) <= 44
 
 
 @pytest.mark.parametrize("name", ["_fsdp_wrapped_module.a._checkpoint_wrapped_module.b.w", "a._orig_mod.w", "a.w"])

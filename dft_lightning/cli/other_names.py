@@ -24,6 +24,8 @@ KEYS = {
     "model.peft.lora_dropout": "lora_dropout",
     "model.loading.dtype": "torch_dtype",
     "model.loading.quantization_config": "load_in_4bit load_in_8bit",
+    "model.loading.gradient_checkpointing": "activation_checkpointing activation_offloading",
+    "model.loading.compile": "torch_compile",
     "data.train": "dataset dataset_name dataset_path train_dataset train_file",
     "data.validation": "eval_dataset eval_file validation_file",
     "data.validation_fraction": "test_size val_size validation_split",

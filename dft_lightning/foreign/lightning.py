@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.compile import to_uncompiled
 
 
 def quiet() -> None:
@@ -120,7 +121,11 @@ def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:
 
 def came_compiled(module: pl.LightningModule) -> bool:
     """Whether a module was given as ``torch.compile(module)``, of which Lightning takes it and compiles its steps."""
-    return getattr(module, "_compiler_ctx", None) is not None
+    try:
+        to_uncompiled(module)  # it may be given again without
+    except ValueError:
+        return False
+    return True
 
 
 # -- a fit's loops -----------------------------------------------------------------------------------------------------

@@ -76,8 +76,8 @@ def is_of_a_parameter(tensor: Tensor) -> bool:
 
 
 def split_no_graphs() -> None:
-    """Have torch.compile leave graphs whole under DDP, which it would cut by DDP's buckets: a graph of one block has
-    nothing to gain by it, and one with gradient checkpointing is refused."""
+    """Have torch.compile leave graphs whole under DDP, which it would cut by DDP's buckets, into five of a large block:
+    gradients of one block are there soon enough."""
     torch._dynamo.config.optimize_ddp = False
 
 

@@ -79,8 +79,8 @@ def _kept(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoint
 
 @contextmanager
 def _casting_anew() -> Iterator[None]:
-    """Autocast casts weights where they are used. Forward and what is computed again are matched operation by
-    operation, and with its cache one would lack casts that an earlier call has made. Checkpoints keep the setting."""
+    """Autocast casts weights where they are used, as Lightning's does. Forward and what is computed again are matched
+    operation by operation, and one would lack casts that an earlier call has left in its cache."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
