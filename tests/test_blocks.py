@@ -17,6 +17,7 @@ from dft_lightning import CausalLMModule, DFTLoss
 from dft_lightning.errors import InputError
 from dft_lightning.models import blocks
 from dft_lightning.models.blocks import Checkpointing
+from dft_lightning.models.documents import ends_graphs
 from dft_lightning.models.loading import load_causal_lm
 from dft_lightning.modules import GenerationOptions
 from small_runs import TINY_GPT2, GradientRecorder, arithmetic_data, graphs_of, trainer
@@ -189,21 +190,29 @@ RAGGED = {
 STEPS = 24
 
 
-@pytest.mark.parametrize("attention", ["sdpa"])
 @pytest.mark.parametrize(
     ("rows", "choice"),
     [("padded", False), ("padding-free", "full"), ("packed", "selective")],
 )
-def test_three_graphs_at_most_for_all_lengths(rows, choice, attention):
+def test_three_graphs_at_most_for_all_lengths(rows, choice):
     given = {"num_rows": 4 * STEPS, **RAGGED[rows]}
     options = {"model": {**TINY_GPT2, "vocab_size": 20}, "rows": given, "steps": STEPS // 2}
-    options |= {"gradient_checkpointing": choice, "attn_implementation": attention}
+    options |= {"gradient_checkpointing": choice, "attn_implementation": "sdpa"}
     expected = gradients(**options)
     with graphs_of() as made:
         found = gradients(compile=True, **options)
     assert 1 <= len(made) <= 3
     assert len(found) == STEPS // 2
     assert relative(found, expected) < 1e-12
+
+
+def test_an_attention_that_would_cut_graphs_is_refused():
+    options = {"attn_implementation": "documents", "rows": {"padding_free": True}, "compile": True}
+    with pytest.raises(InputError, match=r"^model.loading.compile: .*the documents attention .*sdpa, or leave compile"):
+        gradients(**options)
+    cuda = torch.device("cuda", 0)
+    assert ends_graphs(cuda, "32-true")
+    assert not ends_graphs(cuda, "bf16-mixed")
 
 
 def test_an_adapter_and_dropout_and_generation_add_no_graph(base):

@@ -26,9 +26,11 @@ from dft_lightning.distributed.strategies import (
 from dft_lightning.errors import InputError
 from dft_lightning.foreign.lightning import came_compiled
 from dft_lightning.foreign.torch import non_persistent_buffers
+from dft_lightning.foreign.transformers import attention_of
 from dft_lightning.losses.base import TokenLoss, require_default_forward_options
 from dft_lightning.losses.statistics import check_params, normalise_needs
 from dft_lightning.models.blocks import compile_blocks, spare_activations
+from dft_lightning.models.documents import ATTENTION, ends_graphs
 from dft_lightning.models.given import model_itself, name_of, plain_model
 from dft_lightning.models.head import ends_of, find_head
 from dft_lightning.models.loading import empty_causal_lm, load_causal_lm
@@ -152,8 +154,19 @@ class ModelBuilder:
         if not isinstance(choice := self._loading.gradient_checkpointing, bool):  # true is a name by now
             spare_activations(model, choice)
         if self._loading.compile:
+            self._check_compiled(model, trainer)
             compile_blocks(model)
         return reference
+
+    def _check_compiled(self, model: nn.Module, trainer: pl.Trainer | None) -> None:
+        """Raise ``InputError`` where an attention would cut the graphs of blocks into pieces."""
+        if trainer is None or attention_of(model) != ATTENTION:
+            return
+        if ends_graphs(trainer.strategy.root_device, str(trainer.precision)):
+            raise InputError(
+                "model.loading.compile: on the CPU and in float32 the documents attention is one call a document, "
+                "which would cut a block's graph into pieces: set attn_implementation: sdpa, or leave compile out"
+            )
 
     def check_lengths(self, model: nn.Module, data: Any) -> None:
         """Name rows that are longer than the model has positions for, where the data module is the package's own."""
