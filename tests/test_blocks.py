@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 from conftest import TINY_LLAMA
 from dft_lightning import CausalLMModule, DFTLoss
@@ -20,6 +20,7 @@ from dft_lightning.models.blocks import Checkpointing
 from dft_lightning.models.documents import ends_graphs
 from dft_lightning.models.loading import load_causal_lm
 from dft_lightning.modules import GenerationOptions
+from family_configs import tiny_config
 from small_runs import TINY_GPT2, GradientRecorder, arithmetic_data, graphs_of, trainer
 from test_normalization import relative
 
@@ -129,13 +130,24 @@ def test_what_is_computed_again():
 
 def test_operations_that_draw_are_computed_again():
     """Kept, they would leave the generator behind, and what draws after them would draw other numbers."""
-    tensor = torch.zeros(1, 1, 2, 2)
+    tensor, kept = torch.zeros(1, 1, 2, 2), blocks._Selection("Own")
+    output = SelectiveCheckpointContext(is_recompute=False, op_output=(torch.ones(2), 0))
     attention = torch.ops.aten._scaled_dot_product_flash_attention.default
     for dropout, policy in ((0.0, CheckpointPolicy.MUST_SAVE), (0.1, CheckpointPolicy.PREFER_RECOMPUTE)):
-        assert blocks._kept(None, attention, tensor, tensor, tensor, dropout) == policy
-        assert blocks._kept(None, attention, tensor, tensor, tensor, dropout_p=dropout) == policy
-    assert blocks._kept(None, torch.ops.aten.addmm.default, tensor, tensor, tensor) == CheckpointPolicy.MUST_SAVE
-    assert blocks._kept(None, torch.ops.aten.silu.default, tensor) == CheckpointPolicy.PREFER_RECOMPUTE
+        assert kept(output, attention, tensor, tensor, tensor, dropout) == policy
+        assert kept(output, attention, tensor, tensor, tensor, dropout_p=dropout) == policy
+    assert kept(output, torch.ops.aten.addmm.default, tensor, tensor, tensor) == CheckpointPolicy.MUST_SAVE
+    assert kept(output, torch.ops.aten.silu.default, tensor) == CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "gemma3n_text"])
+def test_products_that_are_changed_in_place_are_no_selection(model_type):
+    """Torch notices the one, and makes a wrong gradient of the other."""
+    module = CausalLMModule(tiny_config(model_type), loading={"gradient_checkpointing": "selective"})
+    module.configure_model()
+    ids = torch.arange(12).view(2, 6)
+    with pytest.raises(InputError, match=r"gradient_checkpointing: \w+ changes matrix products in place: set full$"):
+        module.token_output({"input_ids": ids, "labels": ids})
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

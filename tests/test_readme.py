@@ -299,6 +299,32 @@ def losses_passages() -> Iterator[str]:
     )
 
 
+KEPT = {
+    "none": "none",
+    "every_2": "`every_2`",
+    "selective": "`selective`",
+    "full": "`full`",
+    "offload": "`offload`",
+    "compiled": "none, compiled",
+    "compiled, selective": "`selective`, compiled",
+    "compiled, full": "`full`, compiled",
+}
+
+
+def sharding_passages() -> Iterator[str]:
+    found = results("activations_cpu")
+    assert set(KEPT) == set(found["sides"])
+    assert found["device"].endswith(", 1 threads")
+    turns = WORDS[len(found["turns"])]
+    yield f"SmolLM2-135M on {found['batch_size']} padded rows of GSM8K, bfloat16 by autocast, medians of {turns} turns"
+    for side, name in KEPT.items():
+        each = found["sides"][side]
+        yield (
+            f"| {name} | {each['peak_memory'] / 2**30:.2f} | {each['times_the_speed']:.2f} | {each['first_step']:.0f} |"
+        )
+    yield f"`offload` would move {found['sides']['offload']['to_host'] / 2**30:.2f} GiB to the host"
+
+
 def resuming_passages() -> Iterator[str]:
     found = results("kill")
     count, within = len(found["runs"]), found["killed within a write"]
@@ -341,6 +367,7 @@ PAGES = {
     "docs/data.md": [*data_passages()],
     "docs/losses.md": [*losses_passages()],
     "docs/resuming.md": [*resuming_passages()],
+    "docs/sharding.md": [*sharding_passages()],
     "docs/results/README.md": [*results_passages()],
 }
 

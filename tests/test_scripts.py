@@ -109,6 +109,22 @@ def test_training_step(model, rows, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("children_here")
+def test_activations(model, rows, tmp_path):
+    """Without the sides that are compiled, which takes long; test_blocks has what they do."""
+    output = tmp_path / "out.json"
+    sides = ["none", "every_2", "full", "selective", "offload"]
+    sizes = ["--steps", 3, "--batch_size", 4, "--turns", 1, "--sides", *sides]
+    run_script("benchmarks/activations.py", "--model", model, "--rows", rows, *sizes, "--output", output)
+    found = json.loads(output.read_text())["sides"]
+    assert list(found) == sides
+    assert len({each["loss"] for each in found.values()}) == 1
+    for side, each in found.items():
+        assert each["times_the_speed"] > 0
+        assert each["peak_memory"] > 0
+        assert bool(each["to_host"]) == (side == "offload")
+
+
+@pytest.mark.usefixtures("children_here")
 def test_linear_head(tmp_path, capsys):
     output = tmp_path / "out.json"
     sizes = ["--tokens", 64, "--hidden", 16, "--vocabulary", 97, "--pairs", 1, "--device", "cpu"]

@@ -67,6 +67,12 @@ def arguments_of(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return {**dict(zip((each.name for each in operation._schema.arguments), args, strict=False)), **kwargs}
 
 
+def written_to(operation: Any, given: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operator of torch changes in place, of what it is called with by name."""
+    changed = (each.name for each in operation._schema.arguments if each.alias_info and each.alias_info.is_write)
+    return [given[name] for name in changed if isinstance(given.get(name), Tensor)]
+
+
 def is_of_a_parameter(tensor: Tensor) -> bool:
     """Whether a tensor that backward needs is a parameter, a view of one, or what autocast has made of one."""
     base = tensor if tensor._base is None else tensor._base

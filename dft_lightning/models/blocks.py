@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from dft_lightning.distributed.sharding import repeated_layers
 from dft_lightning.errors import InputError, one_line
-from dft_lightning.foreign.torch import arguments_of, is_of_a_parameter, split_no_graphs
+from dft_lightning.foreign.torch import arguments_of, is_of_a_parameter, split_no_graphs, written_to
 
 Checkpointing = Literal["full", "selective", "every_2", "every_3", "every_4", "offload"]
 
@@ -36,7 +37,7 @@ def spare_activations(model: nn.Module, choice: Checkpointing) -> None:
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if choice == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
+        options["context_fn"] = partial(_selecting, type(model).__name__)
         _around(model, _casting_anew)
     try:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
@@ -66,15 +67,42 @@ def _leave_out(model: nn.Module, every: int) -> None:
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm", "grouped_mm"}
 
 
-def _kept(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Products and attention cost most to compute again. What draws random numbers is not kept: what comes after it
-    would draw others the second time, for the generator would stand where it stood before."""
-    name = operation.name().rpartition("::")[2].partition(".")[0]
-    is_kept = name in _PRODUCTS or "attention" in name or "attn" in name
-    drops = is_kept and any(
-        bool(value) for key, value in arguments_of(operation, args, kwargs).items() if "dropout" in key
-    )
-    return CheckpointPolicy.MUST_SAVE if is_kept and not drops else CheckpointPolicy.PREFER_RECOMPUTE
+class _Selection:
+    """Says of each operation of a block whether its output is kept.
+
+    Products and attention cost most to compute again. What draws random numbers is not kept: what comes after it would
+    draw others the second time, for the generator would stand where it stood before.
+
+    Args:
+        name: of the model's class.
+
+    Raises:
+        InputError: the block changes in place what was kept, which torch does not always notice.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name, self._kept = name, set[Any]()
+
+    def __call__(self, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        given = arguments_of(operation, args, kwargs)
+        if not self._kept.isdisjoint(_storages(written_to(operation, given))):
+            raise InputError(f"{_OPTION}: {self._name} changes matrix products in place: set full")
+        name = operation.name().rpartition("::")[2].partition(".")[0]
+        is_kept = name in _PRODUCTS or "attention" in name or "attn" in name
+        if not is_kept or any(bool(value) for key, value in given.items() if "dropout" in key):
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        self._kept |= _storages(context.op_output)
+        return CheckpointPolicy.MUST_SAVE
+
+
+def _storages(tensors: Any) -> set[Any]:
+    """What tells the storages of a tensor, or of those in a list, from others as long as they live."""
+    listed = tensors if isinstance(tensors, (tuple, list)) else (tensors,)
+    return {StorageWeakRef(each.untyped_storage()) for each in listed if isinstance(each, Tensor)}  # type: ignore[no-untyped-call]
+
+
+def _selecting(name: str) -> Any:
+    return create_selective_checkpoint_contexts(_Selection(name))  # type: ignore[no-untyped-call]
 
 
 @contextmanager
