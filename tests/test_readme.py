@@ -315,8 +315,8 @@ def sharding_passages() -> Iterator[str]:
     found = results("activations_cpu")
     assert set(KEPT) == set(found["sides"])
     assert found["device"].endswith(", 1 threads")
-    turns = WORDS[len(found["turns"])]
-    yield f"SmolLM2-135M on {found['batch_size']} padded rows of GSM8K, bfloat16 by autocast, medians of {turns} turns"
+    turns = f"{WORDS[len(found['turns'])]} turn{'s' * (len(found['turns']) > 1)}"
+    yield f"SmolLM2-135M on {found['batch_size']} padded rows of GSM8K, bfloat16 by autocast, one thread, {turns}"
     for side, name in KEPT.items():
         each = found["sides"][side]
         yield (
