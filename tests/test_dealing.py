@@ -10,8 +10,9 @@ import pytest
 
 from dft_lightning import CausalLMModule, InstructionDataModule
 from dft_lightning.data import ArithmeticRows
-from dft_lightning.data.batches.dealing import RowDealing, TokenDealing, deal_rows, deal_tokens, fits, waiting
+from dft_lightning.data.batches.dealing import deal_rows, deal_tokens, fits, waiting
 from dft_lightning.data.batches.sampling import RowSampler, epoch_order
+from dft_lightning.data.batches.step_dealing import RowDealing, TokenDealing
 from dft_lightning.errors import InputError
 from small_runs import TINY_ARITHMETIC, arithmetic_data, on_two_processes, step_gradient, trainer
 
@@ -101,6 +102,19 @@ def test_micro_batches_of_tokens_are_within_their_limit(padded, lockstep):
         assert limits[0] + 50 > max(lengths.max(), lengths.sum() / (4 * micro_batches))
 
 
+def test_evening_out_keeps_the_limit():
+    """Many odd cases, a few of which it would break in."""
+    generator = np.random.default_rng(0)
+    for _ in range(1500):
+        ranks, micro_batches = (int(n) for n in generator.integers(1, 5, 2))
+        lengths = generator.integers(1, 60, int(generator.integers(2, 30)))
+        least = max(int(lengths.max()), -(-int(lengths.sum()) // (ranks * micro_batches)))
+        for lockstep, extra in itertools.product((False, True), (0, 2, 5)):
+            dealt = deal_tokens(lengths, ranks, micro_batches, least + extra, False, lockstep)
+            if dealt is not None:
+                assert max(lengths[rows].sum() for rank in dealt for rows in rank) <= least + extra
+
+
 def steps_of(ranks, size, dealing, epoch=0, start=0, seed=5):
     """The rows of each step of an epoch, and what each rank yields."""
     own = []
@@ -126,6 +140,16 @@ def test_the_same_rows_make_the_same_steps(ranks, micro_batches, batch_size, pad
         for step in range(-(-len(order) // 12)):
             rows = [row for rank in own for row in rank[step * per_rank : (step + 1) * per_rank]]
             assert sorted(row for row in rows if row >= 0) == sorted(order[12 * step : 12 * step + 12])
+
+
+def test_a_run_that_goes_on_in_larger_steps_ends_the_one_that_it_is_in():
+    """Steps end where the trainer's do, which counts from the beginning of the epoch: after row 16, 24 and so on."""
+    dealing = RowDealing(ragged(40), False, 2, lambda epoch: 4)
+    order = epoch_order(40, True, 5, 0)
+    (own,) = steps_of(1, 40, dealing, start=12)
+    assert sorted(own[:4]) == sorted(order[12:16])
+    assert sorted(own[4:12]) == sorted(order[16:24])
+    assert sorted(own) == sorted(order[12:])
 
 
 def test_an_epoch_that_is_cut_short_deals_what_is_left_of_it():
@@ -175,6 +199,34 @@ def test_steps_of_tokens(padded, ranks):
             for order in orders
             for first in (0, 14, 28)
         )
+
+
+def test_a_last_step_is_never_of_more_micro_batches_than_others():
+    """Which the trainer would take for two."""
+    lengths = np.array([10] * 8 + [90] * 3)
+    dealing = TokenDealing.of_epochs([list(range(11))], lengths, True, 100, 8, ranks=1)
+    assert (dealing.micro_batches, dealing.last) == (3, 3)
+    assert [len(dealing.deal(rows, 1)[0]) for rows in (list(range(8)), [8, 9, 10])] == [3, 3]
+
+
+def test_an_epoch_that_was_not_counted_is_named():
+    lengths = np.array([10] * 8 + [90] * 8)
+    dealing = TokenDealing.of_epochs([[*range(0, 16, 2), *range(1, 16, 2)]], lengths, True, 200, 8, ranks=1)
+    with pytest.raises(InputError, match="does not fit in .* micro-batches of 200 tokens, .* set trainer.max_epochs"):
+        dealing.deal(list(range(8, 16)), 1)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_tokens_against_every_way_of_cutting(padded):
+    """The smallest limit that rows are found to fit in: of padded ones, cut by length, the best there is."""
+    for seed in range(30):
+        lengths = np.sort(ragged(9, seed))[::-1].copy()
+        limits = range(int(lengths.max()), int(lengths.sum()) * 9)
+        found = next(limit for limit in limits if fits(lengths, 3, limit, padded))
+        cuts = itertools.combinations(range(1, 9), 2)
+        parts = [np.split(lengths, cut) for cut in cuts]
+        best = min(max(len(part) * part.max() if padded else part.sum() for part in each) for each in parts)
+        assert found == best if padded else found <= 1.1 * best
 
 
 TOKENS = {"global_batch_size": 16, "max_tokens": 150}
@@ -231,6 +283,7 @@ def test_a_fit_in_micro_batches_of_tokens(caplog):
         ({"max_tokens": 30}, {}, r"data.train: row \d+ has \d+ tokens, and a micro-batch at most 30 .*max_tokens"),
         ({"max_tokens": 200}, {"max_epochs": -1, "max_steps": -1}, "set trainer.max_epochs or trainer.max_steps"),
         ({"max_tokens": 200}, {"accumulate_grad_batches": 99}, "16 rows are .* micro-batches of at most 200 tokens"),
+        ({"max_tokens": 200}, {"limit_train_batches": 0.5}, "trainer.limit_train_batches would cut a step apart"),
         ({"max_tokens": 200}, {"overfit_batches": 2}, "trainer.overfit_batches takes rows in their own order"),
     ],
 )

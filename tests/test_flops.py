@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,8 +34,8 @@ def test_against_torchs_counter(model):
     with FlopCounterMode(display=False) as counter:
         module.token_output({"input_ids": ids, "labels": ids}).loss.backward()
     found = ModelFlops.of(module.model)
-    attention = sum(12 * width for width, _ in found.attention)
-    assert [window for _, window in found.attention] == [None, None]
+    attention = sum(12 * width for width, _, _ in found.attention)
+    assert [span for _, _, span in found.attention] == [0, 0]
     counted = counter.get_total_flops()
     assert counted == found.of_token * 24 + found.of_target * 24 + attention * 2 * 12 * 12
 
@@ -56,14 +58,42 @@ def test_of_experts_those_that_a_token_meets():
 
 
 def test_a_batch_by_hand():
-    flops = ModelFlops(of_token=100.0, of_target=10.0, attention=((8, None), (8, 2)))
+    kinds = ((8, "full_attention", 0), (8, "sliding_attention", 2), (8, "chunked_attention", 2))
+    flops = ModelFlops(of_token=100.0, of_target=10.0, attention=kinds)
     rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [-100]}]
-    # Pairs: 1 + 2 + 3 and 1; within a window of two 1 + 2 + 2 and 1.
-    expected = 100 * 4 + 10 * 2 + 12 * 8 * (7 + 6)
+    # Pairs: 1 + 2 + 3 and 1; within a window of two 1 + 2 + 2 and 1; in chunks of two 1 + 2 + 1 and 1.
+    expected = 100 * 4 + 10 * 2 + 12 * 8 * (7 + 6 + 5)
     for padding_free in (False, True):
         assert flops.of_batch(Collator(0, padding_free=padding_free)(rows)["layout"]) == expected
     left = BatchLayout(torch.ones(1, 3).long(), torch.tensor([[0, 1, 1]]))  # whose rows count whole
-    assert flops.of_batch(left) == 100 * 2 + 10 * 2 + 12 * 8 * (6 + 5)
+    assert flops.of_batch(left) == 100 * 2 + 10 * 2 + 12 * 8 * (6 + 5 + 4)
+
+
+KINDS = {
+    "mistral": ({"sliding_window": 8}, [("sliding_attention", 8)] * 2),
+    "qwen2": ({"sliding_window": 8}, [("full_attention", 0)] * 2),
+    "gemma3_text": (
+        {"head_dim": 4, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        [("sliding_attention", 8), ("full_attention", 0)],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_attend_as_their_config_says(kind):
+    options, expected = KINDS[kind]
+    found = ModelFlops.of(built({**TINY_LLAMA, "model_type": kind, **options}).model)
+    assert [each[1:] for each in found.attention] == expected
+
+
+def test_a_config_that_says_nothing_of_its_attention_counts_none():
+    config = SimpleNamespace(num_hidden_layers=2, num_attention_heads=2)
+    model = torch.nn.Linear(3, 5)
+    model.config = config
+    assert ModelFlops.of(model) == ModelFlops(of_token=6 * 15, of_target=0.0, attention=())
+    config.layer_types, config.head_dim = ["linear_attention", "chunked_attention"], 4
+    config.attention_chunk_size = 16
+    assert ModelFlops.of(model).attention == ((8, "chunked_attention", 16),)
 
 
 def test_what_is_logged():

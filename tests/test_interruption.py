@@ -18,7 +18,8 @@ from dft_lightning import CausalLMModule, InstructionDataModule
 from dft_lightning.callbacks import GenerationEvaluation, Interrupted, InterruptionCheckpoint, interruption
 from dft_lightning.data import ArithmeticRows
 from resumed_runs import fit, goes_on_alike, result
-from small_runs import TINY_ARITHMETIC, trainer
+from signalled_runs import stopped_at
+from small_runs import TINY_ARITHMETIC, on_two_processes, trainer
 
 OPTIONS = {"max_steps": 6, "accumulate_grad_batches": 2, "check_val_every_n_epoch": None, "val_check_interval": 3}
 
@@ -169,6 +170,16 @@ def test_a_loader_of_ones_own_loses_no_batch(tmp_path):
     assert seen == [[0, 1], [2, 3], [4, 5]]
     run(ckpt_path=saved(tmp_path))
     assert seen == [[i, i + 1] for i in range(0, 12, 2)]
+
+
+def test_a_signal_on_one_rank_stops_both_at_the_end_of_its_step(tmp_path):
+    """In the exchange of the step, whichever of its micro-batches the signal comes in."""
+    cases = [{"strategy": "ddp", "number": at, "folder": str(tmp_path)} for at in (3, 4, 5)]
+    for found in on_two_processes(stopped_at, cases):
+        (first, second) = found
+        assert first[1] == second[1] == 2
+        assert second[0] == 128 + signal.SIGTERM
+        assert first[0] == 128 + signal.SIGTERM
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system does not tell who sent a signal")

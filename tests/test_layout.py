@@ -66,6 +66,10 @@ def test_moves_with_its_batch(padding_free):
     assert moved.documents == batch["layout"].documents
     assert not batch["layout"].target_index.is_meta
     assert extract_batch_size(batch) == len(batch["labels"])
+    cloned = {name: value.clone() for name, value in batch.items()}["layout"]
+    assert cloned.target_index is not batch["layout"].target_index
+    assert torch.equal(cloned.target_index, batch["layout"].target_index)
+    assert batch["layout"][:1] is None  # of a part it is made anew
 
 
 CHANGES = {
@@ -75,6 +79,7 @@ CHANGES = {
     "no class": lambda batch: batch["labels"].masked_fill_(batch["labels"] == 9, 97),
     "padding": lambda batch: batch["attention_mask"][0, 4:].zero_() if "attention_mask" in batch else None,
     "positions": lambda batch: batch["position_ids"][0, 4:].zero_() if "position_ids" in batch else None,
+    "another kind": lambda batch: batch.update(position_ids=batch.pop("attention_mask", None)),
 }
 
 
@@ -85,9 +90,10 @@ def test_tells_a_changed_batch(change, padding_free):
     assert not batch["layout"].differs(batch, 97)
     before = {name: value.clone() for name, value in batch.items() if isinstance(value, torch.Tensor)}
     CHANGES[change](batch)
-    changed = any(not torch.equal(batch[name], value) for name, value in before.items())
+    changed = any(batch.get(name) is None or not torch.equal(batch[name], value) for name, value in before.items())
     assert bool(batch["layout"].differs(batch, 97)) == changed
-    assert not layout_of({**batch, "layout": None}).differs(batch, 98)
+    if change != "another kind":
+        assert not layout_of({**batch, "layout": None}).differs(batch, 98)
 
 
 class Changing(GradientRecorder):
@@ -117,6 +123,21 @@ def test_a_step_whose_batch_was_changed_is_refused():
     Changing.leaves_out = False
     module = Changing(TINY_LLAMA, loss=DFTLoss())
     with pytest.raises(InputError, match=r"a batch was changed after it was made, .*leave that out where you change"):
+        trainer().fit(module, DataLoader(ROWS, batch_size=3, collate_fn=Collator(0)))
+    assert module.trainer.global_step == 0
+
+
+class OwnStep(CausalLMModule):
+    """Takes the objective by itself, of a batch with a target less."""
+
+    def training_step(self, batch, batch_idx):
+        batch["labels"] = batch["labels"].masked_fill(batch["labels"] == 9, -100)
+        return self.token_output(batch).loss
+
+
+def test_a_step_of_ones_own_of_a_changed_batch_is_refused():
+    module = OwnStep(TINY_LLAMA)
+    with pytest.raises(InputError, match="a batch was changed after it was made"):
         trainer().fit(module, DataLoader(ROWS, batch_size=3, collate_fn=Collator(0)))
     assert module.trainer.global_step == 0
 

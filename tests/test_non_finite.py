@@ -11,12 +11,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from torch.utils.data import DataLoader
 
 from dft_lightning import CausalLMModule, DFTLoss
 from dft_lightning.errors import InputError
 from dft_lightning.modules import non_finite
 from non_finite_losses import At, make, rows_of
-from small_runs import run_two_processes, trainer
+from small_runs import TINY_GPT2, run_two_processes, trainer
 
 SKIP = {"on_non_finite": "skip"}
 
@@ -196,3 +197,49 @@ def test_two_ranks_decide_alike(tmp_path):
             assert len(set(values["messages"])) == 1
             assert len(values["messages"]) == 2
             assert "the loss (NaNOnRankOne) is NaN or infinite at global step 1" in values["messages"][0]
+
+
+class OwnLoop(CausalLMModule):
+    """Steps its optimizer by itself."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx) * batch["factor"])
+        optimizer.step()
+
+
+class OwnClipping(CausalLMModule):
+    """Whose object, and not its class, clips otherwise."""
+
+    def on_fit_start(self):
+        super().on_fit_start()
+        self.configure_gradient_clipping = lambda *args, **options: None
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * batch["factor"]
+
+
+@pytest.mark.parametrize("cls", [OwnLoop, OwnClipping])
+def test_steps_that_are_never_clipped_are_looked_at_all_the_same(cls):
+    """Those that are not finite are refused, and those without targets move nothing."""
+    ids = torch.arange(3, 11).repeat(2, 1)
+    batch = {"input_ids": ids, "labels": ids, "factor": 1.0}
+    module = cls(TINY_GPT2, optimizer={"lr": 1e-2})
+    weights = []
+
+    class Weights(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            weights.append(torch.cat([p.detach().flatten().clone() for p in module.parameters()]))
+
+    empty = {**batch, "labels": torch.full_like(ids, -100)}
+    trainer(max_steps=3, callbacks=[Weights()]).fit(module, DataLoader([batch, empty, empty], batch_size=None))
+    assert len(weights) == 3
+    assert torch.equal(weights[1], weights[0])
+    assert torch.equal(weights[2], weights[0])
+    with pytest.raises(InputError, match="is NaN or infinite at global step 0"):
+        trainer(max_steps=1).fit(cls(TINY_GPT2), DataLoader([{**batch, "factor": float("nan")}], batch_size=None))

@@ -143,12 +143,12 @@ def test_weights_that_cannot_be_divided_by():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_gradients_are_divided_in_more_digits_than_they_have(dtype):
-    """By a factor that bfloat16 would round by a thousandth."""
+    """By a factor that bfloat16 would round by four thousandths."""
     parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((3, 5), (), (7,))]
     for parameter in [*parameters, torch.nn.Parameter(torch.zeros(2))]:
         parameter.grad = torch.randn_like(parameter)
     whole = [parameter.grad.clone() for parameter in parameters]
-    factor = torch.tensor(1.0 / 771.0, dtype=torch.float64)
+    factor = torch.tensor(1.0038, dtype=torch.float64)  # 1 in bfloat16
     multiply_gradients([*parameters, torch.nn.Parameter(torch.zeros(2))], factor)
     for parameter, before in zip(parameters, whole, strict=True):
         exact = (before.double() * float(factor)).to(dtype)

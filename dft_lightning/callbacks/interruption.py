@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.checkpoints.whole import written
 from dft_lightning.distributed.ranks import StopFlag
-from dft_lightning.foreign.lightning import exchange_no_signals
+from dft_lightning.foreign.lightning import exchange_signals
 from dft_lightning.modules.training import step_ends
 from dft_lightning.progress import training_loaders
 
@@ -61,11 +61,11 @@ class InterruptionCheckpoint(Callback):
         # In place of Lightning's own for SIGTERM, which exchanges tensors with other ranks in the middle of anything.
         self._signal, self._trainer = None, trainer
         self._flag = getattr(pl_module, "stop_flag", None) or StopFlag()
-        self._flag.asked = False
+        self._flag.reset()
         self._stopping, self._loader_states = False, None
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread set them
             self._previous = {number: signal.signal(number, self._asked) for number in _SIGNALS}
-            exchange_no_signals(trainer)
+            exchange_signals(trainer, False)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._release()
@@ -79,6 +79,8 @@ class InterruptionCheckpoint(Callback):
     def _release(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._previous and self._trainer is not None:
+            exchange_signals(self._trainer, True)
         self._previous, self._trainer = {}, None
 
     def _asked(self, number: int, frame: FrameType | None) -> None:

@@ -161,6 +161,12 @@ def check_trainer(
             "trainer.overfit_batches takes rows in their own order, and data.batches.max_tokens deals those of a step: "
             "leave one of the two out"
         )
+    cut = trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
+    if batches.max_tokens is not None and cut:
+        raise InputError(
+            "trainer.limit_train_batches would cut a step apart, whose micro-batches data.batches.max_tokens makes: "
+            "set trainer.max_steps, or give fewer rows"
+        )
     if streaming is None:
         return
     if trainer.max_steps < 0 and not any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]

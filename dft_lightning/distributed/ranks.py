@@ -185,6 +185,10 @@ class StopFlag:
         self.asked = False
         self._found: bool | None = None
 
+    def reset(self) -> None:
+        """Before a run: nobody was asked."""
+        self.asked, self._found = False, None
+
     def answer(self, found: bool) -> None:
         """Of an exchange: whether any rank was asked."""
         self._found = found

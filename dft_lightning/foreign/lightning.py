@@ -160,10 +160,14 @@ def count_logged_steps(trainer: pl.Trainer) -> None:
     loop._batches_that_stepped = trainer.global_step - 1 if due else trainer.global_step
 
 
-def exchange_no_signals(trainer: pl.Trainer) -> None:
-    """Have a fit not ask before each micro-batch whether rank 0 has had a SIGTERM, which takes a broadcast and a wait.
-    Lightning's own handler, which would note one, is to be out of the way."""
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+def exchange_signals(trainer: pl.Trainer, exchange: bool) -> None:
+    """Whether a fit asks before each micro-batch if rank 0 has had a SIGTERM, which takes a broadcast and a wait.
+    Where it does not, Lightning's own handler, which would note one, is to be out of the way."""
+    loop = trainer.fit_loop.epoch_loop
+    if exchange:
+        loop.__dict__.pop("_broadcast_sigterm_tensor", None)
+    else:
+        loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------

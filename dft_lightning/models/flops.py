@@ -26,12 +26,13 @@ class ModelFlops:
     Attributes:
         of_token: operations of a token, attention left out.
         of_target: those of the head for a target.
-        attention: of each layer its width (heads times their size), and its window or ``None``.
+        attention: of each layer with attention its width (heads times their size), its kind as in ``layer_types``, and
+            its window or chunk, 0 for none.
     """
 
     of_token: float
     of_target: float
-    attention: tuple[tuple[int, int | None], ...]
+    attention: tuple[tuple[int, str, int], ...]
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelFlops:
@@ -45,15 +46,16 @@ class ModelFlops:
             _operations(parameter) * (share if ".experts." in f".{name}." else 1.0)
             for name, parameter in model.named_parameters()
             if parameter.ndim >= 2 and parameter is not weight and id(parameter) not in looked_up
+            if not name.endswith("bias")  # of experts: one for each
         )
         return cls(body, 0.0 if weight is None else _operations(weight), _attention(config))
 
     def of_batch(self, layout: BatchLayout) -> float:
         """Operations of a micro-batch."""
         lengths = layout.documents if layout.documents is not None else [layout.shape[1]] * layout.shape[0]
-        windows = {window for _, window in self.attention}
-        pairs = {window: sum(_pairs(length, window) for length in lengths) for window in windows}
-        attention = sum(12.0 * width * pairs[window] for width, window in self.attention)
+        kinds = {(kind, span) for _, kind, span in self.attention}
+        pairs = {(kind, span): sum(_pairs(length, kind, span) for length in lengths) for kind, span in kinds}
+        attention = sum(12.0 * width * pairs[kind, span] for width, kind, span in self.attention)
         return self.of_token * layout.num_tokens + self.of_target * layout.num_targets + attention
 
 
@@ -71,18 +73,27 @@ def _share_of_experts(config: Any) -> float:
     return taken / numbers[0] if numbers and isinstance(taken, int) else 1.0
 
 
-def _attention(config: Any) -> tuple[tuple[int, int | None], ...]:
+def _attention(config: Any) -> tuple[tuple[int, str, int], ...]:
     layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
-    if not isinstance(layers, int) or not isinstance(heads, int):
+    size = getattr(config, "head_dim", None)
+    if size is None and isinstance(heads, int) and isinstance(width := getattr(config, "hidden_size", None), int):
+        size = width // heads
+    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(size, int)):
         return ()
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
-    window = getattr(config, "sliding_window", None)
-    return tuple((heads * size, window if kind == "sliding_attention" else None) for kind in kinds)
+    spans = {"full_attention": 0}
+    spans["sliding_attention"] = getattr(config, "sliding_window", None) or 0
+    spans["chunked_attention"] = getattr(config, "attention_chunk_size", None) or 0
+    plain = "sliding_attention" if spans["sliding_attention"] else "full_attention"
+    kinds = getattr(config, "layer_types", None) or [plain] * layers
+    # What is no attention (linear, recurrent) is counted by its matrices alone.
+    return tuple((heads * size, kind, spans[kind]) for kind in kinds if kind in spans)
 
 
-def _pairs(length: int, window: int | None) -> int:
-    """Pairs of a token and one that it attends to, itself among them."""
-    if window is None or length <= window:
+def _pairs(length: int, kind: str, span: int) -> int:
+    """Pairs of a token and one that it attends to, itself among them: in all, in its window or in its chunk."""
+    if not 0 < span < length:
         return length * (length + 1) // 2
-    return window * (window + 1) // 2 + (length - window) * window
+    if kind == "sliding_attention":
+        return span * (span + 1) // 2 + (length - span) * span
+    whole, rest = divmod(length, span)
+    return whole * span * (span + 1) // 2 + rest * (rest + 1) // 2

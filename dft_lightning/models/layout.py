@@ -77,6 +77,10 @@ class BatchLayout:
         """With its tensors in pinned memory, as loaders ask for."""
         return self._with_tensors(Tensor.pin_memory)
 
+    def clone(self) -> BatchLayout:
+        """With copies of its tensors."""
+        return self._with_tensors(Tensor.clone)
+
     def __getitem__(self, part: Any) -> None:
         """Of a part of a batch, which may be taken of all that it holds alike, there is none: it is made anew."""
 
@@ -107,6 +111,8 @@ class BatchLayout:
             num_classes: targets must be less.
         """
         labels, positions = batch["labels"], batch.get("position_ids")
+        if self.joined != (positions is not None):
+            return torch.ones((), dtype=torch.bool, device=labels.device)
         found: Tensor = (labels[:, 1:] != IGNORE_INDEX).sum() != self.num_targets
         if self.num_targets:
             targets = labels.flatten()[self.target_index + 1]

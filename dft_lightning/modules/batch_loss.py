@@ -56,6 +56,7 @@ class BatchObjective:
         loss: TokenLoss,
         reference: ReferenceModel | None,
         max_length: int | None,
+        alone: bool,
         **options: Any,
     ) -> TokenOutput:
         """Summed loss and per-token statistics of a batch.
@@ -67,6 +68,7 @@ class BatchObjective:
             loss: any token loss.
             reference: the model that ``reference_kl`` is taken from, where the loss needs it.
             max_length: of documents, where that is known.
+            alone: whether no step of a trainer comes, which would read :meth:`differs`.
             options: ``normalizer``, ``statistics`` and ``step`` of :func:`~dft_lightning.ops.linear_token_loss`.
 
         Raises:
@@ -80,7 +82,10 @@ class BatchObjective:
         else:
             output, model_output = _fused(model, call, self._checks.head_of(model))
         if layout is batch.get(KEY):
-            self._note(layout.differs(batch, output.vocab_size))
+            differs = layout.differs(batch, output.vocab_size)
+            self._differs = differs if self._differs is None else self._differs | differs
+            if alone or not torch.is_grad_enabled():
+                self.check_pending()
         auxiliary = auxiliary_loss(model, model_output, required=bool(self._step.router_aux_loss_coef))
         return self._with_auxiliary_loss(output, auxiliary, options["normalizer"])
 
@@ -92,9 +97,13 @@ class BatchObjective:
         found, self._differs = self._differs, None
         return found
 
-    def _note(self, differs: Tensor) -> None:
-        self._differs = differs if self._differs is None else self._differs | differs
-        if not torch.is_grad_enabled() and bool(self.differs()):  # no step comes that would read it
+    def check_pending(self) -> None:
+        """Wait for :meth:`differs` where nobody has read it.
+
+        Raises:
+            InputError: a batch was changed.
+        """
+        if (found := self.differs()) is not None and bool(found):
             raise InputError(CHANGED)
 
     def _with_auxiliary_loss(
@@ -129,9 +138,10 @@ def check_batch(batch: Any) -> None:
 def _problems(batch: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the tensors of a batch that has them."""
     ids = batch["input_ids"]
-    for name in ("input_ids", "labels", "attention_mask", "token_weight", "reference_log_prob", "source"):
+    names = ("input_ids", "labels", "attention_mask", "position_ids", "token_weight", "reference_log_prob", "source")
+    for name in names:
         values = batch.get(name)
-        if values is None and name in ("attention_mask", "reference_log_prob"):
+        if values is None and name in ("attention_mask", "position_ids", "reference_log_prob"):
             continue
         if name not in batch:
             continue

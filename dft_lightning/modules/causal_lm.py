@@ -227,7 +227,8 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         assert self.model is not None, "call configure_model() first"
         options = {"normalizer": normalizer, "statistics": statistics, "step": self._steps.done(trainer_of(self))}
         max_length = getattr(getattr(self._datamodule, "text", None), "max_length", None)
-        return self._objective.output(self.model, self, batch, self.loss, self._reference, max_length, **options)
+        alone = trainer_of(self) is None
+        return self._objective.output(self.model, self, batch, self.loss, self._reference, max_length, alone, **options)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean objective over a micro-batch's targets (with ``renormalize`` over their weights); 0 without any.
@@ -249,7 +250,9 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the gradient of the whole step by its targets."""
-        clips = type(self).configure_gradient_clipping is CausalLMModule.configure_gradient_clipping
+        clip = getattr(self.configure_gradient_clipping, "__func__", None)  # a subclass's, or this object's own
+        clips = self.automatic_optimization and clip is CausalLMModule.configure_gradient_clipping
+        self._objective.check_pending()
         self._steps.normalise(self.parameters(), optimizer, self.trainer, clips)
 
     def configure_gradient_clipping(

@@ -62,24 +62,23 @@ class StageTelemetry(nn.Module):
 
         Of a mixture of sources also ``loss/NAME`` and ``nll/NAME`` of each that had targets.
         """
-        counted = {name: metric for name, metric in self.metrics().items() if metric.update_called}
-        if not counted:
+        metrics = self.metrics()
+        if not any(metric.update_called for metric in metrics.values()):
             return {}
-        found = dict(zip(counted, computed(list(counted.values())), strict=True))
-        for metric in counted.values():
+        # All of them, whichever this rank has counted in: ranks exchange as many numbers.
+        found = dict(zip(metrics, computed(list(metrics.values())), strict=True))
+        of_sources = found.pop("sources")
+        values = found.pop("tokens")
+        for name, each in found.items():
+            values |= each if metrics[name].update_called else {}
+        for metric in metrics.values():
             metric.reset()
-        of_sources = found.pop("sources", None)
-        values: dict[str, Any] = {}
-        for each in found.values():
-            values |= each
-        if of_sources is not None:
-            values |= {
-                f"{kind}/{name}": of_sources[kind][i]
-                for i, name in enumerate(source_names)
-                for kind in ("loss", "nll")
-                if of_sources["targets"][i] > 0
-            }
-        return values
+        return values | {
+            f"{kind}/{name}": of_sources[kind][i]
+            for i, name in enumerate(source_names)
+            for kind in ("loss", "nll")
+            if of_sources["targets"][i] > 0
+        }
 
     def reset(self) -> None:
         """Forget everything counted."""

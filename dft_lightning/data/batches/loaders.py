@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from dft_lightning.data.batches.collating import Collator
-from dft_lightning.data.batches.dealing import RowDealing, TokenDealing
 from dft_lightning.data.batches.sampling import RowSampler
+from dft_lightning.data.batches.step_dealing import RowDealing, TokenDealing
 from dft_lightning.data.batches.streaming import Stream, StreamedBatches, StreamPosition
 from dft_lightning.data.options import BatchOptions
 from dft_lightning.foreign.torch import called_by_torchdata

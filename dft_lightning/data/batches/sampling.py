@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from dft_lightning.data.batches.collating import PADDING_ROW
-from dft_lightning.data.batches.dealing import RowDealing, TokenDealing
+from dft_lightning.data.batches.step_dealing import RowDealing, TokenDealing
 
 
 class RowSampler(DistributedSampler[Any]):
@@ -88,13 +88,15 @@ class RowSampler(DistributedSampler[Any]):
         """This rank's part of each step."""
         in_batches = isinstance(dealing, TokenDealing)
         order = self.order() if in_batches else self._filled()
-        order, size = order[: dealing.limit], dealing.rows_of_step(self.num_replicas, self.epoch)
-        for first in range(start, len(order), size):
-            step = order[first : first + size]
+        limit = None if isinstance(dealing, TokenDealing) else dealing.limit
+        order, size = order[:limit], dealing.rows_of_step(self.num_replicas, self.epoch)
+        first = start
+        while first < len(order):  # where a run goes on in steps of another size, its first one is what is left of one
+            step = order[first : first + size - first % size]
             own = dealing.deal(step, self.num_replicas)[self.rank]
             *others, last = own if in_batches else [row for rows in own for row in rows]
             yield from others
-            self._drawn = first + len(step)
+            first = self._drawn = first + len(step)
             yield last
 
     def _filled(self) -> list[int]:

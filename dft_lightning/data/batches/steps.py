@@ -14,8 +14,9 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from dft_lightning.data.batches.dealing import Integers, RowDealing, TokenDealing
+from dft_lightning.data.batches.dealing import Integers
 from dft_lightning.data.batches.sampling import epoch_order
+from dft_lightning.data.batches.step_dealing import RowDealing, TokenDealing
 from dft_lightning.data.options import BatchOptions
 from dft_lightning.distributed.strategies import shards_parameters
 from dft_lightning.errors import InputError
