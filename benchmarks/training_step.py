@@ -100,6 +100,7 @@ def run_ours(options: argparse.Namespace, folder: str, padding_free: bool = Fals
         arguments += ["--data.batches.padding_free", "true", "--model.loading.attn_implementation", "documents"]
     if packed:
         arguments += ["--data.batches.packing", "bfd", "--data.text.max_length", "1024", "--data.batch_size", "1"]
+        arguments += ["--data.batches.padding_free", "true", "--model.loading.attn_implementation", "documents"]
     main(arguments, module_class=Watched)
     return clock.result()
 
