@@ -87,7 +87,7 @@ def test_padded_rows_of_like_lengths_come_together():
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("lockstep", [False, True])
 def test_micro_batches_of_tokens_are_within_their_limit(padded, lockstep):
-    for seed, micro_batches in itertools.product(range(10), (1, 2, 5)):
+    for seed, micro_batches in itertools.product(range(3), (1, 5)):
         lengths = ragged(50, seed)
         limits = [limit for limit in range(300, 8000, 50) if fits(lengths, 4 * micro_batches, limit, padded)]
         assert limits == list(range(limits[0], 8000, 50))
@@ -105,7 +105,7 @@ def test_micro_batches_of_tokens_are_within_their_limit(padded, lockstep):
 def test_evening_out_keeps_the_limit():
     """Many odd cases, a few of which it would break in."""
     generator = np.random.default_rng(0)
-    for _ in range(1500):
+    for _ in range(400):
         ranks, micro_batches = (int(n) for n in generator.integers(1, 5, 2))
         lengths = generator.integers(1, 60, int(generator.integers(2, 30)))
         least = max(int(lengths.max()), -(-int(lengths.sum()) // (ranks * micro_batches)))

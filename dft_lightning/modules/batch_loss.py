@@ -151,7 +151,9 @@ def _problems(batch: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} are {values.dtype}, and are to be torch.int64"
         elif name == "attention_mask" and values.ndim == 2 and values.is_floating_point():
             yield f"attention_mask is {values.dtype}, and is to be torch.int64 or torch.bool"
-        elif values.ndim == 4 and name == "attention_mask":  # which models take as it is
+        elif name == "position_ids" or (
+            values.ndim == 4 and name == "attention_mask"
+        ):  # models look at these themselves
             continue
         elif values.ndim != 2 or values.shape != ids.shape or not values.numel():
             beside = "" if name == "input_ids" else f", and input_ids {list(ids.shape)}"
