@@ -18,8 +18,6 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,8 +30,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from linear_head import RESULTS, machine
+from training_step import WARM_UP, in_own_process, parsed, parser_of_steps, rows_of
 
-WARM_UP = 2
 SIDES: dict[str, dict[str, Any]] = {
     "none": {},
     "every_2": {"gradient_checkpointing": "every_2"},
@@ -92,9 +90,8 @@ def run(options: argparse.Namespace, folder: Path) -> dict:
     from dft_lightning import CausalLMModule, DFTLoss, InstructionDataModule
     from dft_lightning.ops import release_scratch
 
-    rows = [json.loads(line) for line in options.rows.read_text().splitlines()[: options.steps * options.batch_size]]
     data = InstructionDataModule(
-        rows,
+        rows_of(options),
         batch_size=options.batch_size,
         rows={"prompt_column": "question", "completion_column": "answer"},
         text={"tokenizer": str(options.model)},
@@ -133,22 +130,11 @@ def run(options: argparse.Namespace, folder: Path) -> dict:
     }
 
 
-def in_own_process(options: argparse.Namespace, side: str) -> dict:
-    arguments = [sys.executable, __file__, "--side", side, "--model", str(options.model), "--rows", str(options.rows)]
-    arguments += ["--steps", str(options.steps), "--batch_size", str(options.batch_size)]
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        done = subprocess.run([*arguments, "--result", str(result)], check=False, cwd=folder)
-        if done.returncode != 0:
-            raise SystemExit(f"{side} failed")
-        return json.loads(result.read_text())
-
-
 def compare(options: argparse.Namespace) -> dict:
     """Medians of every side over turns, with its speed as a multiple of that of the first."""
     turns = []
     for _ in range(options.turns):
-        turns.append({side: in_own_process(options, side) for side in options.sides})
+        turns.append({side: in_own_process(__file__, options, side) for side in options.sides})
     found = {}
     for side in options.sides:
         found[side] = {key: median([turn[side][key] for turn in turns]) for key in turns[0][side]}
@@ -166,20 +152,10 @@ def compare(options: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder with weights and tokenizer")
-    parser.add_argument("--rows", type=Path, required=True, help="JSON lines with question and answer")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--turns", type=int, default=3)
+    parser = parser_of_steps(__doc__, steps=6)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--output", type=Path, default=RESULTS / "activations_cpu.json")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.steps <= WARM_UP:
-        parser.error(f"--steps must be more than {WARM_UP}, which warm up")
-    options.model, options.rows = options.model.resolve(), options.rows.resolve()
+    options = parsed(parser)
     if options.side:
         with tempfile.TemporaryDirectory() as folder:
             options.result.write_text(json.dumps(run(options, Path(folder))))

@@ -223,10 +223,10 @@ SIDES = {
 }
 
 
-def in_own_process(options: argparse.Namespace, side: str, checkpointing: bool) -> dict:
-    arguments = [sys.executable, __file__, "--side", side, "--model", str(options.model), "--rows", str(options.rows)]
-    arguments += ["--steps", str(options.steps), "--batch_size", str(options.batch_size), "--device", options.device]
-    arguments += ["--gradient_checkpointing"] if checkpointing else []
+def in_own_process(script: str, options: argparse.Namespace, side: str, *more: str) -> dict:
+    """What a side of a script writes to ``--result``."""
+    arguments = [sys.executable, script, "--side", side, "--model", str(options.model), "--rows", str(options.rows)]
+    arguments += ["--steps", str(options.steps), "--batch_size", str(options.batch_size), *more]
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         log = Path(folder) / "log"
@@ -246,7 +246,8 @@ def median(values: list[float]) -> float:
 def compare(options: argparse.Namespace, checkpointing: bool, sides: list[str]) -> dict:
     turns = []
     for _ in range(options.turns):
-        turn = {side: in_own_process(options, side, checkpointing) for side in sides}
+        more = ["--device", options.device, *(["--gradient_checkpointing"] if checkpointing else [])]
+        turn = {side: in_own_process(__file__, options, side, *more) for side in sides}
         turns.append(turn)
         print({side: round(result["tokens_per_second"]) for side, result in turn.items()}, flush=True)
     counts = {result["tokens"] for turn in turns for side, result in turn.items() if side != "packed"}
@@ -267,22 +268,33 @@ def compare(options: argparse.Namespace, checkpointing: bool, sides: list[str]) 
     return {"gradient_checkpointing": checkpointing, "ratios": ratios, "turns": turns}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of_steps(description: str | None, steps: int) -> argparse.ArgumentParser:
+    """The arguments of a script that measures whole steps, each side in a process of its own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder with weights and tokenizer")
     parser.add_argument("--rows", type=Path, required=True, help="JSON lines with question and answer")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--output", type=Path, help="JSON; benchmarks/results/training_step_DEVICE.json by default")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--gradient_checkpointing", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     options = parser.parse_args()
     if options.steps <= WARM_UP:
         parser.error(f"--steps must be more than {WARM_UP}, which warm up")
     options.model, options.rows = options.model.resolve(), options.rows.resolve()
+    return options
+
+
+def main() -> None:
+    parser = parser_of_steps(__doc__, steps=8)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--output", type=Path, help="JSON; benchmarks/results/training_step_DEVICE.json by default")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help=argparse.SUPPRESS)
+    options = parsed(parser)
     if options.side:
         with tempfile.TemporaryDirectory() as folder:
             options.result.write_text(json.dumps(SIDES[options.side](options, folder)))

@@ -34,10 +34,22 @@ class RowsOfBatches:
 
 def accumulation_of(trainer: pl.Trainer, epoch: int) -> int:
     """Micro-batches of an optimizer step in an epoch, as a ``GradientAccumulationScheduler`` will have them."""
+    scheduler = accumulation_scheduler(trainer)
+    return int(scheduler.get_accumulate_grad_batches(epoch) if scheduler else trainer.accumulate_grad_batches)
+
+
+def accumulation_scheduler(trainer: pl.Trainer) -> GradientAccumulationScheduler | None:
+    """What says how many micro-batches a step has in each epoch, where that is not the trainer alone."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    schedulers = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
-    number = schedulers[-1].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
-    return int(number)
+    return next((each for each in reversed(callbacks) if isinstance(each, GradientAccumulationScheduler)), None)
+
+
+def limited_batches(trainer: pl.Trainer, batches: int) -> int:
+    """Of so many training micro-batches in an epoch, those that a trainer takes."""
+    limit = trainer.limit_train_batches
+    if isinstance(limit, int):
+        return min(batches, limit)
+    return int(batches * (1.0 if limit is None else limit))
 
 
 @dataclass(frozen=True)

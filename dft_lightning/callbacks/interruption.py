@@ -31,9 +31,9 @@ class InterruptionCheckpoint(Callback):
     """On SIGTERM and Ctrl-C writes a checkpoint and leaves; a second Ctrl-C leaves at once.
 
     The batch that is computed is finished, and on several processes its optimizer step, in whose exchange all of them
-    learn of it; a validation or generation is given up, and done anew by the run that goes
-    on, but for those after the last step, which are finished. What is written is of the last optimizer step: a run that
-    goes on from it ends as one that was never stopped. A signal on one rank stops all of them at the same batch.
+    learn of it; a validation or generation is given up, and done anew by the run that goes on, but for those after the
+    last step, which are finished. What is written is of the last optimizer step: a run that goes on from it ends as one
+    that was never stopped. A signal on one rank stops all of them at the same batch.
 
     The checkpoint goes beside those of the first ``ModelCheckpoint``, and is that one's own where it has just written
     one; the log says which and how to go on. Before the first batch of a run, signals do what they always do.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dft_lightning.errors import InputError
-from dft_lightning.losses.base import IGNORE_INDEX
+from dft_lightning.losses.base import IGNORE_INDEX, sequence_index_of
 
 KEY = "layout"
 """Of a batch, where it has one."""
@@ -28,11 +28,10 @@ class BatchLayout:
         lengths: ``[documents]``, int32, of joined rows the tokens of each document (a row begins one, and what fills it
             up are documents of one token); of padded rows ``[B]`` those of each that are no padding. ``None`` where
             rows are padded otherwise than on the right.
-        num_targets: how many targets there are.
         num_tokens: tokens that are no padding.
-        largest_target: the largest class index among the targets, -1 without any.
+        smallest_target: the smallest class index among the targets, 0 without any.
+        largest_target: the largest one, -1 without any.
         joined: whether rows are of whole documents.
-        max_length: tokens of the longest document or row.
         documents: ``lengths`` as the host has them.
     """
 
@@ -49,14 +48,12 @@ class BatchLayout:
         rows, columns = kept.nonzero(as_tuple=True)
         self.target_index = rows * labels.shape[1] + columns
         targets = labels[:, 1:][kept]
-        self.num_targets = targets.numel()
         self.smallest_target = int(targets.min()) if self.num_targets else 0
         self.largest_target = int(targets.max()) if self.num_targets else -1
         self.joined = position_ids is not None
         documents = document_lengths(position_ids) if position_ids is not None else _rows(self.shape, attention_mask)
         self.documents = documents
         self.lengths = None if documents is None else torch.tensor(documents, dtype=torch.int32)
-        self.max_length = self.shape[1] if documents is None else max(documents, default=0)
         if num_tokens is None:
             flat = attention_mask is not None and attention_mask.ndim == 2
             num_tokens = int(torch.count_nonzero(cast(Tensor, attention_mask))) if flat else labels.numel()
@@ -89,6 +86,16 @@ class BatchLayout:
         return iter(())
 
     @property
+    def num_targets(self) -> int:
+        """How many targets there are."""
+        return self.target_index.numel()
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest document or row."""
+        return self.shape[1] if self.documents is None else max(self.documents, default=0)
+
+    @property
     def cu_seq_lens(self) -> Tensor:
         """``[documents + 1]``, int32: where each document of joined rows begins and the last ends."""
         assert self.lengths is not None
@@ -96,12 +103,12 @@ class BatchLayout:
 
     def sequence_index(self) -> Tensor:
         """``[B * T]``: the number of the document, or of the row, of each token."""
-        size, device = self.shape[0] * self.shape[1], self.target_index.device
+        device = self.target_index.device
         if not self.joined:
-            return torch.arange(self.shape[0], device=device).repeat_interleave(self.shape[1], output_size=size)
+            return sequence_index_of(torch.Size(self.shape), device)
         assert self.lengths is not None
         numbers = torch.arange(len(self.lengths), device=device)
-        return numbers.repeat_interleave(self.lengths, output_size=size)
+        return numbers.repeat_interleave(self.lengths, output_size=self.shape[0] * self.shape[1])
 
     def differs(self, batch: Mapping[str, Any], num_classes: int) -> Tensor:
         """Whether this is another batch's layout: a scalar bool tensor on the device.

@@ -16,7 +16,7 @@ from dft_lightning.losses.base import IGNORE_INDEX
 from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.models.documents import ModelChecks, knowing_documents, model_inputs
 from dft_lightning.models.head import WAY_OUT, LanguageModelHead, run_without_head
-from dft_lightning.models.layout import KEY, BatchLayout, layout_of
+from dft_lightning.models.layout import KEY, BatchLayout, layout_of, with_layout
 from dft_lightning.models.reference import ReferenceModel
 from dft_lightning.models.row_checks import text_config
 from dft_lightning.modules.options import Head, StepOptions
@@ -119,6 +119,12 @@ class BatchObjective:
         total = auxiliary * (output.weight.sum() if self._step.renormalize else targets)
         loss = output.loss + (total if normalizer is None else total / normalizer)
         return dataclasses.replace(output, loss=loss, loss_sum=output.loss_sum + auxiliary.detach() * targets)
+
+
+def checked(batch: Any) -> dict[str, Any]:
+    """A batch with its layout, which is made once for all that reads it. Raises as :func:`check_batch`."""
+    check_batch(batch)
+    return with_layout(batch)
 
 
 def check_batch(batch: Any) -> None:

@@ -25,10 +25,10 @@ from dft_lightning.models.documents import model_inputs
 from dft_lightning.models.flops import ModelFlops
 from dft_lightning.models.generation import Completions, GenerationOptions
 from dft_lightning.models.given import options_of_itself
-from dft_lightning.models.layout import KEY, with_layout
+from dft_lightning.models.layout import KEY
 from dft_lightning.models.lora.options import lora_values
 from dft_lightning.models.reference import ReferenceModel
-from dft_lightning.modules.batch_loss import BatchObjective, check_batch
+from dft_lightning.modules.batch_loss import BatchObjective, checked
 from dft_lightning.modules.building import ModelBuilder, check_uncompiled, objective_of
 from dft_lightning.modules.monitors import check_monitors, check_monitors_by_validation
 from dft_lightning.modules.optimizer_building import OptimizerBuilder
@@ -236,9 +236,8 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         What is added to it counts at its own strength, each micro-batch weighted as its targets are: ``backward`` puts
         the share of the step on.
         """
-        check_batch(batch)
+        batch = checked(batch)
         synchronise(self, self.sharding, steps=step_ends(self.trainer))
-        batch = with_layout(batch)
         divisor = self._steps.divisor_of(batch[KEY].num_targets, batch_idx, self.trainer)
         statistics = ("entropy",) if self.step.log_train_entropy else ()
         output = self.token_output(batch, normalizer=divisor, statistics=statistics)
@@ -307,6 +306,7 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Token metrics of the validation rows, and of ``data.forgetting``, the second loader, where there is one."""
+        batch = checked(batch)
         output = self.token_output(batch, statistics=self.eval_metrics.statistics)
         self.eval_metrics.update("forgetting" if dataloader_idx else "val", output, batch, self.loss)
 
@@ -325,6 +325,7 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Token metrics, and scores of generated answers, of each of which ``predictions`` has a record."""
+        batch = checked(batch)
         output = self.token_output(batch, statistics=self.eval_metrics.statistics)
         self.eval_metrics.update("test", output, batch, self.loss)
         if not self.eval_metrics.scores(batch):

@@ -24,7 +24,7 @@ from torch.utils.data import DistributedSampler
 from dft_lightning.errors import InputError, check_one_of, one_line
 from dft_lightning.foreign.lightning import shares_rows_out, training_loader
 from dft_lightning.modules.factories import Values, class_of, factory_values, options_of, parameters_of, tried
-from dft_lightning.progress import accumulation_of
+from dft_lightning.progress import accumulation_of, limited_batches
 
 ScheduleCallable = Callable[[Optimizer], LRScheduler]
 Decay = Literal["cosine", "linear", "constant"]
@@ -231,7 +231,4 @@ def num_training_batches(trainer: pl.Trainer) -> int | None:
     shared_out = isinstance(sampler, DistributedSampler) or not shares_rows_out(trainer)
     if sampler is not None and not shared_out:
         batches = math.ceil(batches / trainer.world_size)  # Lightning will share the rows out among the ranks
-    limit = trainer.limit_train_batches
-    if isinstance(limit, int):
-        return min(batches, limit)
-    return int(batches * (1.0 if limit is None else limit))
+    return limited_batches(trainer, batches)

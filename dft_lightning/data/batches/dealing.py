@@ -46,10 +46,7 @@ def deal_rows(lengths: Integers, ranks: int, sizes: Sequence[int], padded: bool,
         ]
     else:
         columns = [_alike(layers[chosen], lengths) for chosen in _spread(lengths[layers].sum(1), sizes)]
-    dealt = _to_ranks(columns, lengths, padded)
-    if not padded:
-        (_lower_columns if lockstep else _swap_rows)(dealt, lengths)
-    return dealt
+    return _to_ranks(columns, lengths, padded, lockstep)
 
 
 def deal_tokens(
@@ -65,10 +62,7 @@ def deal_tokens(
         return None
     bins.sort(key=lambda rows: -micro_batch_tokens(rows, lengths, padded))
     columns = [bins[start : start + ranks] for start in range(0, len(bins), ranks)]
-    dealt = _to_ranks(columns, lengths, padded)
-    if not padded:
-        (_lower_columns if lockstep else _swap_rows)(dealt, lengths, max_tokens)
-    return dealt
+    return _to_ranks(columns, lengths, padded, lockstep, max_tokens)
 
 
 def fits(lengths: Integers, micro_batches: int, max_tokens: int, padded: bool) -> bool:
@@ -122,7 +116,7 @@ def _alike(layers: Integers, lengths: Integers) -> list[Integers]:
     return bins
 
 
-def _lower_columns(dealt: Dealt, lengths: Integers, limit: float = math.inf) -> None:
+def _lower_columns(dealt: Dealt, lengths: Integers, limit: float) -> None:
     """Lower the largest of the micro-batches of each number, in place: a row of it for a shorter one of another number,
     where the largest there does not grow by as much, and none beyond ``limit``."""
     ranks, numbers = len(dealt), len(dealt[0])
@@ -193,12 +187,15 @@ def _swap(high: Integers, low: Integers, lengths: Integers, gap: int, may: Any) 
     return int(differences[place])
 
 
-def _to_ranks(columns: list[list[Integers]], lengths: Integers, padded: bool) -> Dealt:
-    """Micro-batches of the same number to ranks: the largest to the rank that has least so far, then pairs swapped."""
+def _to_ranks(
+    columns: list[list[Integers]], lengths: Integers, padded: bool, lockstep: bool, limit: float = math.inf
+) -> Dealt:
+    """Micro-batches of the same number to ranks: the largest to the rank that has least so far, then pairs swapped.
+    Of joined ones, then rows, as long as none gets more tokens than ``limit``."""
     ranks = len(columns[0])
     totals = np.zeros(ranks, np.int64)
     costs = np.zeros((len(columns), ranks), np.int64)
-    dealt: list[list[Integers]] = [[] for _ in range(ranks)]
+    dealt: Dealt = [[] for _ in range(ranks)]
     for number, column in enumerate(columns):
         by_cost = sorted(column, key=lambda rows: -micro_batch_tokens(rows, lengths, padded))
         for rank, rows in zip(np.argsort(totals, kind="stable").tolist(), by_cost, strict=True):
@@ -215,10 +212,12 @@ def _to_ranks(columns: list[list[Integers]], lengths: Integers, padded: bool) ->
             break
         costs[number, [high, low]] = costs[number, [low, high]]
         dealt[high][number], dealt[low][number] = dealt[low][number], dealt[high][number]
+    if not padded:
+        (_lower_columns if lockstep else _swap_rows)(dealt, lengths, limit)
     return dealt
 
 
-def _swap_rows(dealt: Dealt, lengths: Integers, limit: float = math.inf) -> None:
+def _swap_rows(dealt: Dealt, lengths: Integers, limit: float) -> None:
     """Even out what ranks have in all, by swapping rows of micro-batches of the same number, in place; not where one
     would have more tokens than ``limit``."""
     sizes = [[len(rows) for rows in rank] for rank in dealt]

@@ -87,10 +87,8 @@ class RowSampler(DistributedSampler[Any]):
     def _dealt(self, start: int, dealing: RowDealing | TokenDealing) -> Iterator[Any]:
         """This rank's part of each step."""
         in_batches = isinstance(dealing, TokenDealing)
-        order = self.order() if in_batches else self._filled()
-        limit = None if isinstance(dealing, TokenDealing) else dealing.limit
-        order, size = order[:limit], dealing.rows_of_step(self.num_replicas, self.epoch)
-        first = start
+        order = self.order() if isinstance(dealing, TokenDealing) else self._filled()[: dealing.limit]
+        first, size = start, dealing.rows_of_step(self.num_replicas, self.epoch)
         while first < len(order):  # where a run goes on in steps of another size, its first one is what is left of one
             step = order[first : first + size - first % size]
             own = dealing.deal(step, self.num_replicas)[self.rank]

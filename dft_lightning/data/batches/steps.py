@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from dft_lightning.data.batches.step_dealing import RowDealing, TokenDealing
 from dft_lightning.data.options import BatchOptions
 from dft_lightning.distributed.strategies import shards_parameters
 from dft_lightning.errors import InputError
-from dft_lightning.progress import RowsOfBatches, accumulation_of
+from dft_lightning.progress import RowsOfBatches, accumulation_of, accumulation_scheduler, limited_batches
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -152,15 +151,13 @@ class Steps:
         multiple = self._options.pad_to_multiple_of
         return -(-rows.lengths // multiple) * multiple
 
-    def _limit(self, trainer: pl.Trainer, rows: int) -> int | None:
-        """Rows of an epoch that the trainer cuts short, which are then dealt among themselves."""
-        limit, of_batch = trainer.limit_train_batches, self._batch_size * trainer.world_size
-        if isinstance(limit, int):
-            return limit * of_batch
-        return None if limit is None or limit == 1 else int(math.ceil(rows / of_batch) * limit) * of_batch
+    def _limit(self, trainer: pl.Trainer, rows: int) -> int:
+        """Rows of an epoch, which are dealt among themselves where the trainer cuts it short."""
+        of_batch = self._batch_size * trainer.world_size
+        return limited_batches(trainer, math.ceil(rows / of_batch)) * of_batch
 
     def _tell(self, trainer: pl.Trainer, number: int, what: str) -> None:
-        scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        scheduled = accumulation_scheduler(trainer) is not None
         if scheduled or trainer.accumulate_grad_batches not in (1, number, self._derived):
             given = "a GradientAccumulationScheduler" if scheduled else str(trainer.accumulate_grad_batches)
             raise InputError(
