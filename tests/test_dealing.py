@@ -159,6 +159,21 @@ def test_an_epoch_that_is_cut_short_deals_what_is_left_of_it():
     assert sorted(own[0] + own[1]) == sorted(epoch_order(43, True, 5, 0)[:16])
 
 
+@pytest.mark.parametrize(("limit", "rows"), [(6, 12), (0.3, 12), (99, 40), (None, 40)])
+def test_a_trainer_that_cuts_epochs_short_trains_on_the_rows_that_come_first(limit, rows):
+    class Watch(CausalLMModule):
+        def training_step(self, batch, batch_idx):
+            seen.extend(batch["attention_mask"].sum(1).tolist())
+            return super().training_step(batch, batch_idx)
+
+    seen = []
+    data = arithmetic_data(40, batch_size=2, shuffle=True)
+    fit = trainer(max_epochs=1, max_steps=-1, accumulate_grad_batches=4, limit_train_batches=limit)
+    fit.fit(Watch(TINY_ARITHMETIC), datamodule=data)
+    first = epoch_order(40, True, data.batches.seed, 0)[:rows]
+    assert sorted(seen) == sorted(data.splits.lengths("train")[first].tolist())
+
+
 def test_the_state_of_dealt_rows_is_of_whole_steps():
     dealing = RowDealing(ragged(40), False, 2, lambda epoch: 3)
     sampler = RowSampler(range(40), 2, 1, shuffle=True, dealing=dealing)

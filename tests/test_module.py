@@ -223,6 +223,7 @@ def test_no_weight_decay_on_norms_and_biases():
         ({"max_steps": 4, "max_epochs": 1}, 3),
         ({"max_steps": -1, "max_epochs": 2, "limit_train_batches": 2}, 4),
         ({"max_steps": -1, "max_epochs": 2, "limit_train_batches": 0.34}, 2),
+        ({"max_steps": -1, "max_epochs": 2, "limit_train_batches": 9}, 6),
     ],
 )
 def test_number_of_steps(options, expected, monkeypatch):
