@@ -5,12 +5,11 @@
 
 Needs a model folder with tokenizer, and rows with ``question`` and ``answer``; TRL's side needs the ``bench`` extra.
 All sides train on the same rows in the same order, bf16-mixed, AdamW, float32 weights. ``dft_lightning`` takes
-padding-free batches,
-``padded`` is the same command with padding, ``packed`` packs the rows to 1024 tokens, one packed row a step, and so has
-other tokens in a step. ``products`` is the limit: it computes nothing but the step's matrix
-products and attention, in bfloat16, without padding and recomputation. Every measurement is a process of its own; the
-sides take turns, and a ratio is the median over turns. Time runs from the end of the second step to the end of the
-last, data and logging included. Tokens are those that are not padding.
+padding-free batches, ``padded`` is the same command with padding, ``packed`` packs the rows to 1024 tokens, one packed
+row a step, and so has other tokens in a step; ``_compiled`` is with ``model.loading.compile``. ``products`` is the
+limit: it computes nothing but the step's matrix products and attention, in bfloat16, without padding and recomputation.
+Every measurement is a process of its own; the sides take turns, and a ratio is the median over turns. Time runs from
+the end of the second step to the end of the last, data and logging included. Tokens are those that are not padding.
 """
 
 from __future__ import annotations
@@ -71,7 +70,9 @@ class Clock:
         }
 
 
-def run_ours(options: argparse.Namespace, folder: str, padding_free: bool = False, packed: bool = False) -> dict:
+def run_ours(
+    options: argparse.Namespace, folder: str, padding_free: bool = False, packed: bool = False, compiled: bool = False
+) -> dict:
     import dft_lightning.__main__  # noqa: F401 (large tensors on huge pages, as the command has them)
     from dft_lightning import CausalLMModule
     from dft_lightning.fit import main
@@ -92,14 +93,14 @@ def run_ours(options: argparse.Namespace, folder: str, padding_free: bool = Fals
     arguments += ["--data.rows.prompt_column", "question", "--data.rows.completion_column", "answer"]
     arguments += ["--data.batch_size", str(options.batch_size), "--data.batches.shuffle", "false"]
     arguments += ["--model.loading.gradient_checkpointing", str(options.gradient_checkpointing).lower()]
+    arguments += ["--model.loading.compile", str(compiled).lower()]
     arguments += ["--trainer.max_steps", str(options.steps), "--trainer.precision", "bf16-mixed"]
     arguments += ["--trainer.accelerator", options.device, "--trainer.devices", "1"]
     arguments += ["--trainer.gradient_clip_val", "1.0", "--trainer.enable_checkpointing", "false"]
     arguments += ["--trainer.default_root_dir", folder]
-    if padding_free:
-        arguments += ["--data.batches.padding_free", "true", "--model.loading.attn_implementation", "documents"]
     if packed:
         arguments += ["--data.batches.packing", "bfd", "--data.text.max_length", "1024", "--data.batch_size", "1"]
+    if padding_free:
         arguments += ["--data.batches.padding_free", "true", "--model.loading.attn_implementation", "documents"]
     main(arguments, module_class=Watched)
     return clock.result()
@@ -216,8 +217,11 @@ def run_products(options: argparse.Namespace, folder: str) -> dict:
 
 SIDES = {
     "dft_lightning": partial(run_ours, padding_free=True),
+    "dft_lightning_compiled": partial(run_ours, padding_free=True, compiled=True),
     "padded": run_ours,
+    "padded_compiled": partial(run_ours, compiled=True),
     "packed": partial(run_ours, padding_free=True, packed=True),
+    "packed_compiled": partial(run_ours, padding_free=True, packed=True, compiled=True),
     "trl": run_trl,
     "products": run_products,
 }
@@ -250,7 +254,7 @@ def compare(options: argparse.Namespace, checkpointing: bool, sides: list[str]) 
         turn = {side: in_own_process(__file__, options, side, *more) for side in sides}
         turns.append(turn)
         print({side: round(result["tokens_per_second"]) for side, result in turn.items()}, flush=True)
-    counts = {result["tokens"] for turn in turns for side, result in turn.items() if side != "packed"}
+    counts = {result["tokens"] for turn in turns for side, result in turn.items() if not side.startswith("packed")}
     if len(counts) != 1:
         raise SystemExit(f"the sides did not train on the same tokens: {counts}")
     speed = {side: median([turn[side]["tokens_per_second"] for turn in turns]) for side in sides}
@@ -263,7 +267,7 @@ def compare(options: argparse.Namespace, checkpointing: bool, sides: list[str]) 
         }
     print(f"gradient checkpointing {'on' if checkpointing else 'off'}")
     for side in sides:
-        line = f"  {side:14} {speed[side]:7.0f} tokens/s, peak memory of the process {memory[side] / 2**20:6.0f} MiB"
+        line = f"  {side:22} {speed[side]:7.0f} tokens/s, peak memory of the process {memory[side] / 2**20:6.0f} MiB"
         print(line + (f", {ratios[side]:.2f} times TRL's speed" if ratios else ""), flush=True)
     return {"gradient_checkpointing": checkpointing, "ratios": ratios, "turns": turns}
 

@@ -16,8 +16,8 @@ from conftest import TINY_LLAMA
 from dft_lightning import CausalLMModule, DFTLoss
 from dft_lightning.errors import InputError
 from dft_lightning.models import blocks
+from dft_lightning.models.attention import ends_graphs
 from dft_lightning.models.blocks import Checkpointing
-from dft_lightning.models.documents import ends_graphs
 from dft_lightning.models.loading import load_causal_lm
 from dft_lightning.modules import GenerationOptions
 from family_configs import tiny_config
@@ -198,18 +198,25 @@ RAGGED = {
     "padded": {},
     "padding-free": {"padding_free": True},
     "packed": {"packing": "bfd", "max_length": 64},
+    "packed, padding-free": {"packing": "bfd", "max_length": 64, "padding_free": True},
 }
 STEPS = 24
 
 
 @pytest.mark.parametrize(
-    ("rows", "choice"),
-    [("padded", False), ("padding-free", "full"), ("packed", "selective")],
+    ("rows", "choice", "attention"),
+    [
+        ("padded", False, "sdpa"),
+        ("padding-free", "full", "sdpa"),
+        ("padding-free", False, "documents"),
+        ("packed", "selective", "sdpa"),
+        ("packed, padding-free", "selective", "documents"),
+    ],
 )
-def test_three_graphs_at_most_for_all_lengths(rows, choice):
+def test_three_graphs_at_most_for_all_lengths(rows, choice, attention):
     given = {"num_rows": 4 * STEPS, **RAGGED[rows]}
     options = {"model": {**TINY_GPT2, "vocab_size": 20}, "rows": given, "steps": STEPS // 2}
-    options |= {"gradient_checkpointing": choice, "attn_implementation": "sdpa"}
+    options |= {"gradient_checkpointing": choice, "attn_implementation": attention}
     expected = gradients(**options)
     with graphs_of() as made:
         found = gradients(compile=True, **options)
@@ -219,12 +226,16 @@ def test_three_graphs_at_most_for_all_lengths(rows, choice):
 
 
 def test_an_attention_that_would_cut_graphs_is_refused():
+    """Of documents with dropout, which go one by one."""
     options = {"attn_implementation": "documents", "rows": {"padding_free": True}, "compile": True}
     with pytest.raises(InputError, match=r"^model.loading.compile: .*the documents attention .*sdpa, or leave compile"):
         gradients(**options)
-    cuda = torch.device("cuda", 0)
-    assert ends_graphs(cuda, "32-true")
-    assert not ends_graphs(cuda, "bf16-mixed")
+    dropping, other, cuda = load_causal_lm(DROPPING), load_causal_lm(TINY_LLAMA), torch.device("cuda", 0)
+    assert ends_graphs(other, cuda, "32-true")
+    assert not ends_graphs(other, cuda, "bf16-mixed")
+    assert ends_graphs(dropping, cuda, "bf16-mixed")
+    assert not ends_graphs(other, torch.device("cpu"), "32-true")
+    assert ends_graphs(load_causal_lm({**TINY_LLAMA, "attention_dropout": 0.1}), cuda, "bf16-mixed")
 
 
 def test_an_adapter_and_dropout_and_generation_add_no_graph(base):

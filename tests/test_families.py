@@ -105,13 +105,13 @@ def leaking(module, query, key, value, attention_mask, **options):
 
 def breaks(monkeypatch, cell):
     """Break what the cell is to find out."""
-    from dft_lightning.models import documents
+    from dft_lightning.models import attention, documents
 
     monkeypatch.setattr(documents, "check_documents", lambda *args: None)
     if cell in ("padded", "packed", "padding-free", "LoRA"):
         monkeypatch.setattr(family_checks, "DFTLoss", OtherLoss)
     elif cell == "documents":
-        monkeypatch.setattr(documents, "_documents_attention", leaking)
+        monkeypatch.setattr(attention, "_documents_attention", leaking)
     elif cell == "checkpointing":
         monkeypatch.setattr(transformers.LlamaForCausalLM, "gradient_checkpointing_enable", lambda *a, **k: None)
     else:

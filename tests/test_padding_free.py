@@ -14,7 +14,7 @@ from conftest import TINY_LLAMA, TINY_QWEN2, at_hand
 from dft_lightning import CausalLMModule, DFTLoss, InstructionDataModule, TokenLoss
 from dft_lightning.data.batches.collating import Collator
 from dft_lightning.errors import InputError
-from dft_lightning.models import documents
+from dft_lightning.models import attention, documents
 from dft_lightning.models.documents import check_documents
 from dft_lightning.models.layout import document_lengths, layout_of
 from dft_lightning.models.loading import load_causal_lm
@@ -166,7 +166,7 @@ def leaking(module, query, key, value, attention_mask, **options):
 
 
 def test_attention_that_crosses_documents_is_found_out(monkeypatch):
-    monkeypatch.setattr(documents, "_documents_attention", leaking)
+    monkeypatch.setattr(attention, "_documents_attention", leaking)
     with pytest.raises(InputError, match=r"LlamaForCausalLM with attn_implementation documents does not keep .* apart"):
         loss_and_gradient(TINY_LLAMA, True, "documents")  # weights of 0.02: logits hardly move
 
@@ -240,13 +240,53 @@ def test_all_documents_in_one_call(model, told, monkeypatch):
     from torch.nn.attention import varlen
 
     calls = []
-    monkeypatch.setattr(documents, "in_one_call", lambda query, dropout: True)
+    monkeypatch.setattr(attention, "in_one_call", lambda query, dropout: True)
     monkeypatch.setattr(varlen, "varlen_attn", lambda *args, **options: calls.append(args) or kernel(*args, **options))
     kernel = attention_of_documents
     if not told:
         monkeypatch.setattr(documents, "takes_any_option", lambda model: False)
     assert_equal_to_padded(model, "documents")
     assert (calls[-2][3] is calls[-1][3]) == told  # both layers are given the batch's own
+
+
+SIZES = [5, 9, 1]
+
+
+def inputs_of_attention(heads=4, key_heads=2, dtype=torch.float64):
+    generator, tokens = torch.Generator().manual_seed(0), sum(SIZES)
+    shapes = [(1, heads, tokens, 8), (1, key_heads, tokens, 8), (1, key_heads, tokens, 8)]
+    return [torch.randn(shape, generator=generator, dtype=dtype).mul(2).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("window", [None, 3], ids=["whole", "window"])
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_the_operator_is_attention_within_each_document(window, key_heads):
+    """Held against scores and a softmax written out, values and gradients, and against torch's rules for operators."""
+    inputs = inputs_of_attention(key_heads=key_heads)
+    lengths = torch.tensor(SIZES).view(1, 1, 1, -1)
+    found = attention.document_attention(*inputs, lengths, window, 0.7)[0]
+    starts = torch.tensor([0, *itertools.accumulate(SIZES)], dtype=torch.int32)
+    expected = attention_of_documents(
+        *(tensor[0].transpose(0, 1) for tensor in inputs), *[starts] * 2, *[max(SIZES)] * 2,
+        scale=0.7, window_size=(-1 if window is None else window - 1, 0), enable_gqa=key_heads != 4,
+    )  # fmt: skip
+    torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=1e-12)
+    direction = torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad(found, inputs, direction)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, inputs, direction[0]), rtol=1e-11, atol=1e-11)
+    torch.library.opcheck(attention.document_attention, (*inputs, lengths, window, 0.7))
+
+
+def test_dropout_goes_document_by_document():
+    """Of probabilities that are kept, each is divided by the share that is: on the average, nothing changes."""
+    module, lengths = torch.nn.Module().train(), torch.tensor(SIZES).view(1, 1, 1, -1)
+    inputs = inputs_of_attention(dtype=torch.float32)
+    exact, _ = attention._documents_attention(module, *inputs, lengths, scaling=0.1)
+    torch.manual_seed(0)
+    draws = [attention._documents_attention(module, *inputs, lengths, scaling=0.1, dropout=0.2)[0] for _ in range(600)]
+    assert not torch.equal(draws[0], draws[1])
+    spread = torch.stack(draws).std(0) / len(draws) ** 0.5
+    assert ((torch.stack(draws).mean(0) - exact).abs() < 5 * spread + 1e-6).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -257,7 +297,7 @@ def test_half_precision_on_the_cpu_loses_no_more_than_its_last_digit(dtype, mixe
     sizes = [5, 30, 1]
     query, key, value = (torch.randn(1, 2, 36, 8, generator=generator).mul(3).to(dtype) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        found, _ = documents._documents_attention(module, query, key, value, torch.tensor(sizes).view(1, 1, 1, -1))
+        found, _ = attention._documents_attention(module, query, key, value, torch.tensor(sizes).view(1, 1, 1, -1))
     assert found.dtype == dtype
     parts = zip(*(tensor.double().split(sizes, 2) for tensor in (query, key, value)), strict=True)
     exact = [torch.nn.functional.scaled_dot_product_attention(*part, is_causal=True) for part in parts]
@@ -267,16 +307,16 @@ def test_half_precision_on_the_cpu_loses_no_more_than_its_last_digit(dtype, mixe
 
 def test_what_goes_to_one_call():
     half = torch.zeros(1, 2, 3, 64, dtype=torch.bfloat16, device="meta")
-    assert not documents.in_one_call(half, 0.0)  # not on CUDA
+    assert not attention.in_one_call(half, 0.0)  # not on CUDA
 
     class OnCUDA(torch.Tensor):
         is_cuda = True
 
     half = half.as_subclass(OnCUDA)
-    assert documents.in_one_call(half, 0.0)
-    assert not documents.in_one_call(half, 0.1)
-    assert not documents.in_one_call(half.float(), 0.0)
-    assert not documents.in_one_call(half[..., :60], 0.0)
+    assert attention.in_one_call(half, 0.0)
+    assert not attention.in_one_call(half, 0.1)
+    assert not attention.in_one_call(half.float(), 0.0)
+    assert not attention.in_one_call(half[..., :60], 0.0)
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
@@ -300,7 +340,7 @@ def test_flash_attention_is_told_where_documents_begin(attention, monkeypatch):
 def test_an_attention_that_has_more_to_it_is_refused(option):
     query, lengths = torch.zeros(1, 2, 4, 8), torch.tensor([4]).view(1, 1, 1, 1)
     with pytest.raises(InputError, match="attn_implementation: documents computes no .*, which Linear has"):
-        documents._documents_attention(torch.nn.Linear(1, 1), *[query] * 3, lengths, **{option: torch.zeros(2)})
+        attention._documents_attention(torch.nn.Linear(1, 1), *[query] * 3, lengths, **{option: torch.zeros(2)})
 
 
 def test_what_sdpa_cannot_compute_is_refused():

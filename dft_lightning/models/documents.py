@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.foreign.transformers import attention_of, told_of_documents
+from dft_lightning.models.attention import ATTENTION
 from dft_lightning.models.head import LanguageModelHead, check_head, find_head
 from dft_lightning.models.layout import KEY, BatchLayout, document_lengths, with_layout
 from dft_lightning.models.row_checks import (
@@ -25,129 +26,7 @@ from dft_lightning.models.row_checks import (
     vocabulary_of,
 )
 
-ATTENTION = "documents"
 WAY_OUT = "train on padded rows (data.batches.padding_free: false, no data.batches.packing)"
-
-
-def register_documents_attention() -> None:
-    """Make ``attn_implementation="documents"`` known to transformers.
-
-    Attention within each document of a row. On CUDA it is one call for all of them where torch has a kernel for that
-    (half precision, no dropout), elsewhere one ``scaled_dot_product_attention`` a document. transformers' ``sdpa``
-    takes the row as one sequence under a block-diagonal mask instead, whose cost grows with the square of the row's
-    length. Batches that are not padding-free go to ``sdpa``.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(ATTENTION, _documents_attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-def _documents_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    sliding_window: int | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Attention outputs ``[B, T, heads, D]`` from ``[B, heads, T, D]``.
-
-    ``attention_mask`` holds the documents' lengths, as integers; any other mask is for ``sdpa``, and has the window in
-    it.
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if attention_mask is None or attention_mask.dtype != torch.int64:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    for name, what in (("s_aux", "attention sinks"), ("softcap", "softcap"), ("position_bias", "bias of positions")):
-        if options.get(name) is not None:
-            raise InputError(
-                f"attn_implementation: documents computes no {what}, which {type(module).__name__} has: set "
-                "flash_attention_2 or eager"
-            )
-    dropout, scaling = options.get("dropout", 0.0), options.get("scaling")
-    if in_one_call(query, dropout):
-        starts, longest = options.get("cu_seq_lens_q"), options.get("max_length_q")
-        return _all_documents(query, key, value, attention_mask, sliding_window, scaling, starts, longest), None
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _document_by_document(query, key, value, attention_mask, sliding_window, scaling, dropout), None
-
-
-def ends_graphs(device: torch.device, precision: str) -> bool:
-    """Whether ``torch.compile`` has to leave documents to eager calls, by the device and the trainer's precision."""
-    return device.type != "cuda" or precision.startswith(("32", "64"))
-
-
-def in_one_call(query: Tensor, dropout: float) -> bool:
-    """Whether torch's attention over documents takes such queries ``[B, heads, T, D]``."""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and half and dropout == 0 and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
-
-
-def _all_documents(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor,
-    sliding_window: int | None,
-    scaling: float | None,
-    cu_seq_lens: Tensor | None,
-    max_length: int | None,
-) -> Tensor:
-    from torch.nn.attention import varlen
-
-    if cu_seq_lens is None or max_length is None:  # a model that hands no such options on to its attention
-        ends = lengths.flatten().cumsum(0, dtype=torch.int32)
-        cu_seq_lens, max_length = nn.functional.pad(ends, (1, 0)).to(query.device), int(lengths.max())
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    output = varlen.varlen_attn(
-        q,
-        k,
-        v,
-        cu_seq_lens,
-        cu_seq_lens,
-        max_length,
-        max_length,
-        scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),  # a token is in its own window
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    assert isinstance(output, Tensor)
-    return output.unsqueeze(0)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore] # another number of documents in every batch
-def _document_by_document(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor,
-    sliding_window: int | None,
-    scaling: float,
-    dropout: float,
-) -> Tensor:
-    sizes, dtype, groups, outputs = lengths.flatten().tolist(), query.dtype, query.shape[1] // key.shape[1], []
-    # In half precision a CPU takes longer for it than in float32, whose digits are better, too.
-    wide = query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast("cpu", enabled=False) if wide else nullcontext():
-        tensors = [tensor.float() if wide else tensor for tensor in (query, key, value)]
-        if groups > 1 and query.device.type != "cpu":  # where kernels of float32 take as many keys as queries
-            tensors[1:] = [tensor.repeat_interleave(groups, 1) for tensor in tensors[1:]]
-        for q, k, v in zip(*(torch.split(tensor, sizes, dim=2) for tensor in tensors), strict=True):
-            mask = None
-            if sliding_window is not None and q.shape[2] > sliding_window:
-                place = torch.arange(q.shape[2], device=q.device)
-                behind = place[:, None] - place[None]
-                mask = (behind >= 0) & (behind < sliding_window)
-            gqa = q.shape[1] != k.shape[1]
-            of_one = nn.functional.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=gqa
-            )
-            outputs.append(of_one.transpose(1, 2))
-        return torch.cat(outputs, dim=1).to(dtype)
 
 
 def model_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dft_lightning.distributed.shard_loading import WAY_OUT as WHOLE
 from dft_lightning.distributed.shard_loading import parameters_on_meta, saved_dtype
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.foreign.transformers import kept_in_float32, supports_sdpa
-from dft_lightning.models.documents import ATTENTION, register_documents_attention
+from dft_lightning.models.attention import ATTENTION, register_documents_attention
 from dft_lightning.models.quantization import bitsandbytes_config, check_quantized
 
 # What transformers makes rope_parameters of, and what it writes into every config of its own.

@@ -29,8 +29,8 @@ from dft_lightning.foreign.torch import non_persistent_buffers
 from dft_lightning.foreign.transformers import attention_of
 from dft_lightning.losses.base import TokenLoss, require_default_forward_options
 from dft_lightning.losses.statistics import check_params, normalise_needs
+from dft_lightning.models.attention import ATTENTION, ends_graphs
 from dft_lightning.models.blocks import compile_blocks, spare_activations
-from dft_lightning.models.documents import ATTENTION, ends_graphs
 from dft_lightning.models.given import model_itself, name_of, plain_model
 from dft_lightning.models.head import ends_of, find_head
 from dft_lightning.models.loading import empty_causal_lm, load_causal_lm
@@ -162,10 +162,11 @@ class ModelBuilder:
         """Raise ``InputError`` where an attention would cut the graphs of blocks into pieces."""
         if trainer is None or attention_of(model) != ATTENTION:
             return
-        if ends_graphs(trainer.strategy.root_device, str(trainer.precision)):
+        if ends_graphs(model, trainer.strategy.root_device, str(trainer.precision)):
             raise InputError(
-                "model.loading.compile: on the CPU and in float32 the documents attention is one call a document, "
-                "which would cut a block's graph into pieces: set attn_implementation: sdpa, or leave compile out"
+                "model.loading.compile: with dropout, and in float32 on a GPU, the documents attention is one call a "
+                "document, which would cut a block's graph into pieces: set attn_implementation: sdpa, or leave "
+                "compile out"
             )
 
     def check_lengths(self, model: nn.Module, data: Any) -> None:
