@@ -2,6 +2,7 @@
 
     python benchmarks/linear_head.py                      # two shapes, bfloat16 and float32; a table and a JSON file
     python benchmarks/linear_head.py --tokens 8192 --hidden 4096 --vocabulary 151936 --dtype bfloat16
+    python benchmarks/linear_head.py --beside 2           # times alone, beside two busy processes of two threads each
 
 Without the ``bench`` extra our head is compared with torch's alone. Every measurement is a process of its own. Times
 are taken in pairs, the three bare matrix products and the candidate in turn, and the ratio is the median over pairs:
@@ -14,11 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -29,6 +33,7 @@ from torch import Tensor
 RESULTS = Path(__file__).parent / "results"
 CPU_SHAPES = [(2048, 1024, 50304), (2048, 1536, 151936)]
 CUDA_SHAPES = [(8192, 4096, 151936), (16384, 2048, 151936), (16384, 2048, 151665)]
+BUSY_SECONDS = 600.0  # of a process beside, at most
 PATIENCE = 120.0  # seconds a call may take
 SAMPLED_ROWS = 4096  # of the weight's gradient, where its error is measured
 
@@ -149,6 +154,29 @@ def measure_time(options: argparse.Namespace) -> dict:
         "ratio_to_bare": sorted(own / bare for bare, own in pairs)[middle],
         "pairs": len(pairs),
     }
+
+
+def busy() -> None:
+    """What another process of two torch threads does: products and operations on their results, for a minute."""
+    torch.set_num_threads(2)
+    a, out = torch.randn(1024, 1024), torch.empty(1024, 1024)
+    end = time.monotonic() + BUSY_SECONDS
+    while time.monotonic() < end and os.getppid() != 1:
+        torch.mm(a, a, out=out).sub_(out.amax(-1, keepdim=True)).exp_()
+
+
+@contextmanager
+def beside(number: int) -> Iterator[None]:
+    """So many busy processes meanwhile."""
+    processes = [subprocess.Popen([sys.executable, __file__, "--measurement", "busy"]) for _ in range(number)]
+    try:
+        time.sleep(5 if number else 0)  # they have begun
+        yield
+        if ended := [process.returncode for process in processes if process.poll() is not None]:
+            raise SystemExit(f"{len(ended)} of the busy processes ended before the measurement: take fewer --pairs")
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def resident(field: str) -> int:
@@ -275,16 +303,20 @@ def one_shape(options: argparse.Namespace, earlier: list[dict]) -> list[dict]:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "reference.pt")
-        in_own_process(options, "reference", "plain", file)
+        if not options.beside:
+            in_own_process(options, "reference", "plain", file)
         for name, reason in available(options.device).items():
+            if name not in options.candidates:
+                continue
             reason = reason or too_slow(options, name, earlier)
             if reason:
                 print(f"{shape} {name}: skipped, {reason}", flush=True)
                 continue
             size = options.tokens * options.hidden * options.vocabulary
             row = {"shape": shape, "candidate": name, "dtype": options.dtype, "size": size}
-            for measurement in MEASUREMENTS:
-                row |= in_own_process(options, measurement, name, file)
+            for measurement in ["time"] if options.beside else MEASUREMENTS:
+                with beside(options.beside):
+                    row |= in_own_process(options, measurement, name, file)
             results.append(row)
             print(f"{shape} {name}: {row}", file=sys.stderr, flush=True)
     print_table(shape, results)
@@ -300,12 +332,11 @@ def print_table(shape: str, results: list[dict]) -> None:
             print(f"{row['candidate']:14} failed: {row['failed']}")
             continue
         slower = row["ratio_to_bare"] / own["ratio_to_bare"] if own else float("nan")
-        print(
-            f"{row['candidate']:14} {row['seconds']:8.3f} {row['ratio_to_bare']:7.2f} {slower:7.2f} "
-            f"{row['extra_memory'] / 2**20:7.0f} {row['extra_memory_beyond_gradients'] / 2**20:7.0f} "
-            f"{row['hidden_gradient_error']:9.2e} {row['weight_gradient_error']:9.2e}",
-            flush=True,
-        )
+        line = f"{row['candidate']:14} {row['seconds']:8.3f} {row['ratio_to_bare']:7.2f} {slower:7.2f}"
+        if "extra_memory" in row:
+            line += f" {row['extra_memory'] / 2**20:7.0f} {row['extra_memory_beyond_gradients'] / 2**20:7.0f}"
+            line += f" {row['hidden_gradient_error']:9.2e} {row['weight_gradient_error']:9.2e}"
+        print(line, flush=True)
 
 
 def machine(device: str) -> dict:
@@ -333,6 +364,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--pairs", type=int, default=11, help="timed pairs of bare products and candidate")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds after which no further pair is begun")
+    parser.add_argument("--beside", type=int, default=0, help="busy processes beside each; times alone are taken then")
+    parser.add_argument("--candidates", nargs="*", choices=CANDIDATES, default=list(CANDIDATES), metavar="NAME")
     parser.add_argument("--output", type=Path, help="JSON file; benchmarks/results/linear_head_DEVICE.json by default")
     parser.add_argument("--measurement", help=argparse.SUPPRESS)
     parser.add_argument("--candidate", help=argparse.SUPPRESS)
@@ -340,6 +373,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.measurement == "reference":
         reference(options)
+        return
+    if options.measurement == "busy":
+        busy()
         return
     if options.measurement:
         if options.candidate == "dft_lightning":
@@ -351,7 +387,8 @@ def main() -> None:
         parser.error("--tokens, --hidden and --vocabulary go together")
     shapes = [given] if all(given) else CUDA_SHAPES if options.device == "cuda" else CPU_SHAPES
     dtypes = [options.dtype] if options.dtype else ["bfloat16"] if options.device == "cuda" else ["bfloat16", "float32"]
-    output = options.output or RESULTS / f"linear_head_{options.device}.json"
+    name = f"linear_head_{options.device}" + (f"_beside_{options.beside}" if options.beside else "")
+    output = options.output or RESULTS / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     results: list[dict] = []
     for dtype in dtypes:

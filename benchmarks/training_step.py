@@ -296,6 +296,7 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def main() -> None:
     parser = parser_of_steps(__doc__, steps=8)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE")
     parser.add_argument("--output", type=Path, help="JSON; benchmarks/results/training_step_DEVICE.json by default")
     parser.add_argument("--gradient_checkpointing", action="store_true", help=argparse.SUPPRESS)
     options = parsed(parser)
@@ -303,11 +304,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             options.result.write_text(json.dumps(SIDES[options.side](options, folder)))
         return
-    sides = list(SIDES)
-    if reason := missing("trl"):
+    sides = list(options.sides)
+    if "trl" in sides and (reason := missing("trl")):
         print(f"trl: skipped, {reason}", flush=True)
         sides.remove("trl")
-    results = [compare(options, checkpointing, sides) for checkpointing in (False, True)]
+    uncompiled = [side for side in sides if not side.endswith("compiled")]  # what is computed again is not the point
+    results = [compare(options, False, sides), compare(options, True, uncompiled)]
     output = options.output or RESULTS / f"training_step_{options.device}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({**machine(options.device), "results": results}, indent=2) + "\n")

@@ -149,6 +149,10 @@ HOMES = {
     "_fsdp_param_group": "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState",
     "_fsdp_param_groups": "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState",
     "_get_fsdp_state": "torch.distributed.fsdp._fully_shard._fully_shard",
+    "_is_mkldnn_bf16_supported": "torch.ops.mkldnn",
+    "_linear_pointwise": "torch.ops.mkldnn",
+    "_scaled_dot_product_flash_attention_for_cpu": "torch.ops.aten",
+    "_scaled_dot_product_flash_attention_for_cpu_backward": "torch.ops.aten",
     "_keep_in_fp32_modules": "transformers.PreTrainedModel",
     "_keep_in_fp32_modules_strict": "transformers.PreTrainedModel",
     "_keys_to_ignore_on_load_unexpected": "transformers.PreTrainedModel",
@@ -193,7 +197,7 @@ def test_the_list_is_whole():
     """A new one is to be weighed: is there no public form? There were 69 in 24 files."""
     names = {name for module in FILES if ".foreign." in module for name in private_names(module)}
     assert names == HOMES.keys()
-    assert len(names) <= 44
+    assert len(names) <= 48
 
 
 @pytest.mark.parametrize("name", ["_fsdp_wrapped_module.a._checkpoint_wrapped_module.b.w", "a._orig_mod.w", "a.w"])

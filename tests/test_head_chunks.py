@@ -107,7 +107,7 @@ def test_a_single_chunk_needs_no_accumulator(n, options, accumulator):
         made.dtypes.clear()  # the weight itself, and what autocast makes of it
         products._make_gradients()
         for rows in products.chunks():
-            products.add_gradients(rows, products.logits(rows))
+            products.add_gradients(rows, products.kept(rows))
         gradient, factor = products.weight_gradient, torch.empty((), device="meta")
         assert gradient.dtype == accumulator
         assert made.dtypes.count(FLOAT32) == (accumulator == FLOAT32)
@@ -175,10 +175,11 @@ def test_rows_of_logits_are_aligned(vocabulary, dtype):
     settings = HeadSettings(transform, {}, dtype, None, transform)
     beside = ReferenceHead(hidden.detach(), weight.detach())
     with torch.no_grad(), HeadProducts(hidden, weight, bias, settings, reference=beside) as products:
-        for logits in (products.logits(slice(1, 4)), products.reference_logits(slice(1, 4))):
-            assert logits.shape == (3, vocabulary)
-            assert logits.stride() == (-(-vocabulary // 16) * 16, 1)
-            assert logits.data_ptr() % 16 == 0
+        for head in (products, products.reference):
+            for logits in (head.kept(slice(1, 4)), *map(head.logits, head.blocks(slice(1, 4)))):
+                assert logits.shape[1] == vocabulary
+                assert logits.stride() == (-(-vocabulary // 16) * 16, 1)
+                assert logits.data_ptr() % 16 == 0
 
 
 @pytest.mark.parametrize("vocabulary", [50257, 151665])

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from dft_lightning import CrossEntropyLoss, DFTLoss, FocalLoss, TokenLoss
+from dft_lightning import CrossEntropyLoss, DFTLoss, FocalLoss, ImportanceWeightedLoss, SequenceDFTLoss, TokenLoss
 from dft_lightning.losses import statistics_from_logits
 from dft_lightning.ops import linear_head, linear_token_loss, products
 from dft_lightning.ops.products import GradientScale
@@ -106,6 +106,25 @@ def test_chunks_of_any_size_of_gradient(loss, falling):
         assert relative(ours, reference) < 3e-3
     # Each token's own is right, however small beside those of other chunks.
     assert max(relative(*pair) for pair in zip(by_hidden, hidden, strict=True)) < 3e-3
+
+
+def test_float16_under_a_gradient_scaler():
+    """Losses of whole sequences get the scaler's factor before their gradient is rounded to float16."""
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(shape, generator=generator).mul(0.3).half().double() for shape in ((64, 16), (80, 16))]
+    targets = torch.randint(0, 80, (64,), generator=generator)
+    index = {"sequence_index": torch.arange(64) // 16, "reference_log_prob": torch.full((64,), -20.0)}
+    for loss in (SequenceDFTLoss(mean="geometric"), ImportanceWeightedLoss()):
+        leaves = [leaf.half().requires_grad_() for leaf in exact]
+        doubled = [leaf.clone().requires_grad_() for leaf in exact]
+        for scale in (1.0, 2.0**16):
+            output = linear_token_loss(*leaves, targets, loss, token_inputs=index, normalizer=64.0)
+            own = gradients(output.loss.float() * scale, leaves)
+            stats = statistics_from_logits(doubled[0] @ doubled[1].t(), targets, loss.needs, **index)
+            expected = gradients(loss.token_loss(stats).sum() * scale / 64, doubled)
+            for ours, theirs in zip(own, expected, strict=True):
+                assert ours.isfinite().all()
+                assert relative(ours, theirs) < 1e-2
 
 
 def test_scale_by_hand():

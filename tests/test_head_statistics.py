@@ -7,11 +7,10 @@ import math
 import pytest
 import torch
 
-from dft_lightning import AnchoredLoss, DFTLoss, ImportanceWeightedLoss, SequenceDFTLoss, TokenLoss
+from dft_lightning import AnchoredLoss, DFTLoss, TokenLoss
 from dft_lightning.losses import Statistic, statistics_from_logits
 from dft_lightning.ops import (
     ReferenceHead,
-    linear_head,
     linear_token_loss,
     linear_token_statistics,
     release_scratch,
@@ -83,26 +82,6 @@ def test_what_the_model_bans_and_the_reference_all_but():
     assert fused.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_float16_under_a_gradient_scaler(monkeypatch):
-    """Losses of whole sequences get the scaler's factor before their gradient is rounded to float16."""
-    monkeypatch.setattr(linear_head, "_product_dtype", lambda hidden, weight: torch.float16)  # CUDA's
-    generator = torch.Generator().manual_seed(0)
-    exact = [torch.randn(shape, generator=generator).mul(0.3).half().double() for shape in ((64, 16), (80, 16))]
-    targets = torch.randint(0, 80, (64,), generator=generator)
-    index = {"sequence_index": torch.arange(64) // 16, "reference_log_prob": torch.full((64,), -20.0)}
-    for loss in (SequenceDFTLoss(mean="geometric"), ImportanceWeightedLoss()):
-        leaves = [leaf.half().requires_grad_() for leaf in exact]
-        doubled = [leaf.clone().requires_grad_() for leaf in exact]
-        for scale in (1.0, 2.0**16):
-            output = linear_token_loss(*leaves, targets, loss, token_inputs=index, normalizer=64.0)
-            own = gradients(output.loss.float() * scale, leaves)
-            stats = statistics_from_logits(doubled[0] @ doubled[1].t(), targets, loss.needs, **index)
-            expected = gradients(loss.token_loss(stats).sum() * scale / 64, doubled)
-            for ours, theirs in zip(own, expected, strict=True):
-                assert ours.isfinite().all()
-                assert relative(ours, theirs) < 1e-2
-
-
 def test_a_reference_that_is_the_model_adds_nothing():
     hidden, weight, bias, targets = problem()
     same = ReferenceHead(hidden.detach(), weight.detach(), bias.detach())
@@ -155,12 +134,12 @@ def test_top_k_entropy(k, scale, softcap, dtype):
         statistics=[Statistic("top_k_entropy", k=k)],
         chunk_bytes=4000,
     )
-    logits = torch.nn.functional.linear(hidden, weight, bias)[targets != -100].double()
+    logits = torch.nn.functional.linear(hidden.double(), weight.double(), bias.double())[targets != -100]
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     p = (logits * scale).softmax(-1).sort(descending=True).values[:, :k]
     p = p / p.sum(-1, keepdim=True)
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    tolerance = 1e-12 if dtype == torch.float64 else 3e-4  # probabilities to half a digit of bfloat16
     torch.testing.assert_close(
         output.top_k_entropy.double(), -(p * p.log()).sum(-1), rtol=tolerance, atol=10 * tolerance
     )

@@ -176,7 +176,11 @@ PRECISE = [CrossEntropyLoss(), DFTLoss(), FocalLoss(2.0), EntropyWeighted()]
 )
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_bfloat16_is_no_worse_than_the_plain_head(loss, n, hidden_size, vocabulary, tokens, spread):
-    """Plain: logits in bfloat16, softmax in float32, products in bfloat16; a mean, over one chunk and over several."""
+    """Plain: logits in bfloat16, softmax in float32, products in bfloat16; a mean, over one chunk and over several.
+
+    Where logits are so small that to round them does nothing, the roundings of what is kept, of a row's factor on the
+    way in or out, and of the gradient are left, of 1.7e-3 to 2e-3 each.
+    """
     leaves = problem(n, hidden_size, vocabulary, dtype=torch.bfloat16, spread=spread, bias=False, seed=n)
     hidden, weight, _, targets = leaves
     exact = [leaf.detach().double().requires_grad_() for leaf in (hidden, weight)]
@@ -186,7 +190,7 @@ def test_bfloat16_is_no_worse_than_the_plain_head(loss, n, hidden_size, vocabula
     own = gradients(output.loss, (hidden, weight))
     for ours, theirs, reference in zip(own, plain, expected, strict=True):
         assert ours.dtype == torch.bfloat16
-        assert relative(ours, reference) <= 1.1 * relative(theirs, reference)
+        assert relative(ours, reference) <= max(1.1 * relative(theirs, reference), 3.4e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -194,14 +198,14 @@ def test_statistics_are_those_of_logits(dtype):
     hidden, weight, offset, targets = problem(dtype=dtype)
     output = linear_token_loss(hidden, weight, targets, DFTLoss(), bias=offset, statistics=EVERYTHING)
     kept = targets != -100
-    logits = full_logits(hidden, weight, offset)[kept].detach()
+    logits = full_logits(*(leaf.detach().double() for leaf in (hidden, weight, offset)))[kept]
     expected = statistics_from_logits(logits, targets[kept], EVERYTHING)
-    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-3}[dtype]
     for name in ("log_prob", *NAMES):
         value = getattr(output, name)
         assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert not value.requires_grad
-        torch.testing.assert_close(value, getattr(expected, name), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(value.double(), getattr(expected, name), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(output.weight, output.log_prob.exp(), rtol=1e-6, atol=0)
     assert torch.equal(output.correct, logits.argmax(-1) == targets[kept])
     assert linear_token_loss(hidden, weight, targets, DFTLoss()).entropy is None
@@ -378,18 +382,21 @@ def test_more_logits_than_an_int32_counts(name, request):
         request.getfixturevalue("triton_kernels")
     kernels = import_module(f"dft_lightning.ops.{name}")
     device = "cuda" if torch.cuda.is_available() and name == "triton_kernels" else "cpu"
-    rows = torch.randn(2, 100).bfloat16()
-    far = torch.empty(2**31 + 100, dtype=torch.bfloat16, device=device).as_strided((2, 100), (2**31, 1))
-    far.copy_(rows)
+    rows, steps = torch.randn(2, 100), [2**31, 1]
+    logits, values = (
+        torch.empty(2**31 + 100, dtype=dtype, device=device).as_strided((2, 100), steps)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    logits.copy_(rows)
     targets = torch.tensor([3, 99], device=device)
-    moments = kernels.row_moments(far, targets, LogitTransform(), frozenset())
+    moments, kept = kernels.row_moments(logits, targets, LogitTransform(), frozenset(), values)
     expected = statistics_from_logits(rows, targets.cpu()).log_prob
     torch.testing.assert_close(moments.log_prob.cpu(), expected, rtol=1e-5, atol=1e-6)
-    slope = Coefficients(-torch.ones(2, device=device))
-    kernels.row_gradient_(far, targets, LogitTransform(), moments.log_prob, moments.log_normalizer, slope, None, None)
-    gradient = rows.float().softmax(-1)
+    slopes = Coefficients(-torch.ones(2, device=device))
+    kernels.row_gradient_(kept, targets, LogitTransform(), moments, slopes, None)
+    gradient = rows.softmax(-1)
     gradient[[0, 1], [3, 99]] -= 1
-    torch.testing.assert_close(far.cpu().float(), gradient, rtol=0.01, atol=1e-3)
+    torch.testing.assert_close(values.cpu().float(), gradient, rtol=0.01, atol=1e-3)
 
 
 # -- autograd --------------------------------------------------------------------------------------------------------
@@ -453,7 +460,7 @@ def test_autocast(dtype):
     own = gradients(output.loss, (hidden, weight, offset))
     for ours, theirs, reference in zip(own, plain, expected, strict=True):
         assert ours.dtype == torch.float32
-        assert relative(ours, reference) <= 1.1 * relative(theirs, reference)
+        assert relative(ours, reference) <= max(1.1 * relative(theirs, reference), 3.4e-3)
 
 
 def test_float16_on_the_cpu_has_the_range_of_float32():
@@ -610,7 +617,7 @@ def test_triton_kernels_are_the_torch_kernels(loss, softcap, dtype, triton_kerne
     results = []
     for name in ("torch_kernels", "triton_kernels"):
         kernels = import_module(f"dft_lightning.ops.{name}")
-        monkeypatch.setattr("dft_lightning.ops.passes.kernels_for", lambda *args, kernels=kernels: kernels)
+        monkeypatch.setattr("dft_lightning.ops.kernels.kernels_for", lambda *args, kernels=kernels: kernels)
         output = linear_token_loss(
             hidden,
             weight,
@@ -641,7 +648,7 @@ def test_triton_blocks_of_odd_vocabularies(vocabulary, loss, triton_kernels, mon
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if vocabulary < 1000:
         monkeypatch.setattr(triton_kernels, "_BLOCK", 64)
-    monkeypatch.setattr("dft_lightning.ops.passes.kernels_for", lambda *args: triton_kernels)
+    monkeypatch.setattr("dft_lightning.ops.kernels.kernels_for", lambda *args: triton_kernels)
     exact = problem(5, 8, vocabulary, spread=0.3, ignored=False)
     own = [leaf.detach().float().to(device).requires_grad_() for leaf in exact[:3]]
     exact = [leaf.detach().float().double().requires_grad_() for leaf in exact[:3]]
@@ -678,11 +685,17 @@ def test_triton_moments_of_hard_rows(triton_kernels):
     targets = torch.tensor([1, 2, 2, 0, 0, 0, 3])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = frozenset({"sum_p_log_p", "sum_p_squared"})
-    arguments = (rows.to(device), targets.to(device), LogitTransform(), wanted)
-    fused, plain = triton_kernels.row_moments(*arguments), torch_kernels.row_moments(*arguments)
+    (fused, kept), (plain, expected) = (
+        kernels.row_moments(*arguments, LogitTransform(), wanted, torch.empty_like(rows, device=device))
+        for kernels in (triton_kernels, torch_kernels)
+        for arguments in [(rows.to(device, copy=True), targets.to(device))]
+    )
     assert fused.correct.tolist() == plain.correct.tolist() == [True, False, True, False, True, True, False]
     for name in ("log_prob", "log_normalizer", "sum_p_log_p", "sum_p_squared"):
         torch.testing.assert_close(getattr(fused, name), getattr(plain, name), rtol=1e-5, atol=1e-30, equal_nan=True)
+    for own, reference in zip(kept, expected, strict=True):
+        finite = kept.total.isfinite() & (kept.total > 0)  # one without other classes has no factor
+        torch.testing.assert_close(own[finite], reference[finite], rtol=1e-5, atol=1e-6)
 
 
 def test_triton_kernels_compile_for_a_gpu(tmp_path):
@@ -698,7 +711,12 @@ def test_triton_kernels_compile_for_a_gpu(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("cubin") == 18
     for line in done.stdout.splitlines():
-        kernel, dtype, with_reference, *_, loads, _, stores = line.split()
+        kernel, dtype, flags, *_, loads, _, stores = line.split()
         vectors = 16 * (4 if dtype == "*fp32" else 2) // 16
-        rows = 2 if "divergence" in kernel or ("gradient" in kernel and with_reference == "True") else 1
-        assert (int(loads), int(stores)) == (rows * vectors, vectors if "gradient" in kernel else 0), line
+        expected = {  # logits in float32 once for the moments and once for what is kept; a row, and a reference's
+            ("_moments_kernel", "True"): (8, vectors),
+            ("_moments_kernel", "False"): (4, 0),
+            ("_gradient_kernel", "True"): (2 * vectors, vectors),
+            ("_gradient_kernel", "False"): (vectors, vectors),
+        }
+        assert (int(loads), int(stores)) == expected.get((kernel, flags), (8, 0)), line

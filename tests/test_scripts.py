@@ -94,8 +94,10 @@ def says_what_is_missing(printed):
 
 @pytest.mark.usefixtures("children_here")
 def test_training_step(model, rows, tmp_path, capsys):
+    """Without the sides that are compiled, which takes long; test_blocks has what they do."""
     output = tmp_path / "out.json"
     sizes = ["--steps", 3, "--batch_size", 2, "--turns", 1]
+    sizes += ["--sides", "dft_lightning", "padded", "packed", "trl", "products"]
     run_script("benchmarks/training_step.py", "--model", model, "--rows", rows, *sizes, "--output", output)
     off, on = json.loads(output.read_text())["results"]
     assert (off["gradient_checkpointing"], on["gradient_checkpointing"]) == (False, True)
@@ -122,6 +124,32 @@ def test_activations(model, rows, tmp_path):
         assert each["times_the_speed"] > 0
         assert each["peak_memory"] > 0
         assert bool(each["to_host"]) == (side == "offload")
+
+
+@pytest.mark.usefixtures("children_here")
+def test_linear_head_beside_others(tmp_path):
+    output = tmp_path / "out.json"
+    sizes = ["--tokens", 64, "--hidden", 16, "--vocabulary", 97, "--pairs", 1, "--device", "cpu", "--dtype", "float32"]
+    sizes += ["--candidates", "dft_lightning", "--beside", 1]
+    run_script("benchmarks/linear_head.py", *sizes, "--output", output)
+    (row,) = json.loads(output.read_text())["results"]
+    assert row["ratio_to_bare"] > 0
+    assert "extra_memory" not in row
+
+
+def test_head_error(model, rows, tmp_path):
+    output = tmp_path / "out.json"
+    losses = ["CrossEntropyLoss", "DEFTLoss", "AnchoredLoss", "SequenceDFTLoss"]
+    options = ["--tokens", 40, "--losses", *losses, "--output", output]
+    run_script("benchmarks/head_error.py", "--model", model, "--rows", rows, *options)
+    found = json.loads(output.read_text())["results"]
+    assert list(found) == losses
+    assert set(found["AnchoredLoss"]) == {
+        "dft_lightning", "dft_lightning, mixed", "float32 logits", "float32 logits, mixed", "bfloat16 logits",
+    }  # fmt: skip
+    for heads in found.values():
+        assert all(0 <= value < 0.2 for each in heads.values() for value in each.values())
+    assert found["CrossEntropyLoss"]["liger's formulas"].keys() == {"dh", "dW", "log_prob"}
 
 
 @pytest.mark.usefixtures("children_here")

@@ -13,21 +13,23 @@ from dft_lightning.ops import triton_kernels
 ALIGNED = [["tt.divisibility", 16]]
 
 
-def compiled(kernel, logits: str, flags: bool) -> str:
+def compiled(kernel, values: str, flags: bool) -> str:
     """Name, the kinds of code that came out, and how many loads and stores of 16 bytes are in it.
 
-    As for rows of logits that begin on 16 elements, of a vocabulary that 16 does not divide.
+    As for rows that begin on 16 elements, of a vocabulary that 16 does not divide.
     """
     known = {
-        "logits": logits,
-        "reference_logits": logits,
+        "values": values,
+        "reference_values": values,
         "reference_stride": "i64",
         "row_stride": "i64",
+        "value_stride": "i64",
         "targets": "*i64",
         "correct": "*i1",
     }
     known |= {"vocabulary": "i32", "scale": "fp32", "softcap": "fp32"}
     known |= {"reference_scale": "fp32", "reference_softcap": "fp32"}
+    known |= {"value_scale": "fp32", "smallest": "fp32"}
     constants = {name: 4096 if name == "BLOCK" else flags for name in kernel.arg_names if name.isupper()}
     signature = {name: "constexpr" if name in constants else known.get(name, "*fp32") for name in kernel.arg_names}
     aligned = [
@@ -37,12 +39,12 @@ def compiled(kernel, logits: str, flags: bool) -> str:
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
     loads, stores = (len(re.findall(rf"{kind}\.global\.v4\.b32", result.asm["ptx"])) for kind in ("ld", "st"))
-    return f"{kernel.__name__} {logits} {flags} {' '.join(result.asm)} loads {loads} stores {stores}"
+    return f"{kernel.__name__} {values} {flags} {' '.join(result.asm)} loads {loads} stores {stores}"
 
 
 if __name__ == "__main__":
-    for logits in ("*bf16", "*fp16", "*fp32"):
+    for values in ("*bf16", "*fp16", "*fp32"):
         for flags in (True, False):
-            print(compiled(triton_kernels._moments_kernel, logits, flags))
-            print(compiled(triton_kernels._gradient_kernel, logits, flags))
-            print(compiled(triton_kernels._divergence_kernel, logits, flags))
+            print(compiled(triton_kernels._moments_kernel, values, flags))
+            print(compiled(triton_kernels._gradient_kernel, values, flags))
+            print(compiled(triton_kernels._cross_entropy_kernel, values, flags))

@@ -87,6 +87,51 @@ def split_no_graphs() -> None:
     torch._dynamo.config.optimize_ddp = False
 
 
+# -- kernels of the CPU that have no other door ------------------------------------------------------------------------
+
+
+def has_sigmoid_of_product() -> bool:
+    """Whether :func:`sigmoid_of_product` takes bfloat16 on this machine."""
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def sigmoid_of_product(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+    """``sigmoid(a @ b.T + bias)`` by oneDNN, which rounds to the dtype of ``a`` and ``b`` at the end alone.
+
+    ``bias`` may be float32 beside bfloat16.
+    """
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "sigmoid", [], "")
+    return result
+
+
+def attention_with_normalizer(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """``scaled_dot_product_attention`` on the CPU, causal without a mask, and each token's ``logsumexp``, which its
+    backward needs and nothing public returns."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output, normalizer = kernel(query, key, value, 0.0, mask is None, attn_mask=mask, scale=scale)
+    return output, normalizer
+
+
+def attention_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    normalizer: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`attention_with_normalizer`."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    given = (gradient, query, key, value, output, normalizer)
+    result: tuple[Tensor, Tensor, Tensor] = kernel(*given, 0.0, mask is None, attn_mask=mask, scale=scale)
+    return result
+
+
 # -- shards ------------------------------------------------------------------------------------------------------------
 
 

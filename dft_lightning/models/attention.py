@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dft_lightning.errors import InputError
+from dft_lightning.foreign.torch import attention_backward, attention_with_normalizer
 from dft_lightning.models.row_checks import text_config
 
 ATTENTION = "documents"
@@ -121,8 +122,8 @@ def _all_documents(
 
 
 # -- one operator for all documents (CPU) ------------------------------------------------------------------------------
-# torch.compile and autograd see one operation, whatever the number of documents. torch's own kernels do the work, by
-# their names: scaled_dot_product_attention would need autograd for its backward, which is off within an operator.
+# torch.compile and autograd see one operation, whatever the number of documents. torch's own kernels do the work:
+# scaled_dot_product_attention itself would need autograd for its backward, which is off within an operator.
 
 
 @torch.library.custom_op("dft_lightning::document_attention", mutates_args=(), device_types="cpu")
@@ -145,9 +146,7 @@ def document_attention(
     batch, heads, tokens, size = query.shape
     output, normalizer = query.new_empty(batch, tokens, heads, size), query.new_empty(batch, tokens, heads)
     for place, q, k, v, mask in _by_document(query, key, value, lengths, sliding_window):
-        own, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, mask is None, attn_mask=mask, scale=scaling
-        )
+        own, log_sum = attention_with_normalizer(q, k, v, mask, scaling)
         output[:, place], normalizer[:, place] = own.transpose(1, 2), log_sum.transpose(1, 2)
     return output, normalizer
 
@@ -167,12 +166,10 @@ def _document_attention_backward(
     gradients = [_as_the_outputs(tensor) for tensor in (query, key, value)]
     for place, q, k, v, mask in _by_document(query, key, value, lengths, sliding_window):
         of_output, own, log_sum = (tensor[:, place].transpose(1, 2) for tensor in (gradient, output, normalizer))
-        of_own = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            of_output, q, k, v, own, log_sum, 0.0, mask is None, attn_mask=mask, scale=scaling
-        )
+        of_own = attention_backward(of_output, q, k, v, own, log_sum, mask, scaling)
         for whole, part in zip(gradients, of_own, strict=True):
             groups = part.shape[1] // whole.shape[1]
-            whole[:, :, place] = part.unflatten(1, (-1, groups)).sum(2) if groups > 1 else part
+            whole[:, :, place] = part.reshape(len(part), -1, groups, *part.shape[2:]).sum(2) if groups > 1 else part
     return gradients[0], gradients[1], gradients[2]
 
 

@@ -1,13 +1,12 @@
 """The two ways through a linear head, as autograd functions: one pass, or the logits computed again in backward.
 
-Both take the tokens in chunks: logits of a chunk, moments of its rows, and the gradient in the logits' place.
+Both take the tokens in chunks: logits, moments of the rows, what is kept of these, and from that the gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
-from importlib.util import find_spec
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +15,12 @@ from torch import Tensor
 from dft_lightning.foreign.torch import keeps_graph
 from dft_lightning.losses.base import TokenLoss, loss_and_slopes
 from dft_lightning.losses.statistics import TokenStats, raised_dtype
-from dft_lightning.ops import torch_kernels
+from dft_lightning.ops import kernels
 from dft_lightning.ops.call import HeadSettings, ReferenceHead, TargetTokens, TokenOutput, inverse_normalizer
+from dft_lightning.ops.gathering import Gathered, gather
 from dft_lightning.ops.products import HeadProducts, scaled
-from dft_lightning.ops.row_math import ENTRIES, Coefficients, Moments, ReferenceRows, coefficients_of, statistics_of
+from dft_lightning.ops.row_math import ENTRIES, Coefficients, Moments, coefficients_of, statistics_of
+from dft_lightning.ops.torch_kernels import put_
 
 
 def one_pass(
@@ -74,7 +75,8 @@ class OnePass(torch.autograd.Function):
             HeadProducts(hidden, weight, bias, settings, wanted, batch.reference) as products,
         ):
             for rows in products.chunks():
-                logits, beside, moments = _gathered(products, rows, batch.targets, settings)
+                gathered = gather(products, rows, batch.targets[rows], settings, keep=any(wanted))
+                moments = gathered.moments
                 values = statistics_of(moments, settings.statistics, products.vocabulary)
                 stats = TokenStats(step=step, vocab_size=weight.shape[0], **values, **_rows_of(batch.inputs, rows))
                 losses, slopes = loss_and_slopes(loss, stats, None if batch.weight is None else batch.weight[rows])
@@ -82,7 +84,7 @@ class OnePass(torch.autograd.Function):
                     # What was given to the loss from outside does not depend on these logits.
                     slopes = {name: slope for name, slope in slopes.items() if name in values}
                     coefficients = coefficients_of(slopes, values, products.vocabulary).scaled(inverse)
-                    _push_back(products, rows, batch.targets, settings, logits, beside, moments, coefficients)
+                    _push_back(products, rows, batch.targets[rows], settings, gathered, coefficients)
                 found = {"losses": losses, "weight": -slopes["log_prob"], "correct": moments.correct, **values}
                 chunks.append(found)
         names = ("losses", "weight", "correct", "log_prob", *settings.statistics)  # as one_pass unpacks them
@@ -132,15 +134,15 @@ class _Statistics(torch.autograd.Function):
             torch.autocast(hidden.device.type, enabled=False),
             HeadProducts(hidden, weight, bias, settings, reference=reference) as products,
         ):
-            chunks = [vars(_gathered(products, rows, targets, settings)[2]) for rows in products.chunks()]
+            chunks = [
+                vars(gather(products, rows, targets[rows], settings, keep=False).moments) for rows in products.chunks()
+            ]
         names = ["log_prob", "log_normalizer", "correct", *(ENTRIES[name].moment for name in settings.statistics)]
-        names += [] if settings.reference_transform is None else ["reference_log_normalizer"]
         moments = Moments(**_concatenated(chunks, names, settings.dtype, hidden.device))
         values = statistics_of(moments, settings.statistics, weight.shape[0])
-        saved = {name: value for name, value in vars(moments).items() if value is not None}
-        ctx.save_for_backward(hidden, weight, bias, targets, *saved.values())
-        ctx.settings, ctx.names, ctx.reference = settings, list(saved), reference
-        # Moments are saved: an output that autograd sees must be another tensor.
+        ctx.save_for_backward(hidden, weight, bias, targets, *values.values())
+        ctx.settings, ctx.names, ctx.reference = settings, list(values), reference
+        # These are saved: an output that autograd sees must be another tensor.
         outputs = {name: value.clone() for name, value in values.items()}
         constants = [value for name, value in outputs.items() if name in ENTRIES and not ENTRIES[name].gradient]
         ctx.mark_non_differentiable(moments.correct, *constants)
@@ -150,58 +152,21 @@ class _Statistics(torch.autograd.Function):
     def backward(ctx: Any, _: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
         hidden, weight, bias, targets, *saved = ctx.saved_tensors
-        settings = ctx.settings
-        saved = dict(zip(ctx.names, saved, strict=True))
-        names = ("log_prob", *settings.statistics)
-        slopes = {name: u for name, u in zip(names, upstream, strict=True) if u is not None}
-        slopes.setdefault("log_prob", torch.zeros_like(saved["log_prob"]))
+        values = dict(zip(ctx.names, saved, strict=True))
+        slopes = {name: u for name, u in zip(ctx.names, upstream, strict=True) if u is not None}
+        slopes.setdefault("log_prob", torch.zeros_like(values["log_prob"]))
+        settings = replace(ctx.settings, statistics={})
         with (
             torch.autocast(hidden.device.type, enabled=False),
             HeadProducts(hidden, weight, bias, settings, ctx.needs_input_grad[:3], ctx.reference) as products,
         ):
             for rows in products.chunks():
-                moments = Moments(**_rows_of(saved, rows))
-                values = statistics_of(moments, settings.statistics, products.vocabulary)
-                coefficients = coefficients_of(_rows_of(slopes, rows), values, products.vocabulary)
-                logits, beside = products.logits(rows), products.reference_logits(rows)
-                _push_back(products, rows, targets, settings, logits, beside, moments, coefficients)
+                gathered = gather(products, rows, targets[rows], settings, keep=True)
+                coefficients = coefficients_of(_rows_of(slopes, rows), _rows_of(values, rows), products.vocabulary)
+                _push_back(products, rows, targets[rows], settings, gathered, coefficients)
         dtypes = _dtypes(hidden, weight, bias)
         returned = _returned(products.gradients, dtypes, 1.0, products.scale, in_place=True)
         return (*returned, None, None, None)
-
-
-def kernels_for(device: torch.device, dtype: torch.dtype) -> Any:
-    """The module with ``row_moments``, ``row_divergence`` and ``row_gradient_`` for logits of a device and dtype.
-
-    Triton on CUDA (and ROCm); plain torch on the CPU, elsewhere, and for float64.
-    """
-    if device.type == "cuda" and dtype != torch.float64 and _has_triton():
-        from dft_lightning.ops import triton_kernels
-
-        return triton_kernels
-    return torch_kernels
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def _gathered(
-    products: HeadProducts, rows: slice, targets: Tensor, settings: HeadSettings
-) -> tuple[Tensor, Tensor | None, Moments]:
-    """A chunk's logits ``[c, V]``, the reference model's where they are wanted, and the moments of the statistics."""
-    logits, beside = products.logits(rows), products.reference_logits(rows)
-    kernels, transform = kernels_for(products.device, settings.dtype), settings.transform
-    wanted = frozenset(ENTRIES[name].moment for name in settings.statistics if ENTRIES[name].in_kernel)
-    moments: Moments = kernels.row_moments(logits, targets[rows], transform, wanted)
-    if (statistic := settings.statistics.get("top_k_entropy")) is not None:
-        moments.top_k_entropy = torch_kernels.row_top_k_entropy(logits, transform, **statistic.params)
-    if beside is not None:
-        moments.reference_kl, moments.reference_log_normalizer = kernels.row_divergence(
-            logits, transform, moments.log_normalizer, beside, settings.reference_transform
-        )
-    return logits, beside, moments
 
 
 def _push_back(
@@ -209,31 +174,25 @@ def _push_back(
     rows: slice,
     targets: Tensor,
     settings: HeadSettings,
-    logits: Tensor,
-    beside: Tensor | None,
-    moments: Moments,
+    gathered: Gathered,
     coefficients: Coefficients,
 ) -> None:
-    """Turn a chunk's logits into their gradient, and add what it contributes to the others."""
-    reference = None
-    if beside is not None:
-        assert settings.reference_transform is not None
-        assert moments.reference_log_normalizer is not None
-        reference = ReferenceRows(beside, settings.reference_transform, moments.reference_log_normalizer)
+    """Turn what is kept of a chunk's logits into their gradient, and add what it contributes to the others."""
+    own, transform = gathered.rows, settings.transform
+    assert own is not None
+    if coefficients.only_at_target and transform.softcap is None:
+        # at_target (1[v = y] - p_v) is what is kept, times a factor of the row, but at the target.
+        put_(own.values, targets, -own.total)
+        row_scale = -coefficients.at_target * transform.scale * own.log_factor.exp()
+        products.add_gradients(rows, own.values, row_scale)
+        return
     if settings.dtype == torch.float16:
-        largest = coefficients.largest_gradient(moments.log_prob) * abs(settings.transform.scale)
+        largest = coefficients.largest_gradient(gathered.moments.log_prob) * abs(transform.scale)
         coefficients = coefficients.scaled(products.next_scale(largest))
-    kernels_for(products.device, settings.dtype).row_gradient_(
-        logits,
-        targets[rows],
-        settings.transform,
-        moments.log_prob,
-        moments.log_normalizer,
-        coefficients,
-        products.bias_gradient,
-        reference,
+    kernels.kernels_for(products.device, settings.dtype).row_gradient_(
+        own, targets, transform, gathered.moments, coefficients, gathered.reference
     )
-    products.add_gradients(rows, logits)
+    products.add_gradients(rows, own.values)
 
 
 def _concatenated(

@@ -5,13 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from dft_lightning.foreign.torch import sigmoid_of_product
 from dft_lightning.losses.statistics import raised_dtype
 from dft_lightning.ops.call import HeadSettings, ReferenceHead
 from dft_lightning.ops.chunks import CUDA_CHUNK_ROWS, chunk_rows, row_stride
+
+# Float32 logits beside half precision are those of a chunk's so many parts.
+_BLOCKS = 8
 
 # Weight-gradient rows whose half-precision product waits to be added to the accumulator (CPU).
 _TILE_BYTES = 16 * 2**20
@@ -21,10 +27,11 @@ NO_GRADIENTS = (False, False, False)
 
 
 class HeadProducts:
-    """Logits of chunks of tokens into one reused buffer, and the two gradient products out of it.
+    """Logits of chunks of tokens, buffers for what is kept of them, and the two gradient products out of that.
 
-    Use as a context manager, which holds the buffers. The weight's gradient is accumulated in float32 for half
-    precision, unless a single chunk's product in bfloat16 is all there is to it.
+    Use as a context manager, which holds the buffers. Logits are float32 (float64 of float64) and never rounded to
+    half precision. The weight's gradient is accumulated in float32 for half precision, unless a single chunk's product
+    in bfloat16 is all there is to it.
 
     Args:
         hidden: ``[n, H]``.
@@ -32,7 +39,7 @@ class HeadProducts:
         bias: ``[V]`` or ``None``.
         settings: the dtype of the products and the size of the buffer of logits.
         wanted: whether to accumulate the gradients of ``hidden``, ``weight`` and ``bias``.
-        reference: a reference model's head, whose logits stand beside where a statistic wants them.
+        reference: a reference model's head, whose rows stand beside where a statistic wants them.
         chunk: tokens of a chunk, where the caller knows.
         role: of the buffers: two that are held at once have buffers of their own.
     """
@@ -50,7 +57,8 @@ class HeadProducts:
     ) -> None:
         self._role = role
         self._hidden, self._weight, self._bias = hidden, weight, bias
-        self._dtype = settings.dtype
+        self.dtype, self._raised = settings.dtype, raised_dtype(settings.dtype)
+        self._transform = settings.transform
         self.device = hidden.device
         self.wanted = wanted
         self.num_tokens, self.vocabulary = hidden.shape[0], weight.shape[0]
@@ -61,14 +69,15 @@ class HeadProducts:
         self.weight_gradient: Tensor | None = None
         self.bias_gradient: Tensor | None = None
         self._chunk = chunk or self._chunk_rows(settings)
-        self._beside: HeadProducts | None = None
+        self.reference: HeadProducts | None = None
         if reference is not None and settings.reference_transform is not None:
             head = (reference.hidden, reference.weight, reference.bias)
-            self._beside = HeadProducts(*head, settings, chunk=self._chunk, role="reference ")
+            theirs = replace(settings, transform=settings.reference_transform, reference_transform=None)
+            self.reference = HeadProducts(*head, theirs, chunk=self._chunk, role="reference ")
 
     def _chunk_rows(self, settings: HeadSettings) -> int:
         buffers = 1 if settings.reference_transform is None else 2
-        row_bytes = row_stride(self.vocabulary) * self._dtype.itemsize
+        row_bytes = row_stride(self.vocabulary) * self.dtype.itemsize
         rows_for_weight = 0
         if self.wanted[1]:
             # Where one chunk needs no accumulator, logits may take its place.
@@ -77,36 +86,37 @@ class HeadProducts:
         return chunk_rows(self.num_tokens, row_bytes, buffers, self.device, settings.chunk_bytes, rows_for_weight)
 
     def __enter__(self) -> HeadProducts:
-        stride = row_stride(self.vocabulary)
-        self._logits = self._scratch("logits", (self._chunk, stride))[:, : self.vocabulary]
         self._cast_weight = self._cast("weight", self._weight)
-        self._cast_bias = None if self._bias is None else self._bias.to(self._dtype)
         self._make_gradients()
-        if self._beside is not None:
-            self._stack.enter_context(self._beside)
+        if self.reference is not None:
+            self._stack.enter_context(self.reference)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def _scratch(self, role: str, shape: tuple[int, ...]) -> Tensor:
-        return self._stack.enter_context(scratch(self._role + role, shape, self._dtype, self.device))
+    def _scratch(self, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self._stack.enter_context(scratch(self._role + role, shape, dtype, self.device))
+
+    def _rows_of_logits(self, role: str, num_rows: int, dtype: torch.dtype) -> Tensor:
+        return self._scratch(role, (num_rows, row_stride(self.vocabulary)), dtype)[:, : self.vocabulary]
 
     def _cast(self, role: str, tensor: Tensor) -> Tensor:
-        if tensor.dtype == self._dtype:
+        if tensor.dtype == self.dtype:
             return tensor
-        return self._scratch(role, tuple(tensor.shape)).copy_(tensor)
+        return self._scratch(role, tuple(tensor.shape), self.dtype).copy_(tensor)
 
     def _make_gradients(self) -> None:
-        raised = raised_dtype(self._dtype)
+        raised = self._raised
         wants_hidden, wants_weight, wants_bias = self.wanted
         if wants_hidden:
             # Only an accelerator's product can leave float32 behind; elsewhere the hidden states' own dtype is as good.
-            dtype = raised if self.device.type == "cuda" else self._hidden.dtype
+            is_raised = self.device.type == "cuda" or self.dtype == torch.float16
+            dtype = raised if is_raised else self._hidden.dtype
             self.hidden_gradient = torch.empty(self._hidden.shape, dtype=dtype, device=self.device)
         if wants_weight:
             # A single chunk has nothing to accumulate: the product itself sums in float32 and rounds once.
-            dtype = self._dtype if self._rounds_once and self._chunk == self.num_tokens else raised
+            dtype = self.dtype if self._rounds_once and self._chunk == self.num_tokens else raised
             self.weight_gradient = torch.empty(self._weight.shape, dtype=dtype, device=self.device)
             if self.num_tokens == 0:
                 self.weight_gradient.zero_()
@@ -116,12 +126,12 @@ class HeadProducts:
     @property
     def _rounds_weight_gradient(self) -> bool:
         """Whether the weight's gradient ends in the dtype of the products."""
-        return self._weight.dtype == self._dtype
+        return self._weight.dtype == self.dtype
 
     @property
     def _rounds_once(self) -> bool:
         """Whether a single chunk needs no float32 beside the weight's gradient; in float16 the scale is to come off."""
-        return self._rounds_weight_gradient and self._dtype == torch.bfloat16
+        return self._rounds_weight_gradient and self.dtype == torch.bfloat16
 
     @property
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -139,7 +149,7 @@ class HeadProducts:
         Args:
             largest: ``[c]``, what no element of a row's gradient exceeds.
         """
-        if self._dtype == torch.float16:
+        if self.dtype == torch.float16:
             change = self._scale.next(largest)
             for total in (self.weight_gradient, self.bias_gradient):
                 if total is not None and self._started:
@@ -150,32 +160,135 @@ class HeadProducts:
         """Slices of tokens, all but the last of one size."""
         return slices(self.num_tokens, self._chunk)
 
+    def blocks(self, rows: slice) -> Iterator[slice]:
+        """Slices of a chunk whose logits are there at once: all of it, or, beside half precision, an eighth."""
+        size = self._chunk if self.dtype == self._raised else -(-self._chunk // _BLOCKS)
+        return (slice(rows.start + part.start, rows.start + part.stop) for part in slices(rows.stop - rows.start, size))
+
+    def kept(self, rows: slice) -> Tensor:
+        """``[c, V]`` in the dtype of the products, for what is kept of a chunk: where the logits are, if they are of
+        that dtype."""
+        return self._kept[: rows.stop - rows.start]
+
+    @cached_property
+    def _kept(self) -> Tensor:
+        return self._rows_of_logits("kept", self._chunk, self.dtype)
+
+    @cached_property
+    def _logits(self) -> Tensor:
+        return self._rows_of_logits("logits", -(-self._chunk // _BLOCKS), self._raised)
+
+    @cached_property
+    def _rounded(self) -> Tensor:
+        return self._rows_of_logits("rounded", -(-self._chunk // _BLOCKS), self.dtype)
+
     def logits(self, rows: slice) -> Tensor:
-        """``[c, V]`` logits of a chunk, valid until the next call."""
-        out = self._logits[: rows.stop - rows.start]
-        hidden, weight = self._hidden[rows].to(self._dtype), self._cast_weight.t()
-        if self._cast_bias is None:
-            return torch.mm(hidden, weight, out=out)
-        return torch.addmm(self._cast_bias, hidden, weight, out=out)
+        """``[b, V]`` logits of a block before the transform, in float32 or float64, valid until the next call."""
+        size = rows.stop - rows.start
+        hidden, weight = self._hidden[rows].to(self.dtype), self._cast_weight.t()
+        if self.dtype == self._raised:
+            out = self._kept[:size]
+            if self._bias is None:
+                return torch.mm(hidden, weight, out=out)
+            return torch.addmm(self._bias.to(self.dtype), hidden, weight, out=out)
+        out = self._logits[:size]
+        if self.device.type == "cuda":
+            _product(hidden, weight, out=out)
+        else:
+            # A product that rounds its sums, and another of what it took off.
+            rounded = torch.mm(hidden, weight, out=self._rounded[:size])
+            out.copy_(rounded)
+            add_(out, torch.addmm(rounded.neg_(), hidden, weight, out=rounded))
+        return out if self._bias is None else out.add_(self._bias)
 
-    def reference_logits(self, rows: slice) -> Tensor | None:
-        """A chunk's logits of the reference model, valid until the next call; ``None`` where they are not wanted."""
-        return None if self._beside is None else self._beside.logits(rows)
+    # -- by half-precision products that round their sums --
 
-    def add_gradients(self, rows: slice, logit_gradient: Tensor) -> None:
-        """Add what a chunk's ``[c, V]`` gradient with respect to its logits contributes."""
+    def scaled_hidden(self, rows: slice) -> Tensor:
+        """A chunk's hidden states times the factor of the logits."""
+        hidden = self._hidden[rows].to(self.dtype)
+        return hidden if self._transform.scale == 1.0 else hidden * self._transform.scale
+
+    def sigmoids(self, scaled_hidden: Tensor, base: float) -> Tensor:
+        """``[c, V]``, ``sigmoid(z - base)`` of logits that are not rounded before it; on the CPU in bfloat16."""
+        return sigmoid_of_product(scaled_hidden, self._cast_weight, self._scaled_bias - base)
+
+    def float32_logits(self, scaled_hidden: Tensor) -> Tensor:
+        """``[c, V]`` logits by a product in float32, which takes some times as long."""
+        hidden = scaled_hidden.to(self._raised)
+        logits = hidden.new_empty(len(hidden), self.vocabulary)
+        for part in slices(self.vocabulary, max(1, _TILE_BYTES // (hidden.shape[1] * hidden.itemsize))):
+            logits[:, part] = hidden @ self._cast_weight[part].to(self._raised).t()
+        return logits.add_(self._scaled_bias)
+
+    def logits_at(self, rows: slice, classes: Tensor, which: Tensor | None = None) -> Tensor:
+        """Logits of some classes ``[c, k]`` of a chunk's rows, or of ``which`` of them, in float32."""
+        hidden = self.scaled_hidden(rows)
+        hidden = (hidden if which is None else hidden[which]).to(self._raised)
+        weight = self._cast_weight[classes].to(self._raised)
+        return torch.bmm(weight, hidden.unsqueeze(-1)).squeeze(-1) + self._scaled_bias[classes]
+
+    def sum_of_logits(self, rows: slice) -> Tensor:
+        """``[c]``, the sum of each row's logits in float32: a product with the sum of the classes' weights."""
+        return self.scaled_hidden(rows).to(self._raised) @ self._weight_sum + self._scaled_bias.sum()
+
+    @cached_property
+    def _weight_sum(self) -> Tensor:
+        return row_sums(self._cast_weight.t())
+
+    @cached_property
+    def _scaled_bias(self) -> Tensor:
+        if self._bias is None:
+            return torch.zeros(self.vocabulary, dtype=self._raised, device=self.device)
+        return self._bias.to(self._raised) * self._transform.scale
+
+    # -- gradients --
+
+    def add_gradients(self, rows: slice, gradient: Tensor, row_scale: Tensor | None = None) -> None:
+        """Add what a chunk's gradient with respect to its logits contributes.
+
+        Args:
+            rows: of the chunk.
+            gradient: ``[c, V]``.
+            row_scale: ``[c]``, float32 or float64: factors of its rows, which are cheaper to have on what it is
+                multiplied by and on what comes out.
+        """
+        change = None if row_scale is None else row_scale.unsqueeze(-1)
         if self.hidden_gradient is not None:
-            gradient = self.hidden_gradient[rows]
-            _product(logit_gradient, self._cast_weight, out=gradient)
-            if self._dtype == torch.float16:
-                gradient.div_(self.scale)
+            own = self.hidden_gradient[rows]
+            _product(gradient, self._cast_weight, out=own)
+            if change is not None:
+                own.copy_(own * change)
+            elif self.dtype == torch.float16:
+                own.div_(self.scale)
+        if change is not None and self.dtype == torch.float16:
+            scale = self.next_scale((self._hidden[rows] * change).abs().amax(-1))
+            change = change * scale
+        hidden = self._hidden[rows] if change is None else self._hidden[rows] * change
+        if self.bias_gradient is not None:
+            self._add_bias_gradient(gradient, change)
         if self.weight_gradient is not None:
-            hidden = self._hidden[rows].to(self._dtype)
             # A product rounded to half precision is as good as a float32 gradient needs (torch's own autocast rounds
             # too), but a sum of rounded products that is rounded again is not: there the rest is added as well.
             exact = self._rounds_weight_gradient
-            _accumulate(self.weight_gradient, logit_gradient.t(), hidden, add=self._started, exact=exact)
+            _accumulate(self.weight_gradient, gradient.t(), hidden.to(self.dtype), add=self._started, exact=exact)
         self._started = True
+
+    def _add_bias_gradient(self, gradient: Tensor, change: Tensor | None) -> None:
+        assert self.bias_gradient is not None
+        size = max(1, _PIECE_BYTES * 16 // (self.vocabulary * self._raised.itemsize))
+        for part in slices(len(gradient), size):
+            piece = gradient[part].to(self._raised)
+            self.bias_gradient += (piece if change is None else piece * change[part]).sum(0)
+
+
+def row_sums(matrix: Tensor) -> Tensor:
+    """Sums of half-precision rows ``[n, m]`` in float32: a product rounds its sums, and another adds what it took off.
+
+    ``matrix.sum(-1, dtype=torch.float32)`` takes ten times as long on the CPU.
+    """
+    ones = matrix.new_ones(matrix.shape[1], 1)
+    rounded = torch.mm(matrix, ones)
+    return (rounded.float() + torch.addmm(rounded.neg(), matrix, ones).float()).squeeze(-1)
 
 
 class GradientScale:
@@ -217,8 +330,10 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, add: bool, exact: bool) 
     Where the device can only give the product rounded to half precision, ``exact`` adds what rounding took off, at the
     cost of a second product.
     """
-    if total.dtype == a.dtype:
-        torch.addmm(total, a, b, beta=int(add), out=total)
+    if total.dtype == a.dtype and add:
+        torch.addmm(total, a, b, out=total)
+    elif total.dtype == a.dtype:
+        torch.mm(a, b, out=total)
     elif a.device.type == "cuda" and add:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     elif a.device.type == "cuda":

@@ -59,12 +59,23 @@ class LogitTransform:
         out.square_().neg_().add_(1.0)
 
 
-class ReferenceRows(NamedTuple):
-    """A chunk's rows of a reference model: ``logits`` ``[c, V]`` before its ``transform``, and their ``logsumexp``."""
+class SoftmaxRows(NamedTuple):
+    """What is kept of a chunk's logits: ``e**z`` in their dtype, up to a factor of each row in float32.
 
-    logits: Tensor
-    transform: LogitTransform
-    log_normalizer: Tensor
+    Rounding a logit near 30 to bfloat16 moves it by up to 0.06, and its probability by as many parts; rounding ``e**z``
+    moves the probability by 0.002 of itself.
+
+    Attributes:
+        values: ``[c, V]``; class ``v`` has the probability ``values_v * e**log_factor``. A target's own place holds 0;
+            its probability, which may be near 1, is known by the moment ``log_prob``. A reference model's rows have no
+            target set apart.
+        log_factor: ``[c]``.
+        total: ``[c]``, the sum of a row's values: ``(1 - p_y) e**-log_factor``.
+    """
+
+    values: Tensor
+    log_factor: Tensor
+    total: Tensor
 
 
 @dataclass
@@ -80,7 +91,6 @@ class Moments:
         sum_p_squared: ``sum p**2`` over all classes but the target.
         top_k_entropy: entropy of the k likeliest classes among themselves.
         reference_kl: ``sum r (log r - log p)``.
-        reference_log_normalizer: ``logsumexp`` of the reference's logits, with ``reference_kl``.
     """
 
     log_prob: Tensor
@@ -91,7 +101,6 @@ class Moments:
     sum_p_squared: Tensor | None = None
     top_k_entropy: Tensor | None = None
     reference_kl: Tensor | None = None
-    reference_log_normalizer: Tensor | None = None
 
 
 @dataclass
@@ -128,6 +137,11 @@ class Coefficients:
                 others = others + coefficient.abs() * size
         largest = torch.maximum(self.target_gradient(log_prob).abs(), others)
         return largest if self.reference is None else largest + self.reference.abs()
+
+    @property
+    def only_at_target(self) -> bool:
+        """Whether the gradient is ``at_target * (1[v = y] - p_v)``, as of every loss of ``log_prob`` alone."""
+        return all(value is None for name, value in vars(self).items() if name != "at_target")
 
     def off_target_linear(self) -> Tensor:
         """What multiplies ``p_v`` away from the target."""

@@ -1,7 +1,8 @@
-"""Row statistics and the in-place gradient in plain torch, a few rows at a time.
+"""Row statistics and the gradient in plain torch.
 
-Rows go through a block of float32 (float64 for float64 logits) that stays in the processor's cache: elementwise work
-in memory would cost as much as the matrix products.
+Operations are over all rows of a chunk where torch's own kernel goes through a row at a time: one parallel region each,
+at whose end alone threads wait for each other. What takes several operations in float32 is done a block of rows at a
+time.
 """
 
 from __future__ import annotations
@@ -14,61 +15,110 @@ from torch.nn.functional import logsigmoid
 
 from dft_lightning.losses.statistics import entropy_of_largest, raised_dtype
 from dft_lightning.ops.products import scratch, slices
-from dft_lightning.ops.row_math import Coefficients, LogitTransform, Moments, ReferenceRows
+from dft_lightning.ops.row_math import Coefficients, LogitTransform, Moments, SoftmaxRows
 
-# Half of the second-level cache of two current cores; an accelerator wants few launches instead.
-_BLOCK_BYTES = {"cpu": 2 * 2**20}
+# Few enough for a cache, and enough that the operations on them are long beside what it takes to wake a thread.
+_BLOCK_BYTES = {"cpu": 16 * 2**20}
 _BLOCK_BYTES_ELSEWHERE = 64 * 2**20
 
 
-def row_moments(logits: Tensor, targets: Tensor, transform: LogitTransform, wanted: frozenset[str]) -> Moments:
-    """Moments of each row.
+def row_moments(
+    logits: Tensor, targets: Tensor, transform: LogitTransform, wanted: frozenset[str], out: Tensor | None
+) -> tuple[Moments, SoftmaxRows]:
+    """Moments of each row, and its softmax over the other classes.
 
     Args:
-        logits: ``[n, V]`` before the transform, contiguous rows, any floating dtype; not changed.
+        logits: ``[n, V]`` before the transform, float32 or float64; destroyed.
         targets: ``[n]`` class indices.
         transform: what makes the model's logits of these.
         wanted: optional fields of :class:`Moments` to compute.
+        out: ``[n, V]`` of any floating dtype for the values, which may be the logits themselves; ``None`` where they
+            are not needed.
     """
-    dtype = raised_dtype(logits.dtype)
-    n = logits.shape[0]
-    out = {name: logits.new_empty(n, dtype=dtype) for name in ("log_prob", "log_normalizer", *sorted(wanted))}
-    correct = torch.empty(n, dtype=torch.bool, device=logits.device)
-    copies = 2 if "sum_p_log_p" in wanted else 1
-    with _block(logits, dtype, copies) as blocks:
-        for rows in slices(n, blocks.shape[1]):
-            z = blocks[0, : rows.stop - rows.start]
-            transform.apply_(z.copy_(logits[rows]))
-            correct[rows] = _block_moments(z, blocks, targets[rows], {name: value[rows] for name, value in out.items()})
-    return Moments(correct=correct, **out)
-
-
-def _block_moments(z: Tensor, blocks: Tensor, targets: Tensor, out: dict[str, Tensor]) -> Tensor:
-    """Fill the moments of one block, whose logits are destroyed; returns ``correct``."""
-    index = targets.unsqueeze(-1)
-    target_logit = z.gather(-1, index).squeeze(-1)
-    if "sum_logits" in out:
-        torch.sum(z, -1, out=out["sum_logits"])
+    transform.apply_(logits)
+    found = {"sum_logits": logits.sum(-1)} if "sum_logits" in wanted else {}
+    target_logit = at(logits, targets)
     # From here on over the other classes alone: the textbook z_y - logsumexp(z) has no digits of 1 - p near p = 1.
     # The lowest finite value and not -inf, so that a row without other classes stays finite.
-    lowest = torch.finfo(z.dtype).min
-    z.scatter_(-1, index, lowest)
-    highest = z.amax(-1)
-    correct = _first_largest(z, target_logit, highest, targets)
-    z.sub_(highest.unsqueeze(-1))
-    exp = z.exp_() if "sum_p_log_p" not in out else torch.exp(z, out=blocks[1, : z.shape[0]])
-    sum_exp = exp.sum(-1)
-    others = highest + sum_exp.log()
-    log_normalizer = torch.logaddexp(others, target_logit)
-    out["log_prob"].copy_(logsigmoid(target_logit - others))
-    out["log_normalizer"].copy_(log_normalizer)
-    shift = highest - log_normalizer
-    if "sum_p_log_p" in out:
-        weighted = z.clamp_(min=lowest).mul_(exp).sum(-1)  # a banned class (logit -inf) has p log p = 0
-        out["sum_p_log_p"].copy_(shift.exp() * (weighted + shift.clamp(min=lowest) * sum_exp))
-    if "sum_p_squared" in out:
-        out["sum_p_squared"].copy_((2 * shift).exp() * exp.square_().sum(-1))
-    return correct
+    lowest = torch.finfo(logits.dtype).min
+    put_(logits, targets, torch.full_like(target_logit, lowest))
+    highest = logits.amax(-1)
+    correct = _first_largest(logits, target_logit, highest, targets)
+    # A class of the largest logit in the target's place says what the others were divided by.
+    put_(logits, targets, highest)
+    torch.softmax(logits, -1, out=logits)
+    of_highest = at(logits, targets)
+    put_(logits, targets, torch.zeros_like(highest))
+    total = logits.sum(-1)
+    others = highest + (total / of_highest).log()
+    log_prob, log_of_others = logsigmoid(target_logit - others), logsigmoid(others - target_logit)
+    found |= row_sums(logits, log_factor_of(log_of_others, total), wanted)
+    values, total = _rounded(logits, total, out)
+    moments = Moments(log_prob, torch.logaddexp(others, target_logit), correct, **found)
+    return moments, SoftmaxRows(values, log_factor_of(log_of_others, total), total)
+
+
+def log_factor_of(log_of_others: Tensor, total: Tensor) -> Tensor:
+    """What makes the values, as they were rounded, sum up to ``1 - p_y``, whose logarithm this is given.
+
+    So ``log p`` of a class that has nearly everything is as far from 0 as the others say.
+    """
+    return torch.where(total > 0, log_of_others - total.log(), 0 * total)
+
+
+def _rounded(softmax: Tensor, total: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows of a softmax in the dtype of ``out``, if there is one, and their sums."""
+    if out is None or out.data_ptr() == softmax.data_ptr():
+        return softmax, total
+    scale = value_scale(out.dtype)
+    softmax.copy_(out.copy_(softmax if scale == 1 else softmax.mul_(scale)))
+    return out, softmax.sum(-1)
+
+
+def row_softmax(logits: Tensor, transform: LogitTransform, out: Tensor) -> SoftmaxRows:
+    """Softmax of the rows of a reference model ``[n, V]``, float32 or float64, which are destroyed, into ``out``."""
+    torch.softmax(transform.apply_(logits), -1, out=logits)
+    values, total = _rounded(logits, torch.ones_like(logits[:, 0]), out)
+    return SoftmaxRows(values, -total.log(), total)
+
+
+def value_scale(dtype: torch.dtype) -> float:
+    """What a softmax is multiplied by before it is rounded: float16 has room above 1, and too little below."""
+    return 2.0**15 if dtype == torch.float16 else 1.0
+
+
+def smallest_value(dtype: torch.dtype) -> float:
+    """What a value of 0 is taken for where its logarithm is needed: a class that is less likely than the dtype says."""
+    return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
+
+
+def at(values: Tensor, classes: Tensor) -> Tensor:
+    """``values[i, classes[i]]`` of each row."""
+    return values.gather(-1, classes.unsqueeze(-1)).squeeze(-1)
+
+
+def put_(values: Tensor, classes: Tensor, chosen: Tensor) -> None:
+    """``values[i, classes[i]] = chosen[i]`` of each row; ``scatter_`` takes a thousand times as long on the CPU."""
+    values.index_put_((torch.arange(len(values), device=values.device), classes), chosen.to(values.dtype))
+
+
+def row_sums(values: Tensor, log_factor: Tensor, wanted: frozenset[str]) -> dict[str, Tensor]:
+    """Moments that are sums over the other classes of functions of their probabilities."""
+    names = sorted(wanted & {"sum_p_log_p", "sum_p_squared"})
+    if not names:
+        return {}
+    dtype = raised_dtype(values.dtype)
+    out = {name: values.new_empty(len(values), dtype=dtype) for name in names}
+    factor = log_factor.exp().unsqueeze(-1)
+    with row_blocks(values, dtype, 2) as blocks:
+        for rows in slices(len(values), blocks.shape[1]):
+            p, other = blocks[:, : rows.stop - rows.start]
+            torch.mul(p.copy_(values[rows]), factor[rows], out=p)
+            if "sum_p_log_p" in out:
+                torch.sum(torch.xlogy(p, p, out=other), -1, out=out["sum_p_log_p"][rows])
+            if "sum_p_squared" in out:
+                torch.sum(p.square_(), -1, out=out["sum_p_squared"][rows])
+    return out
 
 
 def _first_largest(z: Tensor, target_logit: Tensor, highest: Tensor, targets: Tensor) -> Tensor:
@@ -83,90 +133,91 @@ def _first_largest(z: Tensor, target_logit: Tensor, highest: Tensor, targets: Te
 
 
 def row_gradient_(
-    logits: Tensor,
+    rows: SoftmaxRows,
     targets: Tensor,
     transform: LogitTransform,
-    log_prob: Tensor,
-    log_normalizer: Tensor,
+    moments: Moments,
     coefficients: Coefficients,
-    bias_gradient: Tensor | None,
-    reference: ReferenceRows | None,
+    reference: SoftmaxRows | None,
 ) -> None:
-    """Turn logits into the gradient with respect to them, in place.
+    """Turn what is kept of the logits into the gradient with respect to them before the transform, in place.
 
     Args:
-        logits: ``[n, V]`` before the transform.
+        rows: of :func:`row_moments`.
         targets: ``[n]`` class indices.
-        transform: what makes the model's logits of these; its derivative is part of the gradient.
-        log_prob: of the targets.
-        log_normalizer: ``logsumexp`` of the model's logits.
+        transform: what makes the model's logits, whose derivative is part of the gradient.
+        moments: of the rows.
         coefficients: of the gradient with respect to the model's logits.
-        bias_gradient: ``[V]``, float32 or float64: the sum over the rows is added to it.
-        reference: the reference model's rows, where the coefficients have a part for them; its logits stay.
+        reference: the reference model's rows, where the coefficients have a part for them; they stay.
     """
-    dtype = raised_dtype(logits.dtype)
+    values = rows.values
+    dtype = raised_dtype(values.dtype)
     coefficients = coefficients.scaled(transform.scale)
-    at_target = coefficients.target_gradient(log_prob).unsqueeze(-1)
+    at_target = coefficients.target_gradient(moments.log_prob)
     linear = coefficients.off_target_linear()
-    only_linear = coefficients.log_linear is None and coefficients.quadratic is None
     beside = None if coefficients.reference is None else reference
-    copies = 1 + (not only_linear or beside is not None) + (transform.softcap is not None)
-    with _block(logits, dtype, copies) as blocks:
-        for rows in slices(logits.shape[0], blocks.shape[1]):
-            block = blocks[:, : rows.stop - rows.start]
-            z = transform.apply_(block[0].copy_(logits[rows]))
+    smallest = smallest_value(values.dtype)
+    with row_blocks(values, dtype, 2 + (transform.softcap is not None)) as blocks:
+        for part in slices(len(values), blocks.shape[1]):
+            p, z, *more = blocks[:, : part.stop - part.start]
+            log_factor = rows.log_factor[part].unsqueeze(-1)
+            p.copy_(values[part])
+            torch.log(torch.clamp(p, min=smallest, out=z), out=z).add_(log_factor)
+            p.mul_(log_factor.exp())
             if transform.softcap is not None:
-                transform.cap_derivative(z, out=block[-1])
-            z.sub_(log_normalizer[rows].unsqueeze(-1))
-            if only_linear:
-                z.exp_().mul_(linear[rows].unsqueeze(-1))
-            else:
-                _times_polynomial_(z, block[1], coefficients, linear, rows)
+                _cap_derivative(z, p, moments, targets, part, transform, out=more[0])
+            gradient = _times_polynomial_(z, p, coefficients, linear, part)
             if coefficients.constant is not None:
-                z.add_(coefficients.constant[rows].unsqueeze(-1))
-            z.scatter_(-1, targets[rows].unsqueeze(-1), at_target[rows])
+                gradient.add_(coefficients.constant[part].unsqueeze(-1))
+            put_(gradient, targets[part], at_target[part])
             if beside is not None:
                 assert coefficients.reference is not None
-                r = beside.transform.apply_(block[1].copy_(beside.logits[rows]))
-                r.sub_(beside.log_normalizer[rows].unsqueeze(-1)).exp_()
-                z.addcmul_(r, coefficients.reference[rows].unsqueeze(-1), value=-1)
+                factor = coefficients.reference[part] * beside.log_factor[part].exp()
+                gradient.addcmul_(p.copy_(beside.values[part]), factor.unsqueeze(-1), value=-1)
             if transform.softcap is not None:
-                z.mul_(block[-1])
-            if bias_gradient is not None:
-                bias_gradient.add_(z.sum(0))
-            logits[rows].copy_(z)
+                gradient.mul_(more[0])
+            values[part].copy_(gradient)
 
 
-def row_divergence(
-    logits: Tensor,
+def _cap_derivative(
+    log_p: Tensor,
+    p: Tensor,
+    moments: Moments,
+    targets: Tensor,
+    part: slice,
     transform: LogitTransform,
-    log_normalizer: Tensor,
-    reference_logits: Tensor,
-    reference_transform: LogitTransform,
-) -> tuple[Tensor, Tensor]:
-    """``KL(reference || model)`` of each row, and the ``logsumexp`` of the reference's logits.
+    *,
+    out: Tensor,
+) -> None:
+    """Derivative of the softcap at each class of a block of rows."""
+    torch.add(log_p, moments.log_normalizer[part].unsqueeze(-1), out=out)
+    put_(out, targets[part], moments.log_prob[part] + moments.log_normalizer[part])
+    transform.cap_derivative(out, out=out)
+
+
+def row_cross_entropy(
+    logits: Tensor, transform: LogitTransform, reference_logits: Tensor, reference_transform: LogitTransform
+) -> Tensor:
+    """``sum r (log r - z)`` of each row: with ``logsumexp(z)`` added, ``KL(reference || model)``.
 
     Args:
-        logits: ``[n, V]`` before the transform; not changed.
-        transform: what makes the model's logits of these.
-        log_normalizer: ``[n]``, their ``logsumexp``.
+        logits: ``[n, V]`` before the transform, float32 or float64; not changed.
+        transform: what makes the model's logits ``z`` of these.
         reference_logits: ``[n, V]`` of the reference model, before its transform; not changed.
         reference_transform: what makes the reference's logits of these.
     """
-    dtype = raised_dtype(logits.dtype)
-    divergence, normalizer = (logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(2))
-    with _block(logits, dtype, 3) as blocks:
-        for rows in slices(logits.shape[0], blocks.shape[1]):
+    found = logits.new_empty(len(logits))
+    with row_blocks(logits, logits.dtype, 3) as blocks:
+        for rows in slices(len(logits), blocks.shape[1]):
             own, other, weight = blocks[:, : rows.stop - rows.start]
-            transform.apply_(own.copy_(logits[rows])).sub_(log_normalizer[rows].unsqueeze(-1))
+            transform.apply_(own.copy_(logits[rows]))
             reference_transform.apply_(other.copy_(reference_logits[rows]))
-            normalizer[rows] = other.logsumexp(-1)
-            other.sub_(normalizer[rows].unsqueeze(-1))
+            other.sub_(other.logsumexp(-1, keepdim=True))
             torch.exp(other, out=weight)
             # What the reference bans (r = 0) adds nothing, whatever the model says.
             difference = torch.sub(other, own, out=own).masked_fill_(weight == 0, 0.0)
-            torch.sum(difference.mul_(weight), -1, out=divergence[rows])
-    return divergence, normalizer
+            torch.sum(difference.mul_(weight), -1, out=found[rows])
+    return found
 
 
 def row_top_k_entropy(logits: Tensor, transform: LogitTransform, k: int) -> Tensor:
@@ -175,11 +226,11 @@ def row_top_k_entropy(logits: Tensor, transform: LogitTransform, k: int) -> Tens
     The transform keeps the order of logits (or reverses it), so that it is needed for ``k`` of them alone.
     """
     if 1 <= k < logits.shape[-1]:
-        logits = _largest(logits, k) if transform.scale > 0 else -_largest(-logits, k)
+        logits = largest(logits, k) if transform.scale > 0 else -largest(-logits, k)
     return entropy_of_largest(transform.apply_(logits.to(raised_dtype(logits.dtype), copy=True)), k)
 
 
-def _largest(values: Tensor, k: int, block: int = 128) -> Tensor:
+def largest(values: Tensor, k: int, block: int = 128) -> Tensor:
     """The ``k`` largest of each row ``[n, V]``, in any order.
 
     They lie in the ``k`` blocks with the largest maxima, which cost a pass over the row; a selection among all of a
@@ -194,9 +245,8 @@ def _largest(values: Tensor, k: int, block: int = 128) -> Tensor:
     return values.topk(k, dim=-1, sorted=False).values
 
 
-def _times_polynomial_(z: Tensor, p: Tensor, coefficients: Coefficients, linear: Tensor, rows: slice) -> None:
+def _times_polynomial_(z: Tensor, p: Tensor, coefficients: Coefficients, linear: Tensor, rows: slice) -> Tensor:
     """``z`` from ``log p`` to ``p (linear + log_linear log p + quadratic p)``."""
-    torch.exp(z, out=p)
     if coefficients.log_linear is None:
         z.zero_()
     else:
@@ -204,13 +254,13 @@ def _times_polynomial_(z: Tensor, p: Tensor, coefficients: Coefficients, linear:
     z.add_(linear[rows].unsqueeze(-1))
     if coefficients.quadratic is not None:
         z.addcmul_(p, coefficients.quadratic[rows].unsqueeze(-1))
-    z.mul_(p)
+    return z.mul_(p)
 
 
-def _block(logits: Tensor, dtype: torch.dtype, copies: int) -> AbstractContextManager[Tensor]:
+def row_blocks(values: Tensor, dtype: torch.dtype, copies: int) -> AbstractContextManager[Tensor]:
     """``[copies, rows, V]`` of scratch that together fit the budget."""
-    n, vocabulary = logits.shape
-    budget = _BLOCK_BYTES.get(logits.device.type, _BLOCK_BYTES_ELSEWHERE)
+    n, vocabulary = values.shape
+    budget = _BLOCK_BYTES.get(values.device.type, _BLOCK_BYTES_ELSEWHERE)
     # In fours, so that threads share a block evenly.
     rows = min(n, max(4, budget // (copies * vocabulary * dtype.itemsize) // 4 * 4))
-    return scratch("rows", (copies, rows, vocabulary), dtype, logits.device)
+    return scratch("rows", (copies, rows, vocabulary), dtype, values.device)

@@ -1,4 +1,4 @@
-"""Row statistics and the in-place gradient on CUDA: one Triton program a row, float32 inside, no copy of the logits.
+"""Row statistics and the gradient on CUDA: one Triton program a row, float32 inside.
 
 The same functions as in ``torch_kernels``. Under ``TRITON_INTERPRET=1`` they run on CPU tensors, which is how they are
 tested without a GPU.
@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dft_lightning.ops.row_math import Coefficients, LogitTransform, Moments, ReferenceRows
+from dft_lightning.ops.row_math import Coefficients, LogitTransform, Moments, SoftmaxRows
+from dft_lightning.ops.torch_kernels import smallest_value, value_scale
 
 _BLOCK = 4096
 _NUM_WARPS = 8
@@ -45,9 +46,13 @@ def _log1p(u):  # type: ignore[no-untyped-def]
 def _moments_kernel(  # type: ignore[no-untyped-def]
     logits,
     row_stride,
+    values,
+    value_stride,
     targets,
     log_prob,
     log_normalizer,
+    log_factor,
+    value_total,
     correct,
     sum_logits,
     sum_p_log_p,
@@ -55,6 +60,9 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
     vocabulary,
     scale,
     softcap,
+    value_scale,
+    HAS_TARGET: tl.constexpr,
+    KEEP: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WANT_SUM_LOGITS: tl.constexpr,
     WANT_SUM_P_LOG_P: tl.constexpr,
@@ -63,8 +71,12 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
 ):
     row = tl.program_id(0).to(tl.int64)  # a chunk may hold more than 2**31 logits
     start_of_row = logits + row * row_stride
-    target = tl.load(targets + row)
-    target_logit = _transformed(tl.load(start_of_row + target), scale, softcap, HAS_SOFTCAP)
+    if HAS_TARGET:
+        target = tl.load(targets + row)
+        target_logit = _transformed(tl.load(start_of_row + target), scale, softcap, HAS_SOFTCAP)
+    else:
+        target = -1
+        target_logit = -float("inf")
     # Online over the other classes: with m their largest logit so far, sums of e**(z - m), of e**(z - m) (z - m) and
     # of e**(2 (z - m)).
     highest = -float("inf")
@@ -97,63 +109,114 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
                 squared_sum = squared_sum * rescale * rescale + tl.sum(e * e, axis=0)
             exp_sum = exp_sum * rescale + tl.sum(e, axis=0)
             highest = new
-    others = highest + tl.log(exp_sum)
-    margin = target_logit - others
-    tail = _log1p(tl.exp(-tl.abs(margin)))
-    normalizer = tl.maximum(target_logit, others) + tail
-    tl.store(log_prob + row, tl.minimum(margin, 0.0) - tail)
-    tl.store(log_normalizer + row, normalizer)
-    tl.store(correct + row, (larger == 0) & (margin == margin))  # a row with nan has no largest logit
     alone = exp_sum == 0  # all other classes are banned
-    shift = tl.where(alone, 0.0, highest - normalizer)
-    if WANT_SUM_LOGITS:
-        tl.store(sum_logits + row, total)
-    if WANT_SUM_P_LOG_P:
-        tl.store(sum_p_log_p + row, tl.where(alone, 0.0, tl.exp(shift) * (weighted_sum + shift * exp_sum)))
-    if WANT_SUM_P_SQUARED:
-        tl.store(sum_p_squared + row, tl.where(alone, 0.0, tl.exp(2 * shift) * squared_sum))
+    base = tl.where(alone, 0.0, highest)
+    # A class of the largest logit in the target's place keeps a row of small values from being divided by them.
+    divisor = exp_sum + 1
+    # Of the values as they are rounded, so that with the factor they sum up to 1 - p of the target.
+    rounded_total = exp_sum / divisor * value_scale
+    if KEEP:
+        rounded_total = 0.0
+        start_of_values = values + row * value_stride
+        for RAGGED in tl.static_range(2):
+            for start in range(whole if RAGGED else 0, vocabulary if RAGGED else whole, BLOCK):
+                offsets = start + tl.arange(0, BLOCK)
+                inside = offsets < vocabulary
+                z = _transformed(_loaded(start_of_row + offsets, inside, RAGGED), scale, softcap, HAS_SOFTCAP)
+                value = tl.exp(z - base) * (value_scale / divisor)
+                value = tl.where(inside & (offsets != target), value, 0.0).to(values.dtype.element_ty)
+                rounded_total += tl.sum(value.to(tl.float32), axis=0)
+                if RAGGED:
+                    tl.store(start_of_values + offsets, value, mask=inside)
+                else:
+                    tl.store(start_of_values + offsets, value)
+    others = highest + tl.log(exp_sum)
+    log_of_others = 0.0
+    if HAS_TARGET:
+        margin = target_logit - others
+        tail = _log1p(tl.exp(-tl.abs(margin)))
+        normalizer = tl.maximum(target_logit, others) + tail
+        tl.store(log_prob + row, tl.minimum(margin, 0.0) - tail)
+        tl.store(log_normalizer + row, normalizer)
+        log_of_others = tl.minimum(-margin, 0.0) - tail
+        tl.store(correct + row, (larger == 0) & (margin == margin))  # a row with nan has no largest logit
+        shift = tl.where(alone, 0.0, highest - normalizer)
+        if WANT_SUM_LOGITS:
+            tl.store(sum_logits + row, total)
+        if WANT_SUM_P_LOG_P:
+            tl.store(sum_p_log_p + row, tl.where(alone, 0.0, tl.exp(shift) * (weighted_sum + shift * exp_sum)))
+        if WANT_SUM_P_SQUARED:
+            tl.store(sum_p_squared + row, tl.where(alone, 0.0, tl.exp(2 * shift) * squared_sum))
+    tl.store(value_total + row, rounded_total)
+    tl.store(log_factor + row, tl.where(rounded_total == 0, 0.0, log_of_others - tl.log(rounded_total)))
 
 
-def row_moments(logits: Tensor, targets: Tensor, transform: LogitTransform, wanted: frozenset[str]) -> Moments:
+def row_moments(
+    logits: Tensor, targets: Tensor, transform: LogitTransform, wanted: frozenset[str], out: Tensor | None
+) -> tuple[Moments, SoftmaxRows]:
     """As :func:`dft_lightning.ops.torch_kernels.row_moments`."""
-    n, vocabulary = logits.shape
+    n = len(logits)
     names = ("log_prob", "log_normalizer", *sorted(wanted))
-    out = {name: torch.empty(n, dtype=torch.float32, device=logits.device) for name in names}
+    found = {name: torch.empty(n, dtype=torch.float32, device=logits.device) for name in names}
     correct = torch.empty(n, dtype=torch.bool, device=logits.device)
-    unused = out["log_prob"]
+    rows = _softmax_rows(logits, targets, transform, out, correct, found)
+    return Moments(correct=correct, **found), rows
+
+
+def row_softmax(logits: Tensor, transform: LogitTransform, out: Tensor) -> SoftmaxRows:
+    """As :func:`dft_lightning.ops.torch_kernels.row_softmax`."""
+    return _softmax_rows(logits, None, transform, out, None, {})
+
+
+def _softmax_rows(
+    logits: Tensor,
+    targets: Tensor | None,
+    transform: LogitTransform,
+    out: Tensor | None,
+    correct: Tensor | None,
+    found: dict[str, Tensor],
+) -> SoftmaxRows:
+    n, vocabulary = logits.shape
+    log_factor, total = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(2))
+    values = logits if out is None else out
     with torch.cuda.device_of(logits):  # Triton launches on the current device, not on the tensor's
         _moments_kernel[(n,)](
             logits,
             logits.stride(0),
-            targets,
-            out["log_prob"],
-            out["log_normalizer"],
-            correct,
-            out.get("sum_logits", unused),
-            out.get("sum_p_log_p", unused),
-            out.get("sum_p_squared", unused),
+            values,
+            values.stride(0),
+            log_factor if targets is None else targets,
+            found.get("log_prob", total),
+            found.get("log_normalizer", total),
+            log_factor,
+            total,
+            total if correct is None else correct,
+            found.get("sum_logits", total),
+            found.get("sum_p_log_p", total),
+            found.get("sum_p_squared", total),
             vocabulary,
             transform.scale,
             transform.softcap or 1.0,
+            value_scale(values.dtype),
+            HAS_TARGET=targets is not None,
+            KEEP=out is not None,
             HAS_SOFTCAP=transform.softcap is not None,
-            WANT_SUM_LOGITS="sum_logits" in wanted,
-            WANT_SUM_P_LOG_P="sum_p_log_p" in wanted,
-            WANT_SUM_P_SQUARED="sum_p_squared" in wanted,
+            WANT_SUM_LOGITS="sum_logits" in found,
+            WANT_SUM_P_LOG_P="sum_p_log_p" in found,
+            WANT_SUM_P_SQUARED="sum_p_squared" in found,
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
         )
-    return Moments(correct=correct, **out)
+    return SoftmaxRows(values, log_factor, total)
 
 
 @triton.jit
-def _divergence_kernel(  # type: ignore[no-untyped-def]
+def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     logits,
     row_stride,
-    log_normalizer,
     reference_logits,
     reference_stride,
-    divergence,
-    reference_log_normalizer,
+    found,
     vocabulary,
     scale,
     softcap,
@@ -166,9 +229,8 @@ def _divergence_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     start_of_row = logits + row * row_stride
     start_of_reference = reference_logits + row * reference_stride
-    normalizer = tl.load(log_normalizer + row)
     # Online over the reference's distribution: with m its largest logit so far, sums of e**(z_r - m) and of
-    # e**(z_r - m) (z_r - m - log p).
+    # e**(z_r - m) (z_r - m - z).
     highest = -float("inf")
     exp_sum = 0.0
     weighted_sum = 0.0
@@ -178,7 +240,7 @@ def _divergence_kernel(  # type: ignore[no-untyped-def]
             offsets = start + tl.arange(0, BLOCK)
             inside = offsets < vocabulary
             own = _loaded(start_of_row + offsets, inside, RAGGED)
-            own = _transformed(own, scale, softcap, HAS_SOFTCAP) - normalizer
+            own = _transformed(own, scale, softcap, HAS_SOFTCAP)
             other = _loaded(start_of_reference + offsets, inside, RAGGED)
             other = _transformed(other, reference_scale, reference_softcap, HAS_REFERENCE_SOFTCAP)
             other = tl.where(inside, other, -float("inf"))
@@ -191,30 +253,22 @@ def _divergence_kernel(  # type: ignore[no-untyped-def]
             weighted_sum += tl.sum(tl.where(e > 0, e * (other - base - own), 0.0), axis=0)
             exp_sum = exp_sum * rescale + tl.sum(e, axis=0)
             highest = new
-    log_sum = tl.log(exp_sum)
-    tl.store(reference_log_normalizer + row, highest + log_sum)
-    tl.store(divergence + row, weighted_sum / exp_sum - log_sum)
+    tl.store(found + row, weighted_sum / exp_sum - tl.log(exp_sum))
 
 
-def row_divergence(
-    logits: Tensor,
-    transform: LogitTransform,
-    log_normalizer: Tensor,
-    reference_logits: Tensor,
-    reference_transform: LogitTransform,
-) -> tuple[Tensor, Tensor]:
-    """As :func:`dft_lightning.ops.torch_kernels.row_divergence`."""
+def row_cross_entropy(
+    logits: Tensor, transform: LogitTransform, reference_logits: Tensor, reference_transform: LogitTransform
+) -> Tensor:
+    """As :func:`dft_lightning.ops.torch_kernels.row_cross_entropy`."""
     n, vocabulary = logits.shape
-    divergence, normalizer = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(2))
+    found = torch.empty(n, dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
-        _divergence_kernel[(n,)](
+        _cross_entropy_kernel[(n,)](
             logits,
             logits.stride(0),
-            log_normalizer,
             reference_logits,
             reference_logits.stride(0),
-            divergence,
-            normalizer,
+            found,
             vocabulary,
             transform.scale,
             transform.softcap or 1.0,
@@ -225,31 +279,31 @@ def row_divergence(
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
         )
-    return divergence, normalizer
+    return found
 
 
 @triton.jit
 def _gradient_kernel(  # type: ignore[no-untyped-def]
-    logits,
-    row_stride,
+    values,
+    value_stride,
     targets,
+    log_prob,
     log_normalizer,
+    log_factor,
     at_target,
     linear,
     constant,
     log_linear,
     quadratic,
     reference,
-    reference_logits,
+    reference_values,
     reference_stride,
-    reference_log_normalizer,
+    reference_log_factor,
     vocabulary,
     scale,
     softcap,
-    reference_scale,
-    reference_softcap,
+    smallest,
     HAS_REFERENCE: tl.constexpr,
-    HAS_REFERENCE_SOFTCAP: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_CONSTANT: tl.constexpr,
     HAS_LOG_LINEAR: tl.constexpr,
@@ -257,24 +311,25 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    start_of_row = logits + row * row_stride
+    start_of_row = values + row * value_stride
     target = tl.load(targets + row)
+    target_log_prob = tl.load(log_prob + row)
     normalizer = tl.load(log_normalizer + row)
+    factor = tl.load(log_factor + row)
     target_value = tl.load(at_target + row)
     row_linear = tl.load(linear + row)
     row_constant = tl.load(constant + row)
     row_log_linear = tl.load(log_linear + row)
     row_quadratic = tl.load(quadratic + row)
-    row_reference = tl.load(reference + row)
-    reference_normalizer = tl.load(reference_log_normalizer + row)
+    row_reference = tl.load(reference + row) * tl.exp(tl.load(reference_log_factor + row))
     whole = vocabulary // BLOCK * BLOCK
     for RAGGED in tl.static_range(2):
         for start in range(whole if RAGGED else 0, vocabulary if RAGGED else whole, BLOCK):
             offsets = start + tl.arange(0, BLOCK)
             inside = offsets < vocabulary
-            z = _transformed(_loaded(start_of_row + offsets, inside, RAGGED), scale, softcap, HAS_SOFTCAP)
-            log_p = z - normalizer
-            p = tl.exp(log_p)
+            value = _loaded(start_of_row + offsets, inside, RAGGED).to(tl.float32)
+            log_p = tl.log(tl.maximum(value, smallest)) + factor
+            p = value * tl.exp(factor)
             polynomial = row_linear
             if HAS_LOG_LINEAR:
                 polynomial += row_log_linear * tl.where(p > 0, log_p, 0.0)
@@ -285,56 +340,54 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
                 gradient += row_constant
             gradient = tl.where(offsets == target, target_value, gradient)
             if HAS_REFERENCE:
-                other = _loaded(reference_logits + row * reference_stride + offsets, inside, RAGGED)
-                other = _transformed(other, reference_scale, reference_softcap, HAS_REFERENCE_SOFTCAP)
-                gradient -= row_reference * tl.exp(other - reference_normalizer)
+                other = _loaded(reference_values + row * reference_stride + offsets, inside, RAGGED)
+                gradient -= row_reference * other.to(tl.float32)
             if HAS_SOFTCAP:
+                z = tl.where(offsets == target, target_log_prob, log_p) + normalizer
                 tanh = z / (scale * softcap)
                 gradient *= 1 - tanh * tanh
             if RAGGED:
-                tl.store(start_of_row + offsets, gradient.to(logits.dtype.element_ty), mask=inside)
+                tl.store(start_of_row + offsets, gradient.to(values.dtype.element_ty), mask=inside)
             else:
-                tl.store(start_of_row + offsets, gradient.to(logits.dtype.element_ty))
+                tl.store(start_of_row + offsets, gradient.to(values.dtype.element_ty))
 
 
 def row_gradient_(
-    logits: Tensor,
+    rows: SoftmaxRows,
     targets: Tensor,
     transform: LogitTransform,
-    log_prob: Tensor,
-    log_normalizer: Tensor,
+    moments: Moments,
     coefficients: Coefficients,
-    bias_gradient: Tensor | None,
-    reference: ReferenceRows | None,
+    reference: SoftmaxRows | None,
 ) -> None:
     """As :func:`dft_lightning.ops.torch_kernels.row_gradient_`."""
-    n, vocabulary = logits.shape
+    values = rows.values
+    n, vocabulary = values.shape
     coefficients = coefficients.scaled(transform.scale)
-    unused = log_normalizer
+    unused = rows.log_factor
     beside = reference if coefficients.reference is not None else None
-    theirs = LogitTransform() if beside is None else beside.transform
-    with torch.cuda.device_of(logits):
+    with torch.cuda.device_of(values):
         _gradient_kernel[(n,)](
-            logits,
-            logits.stride(0),
+            values,
+            values.stride(0),
             targets,
-            log_normalizer,
-            coefficients.target_gradient(log_prob).contiguous(),
+            moments.log_prob,
+            moments.log_normalizer,
+            rows.log_factor,
+            coefficients.target_gradient(moments.log_prob).contiguous(),
             coefficients.off_target_linear().contiguous(),
             _or(coefficients.constant, unused),
             _or(coefficients.log_linear, unused),
             _or(coefficients.quadratic, unused),
             _or(coefficients.reference, unused),
-            logits if beside is None else beside.logits,
-            logits.stride(0) if beside is None else beside.logits.stride(0),
-            unused if beside is None else beside.log_normalizer,
+            values if beside is None else beside.values,
+            values.stride(0) if beside is None else beside.values.stride(0),
+            unused if beside is None else beside.log_factor,
             vocabulary,
             transform.scale,
             transform.softcap or 1.0,
-            theirs.scale,
-            theirs.softcap or 1.0,
+            smallest_value(values.dtype),
             HAS_REFERENCE=beside is not None,
-            HAS_REFERENCE_SOFTCAP=theirs.softcap is not None,
             HAS_SOFTCAP=transform.softcap is not None,
             HAS_CONSTANT=coefficients.constant is not None,
             HAS_LOG_LINEAR=coefficients.log_linear is not None,
@@ -342,8 +395,6 @@ def row_gradient_(
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
         )
-    if bias_gradient is not None:
-        bias_gradient.add_(logits.sum(0, dtype=bias_gradient.dtype))
 
 
 def _or(coefficient: Tensor | None, unused: Tensor) -> Tensor:

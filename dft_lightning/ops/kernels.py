@@ -1,0 +1,28 @@
+"""Which kernels take the rows of a head."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from dft_lightning.ops import torch_kernels
+
+
+def kernels_for(device: torch.device, dtype: torch.dtype) -> Any:
+    """The module with ``row_moments``, ``row_divergence`` and ``row_gradient_`` for products of a device and dtype.
+
+    Triton on CUDA (and ROCm); plain torch on the CPU, elsewhere, and for float64.
+    """
+    if device.type == "cuda" and dtype != torch.float64 and _has_triton():
+        from dft_lightning.ops import triton_kernels
+
+        return triton_kernels
+    return torch_kernels
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
