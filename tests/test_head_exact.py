@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
 
-from dft_lightning import CrossEntropyLoss, DFTLoss
+from dft_lightning import AnchoredLoss, CrossEntropyLoss, DFTLoss
 from dft_lightning.losses import Statistic, statistics_from_logits
-from dft_lightning.ops import ReferenceHead, exponentials, linear_token_loss
+from dft_lightning.ops import ReferenceHead, exponentials, linear_token_loss, linear_token_statistics
 from dft_lightning.ops.products import HeadProducts
+from test_head_float16 import WholeSequences
 from test_linear_head import AllStatistics, Anchored, EntropyWeighted, full_logits, gradients, relative
 
 STATISTICS = ("entropy", "mean_log_prob", "sum_squared_prob", Statistic("top_k_entropy", k=5), "reference_kl")
@@ -70,7 +72,7 @@ def test_losses_statistics_and_gradients(loss, transform):
     assert torch.equal(output.correct, full_logits(*exact, scale, softcap).argmax(-1) == targets)
     assert output.loss.item() == pytest.approx(expected.item(), rel=2e-3)
     for own, theirs in zip(gradients(output.loss, leaves), gradients(expected, exact), strict=True):
-        assert relative(own, theirs) < 5e-3
+        assert relative(own, theirs) < 6e-3
 
 
 def test_rounded_logits_are_much_worse():
@@ -88,7 +90,7 @@ def test_rounded_logits_are_much_worse():
 def again(monkeypatch):
     """How many rows were taken by float32."""
     counts, own = [], exponentials._again
-    monkeypatch.setattr(exponentials, "_again", lambda *args: (counts.append(len(args[2])), own(*args))[1])
+    monkeypatch.setattr(exponentials, "_again", lambda *args: (counts.append(len(args[2])), own(*args)))
     if not exponentials.has_sigmoid_of_product():
         pytest.skip("oneDNN has no bfloat16 on this processor")
     return counts
@@ -130,6 +132,67 @@ def test_what_is_not_finite_shows(bad):
     assert not gradients(output.loss, leaves)[1].isfinite().all()
 
 
+@pytest.mark.parametrize("where", ["weight", "bias"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_class_of_nan_that_is_no_target_shows(where, sign):
+    leaves, targets = peaked(n=8)
+    targets[:] = 3
+    with torch.no_grad():
+        leaves[1 if where == "weight" else 2][7] = math.copysign(math.nan, sign)
+    output = linear_token_loss(*leaves[:2], targets, DFTLoss(), bias=leaves[2])
+    assert output.log_prob.isnan().all()
+
+
+def test_chunks_do_not_pile_up(monkeypatch):
+    """What is kept of a chunk is gone before the next is computed."""
+    alive, own = [], HeadProducts.sigmoids
+
+    def sigmoids(self, *args):
+        assert all(each() is None for each in alive)
+        result = own(self, *args)
+        alive.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(HeadProducts, "sigmoids", sigmoids)
+    leaves, targets = peaked(n=40)
+    for loss in (DFTLoss(), AllStatistics(), WholeSequences()):
+        output = linear_token_loss(*leaves[:2], targets, loss, bias=leaves[2], chunk_bytes=2 * 704 * 10)
+        output.loss.backward()
+    with torch.no_grad():
+        linear_token_statistics(*leaves[:2], targets, bias=leaves[2], chunk_bytes=2 * 704 * 10)
+    assert not alive or len(alive) >= 4 * 5
+
+
+def test_many_ties():
+    """More than are looked at: a head of zeros, whose likeliest class is the first."""
+    hidden, weight = torch.ones(50, 8, dtype=BFLOAT16), torch.zeros(1000, 8, dtype=BFLOAT16)
+    output = linear_token_loss(hidden, weight, torch.arange(50), DFTLoss())
+    assert output.correct.tolist() == [True] + [False] * 49
+
+
+def test_a_target_far_above_the_rest(again):
+    """One outlier, as a first position may be, does not send the others to float32."""
+    leaves, targets = peaked(n=64)
+    with torch.no_grad():
+        leaves[0][5] *= 5
+    _, _, stats = exact_loss(DFTLoss(), leaves, targets)
+    output = linear_token_loss(*leaves[:2], targets, DFTLoss(), bias=leaves[2])
+    torch.testing.assert_close(output.log_prob.double(), stats.log_prob, rtol=1e-4, atol=4e-3)
+    assert again == [1]
+
+
+@pytest.mark.parametrize("loss", [CrossEntropyLoss(0.1), AnchoredLoss()], ids=repr)
+def test_a_cap_that_exponentials_do_not_reach_is_refused(loss):
+    leaves, targets = peaked(n=8)
+    reference = reference_of(leaves)
+    options = {"bias": leaves[2], "reference": reference}
+    linear_token_loss(*leaves[:2], targets, loss, logit_softcap=42.0, **options)
+    message = r"with a logit_softcap of 43 .* has no gradient in torch.bfloat16, .*head: full"
+    with pytest.raises(ValueError, match=message):
+        linear_token_loss(*leaves[:2], targets, loss, logit_softcap=43.0, **options)
+    linear_token_loss(*leaves[:2], targets, DFTLoss(), logit_softcap=43.0, bias=leaves[2])
+
+
 def test_banned_classes():
     """By a bias of -inf: they have no part in anything; a banned target has log p = -inf; a class alone has 0."""
     leaves, targets = peaked(n=8, vocabulary=20)
@@ -165,7 +228,7 @@ def test_ties_and_near_ties():
         assert torch.equal(output.correct, (hidden.float() @ weight.float().t()).argmax(-1) == target)
 
 
-def test_float32_logits_of_half_precision_by_blocks():
+def test_float32_logits_of_half_precision_by_blocks(monkeypatch):
     """Two products off CUDA, the second of what the first has rounded off."""
     from dft_lightning.ops.call import HeadSettings
     from dft_lightning.ops.row_math import LogitTransform
@@ -174,6 +237,8 @@ def test_float32_logits_of_half_precision_by_blocks():
     expected = full_logits(*(leaf.detach().double() for leaf in leaves))
     settings = HeadSettings(LogitTransform(), {}, BFLOAT16, None, None)
     with torch.no_grad(), HeadProducts(*leaves, settings) as products:
+        assert list(products.blocks(slice(0, 50))) == [slice(0, 50)]  # few rows make no fast product
+        monkeypatch.setattr(HeadProducts, "_block", 7)
         blocks = list(products.blocks(slice(0, 50)))
         assert [block.stop - block.start for block in blocks] == [7] * 7 + [1]
         for block in blocks:

@@ -709,13 +709,15 @@ def test_triton_kernels_compile_for_a_gpu(tmp_path):
     script = Path(__file__).with_name("triton_compile.py")
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("cubin") == 18
+    assert done.stdout.count("cubin") == 24
     for line in done.stdout.splitlines():
         kernel, dtype, flags, *_, loads, _, stores = line.split()
         vectors = 16 * (4 if dtype == "*fp32" else 2) // 16
         expected = {  # logits in float32 once for the moments and once for what is kept; a row, and a reference's
             ("_moments_kernel", "True"): (8, vectors),
             ("_moments_kernel", "False"): (4, 0),
+            ("_moments_kernel", "reference"): (8, vectors),
+            ("_moments_kernel", "unkept"): (4, 0),
             ("_gradient_kernel", "True"): (2 * vectors, vectors),
             ("_gradient_kernel", "False"): (vectors, vectors),
         }

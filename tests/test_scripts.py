@@ -148,7 +148,7 @@ def test_head_error(model, rows, tmp_path):
         "dft_lightning", "dft_lightning, mixed", "float32 logits", "float32 logits, mixed", "bfloat16 logits",
     }  # fmt: skip
     for heads in found.values():
-        assert all(0 <= value < 0.2 for each in heads.values() for value in each.values())
+        assert all(0 <= value < 1 for each in heads.values() for value in each.values())
     assert found["CrossEntropyLoss"]["liger's formulas"].keys() == {"dh", "dW", "log_prob"}
 
 

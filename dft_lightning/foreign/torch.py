@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -93,7 +94,19 @@ def split_no_graphs() -> None:
 def has_sigmoid_of_product() -> bool:
     """Whether :func:`sigmoid_of_product` takes bfloat16 on this machine."""
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _sigmoid_is_of_unrounded_sums()
+
+
+@lru_cache(maxsize=1)
+def _sigmoid_is_of_unrounded_sums() -> bool:
+    """Tried: on some processors oneDNN applies what comes after a product to what it has written."""
+    steps = torch.linspace(0.9, 1.1, 64)
+    a, b = torch.eye(64).mul(8).add(0.25).bfloat16(), torch.outer(steps, steps.flip(0)).mul(1.5).bfloat16()
+    bias = torch.full((64,), -60.0)
+    expected = (a.double() @ b.double().t() + bias.double()).exp()
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        found = sigmoid_of_product(a, b, bias).double()
+    return bool(((found - expected).abs() <= expected * 2.0**-7).all())
 
 
 def sigmoid_of_product(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:

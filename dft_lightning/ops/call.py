@@ -25,7 +25,7 @@ class HeadSettings:
         transform: what the model does to the product.
         statistics: what to compute, by name in ``ENTRIES``, in the order of the names.
         dtype: of the matrix products.
-        chunk_bytes: size of the buffer of logits, ``None`` for what suits the device.
+        chunk_bytes: size of what is kept of a chunk's logits, ``None`` for what suits the device.
         reference_transform: what a reference model does to its product, where a statistic needs its logits.
     """
 

@@ -11,7 +11,7 @@ DEFAULT_CHUNK_BYTES = 640 * 2**20
 # the time of the product which is added, on a GPU.
 CUDA_CHUNK_ROWS = 4096
 
-# Of a GPU's free memory, one part in as many may be logits.
+# Of a GPU's free memory, one part in as many may be what is kept of logits; float32 logits take a quarter of it more.
 _SHARE = 4
 
 

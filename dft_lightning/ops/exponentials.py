@@ -28,11 +28,12 @@ _HIGHEST, _LOWEST = 2.0**-12, 2.0**-91
 # From this probability on a class of the reference counts, even if the model has no value for it.
 _COUNTS = 1e-7
 
-# Their logits are there at once in float32.
-_ROWS_AGAIN = 64
+# How far the base is above the largest of a chunk's targets, which is near the largest of all its logits; and how far
+# below these others may be, beside which 33 nats are left.
+_ABOVE_TARGETS, _SPREAD = 14.0, 40.0
 
-# How far the base is above the largest of a chunk's targets, which is near the largest of all its logits.
-_ABOVE_TARGETS = 14.0
+# What is looked at in float32 at once: some rows, or so many classes of rows.
+_AT_ONCE_BYTES, _CLASSES_AT_ONCE = 64 * 2**20, 4096
 
 
 def are_straight(device: torch.device, dtype: torch.dtype, transforms: Iterable[LogitTransform]) -> bool:
@@ -100,11 +101,12 @@ def row_divergence(
             torch.mul(r.copy_(reference.values[part]), reference.log_factor[part].exp().unsqueeze(-1), out=r)
             log_p.copy_(own.values[part]).clamp_(min=smallest).log_().add_(own.log_factor[part].unsqueeze(-1))
             put_(log_p, targets[part], moments.log_prob[part])
-            row, other = ((own.values[part] < smallest) & (r > _COUNTS)).nonzero(as_tuple=True)
-            if len(row):
-                row_of_chunk = row + part.start
-                logits = products.logits_at(rows, other.unsqueeze(-1), row_of_chunk).squeeze(-1)
-                log_p[row, other] = logits - moments.log_normalizer[row_of_chunk]
+            missing = (own.values[part] < smallest) & (r > _COUNTS)
+            put_(missing, targets[part], torch.zeros_like(targets[part]))
+            for some in torch.split(missing.nonzero(), _CLASSES_AT_ONCE):
+                row, other = some.unbind(-1)
+                logits = products.logits_at(rows, other.unsqueeze(-1), row + part.start).squeeze(-1)
+                log_p[row, other] = logits - moments.log_normalizer[part][row]
             log_p.mul_(r)
             torch.sum(torch.xlogy(r, r, out=r).sub_(log_p), -1, out=divergence[part])
     return divergence
@@ -117,31 +119,49 @@ def _exponentials(
 
     Targets that are to be set apart have 0 in their place, and are not among the largest.
     """
-    finite = target_logit[target_logit.isfinite()]
-    above = float(finite.max()) + _ABOVE_TARGETS if len(finite) else 0.0
+    above = _base(target_logit)
     hidden = products.scaled_hidden(rows)
     values, base = products.sigmoids(hidden, above), torch.full_like(target_logit, above)
+    if products.has_nan:
+        values.fill_(math.nan)
     if apart is not None:
         put_(values, apart, torch.zeros_like(base))
     highest = values.amax(-1).float()
     of_all = highest if apart is None else torch.maximum(highest, (target_logit - base).exp())
     outside = (~((of_all <= _HIGHEST) & (of_all >= _LOWEST))).nonzero().squeeze(-1)
     if len(outside):
-        _again(products, hidden, outside, values, base)
-        if apart is not None:
-            values[outside, apart[outside]] = 0.0
-        highest[outside] = values[outside].amax(-1).float()
+        _again(products, hidden, outside, values, base, highest, apart)
     return values, base, highest
 
 
-def _again(products: HeadProducts, hidden: Tensor, outside: Tensor, values: Tensor, base: Tensor) -> None:
+def _base(target_logit: Tensor) -> float:
+    """Above as many of a chunk's targets as one base suits."""
+    ordered = target_logit[target_logit.isfinite()].sort().values
+    if not len(ordered):
+        return 0.0
+    below = torch.arange(len(ordered)) - torch.searchsorted(ordered, ordered - _SPREAD)
+    return float(ordered[below.argmax()]) + _ABOVE_TARGETS
+
+
+def _again(
+    products: HeadProducts,
+    hidden: Tensor,
+    outside: Tensor,
+    values: Tensor,
+    base: Tensor,
+    highest: Tensor,
+    apart: Tensor | None,
+) -> None:
     """Rows whose logits are far from those of the others, by a product in float32 and bases of their own."""
-    for part in slices(len(outside), _ROWS_AGAIN):
+    for part in slices(len(outside), max(16, _AT_ONCE_BYTES // (4 * values.shape[1]))):
         rows = outside[part]
         logits = products.float32_logits(hidden[rows])
         # A row whose classes are all banned has exponentials of 0, and one with nan or inf those of nan.
         base[rows] = logits.amax(-1).clamp(min=torch.finfo(logits.dtype).min)
-        values[rows] = logits.sub_(base[rows].unsqueeze(-1)).exp_().to(values.dtype)
+        own = logits.sub_(base[rows].unsqueeze(-1)).exp_().to(values.dtype)
+        if apart is not None:
+            put_(own, apart[rows], torch.zeros_like(base[rows]))
+        values[rows], highest[rows] = own, own.amax(-1).float()
 
 
 def _first_largest(
@@ -149,17 +169,19 @@ def _first_largest(
 ) -> Tensor:
     """Whether the target is what argmax of logits in float32 would return; of those within rounding, by a closer look.
 
-    Eight others are looked at. ``target_logit`` is less the base.
+    The eight likeliest others are looked at. ``target_logit`` is less the base.
     """
     target = target_logit.exp()
     correct = target > highest
-    near = ((target - highest).abs() <= highest / 128).nonzero().squeeze(-1)
-    if len(near):
-        candidates = values[near].topk(min(8, values.shape[1]), dim=-1).indices
-        own = targets[near].unsqueeze(-1)
-        logits = products.logits_at(rows, torch.cat([own, candidates], -1), near)
-        ahead = (logits[:, 1:] > logits[:, :1]) | ((logits[:, 1:] == logits[:, :1]) & (candidates < own))
-        correct[near] = ~(ahead & (candidates != own)).any(-1)
+    close = ((target - highest).abs() <= highest / 128).nonzero().squeeze(-1)
+    for near in torch.split(close, _CLASSES_AT_ONCE // 10):
+        others, own = values[near], targets[near].unsqueeze(-1)
+        # The first of equal ones among them, of which there may be many.
+        candidates = [others.argmax(-1, keepdim=True), others.topk(min(8, values.shape[1]), dim=-1).indices]
+        among = torch.cat([own, *candidates], -1)
+        logits, among = products.logits_at(rows, among, near), among[:, 1:]
+        ahead = (logits[:, 1:] > logits[:, :1]) | ((logits[:, 1:] == logits[:, :1]) & (among < own))
+        correct[near] = ~(ahead & (among != own)).any(-1)
     return correct
 
 

@@ -15,7 +15,7 @@ from dft_lightning.ops.torch_kernels import row_top_k_entropy
 
 
 class Gathered(NamedTuple):
-    """Of a chunk: ``rows`` where they are wanted, a reference model's where it is there."""
+    """Of a chunk: its ``rows`` where they are wanted, and a reference model's where there is one."""
 
     moments: Moments
     rows: SoftmaxRows | None
@@ -30,7 +30,7 @@ def gather(products: HeadProducts, rows: slice, targets: Tensor, settings: HeadS
         rows: of the chunk.
         targets: ``[c]`` class indices.
         settings: of the head, and what statistics are wanted.
-        keep: whether the rows are.
+        keep: whether the rows are wanted.
     """
     names = settings.statistics
     wanted = frozenset(ENTRIES[name].moment for name in names if ENTRIES[name].in_kernel)
@@ -39,12 +39,12 @@ def gather(products: HeadProducts, rows: slice, targets: Tensor, settings: HeadS
     if not exponentials.are_straight(products.device, settings.dtype, transforms):
         return _by_blocks(products, rows, targets, settings, wanted, top_k, keep)
     moments, own = exponentials.row_moments(products, rows, targets, wanted, top_k)
-    if products.reference is None:
-        return Gathered(moments, own, None)
-    beside = exponentials.row_softmax(products.reference, rows, targets)
-    if "reference_kl" in names:
+    beside = None
+    if products.reference is not None and (keep or "reference_kl" in names):
+        beside = exponentials.row_softmax(products.reference, rows, targets)
+    if beside is not None and "reference_kl" in names:
         moments.reference_kl = exponentials.row_divergence(products, rows, targets, own, moments, beside)
-    return Gathered(moments, own, beside)
+    return Gathered(moments, own, beside) if keep else Gathered(moments, None, None)
 
 
 def _by_blocks(
@@ -59,7 +59,7 @@ def _by_blocks(
     """By logits that are there in float32, a block of rows after another."""
     of_rows, transform, theirs = kernels.kernels_for(products.device, settings.dtype), settings.transform, None
     values = products.kept(rows) if keep else None
-    if products.reference is not None:
+    if products.reference is not None and keep:
         theirs = products.reference.kept(rows)
     found: list[tuple[Moments, SoftmaxRows]] = []
     beside: list[SoftmaxRows] = []
@@ -69,11 +69,11 @@ def _by_blocks(
         entropy = None if top_k is None else row_top_k_entropy(logits, transform, top_k)
         if products.reference is not None:
             assert settings.reference_transform is not None
-            assert theirs is not None
             other = products.reference.logits(block)
             if "reference_kl" in settings.statistics:
                 kl = of_rows.row_cross_entropy(logits, transform, other, settings.reference_transform)
-            beside.append(of_rows.row_softmax(other, settings.reference_transform, theirs[part]))
+            if theirs is not None:
+                beside.append(of_rows.row_softmax(other, settings.reference_transform, theirs[part]))
         out = None if values is None else values[part]
         moments, own = of_rows.row_moments(logits, targets[part], transform, wanted, out)
         moments.top_k_entropy = entropy

@@ -12,8 +12,9 @@ from dft_lightning.ops import torch_kernels
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Any:
-    """The module with ``row_moments``, ``row_divergence`` and ``row_gradient_`` for products of a device and dtype.
+    """The module with ``row_moments``, ``row_softmax``, ``row_cross_entropy`` and ``row_gradient_``.
 
+    By the device and the dtype of the products:
     Triton on CUDA (and ROCm); plain torch on the CPU, elsewhere, and for float64.
     """
     if device.type == "cuda" and dtype != torch.float64 and _has_triton():

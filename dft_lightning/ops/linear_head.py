@@ -47,15 +47,17 @@ def linear_token_loss(
     """The summed token loss of a linear head, with per-token statistics, without ever holding its logits.
 
     The logits are ``logit_scale * softcap(hidden @ weight.T + bias)``. Tokens go through in chunks. For a pointwise
-    loss the chunk's logits become their own gradient in place and go into the gradient products at once: three
-    matrix products in all, and backward only scales the result. A loss with ``pointwise = False`` is computed from
-    the statistics of all tokens, and the logits are computed again in backward.
+    loss what is kept of a chunk's logits becomes their gradient in place and goes into the gradient products at once:
+    three matrix products in all, and backward only scales the result. A loss with ``pointwise = False`` is computed
+    from the statistics of all tokens, and the logits are computed again in backward.
 
-    The weight's gradient is accumulated in float32 and returned in the weight's dtype; of a single chunk in bfloat16 it
-    is rounded once, by the product. Under autocast the products run in autocast's dtype. In float16, what a chunk's
-    logits become is first multiplied by the power of two that its largest element has room for. Rows of logits lie 16
-    elements aligned, whatever the vocabulary. Backward scales the gradients in place where they are in the leaf's
-    dtype and the graph is not retained. Gradients that nobody asks for (frozen head, frozen backbone,
+    Logits are not rounded to half precision: statistics are those of the float32 sums of the product, and what is kept
+    of a row are its exponentials. (On the CPU this takes a second product for a softcap, and for a ``logit_scale`` that
+    is no power of two.) The weight's gradient is accumulated in float32 and returned in the weight's dtype; of a single
+    chunk in bfloat16 it is rounded once, by the product. Under autocast the products run in autocast's dtype. In
+    float16, a factor of the gradient products is first multiplied by the power of two that its largest element has room
+    for. Rows lie 16 elements aligned, whatever the vocabulary. Backward scales the gradients in place where they are in
+    the leaf's dtype and the graph is not retained. Gradients that nobody asks for (frozen head, frozen backbone,
     ``torch.no_grad``) are not computed.
 
     On the CPU gradients are fresh tensors, which are written a few times faster on huge pages: under Linux torch takes
@@ -84,11 +86,13 @@ def linear_token_loss(
             model's own chunk by chunk, and take as much again as ``chunk_bytes``.
         statistics: what to compute beyond ``loss.needs``, such as ``"entropy"``.
         step: the optimizer step, which losses with a schedule need.
-        chunk_bytes: at most what the buffer of a chunk's logits takes (and never less than one token's logits).
-            ``None`` is 640 MiB; on CUDA, where the weight's gradient is wanted, at least 4096 tokens if their logits
-            take no more than a quarter of the free memory, and all tokens in one chunk where the larger buffer is
-            less than the accumulator that it saves. On the CPU the buffer is kept for the next call
-            (:func:`release_scratch` frees it).
+        chunk_bytes: at most what a chunk's exponentials take in the dtype of the products (and never less than one
+            token's). Beside half precision float32 logits of an eighth of its rows, or of 512, take a quarter more, but
+            not on the CPU where the product gives exponentials. ``None`` is 640 MiB; on CUDA, where the
+            weight's gradient is wanted, at least 4096 tokens if their logits take no more than a quarter of the free
+            memory, and all tokens in one chunk where the larger buffer is less than the accumulator that it saves. On
+            the CPU buffers are kept for the next call (:func:`release_scratch` frees them), but for what the product
+            itself makes.
 
     Returns:
         A :class:`TokenOutput` over the targets that are not ignored, in order.
@@ -112,6 +116,7 @@ def linear_token_loss(
     given = (token_inputs, token_weight, target_index)
     batch = target_tokens(hidden, weight, targets, bias, ignore_index, reference, *given)
     settings = _settings(batch, weight, needs, logit_scale, logit_softcap, chunk_bytes, type(loss).__name__)
+    _check_cap(normalise_needs(loss.needs), settings)
     if loss.pointwise:
         return one_pass(batch, weight, bias, loss, settings, normalizer, step)
     stats, correct = head_statistics(batch, weight, bias, settings)
@@ -160,6 +165,7 @@ def linear_token_statistics(
     batch = target_tokens(hidden, weight, targets, bias, ignore_index, reference)
     needs = normalise_needs(statistics)
     settings = _settings(batch, weight, needs, logit_scale, logit_softcap, chunk_bytes, "the caller")
+    _check_cap(needs, settings)
     return head_statistics(batch, weight, bias, settings)[0]
 
 
@@ -196,6 +202,23 @@ def _settings(
         dtype=_product_dtype(batch.hidden, weight),
         chunk_bytes=chunk_bytes,
     )
+
+
+def _check_cap(needs: Iterable[Statistic], settings: HeadSettings) -> None:
+    """Refuse gradients beyond what is kept of logits.
+
+    Where a class has none of the probability, the slope of its cap is lost, and these statistics have a gradient that
+    is not multiplied by the probability.
+    """
+    asked = [need.name for need in needs if need.name in ("mean_log_prob", "reference_kl")]
+    cap, scale = settings.transform.softcap, settings.transform.scale
+    nats = {torch.float16: 26.0, torch.float64: 700.0}.get(settings.dtype, 85.0)
+    if asked and cap is not None and 2 * abs(scale) * cap > nats:
+        raise ValueError(
+            f"{asked[0]} with a logit_softcap of {cap:g} and a logit_scale of {scale:g} has no gradient in "
+            f"{settings.dtype}, whose exponentials do not reach from one end of the logits to the other: take another "
+            "dtype, or the model's logits with logits_token_loss (model.loading.head: full)"
+        )
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -85,6 +85,7 @@ class OnePass(torch.autograd.Function):
                     slopes = {name: slope for name, slope in slopes.items() if name in values}
                     coefficients = coefficients_of(slopes, values, products.vocabulary).scaled(inverse)
                     _push_back(products, rows, batch.targets[rows], settings, gathered, coefficients)
+                del gathered  # before the next chunk's
                 found = {"losses": losses, "weight": -slopes["log_prob"], "correct": moments.correct, **values}
                 chunks.append(found)
         names = ("losses", "weight", "correct", "log_prob", *settings.statistics)  # as one_pass unpacks them
@@ -164,6 +165,7 @@ class _Statistics(torch.autograd.Function):
                 gathered = gather(products, rows, targets[rows], settings, keep=True)
                 coefficients = coefficients_of(_rows_of(slopes, rows), _rows_of(values, rows), products.vocabulary)
                 _push_back(products, rows, targets[rows], settings, gathered, coefficients)
+                del gathered
         dtypes = _dtypes(hidden, weight, bias)
         returned = _returned(products.gradients, dtypes, 1.0, products.scale, in_place=True)
         return (*returned, None, None, None)

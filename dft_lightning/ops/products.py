@@ -16,8 +16,8 @@ from dft_lightning.losses.statistics import raised_dtype
 from dft_lightning.ops.call import HeadSettings, ReferenceHead
 from dft_lightning.ops.chunks import CUDA_CHUNK_ROWS, chunk_rows, row_stride
 
-# Float32 logits beside half precision are those of a chunk's so many parts.
-_BLOCKS = 8
+# Float32 logits beside half precision are those of a chunk's so many parts, but of enough rows for a fast product.
+_BLOCKS, _LEAST_ROWS = 8, 512
 
 # Weight-gradient rows whose half-precision product waits to be added to the accumulator (CPU).
 _TILE_BYTES = 16 * 2**20
@@ -147,7 +147,7 @@ class HeadProducts:
         """What to multiply the next chunk's gradient by before it is rounded: 1 but for float16.
 
         Args:
-            largest: ``[c]``, what no element of a row's gradient exceeds.
+            largest: ``[c]``, what no element of a row exceeds.
         """
         if self.dtype == torch.float16:
             change = self._scale.next(largest)
@@ -162,8 +162,13 @@ class HeadProducts:
 
     def blocks(self, rows: slice) -> Iterator[slice]:
         """Slices of a chunk whose logits are there at once: all of it, or, beside half precision, an eighth."""
-        size = self._chunk if self.dtype == self._raised else -(-self._chunk // _BLOCKS)
+        size = self._chunk if self.dtype == self._raised else self._block
         return (slice(rows.start + part.start, rows.start + part.stop) for part in slices(rows.stop - rows.start, size))
+
+    @property
+    def _block(self) -> int:
+        """Rows whose float32 logits are there at once beside half precision."""
+        return min(self._chunk, max(-(-self._chunk // (64 * _BLOCKS)) * 64, _LEAST_ROWS))
 
     def kept(self, rows: slice) -> Tensor:
         """``[c, V]`` in the dtype of the products, for what is kept of a chunk: where the logits are, if they are of
@@ -176,11 +181,11 @@ class HeadProducts:
 
     @cached_property
     def _logits(self) -> Tensor:
-        return self._rows_of_logits("logits", -(-self._chunk // _BLOCKS), self._raised)
+        return self._rows_of_logits("logits", self._block, self._raised)
 
     @cached_property
     def _rounded(self) -> Tensor:
-        return self._rows_of_logits("rounded", -(-self._chunk // _BLOCKS), self.dtype)
+        return self._rows_of_logits("rounded", self._block, self.dtype)
 
     def logits(self, rows: slice) -> Tensor:
         """``[b, V]`` logits of a block before the transform, in float32 or float64, valid until the next call."""
@@ -210,7 +215,12 @@ class HeadProducts:
 
     def sigmoids(self, scaled_hidden: Tensor, base: float) -> Tensor:
         """``[c, V]``, ``sigmoid(z - base)`` of logits that are not rounded before it; on the CPU in bfloat16."""
-        return sigmoid_of_product(scaled_hidden, self._cast_weight, self._scaled_bias - base)
+        return sigmoid_of_product(scaled_hidden, self._cast_weight.contiguous(), self._scaled_bias - base)
+
+    @cached_property
+    def has_nan(self) -> bool:
+        """Whether some class has a nan in its weight or bias, which is every row's: oneDNN's sigmoid makes 0 of it."""
+        return bool(self._cast_weight.sum().isnan()) or bool(self._scaled_bias.isnan().any())
 
     def float32_logits(self, scaled_hidden: Tensor) -> Tensor:
         """``[c, V]`` logits by a product in float32, which takes some times as long."""
@@ -256,13 +266,17 @@ class HeadProducts:
         if self.hidden_gradient is not None:
             own = self.hidden_gradient[rows]
             _product(gradient, self._cast_weight, out=own)
-            if change is not None:
+            if change is not None and own.dtype == change.dtype:
+                own.mul_(change)
+            elif change is not None:
                 own.copy_(own * change)
             elif self.dtype == torch.float16:
                 own.div_(self.scale)
         if change is not None and self.dtype == torch.float16:
-            scale = self.next_scale((self._hidden[rows] * change).abs().amax(-1))
-            change = change * scale
+            largest = (self._hidden[rows] * change).abs().amax(-1)
+            if self.bias_gradient is not None:
+                largest = torch.maximum(largest, change.abs().squeeze(-1))
+            change = change * self.next_scale(largest)
         hidden = self._hidden[rows] if change is None else self._hidden[rows] * change
         if self.bias_gradient is not None:
             self._add_bias_gradient(gradient, change)
@@ -275,7 +289,8 @@ class HeadProducts:
 
     def _add_bias_gradient(self, gradient: Tensor, change: Tensor | None) -> None:
         assert self.bias_gradient is not None
-        size = max(1, _PIECE_BYTES * 16 // (self.vocabulary * self._raised.itemsize))
+        pieces = 16 if self.device.type == "cpu" else 256
+        size = max(1, pieces * _PIECE_BYTES // (self.vocabulary * self._raised.itemsize))
         for part in slices(len(gradient), size):
             piece = gradient[part].to(self._raised)
             self.bias_gradient += (piece if change is None else piece * change[part]).sum(0)
@@ -292,7 +307,9 @@ def row_sums(matrix: Tensor) -> Tensor:
 
 
 class GradientScale:
-    """The power of two that gradients of logits are multiplied by before they are rounded to float16.
+    """The power of two that a factor of the gradient products is multiplied by before it is rounded to float16.
+
+    Of gradients of logits, or of hidden states times the factors of their rows.
 
     It brings the largest of a chunk to between 2**14 and 2**15, on the device, without waiting for it.
     """

@@ -56,7 +56,7 @@ class LogitTransform:
         """Derivative of the softcap from transformed logits: ``1 - tanh**2``."""
         assert self.softcap is not None
         torch.mul(transformed, 1 / (self.scale * self.softcap), out=out)
-        out.square_().neg_().add_(1.0)
+        out.square_().neg_().add_(1.0).clamp_(min=0.0)  # logits from rounded exponentials may exceed the cap
 
 
 class SoftmaxRows(NamedTuple):

@@ -345,7 +345,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
             if HAS_SOFTCAP:
                 z = tl.where(offsets == target, target_log_prob, log_p) + normalizer
                 tanh = z / (scale * softcap)
-                gradient *= 1 - tanh * tanh
+                gradient *= tl.maximum(1 - tanh * tanh, 0.0)  # logits from rounded values may exceed the cap
             if RAGGED:
                 tl.store(start_of_row + offsets, gradient.to(values.dtype.element_ty), mask=inside)
             else:
