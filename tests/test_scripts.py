@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -148,7 +149,8 @@ def test_head_error(model, rows, tmp_path):
         "dft_lightning", "dft_lightning, mixed", "float32 logits", "float32 logits, mixed", "bfloat16 logits",
     }  # fmt: skip
     for heads in found.values():
-        assert all(0 <= value < 1 for each in heads.values() for value in each.values())
+        assert all(math.isfinite(value) for each in heads.values() for value in each.values())
+    assert found["CrossEntropyLoss"]["dft_lightning"]["dW"] < 0.02
     assert found["CrossEntropyLoss"]["liger's formulas"].keys() == {"dh", "dW", "log_prob"}
 
 
