@@ -69,8 +69,8 @@ def head_passages() -> Iterator[str]:
         ]
         yield f"| {', '.join(sizes_of_row)} | {' | '.join(cells)} |"
     (tokens,) = {size[0] for size in sizes}
-    packages = HEAD["packages"]
-    yield f"{tokens} tokens on {cores(HEAD)} (torch {packages['torch'].removesuffix('+cpu')}, {HEAD['device'].split(',')[0]})"
+    packages, processor = HEAD["packages"], HEAD["device"].split(",")[0]
+    yield f"{tokens} tokens on {cores(HEAD)} (torch {packages['torch'].removesuffix('+cpu')}, {processor})"
     yield f"| full logits | TRL {packages['trl'].removesuffix('.0')} | torch's chunked |"
 
     def errors(name: str) -> str:
