@@ -127,6 +127,19 @@ def test_float16_under_a_gradient_scaler():
                 assert relative(ours, theirs) < 1e-2
 
 
+@pytest.mark.parametrize("loss", [CrossEntropyLoss(), WholeSequences()], ids=repr)
+def test_hidden_states_of_zero(loss):
+    """They leave the scale to the bias, whose gradient is of another size than theirs."""
+    own, exact = leaves_of(12, 40, 0.1)
+    for hidden in (own[0], exact[0]):
+        hidden.data.zero_()
+    targets = torch.zeros(12, dtype=torch.long)
+    output = linear_token_loss(*own[:2], targets, loss, bias=own[2])
+    (found,) = gradients(output.loss * 2.0**16, own[2:])
+    (expected,) = gradients(full_loss(*exact, targets, loss) * 2.0**16, exact[2:])
+    assert relative(found, expected) < 2e-3
+
+
 def test_scale_by_hand():
     scale = GradientScale()
     assert scale.next(torch.tensor([0.25, 3.0])) == 2**13
