@@ -27,7 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import torch.nn.functional as F
 from head_losses import LOSSES
-from linear_head import RESULTS, machine, missing
+from linear_head import RESULTS, machine, missing, plain, torch_chunked, trl
 from torch import Tensor
 
 from dft_lightning import CrossEntropyLoss, TokenLoss
@@ -127,31 +127,13 @@ def of_log_prob(log_probs: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Head:
     return head
 
 
-def trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
-
-    size = _CHUNKED_LOGPROB_CHUNK_SIZE
-    result: Tensor = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, size, None, 1.0, ())[0]
-    return result
-
-
-def torch_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    options = torch.nn.LinearCrossEntropyOptions()
-    return -F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options).float()
-
-
 class LigerFormulas(torch.autograd.Function):
     """Logits of a chunk in bfloat16, their gradient in their place, the weight's gradient summed in bfloat16."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight, targets)
-        return (
-            torch.cat([rows.float().log_softmax(-1) for rows in F.linear(hidden, weight).split(64)])
-            .gather(-1, targets.unsqueeze(-1))
-            .squeeze(-1)
-        )
+        return plain(hidden, weight, targets).squeeze(-1)
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -168,15 +150,14 @@ class LigerFormulas(torch.autograd.Function):
         return by_hidden, by_weight, None
 
 
+OF_LOG_PROB = {"trl": trl, "torch chunked": torch_chunked, "liger's formulas": LigerFormulas.apply}
 HEADS: dict[str, Head] = {
     "dft_lightning": ours,
     "dft_lightning, mixed": mixed(ours),
     "float32 logits": full(torch.float32),
     "float32 logits, mixed": mixed(full(torch.float32)),
     "bfloat16 logits": full(torch.bfloat16),
-    "trl": of_log_prob(trl),
-    "torch chunked": of_log_prob(torch_chunked),
-    "liger's formulas": of_log_prob(LigerFormulas.apply),
+    **{name: of_log_prob(log_probs) for name, log_probs in OF_LOG_PROB.items()},
 }
 
 
@@ -200,7 +181,7 @@ def errors(options: argparse.Namespace, name: str, problem: Problem, heads: list
     needs = {getattr(need, "name", need) for need in loss.needs}
     found = {}
     for head in heads:
-        if head in ("trl", "torch chunked", "liger's formulas") and needs - set(problem.given):
+        if head in OF_LOG_PROB and needs - set(problem.given):
             continue
         of_weight = torch.float32 if head.endswith("mixed") else torch.bfloat16
         output, *own = run(HEADS[head], problem, loss, torch.bfloat16, of_weight)

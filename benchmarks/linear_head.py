@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,7 +38,7 @@ PATIENCE = 120.0  # seconds a call may take
 SAMPLED_ROWS = 4096  # of the weight's gradient, where its error is measured
 
 
-# -- candidates: hidden, weight, targets -> mean DFT loss ------------------------------------------------------------
+# -- candidates: hidden, weight, targets -> mean DFT loss, or log-probs ------------------------------------------------
 
 
 def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -49,25 +49,23 @@ def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Full logits, softmax in float32."""
-    log_prob = F.linear(hidden, weight).float().log_softmax(-1).gather(-1, targets.unsqueeze(-1))
-    return -(log_prob.detach().exp() * log_prob).mean()
+    """Log-probs by full logits, softmax in float32."""
+    return F.linear(hidden, weight).float().log_softmax(-1).gather(-1, targets.unsqueeze(-1))
 
 
 def trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Log-probs."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    log_prob = ChunkedLogProbFunction.apply(
-        hidden, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ()
-    )[0]
-    return -(log_prob.detach().exp() * log_prob).mean()
+    size = _CHUNKED_LOGPROB_CHUNK_SIZE
+    return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, size, None, 1.0, ())[0]
 
 
 def torch_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Log-probs."""
     options = torch.nn.LinearCrossEntropyOptions()
-    nll = F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options).float()
-    return ((-nll).detach().exp() * nll).mean()
+    return -F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options).float()
 
 
 def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -77,19 +75,32 @@ def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def cce(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Log-probs."""
     from cut_cross_entropy import linear_cross_entropy
 
-    nll = linear_cross_entropy(hidden, weight, targets, reduction="none").float()
-    return ((-nll).detach().exp() * nll).mean()
+    return -linear_cross_entropy(hidden, weight, targets, reduction="none").float()
 
 
-CANDIDATES = {
+Candidate = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def dft_of(log_probs: Candidate) -> Candidate:
+    """The mean DFT loss of a head that gives log-probs."""
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        log_prob = log_probs(hidden, weight, targets)
+        return -(log_prob.detach().exp() * log_prob).mean()
+
+    return loss
+
+
+CANDIDATES: dict[str, tuple[Candidate, str | None, tuple[str, ...]]] = {
     "dft_lightning": (ours, None, ("cpu", "cuda")),
-    "plain": (plain, None, ("cpu", "cuda")),
-    "trl": (trl, "trl", ("cpu", "cuda")),
-    "torch chunked": (torch_chunked, None, ("cpu", "cuda")),
+    "plain": (dft_of(plain), None, ("cpu", "cuda")),
+    "trl": (dft_of(trl), "trl", ("cpu", "cuda")),
+    "torch chunked": (dft_of(torch_chunked), None, ("cpu", "cuda")),
     "liger": (liger, "liger-kernel", ("cuda",)),
-    "cce": (cce, "cut-cross-entropy", ("cuda",)),
+    "cce": (dft_of(cce), "cut-cross-entropy", ("cuda",)),
 }
 
 

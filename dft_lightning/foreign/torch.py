@@ -91,13 +91,13 @@ def split_no_graphs() -> None:
 # -- kernels of the CPU that have no other door ------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1)
 def has_sigmoid_of_product() -> bool:
     """Whether :func:`sigmoid_of_product` takes bfloat16 on this machine."""
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _sigmoid_is_of_unrounded_sums()
 
 
-@lru_cache(maxsize=1)
 def _sigmoid_is_of_unrounded_sums() -> bool:
     """Tried: on some processors oneDNN applies what comes after a product to what it has written."""
     steps = torch.linspace(0.9, 1.1, 64)
@@ -128,19 +128,9 @@ def attention_with_normalizer(
     return output, normalizer
 
 
-def attention_backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    normalizer: Tensor,
-    mask: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`attention_with_normalizer`."""
+def attention_backward(*given: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`attention_with_normalizer`, by the output's, what it was given, and what it returned."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    given = (gradient, query, key, value, output, normalizer)
     result: tuple[Tensor, Tensor, Tensor] = kernel(*given, 0.0, mask is None, attn_mask=mask, scale=scale)
     return result
 

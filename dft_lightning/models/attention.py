@@ -32,9 +32,8 @@ def register_documents_attention() -> None:
 
 def ends_graphs(model: nn.Module, device: torch.device, precision: str) -> bool:
     """Whether ``torch.compile`` has to leave documents to eager calls, by the device and the trainer's precision."""
-    if device.type == "cpu":
-        return _drops(model)
-    return device.type != "cuda" or precision.startswith(("32", "64")) or _drops(model)
+    has_operator = device.type == "cpu" or (device.type == "cuda" and not precision.startswith(("32", "64")))
+    return not has_operator or _drops(model)
 
 
 def _drops(model: nn.Module) -> bool:
@@ -166,7 +165,7 @@ def _document_attention_backward(
     gradients = [_as_the_outputs(tensor) for tensor in (query, key, value)]
     for place, q, k, v, mask in _by_document(query, key, value, lengths, sliding_window):
         of_output, own, log_sum = (tensor[:, place].transpose(1, 2) for tensor in (gradient, output, normalizer))
-        of_own = attention_backward(of_output, q, k, v, own, log_sum, mask, scaling)
+        of_own = attention_backward(of_output, q, k, v, own, log_sum, mask=mask, scale=scaling)
         for whole, part in zip(gradients, of_own, strict=True):
             groups = part.shape[1] // whole.shape[1]
             whole[:, :, place] = part.reshape(len(part), -1, groups, *part.shape[2:]).sum(2) if groups > 1 else part

@@ -16,8 +16,7 @@ from torch.nn.functional import logsigmoid
 
 from dft_lightning.foreign.torch import has_sigmoid_of_product
 from dft_lightning.losses.statistics import entropy_of_largest
-from dft_lightning.ops.products import HeadProducts, slices
-from dft_lightning.ops.products import row_sums as sums_of_rows
+from dft_lightning.ops.products import HeadProducts, float32_sums, slices
 from dft_lightning.ops.row_math import LogitTransform, Moments, SoftmaxRows
 from dft_lightning.ops.torch_kernels import largest, log_factor_of, put_, row_blocks, row_sums
 
@@ -59,7 +58,7 @@ def row_moments(
     """
     target_logit = products.logits_at(rows, targets.unsqueeze(-1)).squeeze(-1)
     values, base, highest = _exponentials(products, rows, target_logit, targets)
-    total = sums_of_rows(values)
+    total = float32_sums(values)
     others = base + total.log()
     log_normalizer = torch.logaddexp(others, target_logit)
     log_factor = log_factor_of(logsigmoid(others - target_logit), total)
@@ -77,7 +76,7 @@ def row_softmax(products: HeadProducts, rows: slice, targets: Tensor) -> Softmax
     """Softmax of a chunk's rows of a reference model."""
     target_logit = products.logits_at(rows, targets.unsqueeze(-1)).squeeze(-1)
     values = _exponentials(products, rows, target_logit)[0]
-    total = sums_of_rows(values)
+    total = float32_sums(values)
     return SoftmaxRows(values, -total.log(), total)
 
 
@@ -187,8 +186,7 @@ def _first_largest(
 
 def _top_k_entropy(values: Tensor, target_logit: Tensor, k: int) -> Tensor:
     """From a row's largest values, where the target's own is 0, and the target's logit less the base."""
-    others = largest(values, max(1, min(k, values.shape[1]))).float().log()
-    among = torch.cat([others, target_logit.unsqueeze(-1)], -1)
     if not 1 <= k <= values.shape[1]:
-        among = values  # refused below
-    return entropy_of_largest(among, k)
+        return entropy_of_largest(values, k)  # which refuses it
+    others = largest(values, k).float().log()
+    return entropy_of_largest(torch.cat([others, target_logit.unsqueeze(-1)], -1), k)

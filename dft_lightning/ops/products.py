@@ -208,9 +208,10 @@ class HeadProducts:
 
     # -- by half-precision products that round their sums --
 
-    def scaled_hidden(self, rows: slice) -> Tensor:
-        """A chunk's hidden states times the factor of the logits."""
-        hidden = self._hidden[rows].to(self.dtype)
+    def scaled_hidden(self, rows: slice, which: Tensor | None = None) -> Tensor:
+        """A chunk's hidden states, or ``which`` of them, times the factor of the logits."""
+        hidden = self._hidden[rows] if which is None else self._hidden[rows][which]
+        hidden = hidden.to(self.dtype)
         return hidden if self._transform.scale == 1.0 else hidden * self._transform.scale
 
     def sigmoids(self, scaled_hidden: Tensor, base: float) -> Tensor:
@@ -232,8 +233,7 @@ class HeadProducts:
 
     def logits_at(self, rows: slice, classes: Tensor, which: Tensor | None = None) -> Tensor:
         """Logits of some classes ``[c, k]`` of a chunk's rows, or of ``which`` of them, in float32."""
-        hidden = self.scaled_hidden(rows)
-        hidden = (hidden if which is None else hidden[which]).to(self._raised)
+        hidden = self.scaled_hidden(rows, which).to(self._raised)
         weight = self._cast_weight[classes].to(self._raised)
         return torch.bmm(weight, hidden.unsqueeze(-1)).squeeze(-1) + self._scaled_bias[classes]
 
@@ -243,7 +243,7 @@ class HeadProducts:
 
     @cached_property
     def _weight_sum(self) -> Tensor:
-        return row_sums(self._cast_weight.t())
+        return float32_sums(self._cast_weight.t())
 
     @cached_property
     def _scaled_bias(self) -> Tensor:
@@ -296,7 +296,7 @@ class HeadProducts:
             self.bias_gradient += (piece if change is None else piece * change[part]).sum(0)
 
 
-def row_sums(matrix: Tensor) -> Tensor:
+def float32_sums(matrix: Tensor) -> Tensor:
     """Sums of half-precision rows ``[n, m]`` in float32: a product rounds its sums, and another adds what it took off.
 
     ``matrix.sum(-1, dtype=torch.float32)`` takes ten times as long on the CPU.

@@ -165,7 +165,7 @@ def row_gradient_(
             torch.log(torch.clamp(p, min=smallest, out=z), out=z).add_(log_factor)
             p.mul_(log_factor.exp())
             if transform.softcap is not None:
-                _cap_derivative(z, p, moments, targets, part, transform, out=more[0])
+                _cap_derivative(z, moments, targets, part, transform, out=more[0])
             gradient = _times_polynomial_(z, p, coefficients, linear, part)
             if coefficients.constant is not None:
                 gradient.add_(coefficients.constant[part].unsqueeze(-1))
@@ -180,14 +180,7 @@ def row_gradient_(
 
 
 def _cap_derivative(
-    log_p: Tensor,
-    p: Tensor,
-    moments: Moments,
-    targets: Tensor,
-    part: slice,
-    transform: LogitTransform,
-    *,
-    out: Tensor,
+    log_p: Tensor, moments: Moments, targets: Tensor, part: slice, transform: LogitTransform, *, out: Tensor
 ) -> None:
     """Derivative of the softcap at each class of a block of rows."""
     torch.add(log_p, moments.log_normalizer[part].unsqueeze(-1), out=out)
