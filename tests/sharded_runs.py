@@ -11,12 +11,14 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dft_lightning import CausalLMModule, DFTLoss, HuggingFaceExport, TokenLoss
 from dft_lightning.data.batches.collating import Collator
@@ -219,6 +221,19 @@ class Watch(pl.Callback):
         self.seen["state"] = sorted({str(s["exp_avg"].dtype) for s in state})
 
 
+class Collectives(TorchDispatchMode):
+    """Names of the collectives that run meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation.namespace == "c10d":
+            self.names.append(operation._opname)
+        return operation(*args, **(kwargs or {}))
+
+
 class Generate(pl.Callback):
     """Completes prompts along ``fit``, for longer on one rank than on the other."""
 
@@ -226,8 +241,15 @@ class Generate(pl.Callback):
         longest = GenerationOptions(max_new_tokens=3 + 5 * trainer.global_rank)
         prompts = torch.tensor([[3, 4, 5], [6, 7, 8]])
         module._completions.stop_token_ids = lambda *_: [19]
-        texts = module.generate(prompts, torch.ones_like(prompts), longest)
+        with Collectives() as collectives:
+            texts = module.generate(prompts, torch.ones_like(prompts), longest)
         self.lengths = [len(text) for text in texts]
+        self.collectives = sorted(collectives.names)
+        # Called directly as well, and on one rank's share of the memory as before.
+        tokens = module.generate_tokens(prompts, torch.ones_like(prompts), longest)
+        with patch("dft_lightning.distributed.strategies._fits", lambda *_: False):
+            apart = module.generate_tokens(prompts, torch.ones_like(prompts), longest)
+        assert torch.equal(tokens, apart)
 
 
 def generation(folder: Path) -> None:
@@ -240,6 +262,7 @@ def generation(folder: Path) -> None:
         run = trainer(devices=2, strategy=strategy_of(strategy), callbacks=[callback, export])
         run.fit(module, datamodule=arithmetic_data(4, batch_size=2))
         lengths[strategy] = gather_lists(callback.lengths, 2)
+        lengths[f"{strategy} collectives"] = callback.collectives
     save(lengths, folder / "out.pt")
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from dft_lightning.checkpoints import resolve_checkpoint
 from dft_lightning.errors import InputError
-from dft_lightning.fit import command
+from dft_lightning.fit import command, processes
 from dft_lightning.fit.run_folder import RunTrainer
 from small_runs import TINY_ARITHMETIC
 
@@ -91,19 +91,28 @@ def test_no_process_is_left(tmp_path, mistake):
 @pytest.mark.parametrize("ends_with_the_first", [True, False])
 def test_a_mistake_of_another_process_than_the_first(capfd, monkeypatch, ends_with_the_first):
     """Said where the first, whose end would be its own, has not met the same; elsewhere by the first alone."""
-    monkeypatch.setattr(command, "_PATIENCE", 0.0)
+    monkeypatch.setattr(processes, "_PATIENCE", 0.0)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert command._status(InputError("data.train: no such file"), ends_with_the_first) == 2
+    if ends_with_the_first:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+
+    def failing(*args, **options):
+        raise InputError("data.train: no such file")
+
+    monkeypatch.setattr(command, "DFTLightningCLI", failing)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["fit"])
+    assert ended.value.code == 2
     assert capfd.readouterr().err == ("error: data.train: no such file\n" if ends_with_the_first else "")
 
 
 def test_a_process_whose_first_is_gone_does_not_begin(monkeypatch):
-    assert not command._is_started_by_the_first()
+    assert not processes._is_started_by_the_first()
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("DFT_LIGHTNING_STARTED_BY", "1")
     child = os.fork()
     if child == 0:  # no test runner in here
         with contextlib.suppress(BaseException):
-            command._is_started_by_the_first()
+            processes._is_started_by_the_first()
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1

@@ -180,12 +180,12 @@ def test_rows_of_a_padded_batch_generate_what_each_generates_alone(config, monke
     assert len(said) == (config is not TINY_LLAMA)
 
 
-def test_a_model_that_cannot_generate_what_its_logits_say_is_refused():
-    model = load_causal_lm({**ENCODER, "model_type": "roberta", "is_decoder": True, "initializer_range": 0.5})
-    ids, options = torch.tensor([[5, 6]]), generation.GenerationOptions(max_new_tokens=2)
-    with pytest.raises(InputError, match="does not generate what its logits say, not even one row at a time"):
-        generation.generate(model, ids, torch.ones_like(ids), options, stop_token_ids=[], pad_token_id=1)
-    assert model.training
+def test_a_model_whose_positions_begin_elsewhere_generates_one_row_at_a_time():
+    """RoBERTa's first is padding_idx + 1."""
+    model = load_causal_lm({**ENCODER, "model_type": "roberta", "is_decoder": True, "initializer_range": 0.5}).eval()
+    ids, options = torch.tensor([[5, 6]]), generation.GenerationOptions(max_new_tokens=3)
+    found = generation.generate(model, ids, torch.ones_like(ids), options, stop_token_ids=[], pad_token_id=1)
+    assert found.tolist() == [likeliest(model, [5, 6], 3)]
 
 
 IDS = torch.ones(2, 3, dtype=torch.long)

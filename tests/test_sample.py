@@ -28,9 +28,10 @@ from dft_lightning.fit import main as fit
 from dft_lightning.fit.config import read_fit_config
 from dft_lightning.metrics import LastNumber
 from dft_lightning.models.generation import GenerationOptions
-from dft_lightning.sampling.completions import Sampler, seed_of
+from dft_lightning.sampling import lines as lines_of_sample
+from dft_lightning.sampling.completions import Sampler
 from dft_lightning.sampling.prompts import KEYS, check_columns, jobs_by_length, question_of, read_prompts
-from small_runs import data_options
+from small_runs import data_options, run_two_processes
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 ROWS = [  # of several lengths; the model is right of some
@@ -159,9 +160,31 @@ def test_samples_follow_the_models_distribution(base):
 def test_batches_are_of_prompts_of_about_the_same_length():
     batches = jobs_by_length([3, 9, 5, 9], k=2, batch_size=3)
     assert batches == [[(1, 0), (1, 1), (3, 0)], [(3, 1), (2, 0), (2, 1)], [(0, 0), (0, 1)]]
-    seeds = [seed_of(seed, number) for seed in range(20) for number in range(20)]
-    assert len(set(seeds)) == 400
-    assert max(seeds) < 2**63
+
+
+STRATEGIES = {
+    "ddp": ["--trainer.strategy", "ddp"],
+    "fsdp2": [
+        *("--trainer.strategy", "ModelParallelStrategy", "--trainer.strategy.data_parallel_size", "2"),
+        *("--trainer.strategy.tensor_parallel_size", "1"),
+    ],
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_write_the_lines_of_one(strategy, arguments, tmp_path):
+    """An odd number of batches; under FSDP2 the weights are hashed whole, so that the other can go on."""
+    asked = [*arguments, "--k", "3", "--batch_size", "4", "--max_new_tokens", "30"]
+    of_one = sampled(tmp_path / "one.jsonl", *asked)
+    two = tmp_path / "two.jsonl"
+    asked = ["--output", str(two), *asked, "--trainer.devices", "2", *STRATEGIES[strategy]]
+    said = run_two_processes("two_command.py", "sample", *asked)
+    assert said.count("18 answers to 6 prompts") == 1
+    of_two = [json.loads(line) for line in two.read_text().splitlines()]
+    close = [line.pop("log_prob") for line in of_one], [line.pop("log_prob") for line in of_two]
+    assert of_two == of_one
+    assert close[1] == pytest.approx(close[0], abs=1e-4)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 # -- what fit reads ----------------------------------------------------------------------------------------------------
@@ -319,10 +342,10 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(arguments, tmp_path, mo
     assert not (tmp_path / "whole.jsonl.partial").exists()
     real = Sampler.batch
 
-    def stops(self, number, prompts):
-        if number == 2:
+    def stops(self, jobs, prompts):
+        if len(jobs) == 2:  # the last of 5, 5 and 2
             os.kill(os.getpid(), signal.SIGTERM if cut == "between" else signal.SIGINT)
-        return real(self, number, prompts)
+        return real(self, jobs, prompts)
 
     with monkeypatch.context() as patch:
         patch.setattr(Sampler, "batch", stops)
@@ -342,10 +365,10 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(arguments, tmp_path, mo
         partial.write_bytes(b"".join(lines[:-2]))
         monkeypatch.setattr(Sampler, "batch", stops)  # a second time
         assert main(["--output", str(path), *options]) == 130
-    numbers = []
-    monkeypatch.setattr(Sampler, "batch", lambda *args: numbers.append(args[1]) or real(*args))
+    sizes = []
+    monkeypatch.setattr(Sampler, "batch", lambda *args: sizes.append(len(args[1])) or real(*args))
     sampled(path, *options)
-    assert numbers == list(range(done, 3))
+    assert sizes == [5, 5, 2][done:]
     assert path.read_bytes() == whole.read_bytes()
     assert not partial.exists()
 
@@ -515,7 +538,7 @@ def test_broken_weights_end_in_a_message(arguments, tmp_path, capsys, monkeypatc
         module.model.get_input_embeddings().weight.fill_(float("nan"))
         return ""
 
-    monkeypatch.setattr(command, "hash_weights", broken)
+    monkeypatch.setattr(lines_of_sample, "hash_weights", broken)
     assert fails(capsys, "--output", tmp_path / "s.jsonl", *arguments).startswith(
         "the model's probabilities are NaN or infinite: its weights are broken"
     )

@@ -24,7 +24,7 @@ from dft_lightning.data.text.tokenizer import load_tokenizer
 from dft_lightning.errors import InputError
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss
 from dft_lightning.scoring import command as scoring
-from small_runs import data_options, trainer
+from small_runs import data_options, run_two_processes, trainer
 
 TOKENIZER = "asset://arithmetic-base"
 OTHER_TEMPLATE = (
@@ -508,6 +508,19 @@ def test_columns_that_json_cannot_hold_are_left_out_unless_they_are_read(llama, 
     assert "rows.parquet: row 1: has values that a .jsonl file does not hold" in fails(capfd, [*args, "--overwrite"])
 
 
+def test_two_processes_write_what_one_does(llama, of_llama, tmp_path):
+    """An odd number of batches, of which ranks take turns."""
+    args = arguments(tmp_path, llama, {"train": write(tmp_path / "rows.jsonl")})
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    said = run_two_processes("two_command.py", "score", *args, *two)
+    assert said.count("add to fit") == 1
+    of_one, of_two = read(of_llama), read(tmp_path / "scored" / "train")
+    close = [[line.pop("reference_log_prob") for line in lines] for lines in (of_one, of_two)]
+    assert of_two == of_one
+    for one, other in zip(*close, strict=True):
+        assert other == pytest.approx(one, abs=1e-5)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_nothing_behind(number, status, llama, tmp_path, monkeypatch, capfd):
     own, calls = scoring.target_log_probs, []
@@ -548,7 +561,7 @@ def test_a_model_that_overflows_is_refused(llama, tmp_path, monkeypatch, capfd):
         (["--data.trian", "x"], "unknown key data.trian; did you mean data.train?"),
         (["--model.model", "no/such/model"], "model.model"),
         (["--ckpt_path", "none.ckpt"], "--ckpt_path: no such checkpoint: none.ckpt"),
-        (["--ckpt_path", "."], "--ckpt_path: . is a folder of shards, and score runs on one device: export it"),
+        (["--ckpt_path", "."], "--ckpt_path: . is a folder of shards, which score does not read: export it"),
         (["--data.text.max_length", "2"], "rows.jsonl: no row has a target"),
     ],
 )

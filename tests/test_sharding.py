@@ -189,9 +189,12 @@ def test_a_sharded_model_is_exported_whole(behaviour, two_processes, tmp_path):
 
 
 def test_ranks_that_have_answered_wait_for_the_others(two_processes):
-    for lengths in torch.load(two_processes / "generation" / "out.pt").values():
+    found = torch.load(two_processes / "generation" / "out.pt")
+    for lengths in (found["fsdp1"], found["fsdp2"]):
         assert max(lengths[:2]) <= 3
         assert max(lengths[2:]) > 3
+    # Two blocks and what is around them, gathered once whatever the tokens, and whether all ranks have room.
+    assert found["fsdp2 collectives"] == [*3 * ["_allgather_base_"], "allreduce_"]
 
 
 def test_nothing_is_left_of_an_earlier_call(two_processes):

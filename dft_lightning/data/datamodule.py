@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from dft_lightning.checkpoints.trust import loading_options
 from dft_lightning.component import brief_values
 from dft_lightning.data.batches.collating import Collator
-from dft_lightning.data.batches.loaders import goes_on, row_loader, stream_loader
+from dft_lightning.data.batches.loaders import goes_on, prompt_loader, row_loader, stream_loader
 from dft_lightning.data.batches.packing import Packs
 from dft_lightning.data.batches.row_position import RowPosition
 from dft_lightning.data.batches.steps import StepRows, Steps
@@ -256,11 +256,12 @@ class InstructionDataModule(PlainHyperparameters, pl.LightningDataModule):
         return self._loader("validation") if "validation" in self.splits else []
 
     def test_dataloader(self) -> DataLoader[Any]:
-        with_prompts = "test" in self.splits and any(self.splits.tokenized("test")["prompt"])  # plain text has none
-        return self._loader("test", with_prompts=with_prompts)
+        if "test" in self.splits and any(self.splits.tokenized("test")["prompt"]):  # plain text has none
+            return self._prompt_loader("test")
+        return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self._loader("predict", with_prompts=True)
+        return self._prompt_loader("predict")
 
     def generation_dataloader(self, limit: int | None = None, split: str = "validation") -> DataLoader[Any]:
         """The first ``limit`` rows of a split (all for ``None``) with their prompts, to generate along ``fit``.
@@ -270,7 +271,7 @@ class InstructionDataModule(PlainHyperparameters, pl.LightningDataModule):
         """
         if split not in self.splits:
             raise InputError(f"generation along fit needs {split} rows: set data.{split}")
-        return self._loader(split, with_prompts=True, limit=limit)
+        return self._prompt_loader(split, limit)
 
     def evaluation_dataloader(self, split: str, limit: int | None = None) -> DataLoader[Any]:
         """The first ``limit`` rows of a split (all for ``None``) in their own order, of ``train`` too.
@@ -288,22 +289,34 @@ class InstructionDataModule(PlainHyperparameters, pl.LightningDataModule):
             )
         return self._loader(split, limit=limit)
 
-    def _loader(
-        self,
-        split: str,
-        *,
-        shuffle: bool = False,
-        with_prompts: bool = False,
-        limit: int | None = None,
-        goes_on: bool = False,
-    ) -> DataLoader[Any]:
+    def _prompt_loader(self, split: str, limit: int | None = None) -> DataLoader[Any]:
+        """The first ``limit`` rows of a split with their prompts, those of about the same length together."""
+        self._check_split(split)
+        rows = self.splits.dataset(split, self._pad_token_id(), with_prompts=True, limit=limit, packs=None)
+        some = getattr(self.trainer, f"limit_{split}_batches", 1.0) != 1.0  # which are then the first rows
+        return prompt_loader(
+            rows,
+            self.collator(split, with_prompts=True),
+            batch_size=self.eval_batch_size,
+            options=self.batches,
+            ranks=self._ranks(),
+            lengths=None if some else self.splits.lengths(split, "prompt_ids")[: len(rows)],
+            num_workers=self.num_workers,
+        )
+
+    def _check_split(self, split: str) -> None:
         if split not in self.splits:
             stages = [stage for stage, splits in SPLITS_OF_STAGE.items() if split in splits]
             raise InputError(f"there are no {split} rows: set data.{split} and call setup({stages[-1]!r}) first")
+
+    def _loader(
+        self, split: str, *, shuffle: bool = False, limit: int | None = None, goes_on: bool = False
+    ) -> DataLoader[Any]:
+        self._check_split(split)
         pad, packs = self._pad_token_id(), self.packs if goes_on else None
         return row_loader(
-            self.splits.dataset(split, pad, with_prompts=with_prompts, limit=limit, packs=packs),
-            self.collator(split, with_prompts),
+            self.splits.dataset(split, pad, with_prompts=False, limit=limit, packs=packs),
+            self.collator(split),
             batch_size=self.batch_size if split == "train" else self.eval_batch_size,
             options=self.batches,
             ranks=self._ranks(),

@@ -93,13 +93,12 @@ class Splits:
         """A loaded split's rows, with the columns of :class:`~dft_lightning.data.text.cache.TokenizedRows`."""
         return self._rows[split]
 
-    def lengths(self, split: str) -> Tensor:
-        """Tokens of each row of a split."""
+    def lengths(self, split: str, column: str = "input_ids") -> Tensor:
+        """Tokens of each row of a split, or of its ``prompt_ids``."""
         import pyarrow.compute
 
-        return torch.from_numpy(
-            pyarrow.compute.list_value_length(column_of(self._rows[split], "input_ids")).to_numpy().copy()
-        )
+        lengths = pyarrow.compute.list_value_length(column_of(self._rows[split], column))
+        return torch.from_numpy(lengths.to_numpy().copy())
 
     def sources_of(self, split: str) -> list[str]:
         """Names of the sources that a split is mixed from; none of a single one."""

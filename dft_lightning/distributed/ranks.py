@@ -293,6 +293,13 @@ def sum_over_ranks(tensor: Tensor) -> None:
     torch.distributed.all_reduce(tensor)
 
 
+def largest_of_ranks(number: int, device: torch.device) -> int:
+    """The largest of what ranks give; it travels on ``device``. A collective."""
+    found = torch.tensor(number, dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return int(found)
+
+
 def gather_lists(items: list[T], world_size: int) -> list[T]:
     """The lists of all ranks, one after the other. A collective: call it on every rank."""
     if world_size == 1:

@@ -186,6 +186,13 @@ def _gather_around(root: nn.Module, method: str) -> None:
     setattr(root, method, call)
 
 
+def gather_again(root: nn.Module) -> None:
+    """Within a method that has ``root``'s own group gathered, after ``state_dict``, which shards it."""
+    if root.__dict__.get("_gathered"):
+        assert isinstance(root, FSDPModule)
+        root.unshard()
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether a module was given to :func:`shard` as its root."""
     return isinstance(module, FSDPModule)

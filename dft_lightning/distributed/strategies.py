@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,14 +14,16 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
+from dft_lightning.distributed.ranks import largest_of_ranks
 from dft_lightning.distributed.sharding import ShardingOptions, find_blocks
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.foreign.lightning import checkpointing_options, saves_shards
 from dft_lightning.foreign.torch import name_in_state, non_persistent_buffers, wrapped_classes
+from dft_lightning.ops.chunks import free_memory
 
 
 def data_parallel_mesh(trainer: pl.Trainer | None, options: ShardingOptions) -> DeviceMesh | None:
@@ -169,6 +172,44 @@ def gathered_root(trainer: pl.Trainer | None) -> Iterator[None]:
             yield
     else:
         yield
+
+
+@contextlib.contextmanager
+def gathered_blocks(model: nn.Module, options: ShardingOptions, device: torch.device) -> Iterator[bool]:
+    """Have every rank hold all weights of a sharded model's blocks meanwhile, where every rank has room for them.
+
+    Forwards are then no collectives, and ranks need not make as many. A collective itself.
+
+    Args:
+        model: the language model, sharded or not.
+        options: which it was sharded by.
+        device: of its forward.
+
+    Yields:
+        Whether the blocks are whole: not those of a model that is not sharded, or that does not fit.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not blocks or largest_of_ranks(not _fits(blocks, device), device):
+        yield False
+        return
+    try:
+        for block in blocks:
+            block.unshard()
+            block.set_reshard_after_forward(False, recurse=False)
+        yield True
+    finally:
+        for block in blocks:
+            block.set_reshard_after_forward(options.reshard_after_forward, recurse=False)
+            block.reshard()
+
+
+def _fits(blocks: Sequence[nn.Module], device: torch.device) -> bool:
+    """Whether blocks' whole weights take at most half of the memory that is free."""
+    parameters = {id(parameter): parameter for block in blocks for parameter in block.parameters()}
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+    on_host = device.type != "cuda"
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if on_host else free_memory(device)
+    return 2 * needed <= free
 
 
 def leave_constant_buffers(trainer: pl.Trainer, model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from dft_lightning.distributed import gather_lists
 from dft_lightning.errors import InputError
 from dft_lightning.metrics import ExactMatch, TokenMetrics, pass_at_k, reported_k
+from dft_lightning.models.decoding import drawing_by
 from dft_lightning.models.generation import GenerationOptions
 from dft_lightning.models.layout import KEY, with_layout
 from dft_lightning.models.row_checks import evaluating
@@ -32,11 +33,11 @@ def check_prompts(trainer: pl.Trainer, module: CausalLMModule, split: str, limit
 
 
 @contextmanager
-def measuring(trainer: pl.Trainer, module: CausalLMModule, seed: int = 0) -> Iterator[None]:
+def measuring(trainer: pl.Trainer, module: CausalLMModule) -> Iterator[None]:
     """Evaluation mode, the run's precision, and a random state of its own: training goes on as if nothing happened."""
     devices = [module.device] if module.device.type == "cuda" else []
     with torch.random.fork_rng(devices), evaluating(module), trainer.precision_plugin.forward_context():
-        torch.manual_seed(seed + trainer.global_rank)
+        torch.manual_seed(0)  # of a model whose forward draws
         yield
 
 
@@ -54,15 +55,18 @@ def count_correct(
     """How many of ``num_samples`` completions are right, for each of the first ``limit`` problems of a split.
 
     A collective: call it on every rank. Every rank gets the counts of all rows, in the rows' order. ``after_batch`` may
-    raise, on every rank alike.
+    raise, on every rank alike. What a sample draws depends on ``seed``, its row and its number alone, whatever the
+    batches and the ranks.
     """
     metric = ExactMatch(module.evaluation.extractor)
     counts: list[tuple[int, int]] = []
-    with measuring(trainer, module, seed):
+    with measuring(trainer, module):
         for batch in trainer.datamodule.generation_dataloader(limit, split):  # type: ignore[attr-defined]
             ids, mask = (_repeat(batch[f"prompt_{k}"], num_samples, module) for k in ("input_ids", "attention_mask"))
-            completions = module.generate(ids, mask, options)
-            for i, index in enumerate(batch["index"].tolist()):
+            indices = batch["index"].tolist()
+            with drawing_by([(seed, index, sample) for index in indices for sample in range(num_samples)]):
+                completions = module.generate(ids, mask, options)
+            for i, index in enumerate(indices):
                 if index >= 0:  # rows of index -1 only make the ranks even
                     samples = completions[i * num_samples : (i + 1) * num_samples]
                     counts.append((index, sum(metric.score(text, batch["answer"][i]) for text in samples)))

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import ctypes
 import inspect
 import os
 import re
-import signal
-import subprocess
 import sys
-import time
 from argparse import SUPPRESS
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +18,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.callbacks import InterruptionCheckpoint, PredictionWriter, StepProgress
-from dft_lightning.callbacks.interruption import Interrupted
 from dft_lightning.checkpoints import keep_whole, newest_saved, refused_write, resolve_checkpoint
 from dft_lightning.checkpoints.trust import importing_only
 from dft_lightning.checkpoints.whole import written
 from dft_lightning.cli import COMMANDS
 from dft_lightning.cli.class_paths import check_known
-from dft_lightning.cli.commands import report, run, user_message
+from dft_lightning.cli.commands import report, run
 from dft_lightning.cli.help import help_asked
 from dft_lightning.cli.outline import EPOCHS, SEED, TRAINER_DEFAULTS, class_option
 from dft_lightning.cli.parsers import refuse_nulls
@@ -48,6 +41,7 @@ from dft_lightning.fit.checkpoint_options import (
 from dft_lightning.fit.help import help_text
 from dft_lightning.fit.own_classes import GROUPS, Classes, read_classes, this_script
 from dft_lightning.fit.parser import Parser
+from dft_lightning.fit.processes import ending_together
 from dft_lightning.fit.run_folder import RunConfig, RunTrainer, default_loggers, named_strategy
 from dft_lightning.foreign.jsonargparse import constructor_problem
 from dft_lightning.foreign.lightning import CommandLine, quiet
@@ -279,43 +273,6 @@ def default_callbacks(given: list[Callback], trainer_config: Any) -> list[Callba
     return [callback for callback, kind in defaults if not any(isinstance(other, kind) for other in given)]
 
 
-_STARTED_BY = "DFT_LIGHTNING_STARTED_BY"
-_PATIENCE = 4.0  # seconds in which the first process should have met the same mistake
-_LAST_WAIT = 60.0
-
-
-def _is_started_by_the_first() -> bool:
-    """Whether Lightning's launcher in another process started this one, which on Linux ends with that then."""
-    if os.environ.get("LOCAL_RANK", "0") == "0" or _STARTED_BY not in os.environ:
-        os.environ[_STARTED_BY] = str(os.getpid())
-        return False
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.environ[_STARTED_BY] != str(os.getppid()):  # it ended before
-        os._exit(1)
-    return True
-
-
-def _status(error: Exception, ends_with_the_first: bool) -> int:
-    """Report an error, once on each machine: every rank there meets the same mistake, as a rule."""
-    is_first = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0
-    if not is_first and user_message(error) is not None:
-        if not ends_with_the_first:
-            return 2
-        time.sleep(_PATIENCE)  # its end is this one's, if it has met the same
-    return report(error)
-
-
-def _started_by(trainers: list[pl.Trainer]) -> list[subprocess.Popen[bytes]]:
-    procs = [each for trainer in trainers for each in getattr(trainer.strategy.launcher, "procs", [])]
-    return [each for each in procs if isinstance(each, subprocess.Popen)]
-
-
-def _let_end(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_LAST_WAIT)
-
-
 def cli_options() -> dict[str, Any]:
     """How :class:`DFTLightningCLI` is built, but for its classes and arguments."""
     return {
@@ -357,22 +314,13 @@ def main(
         raise SystemExit(run(given[0], given[1:], classes))
     quiet()
     no_bars_in_files()
-    is_started = _is_started_by_the_first()
     trainers: list[pl.Trainer] = []
     try:
-        cli = DFTLightningCLI(module_class, datamodule_class, **cli_options(), args=args, on_trainer=trainers.append)
+        with ending_together(trainers):
+            cli = DFTLightningCLI(
+                module_class, datamodule_class, **cli_options(), args=args, on_trainer=trainers.append
+            )
     except Exception as error:
-        for process in _started_by(trainers):  # before they say what they think of its end
-            process.kill()
         error = next(filter(None, (refused_write(error, trainer) for trainer in trainers)), error)
-        raise SystemExit(_status(error, is_started or "TORCHELASTIC_RUN_ID" in os.environ)) from None
-    except Interrupted as ended:
-        if is_started:  # Lightning kills a process that started one of another status
-            raise SystemExit(0) from ended
-        raise
-    finally:
-        if not is_started:
-            os.environ.pop(_STARTED_BY, None)
-        for process in _started_by(trainers):
-            atexit.register(_let_end, process)
+        raise SystemExit(report(error)) from None
     return cli

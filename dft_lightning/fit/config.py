@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies import Strategy
 
 from dft_lightning.cli.commands import FitArguments
 from dft_lightning.cli.parsers import raising_input_errors
@@ -20,6 +21,7 @@ from dft_lightning.errors import InputError
 from dft_lightning.fit.command import DFTLightningCLI, cli_options
 from dft_lightning.fit.own_classes import PACKAGE, Classes
 from dft_lightning.fit.parser import Parser
+from dft_lightning.fit.run_folder import named_strategy
 from dft_lightning.modules import CausalLMModule
 
 Split = Literal["train", "validation", "forgetting", "test", "predict"]
@@ -120,6 +122,18 @@ def module_of(config: dict[str, Any], classes: Classes | None = None) -> CausalL
     """The module of a whole config, its model not yet loaded. Arguments and errors as of :func:`data_of`."""
     module: CausalLMModule = _made("model", config, classes)
     return module
+
+
+def strategy_of(given: Any) -> str | Strategy:
+    """The strategy that a whole config's trainer names, and the object where it has options."""
+    given = named_strategy(given)
+    if isinstance(given, (str, Strategy)):
+        return given
+    parser = Parser(exit_on_error=True)
+    parser.add_argument("--strategy", type=Strategy)
+    with raising_input_errors():
+        made: Strategy = parser.instantiate_classes(parser.parse_object({"strategy": given})).strategy
+    return made
 
 
 def _made(group: str, config: dict[str, Any], classes: Classes | None) -> Any:

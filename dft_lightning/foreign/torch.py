@@ -180,11 +180,6 @@ def unpickling_problem(error: Exception) -> tuple[str | None, str | None]:
     return named and named[1], reason and reason[1]
 
 
-def is_of_a_draw(error: RuntimeError) -> bool:
-    """Whether a token was drawn from probabilities that are not finite."""
-    return "probability tensor" in str(error)
-
-
 @contextmanager
 def called_by_torchdata() -> Iterator[None]:
     """Without the warning of a function that torch deprecates and torchdata's loader calls."""

@@ -7,15 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from dft_lightning.distributed.sharding import local_part
+from dft_lightning.distributed.sharding import gather_again, local_part
 from dft_lightning.models.lora.adapter import base_name
 
 _FIRST = 16
 
 
 def add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
-    """Add a tensor's name, dtype, shape and every bit of its values to a hash, whatever its device."""
+    """Add a tensor's name, dtype, shape and every bit of its values to a hash, whatever its device.
+
+    Of a sharded one it is a collective, and the same as of the whole.
+    """
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     plain = tensor.detach().cpu().contiguous()
     digest.update(f"{name} {plain.dtype} {list(plain.shape)}".encode())
     digest.update(_bits(plain))
@@ -35,6 +40,7 @@ def hash_weights(module: nn.Module) -> str:
     for name in sorted(state):
         if not name.startswith("loss."):
             add_tensor(digest, name, state[name])
+    gather_again(module)
     return digest.hexdigest()
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
@@ -13,9 +13,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from dft_lightning.distributed.strategies import gathered_root, shards_parameters
+from dft_lightning.distributed.ranks import largest_of_ranks
+from dft_lightning.distributed.sharding import ShardingOptions
+from dft_lightning.distributed.strategies import gathered_blocks, gathered_root, shards_parameters
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.models.blocks import uncompiled
+from dft_lightning.models.decoding import Draws, Manner, decode, row_seeds
 from dft_lightning.models.row_checks import apart, evaluating, rounding, trying, vocabulary_of
 
 if TYPE_CHECKING:
@@ -53,27 +56,21 @@ class GenerationOptions:
             raise ValueError(f"top_k must not be negative, got {self.top_k}")
 
 
-@contextmanager
-def _own_generation_config(model: Any, config: Any) -> Iterator[None]:
-    """What the caller leaves unset, ``generate`` fills in from the model (a checkpoint's temperature or repetition
-    penalty). Swapping the model's config for ours means the options asked for are the ones that run."""
-    saved = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = saved
-
-
 class Completions:
     """Completes prompts with the tokenizer and the stop tokens of a run.
 
     Args:
         load_tokenizer: gives the tokenizer beside the model, or ``None``.
+        sharding: of the model, where it is sharded.
     """
 
-    def __init__(self, load_tokenizer: Callable[[], PreTrainedTokenizerBase | None]) -> None:
+    def __init__(
+        self,
+        load_tokenizer: Callable[[], PreTrainedTokenizerBase | None],
+        sharding: ShardingOptions = ShardingOptions(),  # noqa: B008 (frozen)
+    ) -> None:
         self._load_tokenizer = load_tokenizer
+        self._sharding = sharding
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def find_tokenizer(self, datamodule: pl.LightningDataModule | None) -> PreTrainedTokenizerBase | None:
@@ -104,7 +101,7 @@ class Completions:
         """Completions ``[B, S]`` of prompts ``[B, T]``; see :func:`generate`."""
         datamodule = getattr(trainer, "datamodule", None)
         stops, pad = self.stop_token_ids(model, datamodule), self.tokenizer(datamodule).pad_token_id
-        with gathered_root(trainer):
+        with gathered_root(trainer), gathered_blocks(model, self._sharding, input_ids.device) as whole:
             return generate(
                 model,
                 input_ids,
@@ -112,7 +109,7 @@ class Completions:
                 options,
                 stop_token_ids=stops,
                 pad_token_id=int(cast(int, pad)) if pad is not None else (stops[0] if stops else 0),
-                ranks_together=shards_parameters(trainer),
+                ranks_together=shards_parameters(trainer) and not whole,
             )
 
     def texts(self, tokens: Tensor, model: nn.Module | None, datamodule: pl.LightningDataModule | None) -> list[str]:
@@ -132,8 +129,11 @@ def generate(
 ) -> Tensor:
     """Complete a batch of prompts.
 
+    A prompt in several rows, one below the other, runs through the model once. Each row draws by its own numbers; see
+    :func:`.drawing_by`.
+
     Args:
-        model: a transformers model with ``generate``.
+        model: takes ``input_ids``, ``attention_mask`` and ``use_cache``, and returns ``.logits``.
         input_ids: ``[B, T]``, padded on the left.
         attention_mask: ``[B, T]``, 0 at padding.
         options: how to generate.
@@ -145,127 +145,148 @@ def generate(
         ``[B, S]`` new tokens, the stop token included, ``S <= max_new_tokens``.
 
     Raises:
-        InputError: what it generates is not what its logits say, one row at a time or not.
-        TypeError: the model has no ``generate``.
+        InputError: what it generates is not what its logits say, one row at a time or not; or tokens are to be drawn
+            by probabilities that are NaN or infinite.
+        TypeError: the model is none that generates.
     """
-    from transformers import GenerationConfig
+    manner = _manner_of(model, pad_token_id)
+    drawn = _draws(options, len(input_ids), input_ids.device)
+    stops = torch.tensor(sorted(stop_token_ids), dtype=torch.int64, device=input_ids.device)
+    never = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    if not hasattr(model, "generate"):
-        raise TypeError(f"{type(model).__name__} has no generate(); override CausalLMModule.generate for it")
-    sampling = {"temperature": options.temperature, "top_p": options.top_p} if options.do_sample else {}
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=options.max_new_tokens,
-        do_sample=options.do_sample,
-        top_k=options.top_k if options.do_sample else None,
-        eos_token_id=list(stop_token_ids),
-        pad_token_id=pad_token_id,
-        **sampling,
-    )
-    manner = _manner_of(model, pad_token_id, ranks_together)
-    config.use_cache = manner.use_cache
+    def choose(logits: Tensor, rows: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        tokens, broken = (logits.argmax(dim=-1), never[rows]) if drawn is None else drawn(logits, rows, place)
+        return tokens, broken | torch.isin(tokens, stops)
+
+    most: Callable[[int], int] = partial(largest_of_ranks, device=input_ids.device) if ranks_together else int
+
+    def completed(ids: Tensor, mask: Tensor, first: int = 0) -> Tensor:
+        """Of rows from the ``first`` on."""
+        return decode(
+            model,
+            ids,
+            mask,
+            lambda logits, rows, place: choose(logits, rows + first, place),
+            max_new_tokens=options.max_new_tokens,
+            pad_token_id=pad_token_id,
+            manner=manner,
+            others_go_on=lambda goes_on: bool(most(goes_on)),
+        )
+
     with evaluating(model), uncompiled():
         if manner.together:
-            return _generated(model, input_ids, attention_mask, config, synced_gpus=ranks_together).sequences
-        rows = [
-            _generated(model, ids[kept.bool()][None], kept[kept.bool()][None], config, synced_gpus=ranks_together)
-            for ids, kept in zip(input_ids, attention_mask, strict=True)
-        ]
-    return nn.utils.rnn.pad_sequence([row.sequences[0] for row in rows], True, float(pad_token_id))
+            tokens = completed(input_ids, attention_mask)
+        else:
+            own = len(input_ids)  # where another rank has more rows, this one goes along with its last
+            kept = [min(row, own - 1) for row in range(most(own))]
+            alone = [(input_ids[row, attention_mask[row].bool()].unsqueeze(0), row) for row in kept]
+            rows = [completed(ids, torch.ones_like(ids), row)[0] for ids, row in alone]
+            tokens = nn.utils.rnn.pad_sequence(rows[:own], True, float(pad_token_id))
+    if drawn is not None and drawn.broken:
+        raise InputError(BROKEN)
+    return tokens
 
 
-@dataclass(frozen=True)
-class _Manner:
-    """How a model has to generate, so that each row's completion is what its own logits say."""
-
-    together: bool = True
-    use_cache: bool = True
+BROKEN = (
+    "the model's probabilities are NaN or infinite: its weights are broken, or trainer.precision is too little for them"
+)
 
 
-_MANNERS: WeakKeyDictionary[nn.Module, _Manner] = WeakKeyDictionary()
-_LONG, _SHORT, _NEW = 8, 5, 3
+def _draws(options: GenerationOptions, rows: int, device: torch.device) -> Draws | None:
+    """What draws the tokens; ``None`` for the likeliest."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    if not options.do_sample:
+        return None
+    filters: list[Any] = []  # in transformers' order
+    if options.temperature != 1:
+        filters.append(TemperatureLogitsWarper(options.temperature))
+    if options.top_k:
+        filters.append(TopKLogitsWarper(options.top_k))
+    if options.top_p < 1:
+        filters.append(TopPLogitsWarper(options.top_p))
+
+    def filtered(logits: Tensor) -> Tensor:
+        return reduce(lambda found, each: each(None, found), filters, logits)
+
+    return Draws(row_seeds(rows), options.max_new_tokens, filtered, device)
 
 
-def _manner_of(model: nn.Module, pad_token_id: int, ranks_together: bool) -> _Manner:
+_MANNERS: WeakKeyDictionary[nn.Module, Manner] = WeakKeyDictionary()
+_LONG, _SHORT, _NEW = 8, 5, 4
+
+
+def _manner_of(model: nn.Module, pad_token_id: int) -> Manner:
     """Found out once for a model, on a few tokens, before the first prompt.
 
-    A short row beside a longer one, padded on the left as prompts are, has to get the logits that the model's forward,
-    which training runs, gives it alone and without a cache. Recurrent states that padding moves, positions that count
-    padding, and caches that do not go on as the forward does, fail; then rows are generated one at a time, and at last
-    without a cache.
+    A short row beside longer ones that leave the batch, padded on the left as prompts are, has to get the logits that
+    the model's forward, which training runs, gives it alone and without a cache. Recurrent states that padding moves,
+    positions that count padding, and caches that do not go on as the forward does, fail; then rows are generated one
+    at a time, or without a cache.
 
     Raises:
         InputError: no manner does.
+        TypeError: the model does not even run.
     """
     if model in _MANNERS:
         return _MANNERS[model]
     reason = ""
-    for manner in (_Manner(), _Manner(together=False), _Manner(together=False, use_cache=False)):
-        reason = _goes_wrong(model, manner, pad_token_id, ranks_together)
+    for manner in (Manner(), Manner(together=False), Manner(use_cache=False), Manner(together=False, use_cache=False)):
+        reason = _goes_wrong(model, manner, pad_token_id)
         if not reason:
             break
     else:
+        if not hasattr(model, "generate"):
+            raise TypeError(f"{type(model).__name__} has no generate(); override CausalLMModule.generate for it")
         raise InputError(
             f"model: {type(model).__name__} does not generate what its logits say, not even one row at a time and "
             f"without a cache ({reason}): override CausalLMModule.generate, or leave generation out (validate, fit)"
         )
-    if not manner.together:
-        rank_zero_info(
-            f"generation: {type(model).__name__} does not keep rows of a padded batch apart, and generates one row "
-            "at a time" + ("" if manner.use_cache else ", without a cache")
-        )
+    if manner != Manner():
+        rank_zero_info(_SAID[manner].format(type(model).__name__))
     _MANNERS[model] = manner
     return manner
 
 
-def _goes_wrong(model: nn.Module, manner: _Manner, pad_token_id: int, ranks_together: bool) -> str:
-    """Why a manner is not one for a model; empty where it is."""
-    from transformers import GenerationConfig
+_APART = "generation: {} does not keep rows of a padded batch apart, and generates one row at a time"
+_SAID = {
+    Manner(together=False): _APART,
+    Manner(use_cache=False): "generation: {} has no cache, and computes all rows again for each token",
+    Manner(together=False, use_cache=False): f"{_APART}, without a cache",
+}
 
+
+def _goes_wrong(model: nn.Module, manner: Manner, pad_token_id: int) -> str:
+    """Why a manner is not one for a model; empty where it is."""
     device = next(model.parameters()).device
     tokens = torch.arange(_LONG + _SHORT, device=device) % vocabulary_of(model, _LONG + _SHORT)
     long, short = tokens[:_LONG], tokens[_LONG:]
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=_NEW,
-        do_sample=False,
-        eos_token_id=[],
-        pad_token_id=pad_token_id,
-        use_cache=manner.use_cache,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
     rows, mask = short[None], torch.ones(1, _SHORT, dtype=torch.int64, device=device)
     if manner.together:
-        rows = torch.stack([torch.cat([short.new_full((_LONG - _SHORT,), pad_token_id), short]), long])
+        rows = torch.stack([long, torch.cat([short.new_full((_LONG - _SHORT,), pad_token_id), short]), long, long])
         mask = torch.ones_like(rows)
-        mask[0, : _LONG - _SHORT] = 0
+        mask[1, : _LONG - _SHORT] = 0
+    place_of_short = int(manner.together)
+    seen: list[Tensor] = []
+
+    def choose(logits: Tensor, numbers: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens; the long rows end one after the other."""
+        seen.append(logits[numbers == place_of_short])
+        return logits.argmax(dim=-1), (numbers != place_of_short) & (numbers <= place + 1)
+
     try:
         with trying(model):
-            made = _generated(model, rows, mask, config, synced_gpus=ranks_together)
-            whole = torch.cat([short, made.sequences[0]])[None, :-1]
+            given = {"max_new_tokens": _NEW, "pad_token_id": pad_token_id, "manner": manner}
+            made = decode(model, rows, mask, choose, **given)[place_of_short]
+            whole = torch.cat([short, made])[None, :-1]
             own = model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False).logits[0, -_NEW:]
     except Exception as error:  # whatever a model's own code raises over rows it cannot work with
         return one_line(error)
-    found = torch.stack([step[0] for step in made.logits]).to(own.dtype)
+    found = torch.cat(seen).to(own.dtype)
     moved = apart(found, own)
     if not own.isfinite().all() or moved <= max(1e-3 * own.abs().max().item(), rounding(own, 16)):
         return ""  # a model of nan shows in the loss
     return f"its logits differ by {moved:.3g}"
-
-
-@dataclass
-class _Generated:
-    sequences: Tensor
-    logits: Sequence[Tensor]
-
-
-def _generated(model: Any, input_ids: Tensor, attention_mask: Tensor, config: Any, *, synced_gpus: bool) -> _Generated:
-    """New tokens ``[B, S]``, and the logits of each step where ``config`` asks for them."""
-    with _own_generation_config(model, config):
-        made: Any = model.generate(
-            input_ids=input_ids, attention_mask=attention_mask, generation_config=config, synced_gpus=synced_gpus
-        )
-    sequences: Tensor = made if isinstance(made, Tensor) else made.sequences
-    return _Generated(sequences[:, input_ids.shape[1] :], () if isinstance(made, Tensor) else made.logits)
 
 
 def stop_token_ids(model: Any, tokenizer: Any, end_of_turn_ids: Sequence[int]) -> list[int]:

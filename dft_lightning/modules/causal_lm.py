@@ -21,6 +21,7 @@ from dft_lightning.distributed.strategies import leave_constant_buffers
 from dft_lightning.foreign.lightning import PlainHyperparameters, believe_reduced, logs_now, trainer_of
 from dft_lightning.foreign.torch import Moving
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss
+from dft_lightning.models.decoding import drawing_by_row
 from dft_lightning.models.documents import model_inputs
 from dft_lightning.models.flops import ModelFlops
 from dft_lightning.models.generation import Completions, GenerationOptions
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Batch = dict[str, Any]
-_RUN_THE_MODEL = ("training_step", "validation_step", "test_step", "predict_step", "token_output", "generate")
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+_RUN_THE_MODEL = (*_STEPS, "token_output", "generate", "generate_tokens")
 
 
 class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningModule):
@@ -133,7 +135,7 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         self._builder = ModelBuilder(model, self.loss, self.loading, self.sharding, self.step, peft, reference_model)
         self.model_name = self._builder.base_name  # where the data module's tokenizer is, if it names none
         self._objective = BatchObjective(self.loading.head, self.step, own_forward, name)
-        self._completions = Completions(self._builder.load_tokenizer)
+        self._completions = Completions(self._builder.load_tokenizer, self.sharding)
         self._optimization = OptimizerBuilder(optimizer, schedule)
         self._steps = OptimizerSteps(self.step, self.train_telemetry, name)
         self._run_state = RunState(self._steps, self.train_telemetry, name)
@@ -341,8 +343,9 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Generate completions. Returns ``index``, ``prompt``, ``completion`` and ``answer`` of each row."""
         check_prompts(batch)
-        options = self.evaluation.generation
-        return records_of(batch, self.generate(batch["prompt_input_ids"], batch["prompt_attention_mask"], options))
+        with drawing_by_row(batch["index"]):
+            options = self.evaluation.generation
+            return records_of(batch, self.generate(batch["prompt_input_ids"], batch["prompt_attention_mask"], options))
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, options: GenerationOptions) -> list[str]:
         """Complete prompts ``[B, T]`` (padded on the left); the texts end before the end-of-turn token."""

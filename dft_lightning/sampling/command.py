@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import asdict
 from functools import reduce
 from operator import getitem
@@ -13,21 +12,19 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from dft_lightning.callbacks.interruption import Interrupted
 from dft_lightning.cli.commands import Stopped
 from dft_lightning.distributed.strategies import check_half_precision, check_precision
 from dft_lightning.errors import InputError
-from dft_lightning.evaluation.completions import sampled_shares
-from dft_lightning.fit.config import FitConfig, Split, fit_arguments, module_of, read_fit
-from dft_lightning.fit.one_device import ending_on_signals, of_one_device, predict, status_of
+from dft_lightning.fit.config import FitConfig, Split, fit_arguments, module_of, read_fit, strategy_of
+from dft_lightning.fit.on_devices import ending_on_signals, of_its_devices, predict, status_of
+from dft_lightning.fit.processes import ending_together
 from dft_lightning.metrics import ExactMatch
-from dft_lightning.models.fingerprints import hash_weights
 from dft_lightning.models.generation import GenerationOptions
-from dft_lightning.sampling.completions import Completion, Sampler
-from dft_lightning.sampling.partial_file import Job, PartialFile
-from dft_lightning.sampling.prompts import Prompts, jobs_by_length, read_prompts
+from dft_lightning.sampling.completions import Sampler
+from dft_lightning.sampling.lines import Lines
+from dft_lightning.sampling.prompts import jobs_by_length, read_prompts
 
 # What of the model decides its answers and which of them are right.
 _OF_THE_MODEL = (
@@ -83,49 +80,50 @@ def sample(
     _check_sampling(temperature, top_p)
     output, fit = Path(output), fit_arguments(fit)
     check_output(output, overwrite)
-    try:
-        with ending_on_signals():
-            config = read_fit(fit)
-            if config.get("ckpt_path") is not None:
-                raise InputError(
-                    "--ckpt_path: sample takes no checkpoint: `export` it, and give the folder as --model.model, with "
-                    "--data.text.tokenizer where the config names one"
-                )
-            data, prompts = read_prompts(config, split, limit, fit.classes)
-            # Sampling needs no loss, and one may read what rows do not have.
-            model = {**config["model"], "loss": _NO_LOSS, "reference_model": None}
-            module = module_of({**config, "model": model}, fit.classes)
-            if module.evaluation.answer_extractor is None:
-                raise InputError(
-                    "model.evaluation.answer_extractor: not set, and sample says which answers are right by it: "
-                    "LastNumber, HashAnswer, BoxedAnswer, MathAnswer, WholeText or your own"
-                )
-            scorer = ExactMatch(module.evaluation.answer_extractor)
-            scorer.check(prompts.answers(), split)
-            longest = max_new_tokens or module.evaluation.generation.max_new_tokens
-            generation = GenerationOptions(longest, True, temperature, top_p)
-            batch_size = batch_size or data.eval_batch_size
-            batches = jobs_by_length([len(ids) for ids in prompts.ids], k, batch_size)
-            trainer = trainer_of(config["trainer"])
-            asked: dict[str, Any] = {"--split": split, "--limit": limit, "--k": k, "--seed": seed}
-            asked |= {f"--{name}": asdict(generation)[name] for name in ("temperature", "top_p", "max_new_tokens")}
-            asked |= {"--batch_size": batch_size, "trainer.precision": config["trainer"]["precision"]}
-            asked |= {f"model.{name}": reduce(getitem, name.split("."), config["model"]) for name in _OF_THE_MODEL}
-            asked["model.class_path"] = config["model"].get("class_path")
-            asked["the prompts (rows, tokenizer or template)"] = prompts.digest
+    trainers: list[pl.Trainer] = []
+    with ending_together(trainers):
+        try:
+            with ending_on_signals():
+                config = read_fit(fit)
+                if config.get("ckpt_path") is not None:
+                    raise InputError(
+                        "--ckpt_path: sample takes no checkpoint: `export` it, and give the folder as --model.model, "
+                        "with --data.text.tokenizer where the config names one"
+                    )
+                data, prompts = read_prompts(config, split, limit, fit.classes)
+                # Sampling needs no loss, and one may read what rows do not have.
+                model = {**config["model"], "loss": _NO_LOSS, "reference_model": None}
+                module = module_of({**config, "model": model}, fit.classes)
+                if module.evaluation.answer_extractor is None:
+                    raise InputError(
+                        "model.evaluation.answer_extractor: not set, and sample says which answers are right by it: "
+                        "LastNumber, HashAnswer, BoxedAnswer, MathAnswer, WholeText or your own"
+                    )
+                scorer = ExactMatch(module.evaluation.answer_extractor)
+                scorer.check(prompts.answers(), split)
+                longest = max_new_tokens or module.evaluation.generation.max_new_tokens
+                generation = GenerationOptions(longest, True, temperature, top_p)
+                batch_size = batch_size or data.eval_batch_size
+                batches = jobs_by_length([len(ids) for ids in prompts.ids], k, batch_size)
+                trainers.append(trainer_of(config["trainer"]))
+                asked: dict[str, Any] = {"--split": split, "--limit": limit, "--k": k, "--seed": seed}
+                asked |= {f"--{name}": asdict(generation)[name] for name in ("temperature", "top_p", "max_new_tokens")}
+                asked |= {"--batch_size": batch_size, "trainer.precision": config["trainer"]["precision"]}
+                asked |= {f"model.{name}": reduce(getitem, name.split("."), config["model"]) for name in _OF_THE_MODEL}
+                asked["model.class_path"] = config["model"].get("class_path")
+                asked["the prompts (rows, tokenizer or template)"] = prompts.digest
+                lines = Lines(output, asked, batches, overwrite, prompts, scorer)
 
-            def step(*_: Any) -> str:
-                """With the model on its device; returns what became of it."""
-                file = PartialFile(output, {**asked, "the weights": hash_weights(module)}, batches, overwrite)
-                sampler = Sampler(module, trainer, generation, module.stop_token_ids, data._pad_token_id(), seed)
-                said = f"{output}: {_written(file, sampler, prompts, scorer, k)}"
-                print(said)
-                return said
+                def step(*_: Any) -> str:
+                    """With the model on its device; returns what became of it."""
+                    pad = data._pad_token_id()
+                    sampler = Sampler(module, trainers[0], generation, module.stop_token_ids, pad, seed)
+                    return lines.write(sampler)
 
-            torch.manual_seed(0)  # of a model from a config, or a new adapter: the same when a run goes on
-            predict(trainer, module, data, _Once(), step)
-    except (KeyboardInterrupt, Interrupted) as ending:
-        raise Stopped("stopped before anything was sampled", status_of(ending)) from None
+                torch.manual_seed(0)  # of a model from a config, or a new adapter: the same when a run goes on
+                predict(trainers[0], module, data, _Once(), step)
+        except (KeyboardInterrupt, Interrupted) as ending:
+            raise Stopped("stopped before anything was sampled", status_of(ending)) from None
 
 
 def _check_numbers(**given: int | None) -> None:
@@ -155,31 +153,19 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise InputError(f"--output: {path} is there: give another file, or --overwrite")
 
 
-def _written(file: PartialFile, sampler: Sampler, prompts: Prompts, scorer: ExactMatch, k: int) -> str:
-    """Sample what is not there yet, and write the whole; returns what became of it."""
-    try:
-        speed = _fill(file, sampler, prompts, scorer)
-        summary = summarise(file, k, speed, sampler.options.max_new_tokens)
-        file.finish()
-    except (KeyboardInterrupt, Interrupted) as ending:
-        kept = f"{file.lines_done} of {sum(map(len, file.batches))} answers are in {file.path}"
-        raise Stopped(f"stopped: {kept}; the same command goes on with the others", status_of(ending)) from None
-    finally:
-        file.close()
-    return summary
-
-
 _NO_LOSS = {"class_path": "dft_lightning.losses.CrossEntropyLoss"}
 
 
 def trainer_of(options: dict[str, Any]) -> pl.Trainer:
-    """The trainer of a whole config on one device, without a progress bar and plugins of its own.
+    """The trainer of a whole config on its devices, without a progress bar and plugins of its own.
 
     Raises:
         InputError: no such precision, or none of this device.
     """
-    check_precision("auto", options["precision"])
-    trainer = pl.Trainer(**{**of_one_device(options), "enable_progress_bar": False, "plugins": None})
+    strategy = strategy_of(options["strategy"])
+    check_precision(strategy, options["precision"])
+    own = {"strategy": strategy, "enable_progress_bar": False, "plugins": None}
+    trainer = pl.Trainer(**{**of_its_devices(options), **own})
     check_half_precision(trainer, options["precision"])
     return trainer
 
@@ -192,55 +178,3 @@ class _Once(Dataset[None]):
 
     def __getitem__(self, index: int) -> None:
         return None
-
-
-def _fill(file: PartialFile, sampler: Sampler, prompts: Prompts, scorer: ExactMatch) -> float:
-    """Sample the batches that are not there yet; returns tokens per second, 0 where none were left."""
-    tokens, seconds = 0, 0.0
-    total = sum(map(len, file.batches))
-    with tqdm(total=total, initial=file.lines_done, desc="Sampling", unit=" answers", disable=None) as bar:
-        for number in range(file.batches_done, len(file.batches)):
-            jobs, begun = file.batches[number], time.perf_counter()
-            found = sampler.batch(number, [prompts.ids[index] for index, _ in jobs])
-            seconds += time.perf_counter() - begun
-            tokens += sum(completion.num_tokens for completion in found)
-            file.append([line_of(*pair, prompts, scorer) for pair in zip(jobs, found, strict=True)])
-            bar.update(len(jobs))
-    return tokens / seconds if seconds else 0.0
-
-
-def line_of(job: Job, completion: Completion, prompts: Prompts, scorer: ExactMatch) -> dict[str, Any]:
-    """What is written of a completion. One that was cut off is not right, whatever it says."""
-    index, number = job
-    answer = prompts.answer(index)
-    assert answer is not None, "checked before"
-    correct = completion.finished and scorer.score(completion.text, answer)
-    return {
-        **prompts.question(index),
-        prompts.options.completion_column: completion.text,
-        "gold_answer": answer,
-        "correct": correct,
-        "reward": float(correct),
-        "log_prob": completion.log_prob,
-        "num_tokens": completion.num_tokens,
-        "finished": completion.finished,
-        "index": index,
-        "sample": number,
-    }
-
-
-def summarise(file: PartialFile, k: int, speed: float, max_new_tokens: int) -> str:
-    """What became of all the answers."""
-    right: dict[int, int] = {}
-    cut = 0
-    for line in file.lines():
-        right[line["index"]] = right.get(line["index"], 0) + line["correct"]
-        cut += not line["finished"]
-    counts = list(right.values())
-    values = sampled_shares(counts, k)
-    names = {"sampled": f"avg@{k}", **{name: name.replace("_at_", "@") for name in values if name != "sampled"}}
-    shares = ", ".join(f"{shown} {values[name]:.3f}" for name, shown in names.items())
-    text = f"{k * len(counts)} answers to {len(counts)} prompts, {sum(counts)} right: {shares}; "
-    text += f"{sum(count > 0 for count in counts)} prompts have a right one"
-    text += f"; {cut} cut off at {max_new_tokens} tokens" if cut else ""
-    return text + (f"; {speed:.0f} tokens/s" if speed else "")

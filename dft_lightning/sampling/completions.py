@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -16,10 +15,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dft_lightning.errors import InputError
 from dft_lightning.evaluation.completions import measuring
-from dft_lightning.foreign.torch import is_of_a_draw
 from dft_lightning.losses.base import IGNORE_INDEX
-from dft_lightning.models.generation import GenerationOptions, completion_lengths, decode_completions
+from dft_lightning.models.decoding import drawing_by
+from dft_lightning.models.generation import BROKEN, GenerationOptions, completion_lengths, decode_completions
 from dft_lightning.modules import CausalLMModule
+from dft_lightning.sampling.partial_file import Job
 from dft_lightning.sampling.prompts import IntArray
 
 
@@ -49,7 +49,7 @@ class Sampler:
         options: how to generate.
         stop_token_ids: a completion ends with the first of these.
         pad_token_id: fills up batches, masked everywhere.
-        seed: with a batch's number it decides all that is random in the batch.
+        seed: with a prompt's index and a sample's number it decides what is drawn.
 
     Raises:
         InputError: nothing would ever end a completion.
@@ -73,19 +73,20 @@ class Sampler:
         self.pad_token_id = pad_token_id
         self.seed = seed
 
-    def batch(self, number: int, prompts: Sequence[IntArray]) -> list[Completion]:
-        """A completion of each prompt, the same whenever a batch of this number is sampled.
+    def batch(self, jobs: Sequence[Job], prompts: Sequence[IntArray]) -> list[Completion]:
+        """A completion of each prompt, the same whenever this (prompt, sample) of ``jobs`` is sampled.
 
         Raises:
             InputError: probabilities that are NaN or infinite.
         """
-        with measuring(self.trainer, self.module, seed_of(self.seed, number)):
+        seeds = [(self.seed, *job) for job in jobs]
+        with measuring(self.trainer, self.module), drawing_by(seeds):
             tokens, texts = self._generate(prompts)
             lengths = completion_lengths(tokens, self.stop_token_ids)
             sampled = [row[:length] for row, length in zip(tokens.cpu(), lengths, strict=True)]
             log_probs = self._log_probs(prompts, sampled)
         if not torch.tensor(log_probs).isfinite().all():
-            raise InputError(_BROKEN)
+            raise InputError(BROKEN)
         return [
             # A NUL is no text that a row may have.
             Completion(text.replace("\0", "\ufffd"), log_prob, len(row), int(row[-1]) in self.stop_token_ids)
@@ -97,13 +98,8 @@ class Sampler:
         ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         device = self.module.device
-        try:
-            with _generated_tokens(self.module) as calls:
-                texts = self.module.generate(ids.to(device), mask.to(device), self.options)
-        except RuntimeError as error:  # torch's, of a draw from NaN
-            if not is_of_a_draw(error):
-                raise
-            raise InputError(_BROKEN) from error
+        with _generated_tokens(self.module) as calls:
+            texts = self.module.generate(ids.to(device), mask.to(device), self.options)
         said = [decode_completions(self.module.tokenizer, tokens, self.stop_token_ids) for tokens in calls]
         if said != [texts]:  # one of the module's own
             raise InputError(
@@ -144,13 +140,3 @@ def _generated_tokens(module: CausalLMModule) -> Iterator[list[Tensor]]:
         yield calls
     finally:
         del module.generate_tokens
-
-
-_BROKEN = (
-    "the model's probabilities are NaN or infinite: its weights are broken, or trainer.precision is too little for them"
-)
-
-
-def seed_of(seed: int, number: int) -> int:
-    """A seed for a batch: neighbours of either have nothing in common."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:7], "little")

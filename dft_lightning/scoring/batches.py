@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ Key = tuple[int, int]  # the split's place and the row's
 
 
 def target_log_probs(module: CausalLMModule, batch: dict[str, Any], batch_idx: int) -> list[Any]:
-    """What a module predicts here: the log-probs of each row's targets, in order, ``[n]``, float32."""
+    """The log-probs of each row's targets, in order, ``[n]``, float32."""
     output = module.token_output({name: value for name, value in batch.items() if name != "pieces"})
     counts = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).tolist()
     return [part.numpy() for part in torch.split(output.log_prob.float().cpu(), counts)]
@@ -40,29 +41,38 @@ class _Waiting:
     parts: list[Any]
 
 
-class ScoringBatches(IterableDataset[dict[str, Any]]):
+class ScoringBatches(IterableDataset[list[dict[str, Any]]]):
     """Batches of the pieces of rows, longest first within some rows; each row waits here until all are scored.
+
+    They come in turns, a batch for each rank, and are the same on any number of ranks.
 
     Args:
         splits: the rows, checked.
         collator: to batches.
         batch_size: pieces of a batch.
+        ranks: batches of a turn.
 
     Attributes:
         waiting: rows in their order, by split and number in the order.
     """
 
-    def __init__(self, splits: list[SplitRows], collator: Collator, batch_size: int) -> None:
+    def __init__(self, splits: list[SplitRows], collator: Collator, batch_size: int, ranks: int = 1) -> None:
         super().__init__()
         self.splits = splits
         self.collator = collator
         self.batch_size = batch_size
+        self.ranks = ranks
         self.waiting: dict[Key, _Waiting] = {}
 
     def __len__(self) -> int:
-        return sum(-(-pieces // self.batch_size) for split in self.splits for pieces in split.pieces)
+        return -(-sum(-(-pieces // self.batch_size) for split in self.splits for pieces in split.pieces) // self.ranks)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        batches = self._all()
+        while turn := list(itertools.islice(batches, self.ranks)):
+            yield turn
+
+    def _all(self) -> Iterator[dict[str, Any]]:
         for place, split in enumerate(self.splits):
             count = 0
             for stretch in split.stretches():
@@ -90,10 +100,10 @@ class ScoredWriter(Callback):
 
     Args:
         batches: where rows wait.
-        folder: of a folder for each split.
+        folder: of a folder for each split; ``None`` on ranks that write nothing.
     """
 
-    def __init__(self, batches: ScoringBatches, folder: Path) -> None:
+    def __init__(self, batches: ScoringBatches, folder: Path | None) -> None:
         self.batches = batches
         self.folder = folder
         self.rows = [0] * len(batches.splits)
@@ -101,7 +111,7 @@ class ScoredWriter(Callback):
         self._files: list[TextIO] = []
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for split in self.batches.splits:
+        for split in self.batches.splits if self.folder is not None else ():
             (self.folder / split.split).mkdir()
             self._files.append((self.folder / split.split / FILE).open("w", encoding="utf-8"))
 
@@ -114,8 +124,9 @@ class ScoredWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        for (place, number, piece), log_prob in zip(batch["pieces"], outputs, strict=True):
-            self.batches.waiting[place, number].parts[piece] = log_prob
+        for each, log_probs in zip(batch, outputs, strict=True):
+            for (place, number, piece), log_prob in zip(each["pieces"], log_probs, strict=True):
+                self.batches.waiting[place, number].parts[piece] = log_prob
         self._write()
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -149,6 +160,7 @@ class ScoredWriter(Callback):
             )
         # The shortest digits that are the same number in float32, where those of a Python float are of float64.
         values = {LOG_PROB: [float(str(value)) for value in log_prob], FINGERPRINT: found.row.fingerprint}
-        self._files[place].write(json.dumps({**found.row.values, **values}) + "\n")
+        if self._files:
+            self._files[place].write(json.dumps({**found.row.values, **values}) + "\n")
         self.rows[place] += 1
         self.targets[place] += len(log_prob)

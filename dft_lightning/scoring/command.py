@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,14 +19,17 @@ from dft_lightning.cli import READ_AS
 from dft_lightning.cli.commands import FitArguments, Stopped
 from dft_lightning.cli.parsers import raising_input_errors
 from dft_lightning.data import InstructionDataModule
+from dft_lightning.distributed import gather_lists
 from dft_lightning.errors import InputError, check_one_of
 from dft_lightning.files import check_replaceable, replacing_folder
 from dft_lightning.fit.command import DFTLightningCLI, cli_options
 from dft_lightning.fit.config import FitConfig, fit_arguments
-from dft_lightning.fit.one_device import ending_on_signals, of_one_device, predict, status_of
+from dft_lightning.fit.on_devices import ending_on_signals, of_its_devices, predict, status_of
 from dft_lightning.fit.own_classes import PACKAGE
+from dft_lightning.fit.processes import ending_together
 from dft_lightning.foreign.lightning import believe_lengths
 from dft_lightning.losses import CrossEntropyLoss
+from dft_lightning.modules import CausalLMModule
 from dft_lightning.scoring.batches import ScoredWriter, ScoringBatches, target_log_probs
 from dft_lightning.scoring.rows import SplitRows
 from dft_lightning.version import __version__
@@ -37,7 +40,7 @@ RECORD = "score.json"
 
 
 def score(output: Path, overwrite: bool = False, splits: list[Split] | None = None, *, fit: FitConfig) -> None:
-    """Run a model once over the rows of a fit config, on one device, and write them with the log-prob of each target
+    """Run a model once over the rows of a fit config, and write them with the log-prob of each target
     token, for losses that read ``reference_log_prob``.
 
     ``--ckpt_path PATH`` scores with a trained checkpoint. All other options are those of fit.
@@ -55,12 +58,16 @@ def score(output: Path, overwrite: bool = False, splits: list[Split] | None = No
     """
     output, fit = Path(output), fit_arguments(fit)
     _check_names(splits)
-    try:
-        with ending_on_signals(), raising_input_errors():
-            check_replaceable(output, overwrite, (RECORD,), "--output", SPLITS)
-            scored = ScoringCLI(fit, splits, output).scored
-    except Interrupted as ending:
-        raise Stopped("stopped: nothing was written", status_of(ending)) from None
+    trainers: list[pl.Trainer] = []
+    with ending_together(trainers):
+        try:
+            with ending_on_signals(), raising_input_errors():
+                check_replaceable(output, overwrite, (RECORD,), "--output", SPLITS)
+                scored = ScoringCLI(fit, splits, output, trainers.append).scored
+        except Interrupted as ending:
+            raise Stopped("stopped: nothing was written", status_of(ending)) from None
+    if not trainers[0].is_global_zero:
+        return
     flags = " ".join(f"--data.{split} {shlex.quote(str(output / split))}" for split in scored)
     print(f"{output}: add to fit, with the same data options:\n    {flags}")
 
@@ -75,33 +82,40 @@ class _Scored(Exception):
 
 
 class ScoringCLI(DFTLightningCLI):
-    """Takes a ``fit`` config as ``predict`` does, and scores on one device.
+    """Takes a ``fit`` config as ``predict`` does, and scores.
 
     Args:
         fit: whose model and rows.
         splits: which to score; ``None`` for all that the config has.
         output: the folder to write.
+        on_trainer: as of :class:`.DFTLightningCLI`.
     """
 
-    def __init__(self, fit: FitArguments, splits: Sequence[Split] | None, output: Path) -> None:
+    def __init__(
+        self,
+        fit: FitArguments,
+        splits: Sequence[Split] | None,
+        output: Path,
+        on_trainer: Callable[[pl.Trainer], None],
+    ) -> None:
         self.splits = splits
         self.output = output
         self.scored: list[Split] = []
-        options = {**cli_options(), "save_config_callback": None}
+        options = {**cli_options(), "save_config_callback": None, "on_trainer": on_trainer}
         classes = fit.classes or PACKAGE
         with contextlib.suppress(_Scored):
             super().__init__(classes.model, classes.data, **options, args=[READ_AS["score"], *fit.args])
 
     def before_instantiate_classes(self) -> None:
-        """What a run has beside its device and precision, callbacks and several processes among it, stays away."""
+        """What a run has beside its devices and precision, callbacks among it, stays away."""
         options = self._options(self.config)
         if options.ckpt_path is not None and Path(options.ckpt_path).is_dir():
             raise InputError(
-                f"--ckpt_path: {options.ckpt_path} is a folder of shards, and score runs on one device: export it, and "
+                f"--ckpt_path: {options.ckpt_path} is a folder of shards, which score does not read: export it, and "
                 "give model.model what is written"
             )
         defaults = self.options_parser().get_defaults().trainer
-        for name, value in {**vars(defaults), **of_one_device(vars(options.trainer))}.items():
+        for name, value in {**vars(defaults), **of_its_devices(vars(options.trainer))}.items():
             options.trainer[name] = value
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -126,12 +140,15 @@ class ScoringCLI(DFTLightningCLI):
 
     def _score(self, splits: list[SplitRows]) -> None:
         data = self.datamodule
-        batches = ScoringBatches(splits, data.collator(), data.eval_batch_size)
-        with replacing_folder(self.output) as folder:
+        batches = ScoringBatches(splits, data.collator(), data.eval_batch_size, self.trainer.world_size)
+        first = self.trainer.is_global_zero
+        with replacing_folder(self.output) if first else contextlib.nullcontext() as folder:
             writer = ScoredWriter(batches, folder)
             self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
             believe_lengths()
-            predict(self.trainer, self.model, data, batches, partial(target_log_probs, self.model), self._checkpoint)
+            predict(self.trainer, self.model, data, batches, partial(_of_a_turn, self.model), self._checkpoint)
+            if folder is None:
+                return
             record = self._record(splits, writer)
             (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -164,6 +181,16 @@ class ScoringCLI(DFTLightningCLI):
                 for place, split in enumerate(splits)
             },
         }
+
+
+def _of_a_turn(module: CausalLMModule, turn: list[dict[str, Any]], batch_idx: int) -> list[list[Any]]:
+    """What a module predicts here: the log-probs of each batch of a turn, on every rank. A collective.
+
+    Each rank takes one of the batches; where fewer than ranks are left, the others go along with the last.
+    """
+    rank, ranks = module.trainer.global_rank, module.trainer.world_size
+    own = target_log_probs(module, turn[min(rank, len(turn) - 1)], batch_idx)
+    return gather_lists([own], ranks)[: len(turn)]
 
 
 def _chosen(data: InstructionDataModule, splits: Sequence[Split] | None) -> list[Split]:

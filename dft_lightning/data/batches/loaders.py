@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from dft_lightning.data.batches.collating import Collator
-from dft_lightning.data.batches.sampling import RowSampler
+from dft_lightning.data.batches.sampling import BatchSampler, RowSampler
 from dft_lightning.data.batches.step_dealing import RowDealing, TokenDealing
 from dft_lightning.data.batches.streaming import Stream, StreamedBatches, StreamPosition
 from dft_lightning.data.options import BatchOptions
@@ -61,6 +61,31 @@ def row_loader(
         dataset,
         batch_size=None if isinstance(dealing, TokenDealing) else batch_size,  # the sampler's own batches
         sampler=sampler,
+        collate_fn=collator,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        **_worker_options(options.seed, rank),
+    )
+    return loader
+
+
+def prompt_loader(
+    dataset: Any,
+    collator: Collator,
+    *,
+    batch_size: int,
+    options: BatchOptions,
+    ranks: tuple[int, int],
+    lengths: Tensor | None,
+    num_workers: int,
+) -> DataLoader[Any]:
+    """Batches of rows that are generated from; see :class:`.BatchSampler`. Arguments as of :func:`row_loader`."""
+    rank, world_size = ranks
+    loader: DataLoader[Any] = _RowLoader(
+        dataset,
+        batch_size=None,  # the sampler's own batches
+        sampler=BatchSampler(dataset, batch_size, world_size, rank, lengths),
         collate_fn=collator,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),

@@ -108,6 +108,39 @@ class RowSampler(DistributedSampler[Any]):
         return epoch_order(size, self.shuffle, self.seed, self.epoch, self.lengths, self.group_size)
 
 
+class BatchSampler(DistributedSampler[Any]):
+    """Whole batches, which ranks take in turn: the same ones in the same order whatever the number of ranks.
+
+    Where batches do not divide evenly, ranks are filled up with one of a row that has no target. It is a
+    ``DistributedSampler`` so that Lightning leaves it alone.
+
+    Args:
+        dataset: the rows.
+        batch_size: rows of a batch.
+        num_replicas: number of ranks.
+        rank: this rank.
+        lengths: of the rows: with them, rows of about the same length come together, the longest first. ``None``
+            leaves them in their order.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], batch_size: int, num_replicas: int, rank: int, lengths: Tensor | None
+    ) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+        self.batch_size = batch_size
+        self.lengths = lengths
+        size = len(dataset)  # type: ignore[arg-type]
+        self.num_samples = -(-size // (batch_size * num_replicas))
+        self.total_size = self.num_samples * num_replicas
+
+    def __iter__(self) -> Iterator[Any]:
+        size = len(self.dataset)  # type: ignore[arg-type]
+        order = torch.arange(size) if self.lengths is None else self.lengths.argsort(descending=True, stable=True)
+        batches = [batch.tolist() for batch in order.split(self.batch_size) if len(batch)]
+        batches += [[PADDING_ROW]] * (self.total_size - len(batches))
+        return iter(batches[self.rank :: self.num_replicas])
+
+
 def epoch_order(
     size: int, shuffle: bool, seed: int, epoch: int, lengths: Tensor | None = None, group_size: int = 1
 ) -> list[int]:

@@ -1,4 +1,4 @@
-"""A model on one device, put there by Lightning's predict loop: what ``score`` and ``sample`` do with a fit config."""
+"""A model on its devices, put there by Lightning's predict loop: what ``score`` and ``sample`` do with a fit config."""
 
 from __future__ import annotations
 
@@ -14,23 +14,21 @@ from torch.utils.data import DataLoader, Dataset
 from dft_lightning.callbacks.interruption import Interrupted
 from dft_lightning.cli.commands import handling
 from dft_lightning.data import InstructionDataModule
+from dft_lightning.fit.processes import started_by_another
 from dft_lightning.modules import CausalLMModule
 
-_KEPT = ("accelerator", "precision", "enable_progress_bar", "default_root_dir", "deterministic", "plugins")
+_KEPT = ("accelerator", "devices", "num_nodes", "strategy", "precision", "plugins")
+_KEPT += ("enable_progress_bar", "default_root_dir", "deterministic")
 
 
-def of_one_device(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """A trainer's options without what a run has beside its device and precision: no callbacks, no other processes.
+def of_its_devices(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """A trainer's options without what a run has beside its devices and precision: no callbacks, no logger.
 
     Args:
         trainer: all options of the run's own.
     """
-    devices = trainer["devices"]
-    return {
-        **{name: trainer[name] for name in _KEPT},
-        "devices": devices[:1] if isinstance(devices, list) else 1,
-        **dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "inference_mode"), False),
-    }
+    names = ("logger", "enable_checkpointing", "enable_model_summary", "inference_mode", "use_distributed_sampler")
+    return {**{name: trainer[name] for name in _KEPT}, **dict.fromkeys(names, False)}
 
 
 class _Data(pl.LightningDataModule):
@@ -58,7 +56,7 @@ def predict(
     gradients, in the run's precision.
 
     Args:
-        trainer: of the options of :func:`of_one_device`.
+        trainer: of the options of :func:`of_its_devices`.
         module: whose model.
         data: the config's, with its tokenizer.
         batches: each as the step takes it.
@@ -75,8 +73,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def ending_on_signals() -> AbstractContextManager[None]:
-    """Ctrl-C and SIGTERM end the command as an error would, so that what was begun is deleted."""
-    return handling(_SIGNALS, _end)
+    """Ctrl-C and SIGTERM end the command as an error would, so that what was begun is deleted.
+
+    A process that another one started leaves them to that, and ends with it.
+    """
+    return handling(_SIGNALS, _ignore if started_by_another() else _end)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    pass
 
 
 def _end(number: int, frame: FrameType | None) -> None:
