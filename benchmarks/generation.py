@@ -23,8 +23,8 @@ import torch
 from linear_head import RESULTS, machine
 
 import dft_lightning.__main__  # noqa: F401 (large tensors on huge pages, as the command has them)
-from dft_lightning.evaluation.completions import at_temperature
 from dft_lightning.cli.commands import FitArguments
+from dft_lightning.evaluation.completions import at_temperature
 from dft_lightning.fit.config import data_of, module_of, read_fit
 from dft_lightning.models.decoding import drawing_by
 from dft_lightning.models.generation import completion_lengths
