@@ -22,7 +22,7 @@ ROOMS = [
     {"checkpoints"},
     {"models"},
     {"metrics"},
-    {"data"},
+    {"data", "engine"},
     {"modules"},
     {"evaluation"},
     {"export"},
