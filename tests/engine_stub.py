@@ -1,5 +1,5 @@
-"""A small server with the OpenAI completions interface, whose "model" says digits that follow from the prompt, in each way
-that servers have, and with each fault. In a thread, or a process of its own: ``engine_stub.py PORT FOLDER``."""
+"""A small server with the OpenAI completions interface, whose "model" says digits that follow from the prompt, in each
+way that servers have, and with each fault. In a thread, or a process of its own: ``engine_stub.py PORT FOLDER``."""
 
 from __future__ import annotations
 
@@ -157,13 +157,14 @@ class Stub(ThreadingHTTPServer):
             found = {"tokens": tokens_shown, "token_logprobs": values, "top_logprobs": likeliest, "text_offset": []}
             if ways.log_probs == "content":
                 top = [[{"token": token, "logprob": value} for token, value in each.items()] for each in likeliest]
-                names = ("token", "logprob", "top_logprobs")
-                found = {"content": [dict(zip(names, row)) for row in zip(tokens_shown, values, top)]}
+                names, rows = ("token", "logprob", "top_logprobs"), zip(tokens_shown, values, top, strict=True)
+                found = {"content": [dict(zip(names, row, strict=True)) for row in rows]}
         return {"text": text, "finish_reason": "stop" if finished else "length", "logprobs": found, "ids": ids}
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer's second part waits for 40 ms
 
     def log_message(self, *args):
         pass
@@ -171,7 +172,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path != "/v1/models":
             return self.answer(404, {"error": "no such path"})
-        return self.answer(200, {"object": "list", "data": [{"id": m, "object": "model"} for m in self.server.ways.models]})
+        return self.answer(
+            200, {"object": "list", "data": [{"id": m, "object": "model"} for m in self.server.ways.models]}
+        )
 
     def do_POST(self):
         server = self.server

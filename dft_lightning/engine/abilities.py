@@ -139,8 +139,8 @@ class _Probe:
             f"whatever form; it says to the plainest: {refusals[FORMS[-1]]}"
         )
 
-    def _one(self, generation: GenerationOptions, **options: int) -> Said:
-        return self.asking.ask(self.prompt, generation, self.form, **options)[0]
+    def _one(self, generation: GenerationOptions, seed: int = 0) -> Said:
+        return self.asking.ask(self.prompt, generation, self.form, seed=seed)[0]
 
     def takes_stop_token_ids(self) -> bool:
         """Whether an answer ends at the tokens that it has begun with before."""

@@ -111,7 +111,7 @@ def _token_values(choice: CompletionChoice) -> tuple[list[str], list[float], dic
         first = {each["token"]: each["logprob"] for each in content[0].get("top_logprobs", ())}
     else:
         tokens, log_probs = (list(getattr(found, name, None) or ()) for name in ("tokens", "token_logprobs"))
-        first = next(iter(getattr(found, "top_logprobs", None) or ()), None) or {}
+        first = next(iter(getattr(found, "top_logprobs", None) or ()), {}) or {}
     if len(tokens) != len(log_probs) or any(value is None for value in log_probs):
         return [], [], {}
     return tokens, [float(value) for value in log_probs], dict(first)

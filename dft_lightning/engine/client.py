@@ -134,8 +134,8 @@ class EngineClient:
         Args:
             prompt: token ids.
             expected: what the model that is meant says to it, greedily.
-            clear: the first so many of these are the likeliest by far, so that rounding makes no others likelier; all by
-                default.
+            clear: the first so many of these are the likeliest by far, so that rounding makes no others likelier; all
+                by default.
             log_probs: log-probability of each of ``expected``; compared where the server gives some.
             tolerance: how far apart the log-probs of the clear ones may be in the mean, in nats. Half precision and
                 quantised caches move them by hundredths.

@@ -1,8 +1,8 @@
 """A small process between a run and the server it starts: ends the server when the run is gone.
 
 Run by its path, in a session and process group of its own: ``keeper.py PARENT GRACE COMMAND...``. It ends with the
-server and its status. The kernel's own signal for a parent's death (``PR_SET_PDEATHSIG``) is not used: it comes when the
-*thread* ends that started the server, reaches none of the server's own children, and is Linux's alone.
+server and its status. The kernel's own signal for a parent's death (``PR_SET_PDEATHSIG``) is not used: it comes when
+the *thread* ends that started the server, reaches none of the server's own children, and is Linux's alone.
 """
 
 import os

@@ -121,7 +121,9 @@ class Requests:
         """
         ids = [int(token) for token in prompt]
         for begun in (0, 1):  # with and without a first token that the tokenizer puts in by itself
-            text = str(self.tokenizer.decode(ids[begun:], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            text = str(
+                self.tokenizer.decode(ids[begun:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            )
             if self.tokenizer(text, verbose=False)["input_ids"] == ids:
                 return text
         raise RefusedError(

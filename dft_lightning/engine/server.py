@@ -71,7 +71,7 @@ class Server:
             raise InputError(f"{error}; {ended}") from error
 
     def ended(self) -> str | None:
-        """What became of it where it has ended by itself, with the last lines that it printed; ``None`` while it runs."""
+        """What became of it where it has ended by itself, and the last lines that it printed; else ``None``."""
         if self._process is None or (status := self._process.poll()) is None:
             return None
         how = f"by signal {status - 128}" if status > 128 else f"with status {status}"
