@@ -582,7 +582,7 @@ def test_a_server_that_ends_in_the_middle_is_said_to(tmp_path, tokenizer):
                     while server.ended() is None:
                         time.sleep(0.01)
 
-    message = r"(?s)no connection.*; \d+ prompts are answered; the server that .* has ended by signal 9; .*a line$"
+    message = r"(?s)no connection.*; \d+ prompts are answered; .*engine_stub.* has ended by signal 9; .*a line$"
     with pytest.raises(InputError, match=message):
         ask()
     assert len(answered) >= 3

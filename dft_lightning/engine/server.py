@@ -75,7 +75,7 @@ class Server:
         if self._process is None or (status := self._process.poll()) is None:
             return None
         how = f"by signal {status - 128}" if status > 128 else f"with status {status}"
-        return f"the server that {shlex.join(self.command)} started has ended {how}; {self._said()}"
+        return f"{shlex.join(self.command)} has ended {how}; {self._said()}"
 
     def close(self) -> None:
         """End it, and all that it has started."""
