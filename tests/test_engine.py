@@ -558,9 +558,9 @@ def test_a_server_that_does_not_start(tmp_path):
 
 
 def test_a_server_that_never_answers_is_ended(tmp_path):
-    server = Server(command("silent"), tmp_path, tmp_path / "log", start_timeout=0.7, grace=5)
+    server = Server(command("silent"), tmp_path, tmp_path / "log", start_timeout=0.4, grace=5)
     with pytest.raises(
-        InputError, match=r"(?s)does not answer at http://localhost:\d+/v1 within 0.7 seconds .*a line$"
+        InputError, match=r"(?s)does not answer at http://localhost:\d+/v1 within 0.4 seconds .*a line$"
     ):
         server.__enter__()
     assert server._process is None
