@@ -23,6 +23,7 @@ ROOMS = [
     {"models"},
     {"metrics"},
     {"data"},
+    {"engine"},
     {"modules"},
     {"evaluation"},
     {"export"},
