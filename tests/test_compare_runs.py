@@ -154,6 +154,7 @@ def test_what_is_recorded_of_a_test(tmp_path):
 
     (values,) = trainer(callbacks=[recorder, Watch()]).test(module, datamodule=data, verbose=False)
     record = Record(tmp_path, {}, None, json.loads((tmp_path / "test.json").read_text()), True)
+    seen.sort(key=lambda row: row["index"])
     assert record.by_problem("greedy").tolist() == [row["correct"] for row in seen]
     assert 0 < record.at_end("test", "greedy") == values["test/exact_match"] < 1
     sampled = record.test["correct"]["sampled"]

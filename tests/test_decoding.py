@@ -78,7 +78,7 @@ def test_a_prompt_of_several_rows_runs_once_and_rows_that_are_done_do_not_run():
     alone = likeliest(model.model, PROMPTS[1], 12)
     assert alone[3] not in alone[:3]
     prompts = [PROMPTS[1]] * 4 + [PROMPTS[3]] * 4
-    generation._manner_of(model, 0)
+    generation._manner_of(model, 0, 16)
     model.shapes.clear()
     completed(model, prompts, GenerationOptions(max_new_tokens=8), [alone[3]])
     assert model.shapes == [(2, 7), (8, 1), (8, 1), (8, 1), (4, 1), (4, 1), (4, 1), (4, 1)]
@@ -145,16 +145,58 @@ def test_draws_have_the_distribution_that_is_asked_for(temperature, top_p, top_k
 
 def test_probabilities_that_are_nan_are_refused_where_tokens_are_drawn():
     model = model_of(LLAMA)
-    generation._manner_of(model, 0)
+    generation._manner_of(model, 0, 16)
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
     with pytest.raises(InputError, match="the model's probabilities are NaN or infinite"):
         completed(model, PROMPTS, GenerationOptions(200, True))
 
 
-def test_other_rows_than_were_drawn_for_are_refused():
-    with drawing_by([(0, 1)]), pytest.raises(InputError, match="a batch of 1 prompts was to be completed, and 2 rows"):
-        row_seeds(2)
+def test_a_batch_that_is_completed_again_draws_anew():
+    """As of a generate of one's own that takes the best of several, or that divides its batch."""
+    model, options = model_of(LLAMA), GenerationOptions(6, True)
+
+    def calls():
+        with drawing_by([(3, row) for row in range(2)]):
+            twice = [completed(model, PROMPTS[:2], options).tolist() for _ in range(2)]
+            return [*twice, *(completed(model, [prompt], options).tolist() for prompt in PROMPTS[:2])]
+
+    found = calls()
+    assert found == calls()
+    assert found[0] != found[1]
+    assert [row for alone in found[2:] for row in alone] not in found[:2]
+    with drawing_by([(3, 0), (3, 1)]):
+        assert row_seeds(2) == [(3, 0), (3, 1)]
+        assert row_seeds(2) == [(3, 0, 1), (3, 1, 1)]
+        assert row_seeds(3) == [(3, 0, 2, row) for row in range(3)]
+
+
+LONG = {**LLAMA, "max_position_embeddings": 64, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0}}
+LONG["rope_parameters"] |= {"factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def test_frequencies_that_change_with_the_longest_row_leave_the_others_alone(caplog):
+    """What is in a cache was turned by other frequencies, and a row beside a longer one would be, too."""
+    caplog.set_level("INFO")
+    model = model_of({**LONG, "max_position_embeddings": 16})
+    prompts = [list(range(30, 43)), [5, 6, 7]]
+    found = completed(model, prompts, GenerationOptions(max_new_tokens=12)).tolist()
+    assert found == [likeliest(model, prompt, 12) for prompt in prompts]
+    assert "dynamic frequencies change beyond 16 tokens" in caplog.text
+    assert generation._manner_of(model, 0, 16) == generation.Manner()  # within them nothing changes
+
+
+MAMBA = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 97}
+RWKV = {"model_type": "rwkv", "hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 97}
+
+
+@pytest.mark.parametrize(("config", "together"), [(MAMBA, True), (RWKV, False)], ids=["mamba", "rwkv"])
+def test_recurrent_models_go_on_from_their_states(config, together):
+    model = model_of(config)
+    found = completed(model, PROMPTS, GenerationOptions(max_new_tokens=6)).tolist()
+    assert found == [likeliest(model, prompt, 6) for prompt in PROMPTS]
+    manner = generation._manner_of(model, 0, 16)
+    assert (manner.use_cache, manner.together) == (True, together)
 
 
 class Plain(nn.Module):
@@ -177,7 +219,7 @@ def test_a_model_of_ones_own_without_a_cache_generates(caplog):
     prompts = [[5, 6, 7], [8], [8]]
     found = completed(model, prompts, GenerationOptions(max_new_tokens=5))
     assert found.tolist() == [likeliest(model, prompt, 5) for prompt in prompts]
-    assert "Plain has no cache, and computes all rows again for each token" in caplog.text
+    assert "Plain does not go on from a cache, and computes all rows again for each token" in caplog.text
 
 
 class Unsteady(Plain):

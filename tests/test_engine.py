@@ -336,7 +336,7 @@ def test_a_prompt_without_a_text_is_named(client_of):
         client.check(PROMPT)
         asked = [Question("row 1", PROMPT), Question("row 2", [1, 19, 5])]
         with pytest.raises(
-            InputError, match=r"no text tokenises to this prompt's tokens.*'row 2'; 1 prompts are answered"
+            InputError, match=r"no text tokenises to this prompt's tokens.*'row 2'; 1 prompts were answered"
         ):
             list(client.ask(asked))
 
@@ -399,7 +399,7 @@ def test_a_fault_that_stays_ends_in_one_message_and_loses_nothing(fault, client_
         assert found.items() <= {k: [written(greedy_tokens(p, stub.ways))] for k, p in enumerate(PROMPTS)}.items()
         assert str(error.value).startswith(stub.url)
         assert ", 2 times" in str(error.value)
-        assert str(error.value).endswith("; 6 prompts are answered")
+        assert str(error.value).endswith("; 6 prompts were answered")
         assert stub.tried - before <= 6 + 2 * 4  # those under way, each twice
 
 
@@ -423,7 +423,7 @@ def test_a_slow_server(client_of):
         client = client_of(stub, timeout=0.3, retries=0)
         client.check(PROMPT)
         stub.faults = ["slow"]
-        message = r"no answer within 0.3 seconds, at the only try.*longer timeout.*; \d+ prompts are answered"
+        message = r"no answer within 0.3 seconds, at the only try.*longer timeout.*; \d+ prompts were answered"
         with pytest.raises(InputError, match=message):
             list(client.ask(questions()))
 
@@ -582,7 +582,7 @@ def test_a_server_that_ends_in_the_middle_is_said_to(tmp_path, tokenizer):
                     while server.ended() is None:
                         time.sleep(0.01)
 
-    message = r"(?s)no connection.*; \d+ prompts are answered; .*engine_stub.* has ended by signal 9; .*a line$"
+    message = r"(?s)no connection.*; \d+ prompts were answered; .*engine_stub.* has ended by signal 9; .*a line$"
     with pytest.raises(InputError, match=message):
         ask()
     assert len(answered) >= 3

@@ -94,12 +94,20 @@ def rate(result: dict, side: str) -> str:
     return f"{median(turn[side]['tokens_per_second'] for turn in result['turns']):.0f}"
 
 
+def cell(result: dict, side: str) -> str:
+    """Tokens a second, and GiB."""
+    memory = median(turn[side]["peak_memory"] for turn in result["turns"]) / 2**30
+    return f"{rate(result, side)}, {memory:.1f}"
+
+
 def step_passages() -> Iterator[str]:
     for result, name in zip(STEPS["results"], ("| |", "| gradient checkpointing |"), strict=True):
         assert result["gradient_checkpointing"] == (name != "| |")
-        memory = [median(turn[side]["peak_memory"] for turn in result["turns"]) / 2**30 for side in SIDES]
-        cells = [f"{rate(result, side)}, {most:.1f}" for side, most in zip(SIDES, memory, strict=True)]
-        yield f"{name} {' | '.join(cells)} |"
+        yield f"{name} {' | '.join(cell(result, side) for side in SIDES)} |"
+    uncompiled = STEPS["results"][0]
+    compiled = [cell(uncompiled, f"{side}_compiled") for side in SIDES if side != "trl"]
+    yield f"| compiled | {' | '.join(compiled)} | |"
+    yield f"alone, in bfloat16, is {rate(uncompiled, 'products')} tokens/s"
     (turns,) = {len(result["turns"]) for result in STEPS["results"]}
     script = (ROOT / "benchmarks" / "training_step.py").read_text()
     (batch,) = re.findall(r'"--batch_size", type=int, default=(\d+)', script)

@@ -466,10 +466,10 @@ def test_a_checkpoint_is_scored_with(llama, tmp_path):
 
 
 def test_the_configs_loss_and_run_do_not_matter(llama, of_llama, tmp_path):
-    """A loss that reads references needs none to make them; callbacks and several processes stay away."""
+    """A loss that reads references needs none to make them; callbacks stay away."""
     loss = {"class_path": f"{__name__}.FromReference"}
     callback = {"class_path": "GenerationEvaluation", "init_args": {"every_n_steps": 1}}
-    options = {"devices": 2, "strategy": "ddp", "max_steps": 3, "limit_predict_batches": 1, "callbacks": [callback]}
+    options = {"max_steps": 3, "limit_predict_batches": 1, "callbacks": [callback]}
     args = arguments(
         tmp_path, llama, {"train": write(tmp_path / "rows.jsonl")}, trainer={"accelerator": "cpu", **options}
     )

@@ -128,6 +128,18 @@ def test_activations(model, rows, tmp_path):
 
 
 @pytest.mark.usefixtures("children_here")
+def test_generation(tmp_path):
+    """Eight problems: greedy answers of both sides are the same, and samples are as many."""
+    output = tmp_path / "out.json"
+    sizes = ["--problems", 8, "--turns", 1, "--num_samples", 3, "--data.train.init_args.num_rows", 8]
+    config = ROOT / "configs" / "quickstart.yaml"
+    run_script("benchmarks/generation.py", "--config", config, *sizes, "--output", output)
+    found = json.loads(output.read_text())["embedded"]
+    assert (found["greedy"]["differ"], found["avg@3"]["ratio"] > 0) == ([], True)
+    (turn,) = found["greedy"]["turns"]
+    assert turn["transformers"]["tokens"] == turn["dft_lightning"]["tokens"] > 8
+
+
 def test_linear_head_beside_others(tmp_path):
     output = tmp_path / "out.json"
     sizes = ["--tokens", 64, "--hidden", 16, "--vocabulary", 97, "--pairs", 1, "--device", "cpu", "--dtype", "float32"]

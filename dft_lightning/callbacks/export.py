@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from dft_lightning.distributed.sharding import gather_again
 from dft_lightning.distributed.strategies import on_first_rank, whole_state
 from dft_lightning.errors import InputError, check_one_of
 from dft_lightning.export.checkpoint import TrainedCheckpoint, language_model_tensors
@@ -17,6 +18,30 @@ from dft_lightning.export.folder import OF_A_MODEL, DType, check_shard_size, exp
 from dft_lightning.export.model import model_class_of
 from dft_lightning.files import check_replaceable
 from dft_lightning.modules.causal_lm import CausalLMModule
+
+
+def export_live(trainer: pl.Trainer, module: CausalLMModule, output: Path, key: str, **options: Any) -> None:
+    """Write a module's weights as they are. A collective: rank 0 gathers them in its host memory, and writes.
+
+    Args:
+        trainer: of the module.
+        module: whose model.
+        output: the folder.
+        key: what a message begins with.
+        options: of :func:`.export_folder`.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    state, record = whole_state(trainer), module.record()  # on every rank: each may be a collective
+    gather_again(module)
+
+    def write() -> None:
+        tensors, step = language_model_tensors(state), trainer.global_step
+        trained = TrainedCheckpoint(_LIVE, tensors, record, dict(module.hparams), step, trainer.current_epoch)
+        export_folder(trained, output, trust_remote_code=module.loading.trust_remote_code, **options)
+
+    on_first_rank(trainer, write, key)
 
 
 class HuggingFaceExport(Callback):
@@ -81,24 +106,10 @@ class HuggingFaceExport(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, CausalLMModule)
-        # On every rank: each of these may be a collective.
-        output, state, record = self._output(trainer), whole_state(trainer), pl_module.record()
-
-        def write() -> None:
-            tensors, step = language_model_tensors(state), trainer.global_step
-            trained = TrainedCheckpoint(_LIVE, tensors, record, dict(pl_module.hparams), step, trainer.current_epoch)
-            export_folder(
-                trained,
-                output,
-                dtype=self.dtype,
-                overwrite=self.overwrite,
-                max_shard_size=self.max_shard_size,
-                merge=self.merge,
-                trust_remote_code=pl_module.loading.trust_remote_code,  # this run's own
-            )
-            rank_zero_info(f"the trained model is in {output}")
-
-        on_first_rank(trainer, write, "HuggingFaceExport: ")
+        output = self._output(trainer)
+        options = {"dtype": self.dtype, "overwrite": self.overwrite, "max_shard_size": self.max_shard_size}
+        export_live(trainer, pl_module, output, "HuggingFaceExport: ", merge=self.merge, **options)
+        rank_zero_info(f"the trained model is in {output}")
 
     def _output(self, trainer: pl.Trainer) -> Path:
         log_dir = trainer.log_dir  # a broadcast: every rank asks

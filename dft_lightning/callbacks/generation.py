@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from dft_lightning.callbacks.engine import check_along_fit, served
 from dft_lightning.callbacks.interruption import asked_to_stop
 from dft_lightning.errors import InputError
 from dft_lightning.evaluation.completions import (
@@ -89,7 +90,7 @@ class GenerationEvaluation(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "test" and self.at_test and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             require_instruction_data(trainer, "GenerationEvaluation")
-            if trainer.limit_test_batches != 1.0:
+            if isinstance(trainer.limit_test_batches, int) or trainer.limit_test_batches != 1.0:
                 raise InputError(
                     "GenerationEvaluation.at_test takes all test rows or the first `limit`: leave "
                     "trainer.limit_test_batches out"
@@ -99,6 +100,8 @@ class GenerationEvaluation(Callback):
         self.history = []
         require_instruction_data(trainer, "GenerationEvaluation")
         assert isinstance(pl_module, CausalLMModule)
+        if self.every_n_steps is not None or self.at_end:
+            check_along_fit(pl_module)
         if self.at_start or self.every_n_steps is not None or self.at_end:
             check_prompts(trainer, pl_module, "validation", self.limit)
 
@@ -106,7 +109,8 @@ class GenerationEvaluation(Callback):
         if not self.at_test or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, CausalLMModule)
-        sampled = self._count(trainer, pl_module, self.temperature, self.num_samples, "test")
+        with served(trainer, pl_module):
+            sampled = self._count(trainer, pl_module, self.temperature, self.num_samples, "test")
         for name, value in sampled_shares(sampled, self.num_samples).items():
             believe_reduced(f"test/{name}")  # from the counts of all ranks
             pl_module.log(f"test/{name}", value, batch_size=1)
@@ -162,10 +166,11 @@ class GenerationEvaluation(Callback):
         telemetry = pl_module.train_telemetry
         telemetry.stop_clock()
         try:
-            greedy = self._count(trainer, pl_module, 0.0, 1, gives_up=gives_up)
-            sampled = None
-            if self.num_samples:
-                sampled = self._count(trainer, pl_module, self.temperature, self.num_samples, gives_up=gives_up)
+            with served(trainer, pl_module):
+                greedy = self._count(trainer, pl_module, 0.0, 1, gives_up=gives_up)
+                sampled = None
+                if self.num_samples:
+                    sampled = self._count(trainer, pl_module, self.temperature, self.num_samples, gives_up=gives_up)
         except _GaveUpError:
             telemetry.start_clock()
             return {}  # it is evaluated when the run goes on

@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from dft_lightning.callbacks.engine import check_along_fit, served
 from dft_lightning.compare.files import CHECKPOINT, FIT, PROBABILITIES, TEST, write_json
 from dft_lightning.distributed import gather_lists
 from dft_lightning.distributed.strategies import shards_parameters
@@ -155,6 +156,8 @@ class RunRecorder(Callback):
             self._history, self._hasher, self._log_probs = [], RowHasher(), {}
             self._logged = _LoggedValues(str(self.folder))
             trainer.loggers = [*trainer.loggers, self._logged]
+        if stage == "fit":
+            check_along_fit(pl_module)
         for split in self._splits(trainer) if stage == "fit" else ("test",):
             if self._has_answers(split):
                 with naming_the_way_out(split):
@@ -209,13 +212,17 @@ class RunRecorder(Callback):
         telemetry.stop_clock()
         limit = self.evaluation.limit
         record: dict[str, Any] = {"step": trainer.global_step}
+        with served(trainer, module):
+            for split in self._splits(trainer):
+                record[split] = values = token_values(trainer, module, split, limit)
+                if self._has_answers(split):
+                    greedy = self._count(trainer, module, split, 0.0, 1)
+                    sampled = self._count(
+                        trainer, module, split, self.evaluation.temperature, self.evaluation.num_samples
+                    )
+                    values |= shares(greedy, sampled, self.evaluation.num_samples)
         for split in self._splits(trainer):
-            values = token_values(trainer, module, split, limit)
-            if self._has_answers(split):
-                greedy = self._count(trainer, module, split, 0.0, 1)
-                sampled = self._count(trainer, module, split, self.evaluation.temperature, self.evaluation.num_samples)
-                values |= shares(greedy, sampled, self.evaluation.num_samples)
-            record[split] = values
+            values = record[split]
             shown = ", ".join(f"{n} {values[n]:.3f}" for n in ("greedy", "sampled", "nll") if n in values)
             rank_zero_info(f"step {trainer.global_step}, {split} rows: {shown}")
         self._history.append(record)
@@ -284,7 +291,8 @@ class RunRecorder(Callback):
         evaluation = self.evaluation
         samples = dict.fromkeys(evaluation.temperatures, evaluation.curve_samples)
         samples |= {0.0: 1, evaluation.temperature: evaluation.num_samples}
-        counts = {t: self._count(trainer, pl_module, "test", t, n) for t, n in samples.items()}
+        with served(trainer, pl_module):
+            counts = {t: self._count(trainer, pl_module, "test", t, n) for t, n in samples.items()}
         curve = [(t, sum(counts[t]) / (samples[t] * len(counts[t]))) for t in sorted(evaluation.temperatures)]
         weights = hash_weights(pl_module)
         if not trainer.is_global_zero:

@@ -27,7 +27,7 @@ from dft_lightning.data.options import (
     check_together,
     whole_options,
 )
-from dft_lightning.data.requirements import Run, check_trainer
+from dft_lightning.data.requirements import Run, check_going_back, check_trainer
 from dft_lightning.data.rows.sources import RowSource
 from dft_lightning.data.splits import SPLITS_OF_STAGE, Splits
 from dft_lightning.data.text.tokenizer import end_of_turn, load_tokenizer
@@ -279,21 +279,16 @@ class InstructionDataModule(PlainHyperparameters, pl.LightningDataModule):
         Raises:
             InputError: they are streamed, or cut into pieces.
         """
-        if split == "train" and self.batches.packing == "bfd_split":
-            raise InputError(
-                "data.batches.packing: bfd_split has no whole training rows, which compare goes back to: use bfd"
-            )
-        if split == "train" and self.streaming is not None:
-            raise InputError(
-                "data.streaming: the training rows cannot be gone back to, which compare does: turn it off"
-            )
+        if split == "train":
+            check_going_back(self.batches, self.streaming)
         return self._loader(split, limit=limit)
 
     def _prompt_loader(self, split: str, limit: int | None = None) -> DataLoader[Any]:
         """The first ``limit`` rows of a split with their prompts, those of about the same length together."""
         self._check_split(split)
         rows = self.splits.dataset(split, self._pad_token_id(), with_prompts=True, limit=limit, packs=None)
-        some = getattr(self.trainer, f"limit_{split}_batches", 1.0) != 1.0  # which are then the first rows
+        most = getattr(self.trainer, f"limit_{split}_batches", 1.0)
+        some = isinstance(most, int) or most != 1.0  # which are then the first rows; an int is a number of batches
         return prompt_loader(
             rows,
             self.collator(split, with_prompts=True),

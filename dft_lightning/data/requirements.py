@@ -176,3 +176,13 @@ def check_trainer(
             "data.streaming has no end of an epoch to validate at: set trainer.val_check_interval to a number of "
             "batches, with trainer.check_val_every_n_epoch: null"
         )
+
+
+def check_going_back(batches: BatchOptions, streaming: StreamOptions | None) -> None:
+    """Raise ``InputError`` for training rows that are gone after they were trained on."""
+    if batches.packing == "bfd_split":
+        raise InputError(
+            "data.batches.packing: bfd_split has no whole training rows, which compare goes back to: use bfd"
+        )
+    if streaming is not None:
+        raise InputError("data.streaming: the training rows cannot be gone back to, which compare does: turn it off")

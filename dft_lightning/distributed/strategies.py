@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -207,9 +208,16 @@ def _fits(blocks: Sequence[nn.Module], device: torch.device) -> bool:
     """Whether blocks' whole weights take at most half of the memory that is free."""
     parameters = {id(parameter): parameter for block in blocks for parameter in block.parameters()}
     needed = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
-    on_host = device.type != "cuda"
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if on_host else free_memory(device)
-    return 2 * needed <= free
+    return 2 * needed <= (free_memory(device) if device.type == "cuda" else _free_on_host())
+
+
+def _free_on_host() -> int:
+    """Bytes of memory that each rank of this machine may take; 0 where the system does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 0
 
 
 def leave_constant_buffers(trainer: pl.Trainer, model: nn.Module) -> None:

@@ -289,6 +289,6 @@ def _collected(workers: _Workers, parts: Iterator[_Part]) -> Iterator[tuple[Any,
             answered += 1
             yield part.question.key, [answer for _, each in sorted(samples.pop(part.number).items()) for answer in each]
     if isinstance(failure, InputError):
-        raise InputError(f"{failure}; {answered} prompts are answered") from failure
+        raise InputError(f"{failure}; {answered} prompts were answered") from failure
     if failure is not None:
         raise failure

@@ -25,6 +25,8 @@ class EngineOptions:
         model: its name on the server; ``None`` takes the only one that the server lists.
         command: starts a server, which is ended after use; ``{folder}`` stands for the exported model, ``{port}`` for a
             free port: ``vllm serve {folder} --port {port}``. No shell reads it.
+        merge: of a run with an adapter, give the command the model that it makes of its base; ``False`` gives it the
+            folder of the adapter, for a server that has the base.
         concurrency: requests at once; the server makes batches of them.
         timeout: seconds that a request may take.
         retries: how often a request is made again that gets no answer, half an answer or one that asks to wait (408,
@@ -36,8 +38,9 @@ class EngineOptions:
     url: str | None = None
     model: str | None = None
     command: str | None = None
+    merge: bool = True
     concurrency: int = 32
-    timeout: float = 600.0
+    timeout: float = 300.0
     retries: int = 4
     start_timeout: float = 600.0
 

@@ -9,15 +9,14 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
 
 from dft_lightning.distributed import gather_lists
 from dft_lightning.errors import InputError
 from dft_lightning.metrics import ExactMatch, TokenMetrics, pass_at_k, reported_k
-from dft_lightning.models.decoding import drawing_by
 from dft_lightning.models.generation import GenerationOptions
 from dft_lightning.models.layout import KEY, with_layout
 from dft_lightning.models.row_checks import evaluating
+from dft_lightning.modules.answers import answers_of
 from dft_lightning.modules.causal_lm import CausalLMModule
 
 
@@ -62,20 +61,13 @@ def count_correct(
     counts: list[tuple[int, int]] = []
     with measuring(trainer, module):
         for batch in trainer.datamodule.generation_dataloader(limit, split):  # type: ignore[attr-defined]
-            ids, mask = (_repeat(batch[f"prompt_{k}"], num_samples, module) for k in ("input_ids", "attention_mask"))
-            indices = batch["index"].tolist()
-            with drawing_by([(seed, index, sample) for index in indices for sample in range(num_samples)]):
-                completions = module.generate(ids, mask, options)
-            for i, index in enumerate(indices):
+            completions = answers_of(module, batch, options, num_samples, seed)
+            for i, index in enumerate(batch["index"].tolist()):
                 if index >= 0:  # rows of index -1 only make the ranks even
                     samples = completions[i * num_samples : (i + 1) * num_samples]
                     counts.append((index, sum(metric.score(text, batch["answer"][i]) for text in samples)))
             after_batch()
     return [count for _, count in sorted(gather_lists(counts, trainer.world_size))]
-
-
-def _repeat(tensor: Tensor, times: int, module: pl.LightningModule) -> Tensor:
-    return tensor.repeat_interleave(times, dim=0).to(module.device)
 
 
 def at_temperature(options: GenerationOptions, temperature: float) -> GenerationOptions:

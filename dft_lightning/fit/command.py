@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from dft_lightning.callbacks import InterruptionCheckpoint, PredictionWriter, StepProgress
+from dft_lightning.callbacks import EngineAnswers, InterruptionCheckpoint, PredictionWriter, StepProgress
 from dft_lightning.checkpoints import keep_whole, newest_saved, refused_write, resolve_checkpoint
 from dft_lightning.checkpoints.trust import importing_only
 from dft_lightning.checkpoints.whole import written
@@ -264,7 +264,7 @@ def check_environment() -> None:
 
 def default_callbacks(given: list[Callback], trainer_config: Any) -> list[Callback]:
     """The callbacks of the command that the config has none of its own of."""
-    defaults: list[tuple[Callback, type]] = [(PredictionWriter(), PredictionWriter)]
+    defaults: list[tuple[Callback, type]] = [(PredictionWriter(), PredictionWriter), (EngineAnswers(), EngineAnswers)]
     if trainer_config.get("enable_progress_bar") is not False:
         defaults.append((StepProgress(), ProgressBar))
     if trainer_config.get("enable_checkpointing") is not False and not trainer_config.get("fast_dev_run"):
@@ -317,10 +317,13 @@ def main(
     trainers: list[pl.Trainer] = []
     try:
         with ending_together(trainers):
-            cli = DFTLightningCLI(
-                module_class, datamodule_class, **cli_options(), args=args, on_trainer=trainers.append
-            )
+            return _command((module_class, datamodule_class), args, trainers)
     except Exception as error:
-        error = next(filter(None, (refused_write(error, trainer) for trainer in trainers)), error)
         raise SystemExit(report(error)) from None
-    return cli
+
+
+def _command(classes: tuple[type, type], args: list[str] | None, trainers: list[pl.Trainer]) -> DFTLightningCLI:
+    try:
+        return DFTLightningCLI(*classes, **cli_options(), args=args, on_trainer=trainers.append)
+    except Exception as error:
+        raise next(filter(None, (refused_write(error, trainer) for trainer in trainers)), error) from error

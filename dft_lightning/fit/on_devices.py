@@ -17,8 +17,8 @@ from dft_lightning.data import InstructionDataModule
 from dft_lightning.fit.processes import started_by_another
 from dft_lightning.modules import CausalLMModule
 
-_KEPT = ("accelerator", "devices", "num_nodes", "strategy", "precision", "plugins")
-_KEPT += ("enable_progress_bar", "default_root_dir", "deterministic")
+_DEVICES = ("accelerator", "devices", "num_nodes", "strategy", "precision", "plugins")
+_KEPT = (*_DEVICES, "enable_progress_bar", "default_root_dir", "deterministic")
 
 
 def of_its_devices(trainer: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-from dft_lightning.errors import InputError
 
 Chooser = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """From logits ``[n, V]`` of rows, their numbers ``[n]`` and the place after the prompt (from 0): the next token of
@@ -29,10 +27,12 @@ class Manner:
     Attributes:
         together: rows in one padded batch; otherwise one at a time.
         use_cache: of keys and values; otherwise all that is before a token is computed again for it.
+        masks_on: with the mask of the prompts beside the cache, which recurrent models have no use for.
     """
 
     together: bool = True
     use_cache: bool = True
+    masks_on: bool = True
 
 
 def decode(
@@ -121,6 +121,7 @@ class _Run:
         self._ids = input_ids
         self._mask = attention_mask
         self._use_cache = manner.use_cache
+        self._masks_on = manner.masks_on
         self._cache: dict[str, Any] = {}
         known = inspect.signature(model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
@@ -153,7 +154,8 @@ class _Run:
         if self._tells_positions:
             positions = (self._mask.cumsum(dim=1) - 1).clamp_(min=0)
             options["position_ids"] = positions[:, -input_ids.shape[1] :]
-        output = self._model(input_ids=input_ids, attention_mask=self._mask, **options)
+        mask = self._mask if self._masks_on or not self._cache else None
+        output = self._model(input_ids=input_ids, attention_mask=mask, **options)
         if self._use_cache:
             self._cache = {name: _with_room(cache) for name, cache in _cache_of(output).items()}
         return _as_wide_as_float32(output.logits[:, -1])
@@ -161,7 +163,7 @@ class _Run:
 
 def _cache_of(output: Any) -> dict[str, Any]:
     """What a model has to be given again, by the name of its argument, which changed between releases."""
-    for name in ("cache", "past_key_values", "cache_params"):
+    for name in ("cache", "past_key_values", "cache_params", "state"):
         found = output.get(name) if hasattr(output, "get") else getattr(output, name, None)
         if found is not None:
             return {name: found}
@@ -185,15 +187,16 @@ def _roomy_layer() -> type:
     """transformers' layer, whose ``update`` concatenates; the import takes seconds."""
     from transformers.cache_utils import DynamicLayer
 
-    class RoomyLayer(DynamicLayer):
+    class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Keys and values are the beginning of tensors that have room for what is to come."""
 
         rooms: tuple[Tensor | None, Tensor | None] = (None, None)
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             """Add the states ``[B, heads, t, size]`` of some tokens; returns those of all."""
-            keys, self.keys = _appended(self.rooms[0], self.keys, key_states)
-            values, self.values = _appended(self.rooms[1], self.values, value_states)
+            kept_keys, kept_values = cast(Tensor, self.keys), cast(Tensor, self.values)  # of the layer it is made of
+            keys, self.keys = _appended(self.rooms[0], kept_keys, key_states)
+            values, self.values = _appended(self.rooms[1], kept_values, value_states)
             self.rooms = keys, values
             return self.keys, self.values
 
@@ -221,7 +224,16 @@ def _as_wide_as_float32(logits: Tensor) -> Tensor:
 
 # -- which token -------------------------------------------------------------------------------------------------------
 
-_SEEDS: ContextVar[Sequence[Sequence[int]] | None] = ContextVar("_SEEDS", default=None)
+
+@dataclass
+class _Seeds:
+    """Of rows, and how often they were completed."""
+
+    of_rows: Sequence[Sequence[int]]
+    calls: int = 0
+
+
+_SEEDS: ContextVar[_Seeds | None] = ContextVar("_SEEDS", default=None)
 
 
 @contextmanager
@@ -229,36 +241,45 @@ def drawing_by(seeds: Sequence[Sequence[int]]) -> Iterator[None]:
     """Each row of a batch that is completed meanwhile draws by numbers of its own, as (seed, prompt, sample).
 
     What a row draws then depends neither on the other rows of its batch nor on how many there are, nor on its rank.
-    Elsewhere rows draw by torch's generator of the CPU.
+    Completed once more, it draws anew. Rows of another number, of a ``generate`` of one's own that divides its batch,
+    draw by the batch's first numbers and their own place. Elsewhere rows draw by torch's generator of the CPU.
     """
-    token = _SEEDS.set(seeds)
+    token = _SEEDS.set(_Seeds(seeds))
     try:
         yield
     finally:
         _SEEDS.reset(token)
 
 
-def drawing_by_row(indices: Tensor) -> AbstractContextManager[None]:
-    """As :func:`drawing_by` of one sample of each row: by the run's seed and the row's index ``[B]``."""
-    return drawing_by([(torch.initial_seed(), index) for index in indices.tolist()])
-
-
 def row_seeds(rows: int) -> Sequence[Sequence[int]]:
-    """The numbers that rows draw by.
-
-    Raises:
-        InputError: there are other rows than were to be drawn for.
-    """
+    """The numbers that rows draw by; others at the next call."""
     seeds = _SEEDS.get()
     if seeds is None:
         base = int(torch.randint(2**62, ()))
         return [(base, row) for row in range(rows)]
-    if len(seeds) != rows:
-        raise InputError(
-            f"a batch of {len(seeds)} prompts was to be completed, and {rows} rows are: let generate_tokens have the "
-            "rows that generate is given"
-        )
-    return seeds
+    call, seeds.calls = seeds.calls, seeds.calls + 1
+    if len(seeds.of_rows) != rows:
+        return [(*seeds.of_rows[0], call, row) for row in range(rows)]
+    return [(*seed, call) for seed in seeds.of_rows] if call else seeds.of_rows
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a model says to a prompt, greedily.
+
+    Attributes:
+        tokens: the likeliest ones.
+        log_probs: of each.
+        margins: how much the next likeliest is less likely, in nats.
+    """
+
+    tokens: list[int]
+    log_probs: list[float]
+    margins: list[float]
+
+    def clear(self, margin: float) -> int:
+        """How many of the first tokens are likeliest by more than ``margin``."""
+        return next((place for place, each in enumerate(self.margins) if not each > margin), len(self.margins))
 
 
 @dataclass
@@ -292,7 +313,7 @@ class Draws:
 
         The token is the first whose cumulative probability, in float64, exceeds the row's number times the sum.
         """
-        cumulative = self.filters(logits).softmax(dim=-1).double().cumsum(dim=-1)
+        cumulative = _cumulative(self.filters(logits).softmax(dim=-1))
         total = cumulative[:, -1:]
         wanted = self._numbers[rows, place].unsqueeze(1) * total
         wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))
@@ -300,3 +321,14 @@ class Draws:
         broken = ~total.squeeze(1).isfinite()
         self.broken |= broken.any()
         return found.clamp_(max=logits.shape[-1] - 1), broken
+
+
+def _cumulative(probabilities: Tensor) -> Tensor:
+    """Sums along the vocabulary in float64; of CUDA there are none that torch calls deterministic, and refuses others
+    under ``trainer.deterministic``. They differ in the last of 16 digits."""
+    asked, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        return probabilities.double().cumsum(dim=-1)
+    finally:
+        torch.use_deterministic_algorithms(asked, warn_only=warns)

@@ -20,7 +20,9 @@ def add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
 
     Of a sharded one it is a collective, and the same as of the whole.
     """
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):  # of shards on the host, too, by the devices' own collective
+        on_devices: Any = tensor.to(tensor.device_mesh.device_type)
+        tensor = on_devices.full_tensor()
     plain = tensor.detach().cpu().contiguous()
     digest.update(f"{name} {plain.dtype} {list(plain.shape)}".encode())
     digest.update(_bits(plain))

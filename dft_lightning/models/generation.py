@@ -18,8 +18,16 @@ from dft_lightning.distributed.sharding import ShardingOptions
 from dft_lightning.distributed.strategies import gathered_blocks, gathered_root, shards_parameters
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.models.blocks import uncompiled
-from dft_lightning.models.decoding import Draws, Manner, decode, row_seeds
-from dft_lightning.models.row_checks import apart, evaluating, rounding, trying, vocabulary_of
+from dft_lightning.models.decoding import Draws, Known, Manner, decode, row_seeds
+from dft_lightning.models.row_checks import (
+    apart,
+    evaluating,
+    rotary_length,
+    rounding,
+    text_config,
+    trying,
+    vocabulary_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,6 +120,21 @@ class Completions:
                 ranks_together=shards_parameters(trainer) and not whole,
             )
 
+    def known(
+        self, model: nn.Module | None, input_ids: Tensor, max_new_tokens: int, trainer: pl.Trainer | None
+    ) -> Known:
+        """What a model says to one prompt ``[1, T]``, greedily, and how clear it is."""
+        assert model is not None, "call configure_model() first"
+        mask, options = torch.ones_like(input_ids), GenerationOptions(max_new_tokens)
+        tokens = self.tokens(model, input_ids, mask, options, trainer)
+        whole = torch.cat([input_ids, tokens], dim=1)
+        with gathered_root(trainer), evaluating(model), uncompiled():
+            logits = model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False).logits
+        log_probs = logits[0, input_ids.shape[1] - 1 : -1].float().log_softmax(-1)
+        two = log_probs.topk(2).values
+        own = log_probs.gather(-1, tokens[0].unsqueeze(1)).squeeze(1)
+        return Known(tokens[0].tolist(), own.tolist(), (two[:, 0] - two[:, 1]).tolist())
+
     def texts(self, tokens: Tensor, model: nn.Module | None, datamodule: pl.LightningDataModule | None) -> list[str]:
         """Text of each completion ``[B, S]`` up to, and without, its stop token."""
         return decode_completions(self.tokenizer(datamodule), tokens, self.stop_token_ids(model, datamodule))
@@ -149,7 +172,7 @@ def generate(
             by probabilities that are NaN or infinite.
         TypeError: the model is none that generates.
     """
-    manner = _manner_of(model, pad_token_id)
+    manner = _manner_of(model, pad_token_id, input_ids.shape[1] + options.max_new_tokens)
     drawn = _draws(options, len(input_ids), input_ids.device)
     stops = torch.tensor(sorted(stop_token_ids), dtype=torch.int64, device=input_ids.device)
     never = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -216,44 +239,64 @@ _MANNERS: WeakKeyDictionary[nn.Module, Manner] = WeakKeyDictionary()
 _LONG, _SHORT, _NEW = 8, 5, 4
 
 
-def _manner_of(model: nn.Module, pad_token_id: int) -> Manner:
+def _manner_of(model: nn.Module, pad_token_id: int, tokens: int) -> Manner:
     """Found out once for a model, on a few tokens, before the first prompt.
 
     A short row beside longer ones that leave the batch, padded on the left as prompts are, has to get the logits that
     the model's forward, which training runs, gives it alone and without a cache. Recurrent states that padding moves,
     positions that count padding, and caches that do not go on as the forward does, fail; then rows are generated one
-    at a time, or without a cache.
+    at a time, or without a cache. Rotary frequencies that depend on the longest row, as of ``tokens`` there may be,
+    move the other rows and all that is in the cache, which few tokens do not show.
 
     Raises:
         InputError: no manner does.
         TypeError: the model does not even run.
     """
+    if (rope := rotary_length(text_config(model))) is not None and tokens > rope[1]:
+        _say(model, _ALONE, f"{rope[0]} frequencies change beyond {rope[1]} tokens")
+        return _ALONE
     if model in _MANNERS:
         return _MANNERS[model]
-    reason = ""
-    for manner in (Manner(), Manner(together=False), Manner(use_cache=False), Manner(together=False, use_cache=False)):
+    reasons: list[str] = []
+    for manner in _TRIED:
         reason = _goes_wrong(model, manner, pad_token_id)
         if not reason:
             break
+        reasons.append(reason)
     else:
         if not hasattr(model, "generate"):
             raise TypeError(f"{type(model).__name__} has no generate(); override CausalLMModule.generate for it")
         raise InputError(
             f"model: {type(model).__name__} does not generate what its logits say, not even one row at a time and "
-            f"without a cache ({reason}): override CausalLMModule.generate, or leave generation out (validate, fit)"
+            f"without a cache ({reasons[-1]}): override CausalLMModule.generate, or leave generation out (validate, "
+            "fit)"
         )
-    if manner != Manner():
-        rank_zero_info(_SAID[manner].format(type(model).__name__))
+    if reasons and manner != Manner(masks_on=False):
+        _say(model, manner, reasons[0])
     _MANNERS[model] = manner
     return manner
 
 
-_APART = "generation: {} does not keep rows of a padded batch apart, and generates one row at a time"
-_SAID = {
-    Manner(together=False): _APART,
-    Manner(use_cache=False): "generation: {} has no cache, and computes all rows again for each token",
-    Manner(together=False, use_cache=False): f"{_APART}, without a cache",
-}
+_ALONE = Manner(together=False, use_cache=False)
+_TRIED = (
+    *(Manner(), Manner(masks_on=False), Manner(together=False, masks_on=False), Manner(together=False)),
+    *(Manner(use_cache=False), _ALONE),
+)
+
+
+def _say(model: nn.Module, manner: Manner, reason: str) -> None:
+    name = type(model).__name__
+    if manner.together:
+        said = f"{name} does not go on from a cache, and computes all rows again for each token"
+    else:
+        said = f"{name} does not keep rows of a padded batch apart, and generates one row at a time"
+        said += "" if manner.use_cache else ", without a cache"
+    if _SAID.get(model) != said:
+        _SAID[model] = said
+        rank_zero_info(f"generation: {said} ({reason})")
+
+
+_SAID: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def _goes_wrong(model: nn.Module, manner: Manner, pad_token_id: int) -> str:
@@ -276,8 +319,9 @@ def _goes_wrong(model: nn.Module, manner: Manner, pad_token_id: int) -> str:
 
     try:
         with trying(model):
-            given = {"max_new_tokens": _NEW, "pad_token_id": pad_token_id, "manner": manner}
-            made = decode(model, rows, mask, choose, **given)[place_of_short]
+            made = decode(model, rows, mask, choose, max_new_tokens=_NEW, pad_token_id=pad_token_id, manner=manner)[
+                place_of_short
+            ]
             whole = torch.cat([short, made])[None, :-1]
             own = model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False).logits[0, -_NEW:]
     except Exception as error:  # whatever a model's own code raises over rows it cannot work with

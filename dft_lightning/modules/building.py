@@ -45,6 +45,10 @@ from dft_lightning.modules.options import LoadingOptions, StepOptions
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+RUN_THE_MODEL = (*_STEPS, "token_output", "generate", "generate_tokens", "known_tokens")
+"""Methods of the module."""
+
 
 class ModelBuilder:
     """Makes the model and what the loss compares it with, of the options of the module.

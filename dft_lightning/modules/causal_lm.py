@@ -21,7 +21,7 @@ from dft_lightning.distributed.strategies import leave_constant_buffers
 from dft_lightning.foreign.lightning import PlainHyperparameters, believe_reduced, logs_now, trainer_of
 from dft_lightning.foreign.torch import Moving
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss
-from dft_lightning.models.decoding import drawing_by_row
+from dft_lightning.models.decoding import Known
 from dft_lightning.models.documents import model_inputs
 from dft_lightning.models.flops import ModelFlops
 from dft_lightning.models.generation import Completions, GenerationOptions
@@ -29,8 +29,9 @@ from dft_lightning.models.given import options_of_itself
 from dft_lightning.models.layout import KEY
 from dft_lightning.models.lora.options import lora_values
 from dft_lightning.models.reference import ReferenceModel
+from dft_lightning.modules.answers import Engine, answers_of
 from dft_lightning.modules.batch_loss import BatchObjective, checked
-from dft_lightning.modules.building import ModelBuilder, check_uncompiled, objective_of
+from dft_lightning.modules.building import RUN_THE_MODEL, ModelBuilder, check_uncompiled, objective_of
 from dft_lightning.modules.monitors import check_monitors, check_monitors_by_validation
 from dft_lightning.modules.optimizer_building import OptimizerBuilder
 from dft_lightning.modules.optimizers import DEFAULT_OPTIMIZER, OptimizerCallable
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Batch = dict[str, Any]
-_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
-_RUN_THE_MODEL = (*_STEPS, "token_output", "generate", "generate_tokens")
 
 
 class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningModule):
@@ -142,6 +141,7 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         self._checkpoints = Checkpoints(self._builder, peft, self._optimization.schedule_values, self._run_state)
         self.register_load_state_dict_post_hook(self._checkpoints.leave_out_the_base)  # type: ignore[no-untyped-call]
         self._reference: ReferenceModel | None = None
+        self.engine: Engine | None = None  # what answers in this module's place, while it is open
 
     def plain_hparams(self, values: dict[str, Any]) -> dict[str, Any]:
         """Class paths and options, which ``weights_only`` loading can read."""
@@ -173,7 +173,7 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
             # What a subclass freezes or trains there counts when the model is wrapped: DDP and FSDP look but once.
             self.build_parameter_groups()
             self.train_telemetry.model_flops = ModelFlops.of(self.model)
-        builder.wrap(self, self.model, files, mesh, trainer, _RUN_THE_MODEL)
+        builder.wrap(self, self.model, files, mesh, trainer, RUN_THE_MODEL)
         self._checkpoints.remember_base(self.model)
 
     def build_model(self) -> nn.Module:
@@ -227,10 +227,11 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
             statistics: per-token statistics beyond those that the loss needs, such as ``"entropy"``.
         """
         assert self.model is not None, "call configure_model() first"
-        options = {"normalizer": normalizer, "statistics": statistics, "step": self._steps.done(trainer_of(self))}
-        max_length = getattr(getattr(self._datamodule, "text", None), "max_length", None)
-        alone = trainer_of(self) is None
-        return self._objective.output(self.model, self, batch, self.loss, self._reference, max_length, alone, **options)
+        trainer, max_length = trainer_of(self), getattr(getattr(self._datamodule, "text", None), "max_length", None)
+        options = {"normalizer": normalizer, "statistics": statistics, "step": self._steps.done(trainer)}
+        return self._objective.output(
+            self.model, self, batch, self.loss, self._reference, max_length, trainer is None, **options
+        )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean objective over a micro-batch's targets (with ``renormalize`` over their weights); 0 without any.
@@ -330,9 +331,7 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         batch = checked(batch)
         output = self.token_output(batch, statistics=self.eval_metrics.statistics)
         self.eval_metrics.update("test", output, batch, self.loss)
-        if not self.eval_metrics.scores(batch):
-            return {"predictions": []}
-        records = self.predict_step(batch, batch_idx)
+        records = self.predict_step(batch, batch_idx) if self.eval_metrics.scores(batch) else []
         self.eval_metrics.score(records)
         return {"predictions": records}
 
@@ -343,9 +342,7 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Generate completions. Returns ``index``, ``prompt``, ``completion`` and ``answer`` of each row."""
         check_prompts(batch)
-        with drawing_by_row(batch["index"]):
-            options = self.evaluation.generation
-            return records_of(batch, self.generate(batch["prompt_input_ids"], batch["prompt_attention_mask"], options))
+        return records_of(batch, answers_of(self, batch, self.evaluation.generation))
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, options: GenerationOptions) -> list[str]:
         """Complete prompts ``[B, T]`` (padded on the left); the texts end before the end-of-turn token."""
@@ -357,6 +354,10 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         assert self.model is not None, "call configure_model() first"
         return self._completions.tokens(self.model, input_ids, attention_mask, options, trainer_of(self))
 
+    def known_tokens(self, input_ids: Tensor, max_new_tokens: int) -> Known:
+        """The likeliest tokens after a prompt ``[1, T]``, and how clear they are, to tell this model by."""
+        return self._completions.known(self.model, input_ids, max_new_tokens, trainer_of(self))
+
     @property
     def stop_token_ids(self) -> list[int]:
         """What ends a generated text."""
@@ -365,9 +366,8 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
     def configure_optimizers(self) -> Any:
         optimizer = self.build_optimizer(self.build_parameter_groups())
         scheduler = self.build_scheduler(optimizer)
-        if scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        stepped = {"scheduler": scheduler, "interval": "step"}
+        return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": stepped}
 
     def build_parameter_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer: matrices with weight decay, norms and biases without."""

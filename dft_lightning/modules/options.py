@@ -12,6 +12,7 @@ from torchmetrics import Metric
 
 from dft_lightning.component import from_plain, group_of
 from dft_lightning.distributed.sharding import ShardingOptions
+from dft_lightning.engine import EngineOptions
 from dft_lightning.errors import check_one_of
 from dft_lightning.metrics import AnswerExtractor, WholeText
 from dft_lightning.metrics.own import metrics_by_name
@@ -25,7 +26,7 @@ from dft_lightning.modules.schedules import schedule_values
 Head = Literal["fused", "full"]
 OnNonFinite = Literal["raise", "skip"]
 
-GROUPS = ("loading", "sharding", "step", "evaluation", "generation")
+GROUPS = ("loading", "sharding", "step", "evaluation", "generation", "engine")
 """Names of the arguments that are groups of options, and of those within them."""
 
 
@@ -117,6 +118,7 @@ class EvaluationOptions:
 
     Attributes:
         generation: how completions are generated.
+        engine: who generates them: this module, or a server.
         answer_extractor: finds the answer that is compared. ``None`` compares whole texts, and leaves rows without an
             answer, such as plain text, to the token metrics.
         metrics: further metrics by name, which is what they are logged under. A class of torchmetrics that takes texts
@@ -127,6 +129,7 @@ class EvaluationOptions:
     """
 
     generation: GenerationOptions = GenerationOptions()  # noqa: RUF009 (frozen)
+    engine: EngineOptions = EngineOptions()  # noqa: RUF009 (frozen)
     answer_extractor: AnswerExtractor | None = None
     metrics: dict[str, Any] | None = None
 
@@ -134,6 +137,7 @@ class EvaluationOptions:
         """Take in Python what a config says, too: dicts of options."""
         generation = group_of(GenerationOptions, self.generation, "generation")
         object.__setattr__(self, "generation", generation)
+        object.__setattr__(self, "engine", group_of(EngineOptions, self.engine, "engine"))
         if self.answer_extractor is not None:
             object.__setattr__(self, "answer_extractor", from_plain(self.answer_extractor, AnswerExtractor))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 from dft_lightning.callbacks.interruption import Interrupted
 from dft_lightning.cli.commands import Stopped
 from dft_lightning.distributed.strategies import check_half_precision, check_precision
+from dft_lightning.engine import EngineOptions
 from dft_lightning.errors import InputError
 from dft_lightning.fit.config import FitConfig, Split, fit_arguments, module_of, read_fit, strategy_of
 from dft_lightning.fit.on_devices import ending_on_signals, of_its_devices, predict, status_of
@@ -36,7 +38,10 @@ _OF_THE_MODEL = (
     "loading.head",
     "loading.quantization_config",
     "evaluation.answer_extractor",
+    "sharding.param_dtype",
 )
+_ENGINE = "model.evaluation.engine"
+_AT_ONCE = 256  # answers of a server
 
 
 def sample(
@@ -50,6 +55,7 @@ def sample(
     split: Split = "train",
     limit: int | None = None,
     overwrite: bool = False,
+    engine: Literal["module", "openai"] | None = None,
     *,
     fit: FitConfig,
 ) -> None:
@@ -64,11 +70,14 @@ def sample(
         temperature: of sampling
         top_p: sample among the likeliest tokens that have this probability together
         max_new_tokens: longest answer; model.evaluation.generation.max_new_tokens by default
-        batch_size: answers at once; data.eval_batch_size by default, or data.batch_size where that is not set
+        batch_size: answers at once; data.eval_batch_size by default, or data.batch_size where that is not set; 256
+            of a server
         seed: of the samples
         split: whose prompts
         limit: the first rows alone
         overwrite: replace the file, or a partial one of other options
+        engine: who answers, over model.evaluation.engine.kind: this module, or a server with the OpenAI completions
+            interface, whose address or command line is in model.evaluation.engine
         fit: whose model and rows; in Python a config's file, a dict of its keys, or a list of these, later ones over
             earlier ones
 
@@ -79,6 +88,11 @@ def sample(
     _check_numbers(k=k, max_new_tokens=max_new_tokens, batch_size=batch_size, limit=limit)
     _check_sampling(temperature, top_p)
     output, fit = Path(output), fit_arguments(fit)
+    if engine is not None:
+        given = {"kind": engine} if engine == "openai" else asdict(EngineOptions())  # which has nothing of a server's
+        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
+        options = [part for name, text in texts.items() for part in (f"--{_ENGINE}.{name}", text)]
+        fit = replace(fit, args=(*fit.args, *options))
     check_output(output, overwrite)
     trainers: list[pl.Trainer] = []
     with ending_together(trainers):
@@ -103,13 +117,15 @@ def sample(
                 scorer.check(prompts.answers(), split)
                 longest = max_new_tokens or module.evaluation.generation.max_new_tokens
                 generation = GenerationOptions(longest, True, temperature, top_p)
-                batch_size = batch_size or data.eval_batch_size
+                asks = module.evaluation.engine
+                batch_size = batch_size or (data.eval_batch_size if asks.kind == "module" else _AT_ONCE)
                 batches = jobs_by_length([len(ids) for ids in prompts.ids], k, batch_size)
                 trainers.append(trainer_of(config["trainer"]))
                 asked: dict[str, Any] = {"--split": split, "--limit": limit, "--k": k, "--seed": seed}
                 asked |= {f"--{name}": asdict(generation)[name] for name in ("temperature", "top_p", "max_new_tokens")}
                 asked |= {"--batch_size": batch_size, "trainer.precision": config["trainer"]["precision"]}
                 asked |= {f"model.{name}": reduce(getitem, name.split("."), config["model"]) for name in _OF_THE_MODEL}
+                asked["model.evaluation.engine.kind"] = asks.kind
                 asked["model.class_path"] = config["model"].get("class_path")
                 asked["the prompts (rows, tokenizer or template)"] = prompts.digest
                 lines = Lines(output, asked, batches, overwrite, prompts, scorer)

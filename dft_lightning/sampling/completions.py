@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import asdict, dataclass
+from itertools import accumulate, groupby
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dft_lightning.engine import Question
 from dft_lightning.errors import InputError
 from dft_lightning.evaluation.completions import measuring
 from dft_lightning.losses.base import IGNORE_INDEX
 from dft_lightning.models.decoding import drawing_by
 from dft_lightning.models.generation import BROKEN, GenerationOptions, completion_lengths, decode_completions
 from dft_lightning.modules import CausalLMModule
+from dft_lightning.modules.answers import Engine
 from dft_lightning.sampling.partial_file import Job
 from dft_lightning.sampling.prompts import IntArray
 
@@ -29,13 +31,14 @@ class Completion:
 
     Attributes:
         text: without the token that ends the turn.
-        log_prob: sum over its tokens, the one that ends the turn included, in nats.
+        log_prob: sum over its tokens, the one that ends the turn included, in nats; ``None`` where an engine answered
+            that gives none.
         num_tokens: how many these are.
         finished: whether it has one that ends the turn.
     """
 
     text: str
-    log_prob: float
+    log_prob: float | None
     num_tokens: int
     finished: bool
 
@@ -74,17 +77,26 @@ class Sampler:
         self.seed = seed
 
     def batch(self, jobs: Sequence[Job], prompts: Sequence[IntArray]) -> list[Completion]:
-        """A completion of each prompt, the same whenever this (prompt, sample) of ``jobs`` is sampled.
+        """A completion of each prompt, the same whenever this (prompt, sample) of ``jobs`` is sampled; or what the
+        module's engine answers.
 
         Raises:
             InputError: probabilities that are NaN or infinite.
         """
+        if self.module.engine is not None:
+            return self._asked(self.module.engine, jobs, prompts)
         seeds = [(self.seed, *job) for job in jobs]
         with measuring(self.trainer, self.module), drawing_by(seeds):
-            tokens, texts = self._generate(prompts)
+            try:
+                tokens, texts = self._generate(prompts)
+                problem = None
+            except InputError as error:  # of one rank: the others go on to a forward, which may be a collective
+                tokens, texts, problem = torch.full((len(prompts), 1), self.pad_token_id), [""] * len(prompts), error
             lengths = completion_lengths(tokens, self.stop_token_ids)
             sampled = [row[:length] for row, length in zip(tokens.cpu(), lengths, strict=True)]
             log_probs = self._log_probs(prompts, sampled)
+        if problem is not None:
+            raise problem
         if not torch.tensor(log_probs).isfinite().all():
             raise InputError(BROKEN)
         return [
@@ -92,6 +104,16 @@ class Sampler:
             Completion(text.replace("\0", "\ufffd"), log_prob, len(row), int(row[-1]) in self.stop_token_ids)
             for text, log_prob, row in zip(texts, log_probs, sampled, strict=True)
         ]
+
+    def _asked(self, engine: Engine, jobs: Sequence[Job], prompts: Sequence[IntArray]) -> list[Completion]:
+        questions = []
+        for _, group in groupby(zip(jobs, prompts, strict=True), key=lambda pair: pair[0][0]):
+            (first, ids), *others = group
+            questions.append(Question(first, ids.tolist(), 1 + len(others), self.seed))
+        found = engine.ask(questions, self.options, [ids.tolist() for ids in prompts])
+        answers = [answer for question in questions for answer in found[question.key]]
+        # A NUL is no text that a row may have.
+        return [Completion(**{**asdict(each), "text": each.text.replace("\0", "\ufffd")}) for each in answers]
 
     def _generate(self, prompts: Sequence[IntArray]) -> tuple[Tensor, list[str]]:
         rows = [torch.from_numpy(prompt).long() for prompt in prompts]

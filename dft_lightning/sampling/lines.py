@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dft_lightning.callbacks.engine import served
 from dft_lightning.callbacks.interruption import Interrupted
 from dft_lightning.cli.commands import Stopped
 from dft_lightning.distributed import gather_lists
@@ -68,20 +69,25 @@ class Lines:
 
         on_first_rank(sampler.trainer, begin)
         try:
-            speed = self._sample(sampler, sampler.trainer.strategy.broadcast(self._file and self._file.batches_done))
+            done = sampler.trainer.strategy.broadcast(0 if self._file is None else self._file.batches_done)
+            with served(sampler.trainer, sampler.module):
+                speed = self._sample(sampler, done)
             return self._finish(speed, sampler.options.max_new_tokens)
         except (KeyboardInterrupt, Interrupted) as ending:
-            raise Stopped(self._kept(), status_of(ending)) from None
+            raise Stopped(f"stopped: {self._kept()}" if self._file else "stopped", status_of(ending)) from None
+        except InputError as error:
+            if self._file is None or not self._file.lines_done:
+                raise
+            raise InputError(f"{error}; {self._kept()}") from error
         finally:
             if self._file is not None:
                 self._file.close()
 
     def _kept(self) -> str:
-        if self._file is None:
-            return "stopped"
+        assert self._file is not None
         total = sum(map(len, self._batches))
         kept = f"{self._file.lines_done} of {total} answers are in {self._file.path}"
-        return f"stopped: {kept}; the same command goes on with the others"
+        return f"{kept}; the same command goes on with the others"
 
     def _sample(self, sampler: Sampler, done: int) -> float:
         """The batches that are not there yet; returns tokens per second, 0 where none were left."""

@@ -111,7 +111,9 @@ class ScoredWriter(Callback):
         self._files: list[TextIO] = []
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for split in self.batches.splits if self.folder is not None else ():
+        if self.folder is None:
+            return
+        for split in self.batches.splits:
             (self.folder / split.split).mkdir()
             self._files.append((self.folder / split.split / FILE).open("w", encoding="utf-8"))
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dft_lightning.callbacks import PredictionWriter
+from dft_lightning.callbacks import EngineAnswers, PredictionWriter
 from dft_lightning.callbacks.interruption import Interrupted
 from dft_lightning.cli import READ_AS
 from dft_lightning.cli.commands import FitArguments, Stopped
@@ -121,7 +121,8 @@ class ScoringCLI(DFTLightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, PredictionWriter)]
+        unwanted = (PredictionWriter, EngineAnswers)
+        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, unwanted)]
         return trainer
 
     def before_predict(self) -> None:

@@ -136,7 +136,7 @@ class BatchSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[Any]:
         size = len(self.dataset)  # type: ignore[arg-type]
         order = torch.arange(size) if self.lengths is None else self.lengths.argsort(descending=True, stable=True)
-        batches = [batch.tolist() for batch in order.split(self.batch_size) if len(batch)]
+        batches = [batch.tolist() for batch in torch.split(order, self.batch_size) if len(batch)]
         batches += [[PADDING_ROW]] * (self.total_size - len(batches))
         return iter(batches[self.rank :: self.num_replicas])
 
