@@ -6,9 +6,9 @@
         --model.model smollm2 --data.test ../shared/data/gsm8k_test.jsonl
 
 Further arguments are those of ``fit``. Both sides get the same batches of the first problems of ``data.test``, of
-``data.eval_batch_size`` prompts, each prompt in as many rows as it has samples, and take turns. A ratio is the median
-over turns of two times of one turn. Greedy answers are compared token by token: where two differ, the logits of the two
-tokens after the same tokens before them show how near to each other they are.
+``data.eval_batch_size`` prompts, each prompt in as many rows as it has samples, in ``trainer.precision``. They take
+turns. A ratio is the median over turns of two times of one turn. Greedy answers are compared token by token: where two
+differ, the logits of the two tokens after the same tokens before them show how near to each other they are.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dft_lightning.evaluation.completions import at_temperature
 from dft_lightning.fit.config import data_of, module_of, read_fit
 from dft_lightning.models.decoding import drawing_by
 from dft_lightning.models.generation import completion_lengths
+from dft_lightning.sampling.command import trainer_of
 
 
 def of_transformers(module, ids, mask, options):
@@ -54,7 +55,7 @@ def of_dft_lightning(module, ids, mask, options):
 SIDES = {"transformers": of_transformers, "dft_lightning": of_dft_lightning}
 
 
-def answered(module, batches, side, options, samples):
+def answered(module, trainer, batches, side, options, samples):
     """Each row's tokens up to and with its stop token, and the seconds of all."""
     rows, seconds = [], 0.0
     for batch in batches:
@@ -62,7 +63,7 @@ def answered(module, batches, side, options, samples):
             batch[f"prompt_{name}"].repeat_interleave(samples, dim=0) for name in ("input_ids", "attention_mask")
         )
         started = time.perf_counter()
-        with torch.no_grad():
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
             tokens = SIDES[side](module, ids, mask, options)
         seconds += time.perf_counter() - started
         lengths = completion_lengths(tokens, module.stop_token_ids)
@@ -70,7 +71,7 @@ def answered(module, batches, side, options, samples):
     return rows, seconds
 
 
-def differences(module, batches, one, other):
+def differences(module, trainer, batches, one, other):
     """Of greedy answers that differ: the logits of the two tokens where they part, on what is before both."""
     prompts = [
         ids[mask.bool()].tolist()
@@ -82,7 +83,7 @@ def differences(module, batches, one, other):
         if first == second:
             continue
         place = next(i for i, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1])
-        with torch.no_grad():
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
             logits = module.model(torch.tensor([prompt + first[:place]]), use_cache=False).logits[0, -1].float()
         found.append({"place": place, "logits": [logits[first[place]].item(), logits[second[place]].item()]})
     return found
@@ -99,7 +100,7 @@ def main() -> None:
     options, arguments = parser.parse_known_args()
     pl.seed_everything(0, verbose=False)
     config = read_fit(FitArguments(tuple(arguments)))
-    module, data = module_of(config), data_of(config)
+    module, data, trainer = module_of(config), data_of(config), trainer_of(config["trainer"])
     data.model_hparams = module.hparams
     data.prepare_data()
     data.setup("test")
@@ -115,14 +116,14 @@ def main() -> None:
     }
     few = [{name: value[:2] for name, value in batches[0].items() if isinstance(value, torch.Tensor)}]
     for side in SIDES:
-        answered(module, few, side, asked["greedy"][0], 1)
-    result = {"problems": options.problems, "batch_size": data.eval_batch_size}
+        answered(module, trainer, few, side, asked["greedy"][0], 1)
+    result = {"problems": options.problems, "batch_size": data.eval_batch_size, "precision": trainer.precision}
     for name, (generation, samples) in asked.items():
         turns, greedy = [], {}
         for _ in range(options.turns):
             turn = {}
             for side in SIDES:
-                rows, seconds = answered(module, batches, side, generation, samples)
+                rows, seconds = answered(module, trainer, batches, side, generation, samples)
                 turn[side] = {"seconds": seconds, "tokens": sum(map(len, rows))}
                 greedy[side] = rows
             turns.append(turn)
@@ -130,7 +131,7 @@ def main() -> None:
         ratios = sorted(turn["transformers"]["seconds"] / turn["dft_lightning"]["seconds"] for turn in turns)
         result[name] = {"ratio": ratios[len(ratios) // 2], "turns": turns}
         if samples == 1:
-            result[name]["differ"] = differences(module, batches, *greedy.values())
+            result[name]["differ"] = differences(module, trainer, batches, *greedy.values())
         print(f"{name}: {result[name]['ratio']:.2f} times as fast")
     written = json.loads(options.output.read_text()) if options.output.exists() else {}
     written |= {**machine("cpu"), options.name: result}
