@@ -298,11 +298,12 @@ def losses_passages() -> Iterator[str]:
     ratios = dict(found["times_the_bare_products"])
     anchored = ratios.pop("AnchoredLoss")
     by_sequence = sorted(ratios.pop(name) for name in ("SequenceDFTLoss", "ImportanceWeightedLoss, sequence"))
+    said = " and ".join(dict.fromkeys(f"{ratio:.1f}" for ratio in by_sequence))
     yield (
         f"on {cores(found)} ({found['tokens']} tokens, a vocabulary of {found['vocabulary']}, {found['dtype']}, "
         f"`python benchmarks/head_losses.py`): {min(ratios.values()):.2f} to {max(ratios.values()):.2f} for the losses "
         "of one pass, which is no further apart than two runs of one of them; "
-        f"{by_sequence[0]:.1f} and {by_sequence[1]:.1f} for those by sequence, and {anchored:.1f} for `AnchoredLoss`"
+        f"{said} for those by sequence, and {anchored:.1f} for `AnchoredLoss`"
     )
 
 
