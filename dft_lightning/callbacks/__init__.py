@@ -1,6 +1,6 @@
 """What watches or saves a run."""
 
-from dft_lightning.callbacks.engine import EngineAnswers, served
+from dft_lightning.callbacks.engine import EngineAnswers
 from dft_lightning.callbacks.export import HuggingFaceExport
 from dft_lightning.callbacks.generation import GenerationEvaluation
 from dft_lightning.callbacks.interruption import Interrupted, InterruptionCheckpoint
@@ -15,5 +15,4 @@ __all__ = [
     "InterruptionCheckpoint",
     "PredictionWriter",
     "StepProgress",
-    "served",
 ]

@@ -168,10 +168,9 @@ def served(trainer: pl.Trainer, module: CausalLMModule) -> Iterator[None]:
 
 def _started(trainer: pl.Trainer, module: CausalLMModule, stack: ExitStack) -> str:
     """The address of a server that rank 0 starts, and the stack ends."""
-    options, key = module.evaluation.engine, _KEY.removesuffix("engine")
-    assert options.command is not None
+    options, command = module.evaluation.engine, module.evaluation.engine.command
+    assert command is not None
     run = Path(trainer.log_dir or ".")  # a broadcast: every rank asks
-    run = Path(trainer.strategy.broadcast(str(run)))
     place: list[str] = []
     if trainer.is_global_zero:
         run.mkdir(parents=True, exist_ok=True)
@@ -179,16 +178,16 @@ def _started(trainer: pl.Trainer, module: CausalLMModule, stack: ExitStack) -> s
         place.append(stack.enter_context(tempfile.TemporaryDirectory(prefix=f".served-{os.getpid()}-", dir=run)))
     folder = Path(trainer.strategy.broadcast(place[0] if place else "")) / "model"
     merge = options.merge and module.record()["adapter"] is not None
-    export_live(trainer, module, folder, f"{key}engine: ", merge=merge)
+    export_live(trainer, module, folder, f"{_KEY}: ", merge=merge)
     started: list[Server] = []
 
     def start() -> None:
-        server = Server(options.command or "", folder, run / LOG, options.start_timeout)
+        server = Server(command, folder, run / LOG, options.start_timeout)
         stack.push(server.__exit__)
         started.append(server.__enter__())
-        rank_zero_info(f"{key}engine: {server.url} answers, and prints to {server.log}")
+        rank_zero_info(f"{_KEY}: {server.url} answers, and prints to {server.log}")
 
-    on_first_rank(trainer, start, key)
+    on_first_rank(trainer, start, _KEY.removesuffix("engine"))  # its messages begin with the rest
     return str(trainer.strategy.broadcast(started[0].url if started else ""))
 
 

@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from dft_lightning.distributed.sharding import gather_again
 from dft_lightning.distributed.strategies import on_first_rank, whole_state
 from dft_lightning.errors import InputError, check_one_of
 from dft_lightning.export.checkpoint import TrainedCheckpoint, language_model_tensors
@@ -34,7 +33,6 @@ def export_live(trainer: pl.Trainer, module: CausalLMModule, output: Path, key: 
         InputError: it cannot be written.
     """
     state, record = whole_state(trainer), module.record()  # on every rank: each may be a collective
-    gather_again(module)
 
     def write() -> None:
         tensors, step = language_model_tensors(state), trainer.global_step

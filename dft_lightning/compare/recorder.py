@@ -221,10 +221,8 @@ class RunRecorder(Callback):
                         trainer, module, split, self.evaluation.temperature, self.evaluation.num_samples
                     )
                     values |= shares(greedy, sampled, self.evaluation.num_samples)
-        for split in self._splits(trainer):
-            values = record[split]
-            shown = ", ".join(f"{n} {values[n]:.3f}" for n in ("greedy", "sampled", "nll") if n in values)
-            rank_zero_info(f"step {trainer.global_step}, {split} rows: {shown}")
+                shown = ", ".join(f"{n} {values[n]:.3f}" for n in ("greedy", "sampled", "nll") if n in values)
+                rank_zero_info(f"step {trainer.global_step}, {split} rows: {shown}")
         self._history.append(record)
         self._write_fit(trainer, finished=False)
         telemetry.start_clock()

@@ -20,7 +20,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from dft_lightning.distributed.ranks import largest_of_ranks
-from dft_lightning.distributed.sharding import ShardingOptions, find_blocks
+from dft_lightning.distributed.sharding import ShardingOptions, find_blocks, gather_again
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.foreign.lightning import checkpointing_options, saves_shards
 from dft_lightning.foreign.torch import name_in_state, non_persistent_buffers, wrapped_classes
@@ -137,7 +137,9 @@ def whole_state(trainer: pl.Trainer) -> dict[str, Any]:
     if not shards_parameters(trainer):
         return dict(trainer.lightning_module.state_dict())
     assert model is not None
-    return dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))
+    found = dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))
+    gather_again(trainer.lightning_module)
+    return found
 
 
 def _summoned_state(model: FullyShardedDataParallel) -> dict[str, Any]:

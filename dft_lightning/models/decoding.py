@@ -209,9 +209,8 @@ _ROOM = 64
 def _appended(room: Tensor | None, kept: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
     """A tensor that begins with what was kept and what is more, and that beginning of it."""
     length, total = kept.shape[-2], kept.shape[-2] + more.shape[-2]
-    if (
-        room is None or room.data_ptr() != kept.data_ptr() or room.shape[-2] < total
-    ):  # rows were left out, or it is full
+    has_room = room is not None and room.data_ptr() == kept.data_ptr() and room.shape[-2] >= total
+    if room is None or not has_room:  # at first, when rows have left, and when it is full
         room = kept.new_empty(*kept.shape[:-2], total + _ROOM, kept.shape[-1])
         room[..., :length, :] = kept
     room[..., length:total, :] = more

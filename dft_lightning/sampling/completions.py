@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dft_lightning.engine import Question
+from dft_lightning.engine import Answer, Question
 from dft_lightning.errors import InputError
 from dft_lightning.evaluation.completions import measuring
 from dft_lightning.losses.base import IGNORE_INDEX
@@ -23,24 +23,6 @@ from dft_lightning.modules import CausalLMModule
 from dft_lightning.modules.answers import Engine
 from dft_lightning.sampling.partial_file import Job
 from dft_lightning.sampling.prompts import IntArray
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What the model said.
-
-    Attributes:
-        text: without the token that ends the turn.
-        log_prob: sum over its tokens, the one that ends the turn included, in nats; ``None`` where an engine answered
-            that gives none.
-        num_tokens: how many these are.
-        finished: whether it has one that ends the turn.
-    """
-
-    text: str
-    log_prob: float | None
-    num_tokens: int
-    finished: bool
 
 
 class Sampler:
@@ -76,7 +58,7 @@ class Sampler:
         self.pad_token_id = pad_token_id
         self.seed = seed
 
-    def batch(self, jobs: Sequence[Job], prompts: Sequence[IntArray]) -> list[Completion]:
+    def batch(self, jobs: Sequence[Job], prompts: Sequence[IntArray]) -> list[Answer]:
         """A completion of each prompt, the same whenever this (prompt, sample) of ``jobs`` is sampled; or what the
         module's engine answers.
 
@@ -101,11 +83,11 @@ class Sampler:
             raise InputError(BROKEN)
         return [
             # A NUL is no text that a row may have.
-            Completion(text.replace("\0", "\ufffd"), log_prob, len(row), int(row[-1]) in self.stop_token_ids)
+            Answer(text.replace("\0", "\ufffd"), log_prob, len(row), int(row[-1]) in self.stop_token_ids)
             for text, log_prob, row in zip(texts, log_probs, sampled, strict=True)
         ]
 
-    def _asked(self, engine: Engine, jobs: Sequence[Job], prompts: Sequence[IntArray]) -> list[Completion]:
+    def _asked(self, engine: Engine, jobs: Sequence[Job], prompts: Sequence[IntArray]) -> list[Answer]:
         questions = []
         for _, group in groupby(zip(jobs, prompts, strict=True), key=lambda pair: pair[0][0]):
             (first, ids), *others = group
@@ -113,7 +95,7 @@ class Sampler:
         found = engine.ask(questions, self.options, [ids.tolist() for ids in prompts])
         answers = [answer for question in questions for answer in found[question.key]]
         # A NUL is no text that a row may have.
-        return [Completion(**{**asdict(each), "text": each.text.replace("\0", "\ufffd")}) for each in answers]
+        return [replace(each, text=each.text.replace("\0", "\ufffd")) for each in answers]
 
     def _generate(self, prompts: Sequence[IntArray]) -> tuple[Tensor, list[str]]:
         rows = [torch.from_numpy(prompt).long() for prompt in prompts]

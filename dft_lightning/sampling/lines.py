@@ -14,12 +14,13 @@ from dft_lightning.callbacks.interruption import Interrupted
 from dft_lightning.cli.commands import Stopped
 from dft_lightning.distributed import gather_lists
 from dft_lightning.distributed.strategies import on_first_rank
+from dft_lightning.engine import Answer
 from dft_lightning.errors import InputError
 from dft_lightning.evaluation.completions import sampled_shares
 from dft_lightning.fit.on_devices import status_of
 from dft_lightning.metrics import ExactMatch
 from dft_lightning.models.fingerprints import hash_weights
-from dft_lightning.sampling.completions import Completion, Sampler
+from dft_lightning.sampling.completions import Sampler
 from dft_lightning.sampling.partial_file import Job, PartialFile
 from dft_lightning.sampling.prompts import Prompts
 
@@ -127,7 +128,7 @@ class Lines:
         return summary
 
 
-def line_of(job: Job, completion: Completion, prompts: Prompts, scorer: ExactMatch) -> dict[str, Any]:
+def line_of(job: Job, completion: Answer, prompts: Prompts, scorer: ExactMatch) -> dict[str, Any]:
     """What is written of a completion. One that was cut off is not right, whatever it says."""
     index, number = job
     answer = prompts.answer(index)

@@ -57,17 +57,8 @@ def row_loader(
     sampler = RowSampler(dataset, world_size, rank, shuffle, options.seed, lengths, group_size, dealing)
     if begin is not None:
         begin(sampler)
-    loader: DataLoader[Any] = _RowLoader(
-        dataset,
-        batch_size=None if isinstance(dealing, TokenDealing) else batch_size,  # the sampler's own batches
-        sampler=sampler,
-        collate_fn=collator,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=num_workers > 0,
-        **_worker_options(options.seed, rank),
-    )
-    return loader
+    size = None if isinstance(dealing, TokenDealing) else batch_size  # the sampler's own batches
+    return _loader(dataset, sampler, collator, size, options, rank, num_workers)
 
 
 def prompt_loader(
@@ -82,10 +73,24 @@ def prompt_loader(
 ) -> DataLoader[Any]:
     """Batches of rows that are generated from; see :class:`.BatchSampler`. Arguments as of :func:`row_loader`."""
     rank, world_size = ranks
+    sampler = BatchSampler(dataset, batch_size, world_size, rank, lengths)
+    return _loader(dataset, sampler, collator, None, options, rank, num_workers)
+
+
+def _loader(
+    dataset: Any,
+    sampler: RowSampler | BatchSampler,
+    collator: Collator,
+    batch_size: int | None,
+    options: BatchOptions,
+    rank: int,
+    num_workers: int,
+) -> DataLoader[Any]:
+    """Of a sampler that gives rows, or batches where ``batch_size`` is ``None``."""
     loader: DataLoader[Any] = _RowLoader(
         dataset,
-        batch_size=None,  # the sampler's own batches
-        sampler=BatchSampler(dataset, batch_size, world_size, rank, lengths),
+        batch_size=batch_size,
+        sampler=sampler,
         collate_fn=collator,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
