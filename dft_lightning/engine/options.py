@@ -51,7 +51,7 @@ class EngineOptions:
             return
         if (self.url is None) == (self.command is None):
             raise ValueError(
-                "kind openai takes url (of a running server) or command (that starts one)"
+                "model.evaluation.engine: kind openai takes url (of a running server) or command (that starts one)"
                 + (", one of them" if self.url is None else ", not both")
             )
         if self.url is not None:
@@ -70,7 +70,7 @@ class EngineOptions:
     def _check_module(self) -> None:
         given = [f.name for f in fields(self) if f.name != "kind" and getattr(self, f.name) != f.default]
         if given:
-            raise ValueError(f"kind module has no {', '.join(given)}: set kind: openai")
+            raise ValueError(f"model.evaluation.engine: kind module has no {', '.join(given)}: set kind: openai")
 
 
 def _check_url(url: str) -> None:
