@@ -8,10 +8,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dft_lightning import DFTLoss
+from dft_lightning.foreign.torch import has_sigmoid_of_product
 from dft_lightning.ops import chunks, linear_token_loss
 from dft_lightning.ops.call import HeadSettings, ReferenceHead
 from dft_lightning.ops.chunks import DEFAULT_CHUNK_BYTES
-from dft_lightning.ops.products import HeadProducts, multiplied, scaled
+from dft_lightning.ops.pieces import filled, multiplied, row_pieces, scaled, times_rows
+from dft_lightning.ops.products import HeadProducts
 from dft_lightning.ops.row_math import LogitTransform
 from test_linear_head import full_loss, gradients, problem, relative
 
@@ -32,6 +34,22 @@ class Made(TorchDispatchMode):
             tuple(result.shape) == self.shape
         ):
             self.dtypes.append(result.dtype)
+        return result
+
+
+class Sizes(TorchDispatchMode):
+    """Names of the operations that go through so many elements, views left out."""
+
+    def __init__(self, least, below):
+        super().__init__()
+        self.least, self.below, self.found = least, below, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        outputs = result if isinstance(result, (tuple, list)) else [result]
+        sizes = [each.numel() for each in outputs if isinstance(each, torch.Tensor)]
+        if not func.is_view and any(self.least <= size < self.below for size in sizes):
+            self.found.add(func.overloadpacket)
         return result
 
 
@@ -116,6 +134,38 @@ def test_a_single_chunk_needs_no_accumulator(n, options, accumulator):
         assert made.dtypes == []
         assert scaled(gradient, factor, accumulator, in_place=False) is not gradient
         assert made.dtypes == [accumulator]
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
+def test_what_is_no_product_is_done_by_one_thread_a_piece_at_a_time(dtype, monkeypatch):
+    """Beside other processes each operation on two threads waits for both to have their turn."""
+    if dtype == BFLOAT16 and not has_sigmoid_of_product():
+        pytest.skip("this CPU has no product of bfloat16 with a sigmoid")
+    aten, n, hidden_size, vocabulary = torch.ops.aten, 600, 64, 40000
+    hidden = (torch.randn(n, hidden_size) / 8).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, hidden_size, dtype=dtype, requires_grad=True)
+    targets = torch.randint(vocabulary, (n,))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with Sizes(2**15, n * vocabulary // 4) as sizes:
+        linear_token_loss(hidden, weight, targets, DFTLoss()).loss.backward()
+    made = {aten.empty, aten.empty_like, aten.detach, aten.view}
+    assert sizes.found - made == {aten.mm}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    with Sizes(2**15, n * vocabulary // 4) as sizes:
+        linear_token_loss(hidden, weight, targets, DFTLoss()).loss.backward()
+    assert sizes.found - made > {aten.mm}
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
+def test_pieces_are_the_whole(dtype):
+    """Rounded once, whatever the pieces."""
+    matrix, factor = torch.randn(70, 3000).to(dtype), torch.randn(70, 1)
+    expected = (matrix.double() * factor.double()).to(FLOAT32).to(dtype)
+    assert torch.equal(times_rows(matrix, factor, out=torch.empty_like(matrix)), expected)
+    assert torch.equal(times_rows(matrix, factor, out=matrix), expected)
+    assert filled(50000, 0.5, dtype, matrix.device).unique().tolist() == [0.5]
+    assert [part.stop - part.start for part in row_pieces(10, 2**15, matrix.device)] == [1] * 10
+    assert list(row_pieces(0, 8, matrix.device)) == []
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32, torch.float64])

@@ -3,7 +3,7 @@
 from dft_lightning.ops.call import ReferenceHead, TokenOutput
 from dft_lightning.ops.linear_head import linear_token_loss, linear_token_statistics
 from dft_lightning.ops.logits_loss import logits_token_loss
-from dft_lightning.ops.products import release_scratch
+from dft_lightning.ops.pieces import release_scratch
 
 __all__ = [
     "ReferenceHead",

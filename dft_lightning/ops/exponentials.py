@@ -8,17 +8,18 @@ rows are kept as :class:`~dft_lightning.ops.row_math.SoftmaxRows` have them at t
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from dft_lightning.foreign.torch import has_sigmoid_of_product
 from dft_lightning.losses.statistics import entropy_of_largest
-from dft_lightning.ops.products import HeadProducts, float32_sums, slices
+from dft_lightning.ops.pieces import slices
+from dft_lightning.ops.products import HeadProducts, float32_sums
 from dft_lightning.ops.row_math import LogitTransform, Moments, SoftmaxRows
-from dft_lightning.ops.torch_kernels import largest, log_factor_of, put_, row_blocks, row_sums
+from dft_lightning.ops.torch_kernels import largest, log_factor_of, log_sigmoid, put_, row_blocks, row_sums
 
 # What a row's largest value may be. Up to the first a sigmoid is an exponential to 1/16 of what bfloat16 rounds; from
 # the second on all classes have a value that are up to 24 nats less likely than the likeliest.
@@ -61,14 +62,14 @@ def row_moments(
     total = float32_sums(values)
     others = base + total.log()
     log_normalizer = torch.logaddexp(others, target_logit)
-    log_factor = log_factor_of(logsigmoid(others - target_logit), total)
+    log_factor = log_factor_of(log_sigmoid(others - target_logit), total)
     found = row_sums(values, log_factor, wanted)
     if "sum_logits" in wanted:
         found["sum_logits"] = products.sum_of_logits(rows)
     if top_k is not None:
         found["top_k_entropy"] = _top_k_entropy(values, target_logit - base, top_k)
     correct = _first_largest(products, rows, values, highest, target_logit - base, targets)
-    log_prob = logsigmoid(target_logit - others)
+    log_prob = log_sigmoid(target_logit - others)
     return Moments(log_prob, log_normalizer, correct, **found), SoftmaxRows(values, log_factor, total)
 
 
@@ -135,11 +136,11 @@ def _exponentials(
 
 def _base(target_logit: Tensor) -> float:
     """Above as many of a chunk's targets as one base suits."""
-    ordered = target_logit[target_logit.isfinite()].sort().values
-    if not len(ordered):
+    ordered: list[float] = target_logit[target_logit.isfinite()].sort().values.tolist()
+    if not ordered:
         return 0.0
-    below = torch.arange(len(ordered)) - torch.searchsorted(ordered, ordered - _SPREAD)
-    return float(ordered[below.argmax()]) + _ABOVE_TARGETS
+    below = [index - bisect_left(ordered, logit - _SPREAD) for index, logit in enumerate(ordered)]
+    return ordered[below.index(max(below))] + _ABOVE_TARGETS
 
 
 def _again(

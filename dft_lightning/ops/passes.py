@@ -18,7 +18,8 @@ from dft_lightning.losses.statistics import TokenStats, raised_dtype
 from dft_lightning.ops import kernels
 from dft_lightning.ops.call import HeadSettings, ReferenceHead, TargetTokens, TokenOutput, inverse_normalizer
 from dft_lightning.ops.gathering import Gathered, gather
-from dft_lightning.ops.products import HeadProducts, scaled
+from dft_lightning.ops.pieces import scaled
+from dft_lightning.ops.products import HeadProducts
 from dft_lightning.ops.row_math import ENTRIES, Coefficients, Moments, coefficients_of, statistics_of
 from dft_lightning.ops.torch_kernels import put_
 

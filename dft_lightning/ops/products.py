@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from dft_lightning.foreign.torch import sigmoid_of_product
 from dft_lightning.losses.statistics import raised_dtype
 from dft_lightning.ops.call import HeadSettings, ReferenceHead
 from dft_lightning.ops.chunks import CUDA_CHUNK_ROWS, chunk_rows, row_stride
+from dft_lightning.ops.pieces import PIECE_BYTES, add_, filled, row_pieces, scratch, slices, times_rows
 
 # Float32 logits beside half precision are those of a chunk's so many parts, but of enough rows for a fast product.
 _BLOCKS, _LEAST_ROWS = 8, 512
@@ -216,12 +217,15 @@ class HeadProducts:
 
     def sigmoids(self, scaled_hidden: Tensor, base: float) -> Tensor:
         """``[c, V]``, ``sigmoid(z - base)`` of logits that are not rounded before it; on the CPU in bfloat16."""
-        return sigmoid_of_product(scaled_hidden, self._cast_weight.contiguous(), self._scaled_bias - base)
+        bias = self._scaled_bias
+        shift = filled(self.vocabulary, -base, self._raised, self.device) if bias is None else bias - base
+        return sigmoid_of_product(scaled_hidden, self._cast_weight.contiguous(), shift)
 
     @cached_property
     def has_nan(self) -> bool:
         """Whether some class has a nan in its weight or bias, which is every row's: oneDNN's sigmoid makes 0 of it."""
-        return bool(self._cast_weight.sum().isnan()) or bool(self._scaled_bias.isnan().any())
+        of_bias = self._scaled_bias is not None and bool(self._scaled_bias.isnan().any())
+        return of_bias or bool(self._cast_weight.sum().isnan())
 
     def float32_logits(self, scaled_hidden: Tensor) -> Tensor:
         """``[c, V]`` logits by a product in float32, which takes some times as long."""
@@ -229,27 +233,29 @@ class HeadProducts:
         logits = hidden.new_empty(len(hidden), self.vocabulary)
         for part in slices(self.vocabulary, max(1, _TILE_BYTES // (hidden.shape[1] * hidden.itemsize))):
             logits[:, part] = hidden @ self._cast_weight[part].to(self._raised).t()
-        return logits.add_(self._scaled_bias)
+        return logits if self._scaled_bias is None else logits.add_(self._scaled_bias)
 
     def logits_at(self, rows: slice, classes: Tensor, which: Tensor | None = None) -> Tensor:
         """Logits of some classes ``[c, k]`` of a chunk's rows, or of ``which`` of them, in float32."""
-        hidden = self.scaled_hidden(rows, which).to(self._raised)
-        weight = self._cast_weight[classes].to(self._raised)
-        return torch.bmm(weight, hidden.unsqueeze(-1)).squeeze(-1) + self._scaled_bias[classes]
+        hidden = self.scaled_hidden(rows, which)
+        logits = hidden.new_empty(classes.shape, dtype=self._raised)
+        for part in row_pieces(len(classes), classes.shape[1] * hidden.shape[1], self.device):
+            weight = embedding(classes[part], self._cast_weight).to(self._raised)
+            torch.sum(weight.mul_(hidden[part].unsqueeze(1)), -1, out=logits[part])
+        return logits if self._scaled_bias is None else logits.add_(self._scaled_bias[classes])
 
     def sum_of_logits(self, rows: slice) -> Tensor:
         """``[c]``, the sum of each row's logits in float32: a product with the sum of the classes' weights."""
-        return self.scaled_hidden(rows).to(self._raised) @ self._weight_sum + self._scaled_bias.sum()
+        logits = self.scaled_hidden(rows).to(self._raised) @ self._weight_sum
+        return logits if self._scaled_bias is None else logits.add_(self._scaled_bias.sum())
 
     @cached_property
     def _weight_sum(self) -> Tensor:
         return float32_sums(self._cast_weight.t())
 
     @cached_property
-    def _scaled_bias(self) -> Tensor:
-        if self._bias is None:
-            return torch.zeros(self.vocabulary, dtype=self._raised, device=self.device)
-        return self._bias.to(self._raised) * self._transform.scale
+    def _scaled_bias(self) -> Tensor | None:
+        return None if self._bias is None else self._bias.to(self._raised) * self._transform.scale
 
     # -- gradients --
 
@@ -266,10 +272,8 @@ class HeadProducts:
         if self.hidden_gradient is not None:
             own = self.hidden_gradient[rows]
             _product(gradient, self._cast_weight, out=own)
-            if change is not None and own.dtype == change.dtype:
-                own.mul_(change)
-            elif change is not None:
-                own.copy_(own * change)
+            if change is not None:
+                times_rows(own, change, out=own)
             elif self.dtype == torch.float16:
                 own.div_(self.scale)
         if change is not None and self.dtype == torch.float16:
@@ -277,20 +281,24 @@ class HeadProducts:
             if self.bias_gradient is not None:
                 largest = torch.maximum(largest, change.abs().squeeze(-1))
             change = change * self.next_scale(largest)
-        hidden = self._hidden[rows] if change is None else self._hidden[rows] * change
         if self.bias_gradient is not None:
             self._add_bias_gradient(gradient, change)
         if self.weight_gradient is not None:
             # A product rounded to half precision is as good as a float32 gradient needs (torch's own autocast rounds
             # too), but a sum of rounded products that is rounded again is not: there the rest is added as well.
             exact = self._rounds_weight_gradient
-            _accumulate(self.weight_gradient, gradient.t(), hidden.to(self.dtype), add=self._started, exact=exact)
+            hidden = self._hidden[rows]
+            if change is None:
+                hidden = hidden.to(self.dtype)
+            else:
+                hidden = times_rows(hidden, change, out=torch.empty_like(hidden, dtype=self.dtype))
+            _accumulate(self.weight_gradient, gradient.t(), hidden, add=self._started, exact=exact)
         self._started = True
 
     def _add_bias_gradient(self, gradient: Tensor, change: Tensor | None) -> None:
         assert self.bias_gradient is not None
         pieces = 16 if self.device.type == "cpu" else 256
-        size = max(1, pieces * _PIECE_BYTES // (self.vocabulary * self._raised.itemsize))
+        size = max(1, pieces * PIECE_BYTES // (self.vocabulary * self._raised.itemsize))
         for part in slices(len(gradient), size):
             piece = gradient[part].to(self._raised)
             self.bias_gradient += (piece if change is None else piece * change[part]).sum(0)
@@ -301,7 +309,7 @@ def float32_sums(matrix: Tensor) -> Tensor:
 
     ``matrix.sum(-1, dtype=torch.float32)`` takes ten times as long on the CPU.
     """
-    ones = matrix.new_ones(matrix.shape[1], 1)
+    ones = filled(matrix.shape[1], 1.0, matrix.dtype, matrix.device).unsqueeze(-1)
     rounded = torch.mm(matrix, ones)
     return (rounded.float() + torch.addmm(rounded.neg(), matrix, ones).float()).squeeze(-1)
 
@@ -378,87 +386,3 @@ def _accumulate_tiles(total: Tensor, a: Tensor, b: Tensor, *, add: bool, exact: 
                 # The product again, minus its rounded self: summed in float32 inside, rounded where it is small.
                 rest = torch.neg(rounded, out=remainder[: len(target)])
                 add_(target, torch.addmm(rest, factor, b, out=rest))
-
-
-_PIECE_BYTES = 2**20
-_local = threading.local()
-
-
-@contextmanager
-def scratch(role: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-    """An uninitialised tensor for as long as the context lasts.
-
-    On the CPU the memory of a role is kept for the thread's next call: a fresh page costs more than the arithmetic on
-    it. Elsewhere torch's caching allocator does this already. Whoever keeps a tensor beyond the context must copy it.
-
-    Args:
-        role: what the buffer is for; one buffer is kept per role.
-        shape: of the tensor.
-        dtype: of the tensor.
-        device: of the tensor.
-    """
-    if device.type != "cpu":
-        yield torch.empty(shape, dtype=dtype, device=device)
-        return
-    kept: dict[str, Tensor] = _local.__dict__.setdefault("buffers", {})
-    size = torch.Size(shape).numel() * dtype.itemsize
-    # Taken out while it is in use, so that a nested call gets another.
-    buffer = kept.pop(role, None)
-    if buffer is None or buffer.numel() < size:
-        buffer = None  # freed before the larger one is made
-        with torch.inference_mode(False):  # an inference tensor could not be written to in training
-            buffer = torch.empty(size, dtype=torch.uint8)
-    try:
-        yield buffer[:size].view(dtype).view(shape)
-    finally:
-        kept[role] = buffer
-
-
-def release_scratch() -> None:
-    """Free the buffers that this thread keeps between calls of the linear head."""
-    _local.__dict__.pop("buffers", None)
-
-
-def slices(length: int, size: int) -> Iterator[slice]:
-    """Of ``size`` each, the last of what is left."""
-    for start in range(0, length, size):
-        yield slice(start, min(length, start + size))
-
-
-def add_(total: Tensor, addend: Tensor) -> None:
-    """``total += addend``, both ``[n, m]``, the addend of a narrower dtype: torch would copy the whole of it first."""
-    step = max(1, _PIECE_BYTES // (total.shape[1] * total.dtype.itemsize))
-    with scratch("addend", (step, total.shape[1]), total.dtype, total.device) as piece:
-        for rows in slices(len(total), step):
-            part = addend[rows]
-            total[rows].add_(piece[: len(part)].copy_(part))
-
-
-def scaled(gradient: Tensor, factor: Tensor | float, dtype: torch.dtype, *, in_place: bool) -> Tensor:
-    """``gradient * factor`` in ``dtype``, rounded once; the tensor itself where there is nothing to do.
-
-    Handing out the tensor itself is safe: autograd copies what somebody else holds before it adds to it. Scaling it
-    ``in_place`` is where nobody will ask for it again.
-    """
-    on_host = gradient.device.type == "cpu"
-    factor = float(factor) if on_host else factor
-    if not isinstance(factor, Tensor) and factor == 1.0 and dtype == gradient.dtype:
-        return gradient
-    out = gradient if in_place and dtype == gradient.dtype else torch.empty_like(gradient, dtype=dtype)
-    if not on_host or dtype == gradient.dtype:
-        return multiplied(gradient, factor, out=out)
-    if factor == 1.0:
-        return out.copy_(gradient)
-    # In pieces: torch would make a copy of the whole in the gradient's dtype first.
-    size = max(1, min(out.numel(), _PIECE_BYTES // gradient.dtype.itemsize))
-    with scratch("addend", (size,), gradient.dtype, gradient.device) as piece:
-        for part, part_out in zip(torch.split(gradient.view(-1), size), torch.split(out.view(-1), size), strict=True):
-            part_out.copy_(torch.mul(part, factor, out=piece[: len(part)]))
-    return out
-
-
-def multiplied(gradient: Tensor, factor: Tensor | float, *, out: Tensor) -> Tensor:
-    """``out = gradient * factor``, rounded once, whatever the factor's dtype."""
-    if isinstance(factor, Tensor):
-        factor = factor.reshape(1)  # torch would round a scalar tensor to the gradient's dtype first
-    return torch.mul(gradient, factor, out=out)

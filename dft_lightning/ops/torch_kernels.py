@@ -11,10 +11,10 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import softplus
 
 from dft_lightning.losses.statistics import entropy_of_largest, raised_dtype
-from dft_lightning.ops.products import scratch, slices
+from dft_lightning.ops.pieces import scratch, slices
 from dft_lightning.ops.row_math import Coefficients, LogitTransform, Moments, SoftmaxRows
 
 # Few enough for a cache, and enough that the operations on them are long beside what it takes to wake a thread.
@@ -51,11 +51,16 @@ def row_moments(
     put_(logits, targets, torch.zeros_like(highest))
     total = logits.sum(-1)
     others = highest + (total / of_highest).log()
-    log_prob, log_of_others = logsigmoid(target_logit - others), logsigmoid(others - target_logit)
+    log_prob, log_of_others = log_sigmoid(target_logit - others), log_sigmoid(others - target_logit)
     found |= row_sums(logits, log_factor_of(log_of_others, total), wanted)
     values, total = _rounded(logits, total, out)
     moments = Moments(log_prob, torch.logaddexp(others, target_logit), correct, **found)
     return moments, SoftmaxRows(values, log_factor_of(log_of_others, total), total)
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """``log(sigmoid(x))`` with all digits; torch's own takes several threads for a few elements."""
+    return softplus(-x, threshold=40.0).neg_()
 
 
 def log_factor_of(log_of_others: Tensor, total: Tensor) -> Tensor:
