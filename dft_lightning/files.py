@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -14,9 +16,9 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, Any, BinaryIO, TextIO
 
 from dft_lightning.errors import InputError, one_line
 
@@ -72,6 +74,31 @@ def replacing(path: Path) -> Iterator[TextIO]:
         text = io.TextIOWrapper(file, encoding="utf-8")
         yield text
         text.detach()  # which writes what is left
+
+
+def open_alone(path: Path) -> BinaryIO:
+    """A file to read and to add to, made with its folder where there is none, which one process at a time has.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: it cannot be written.
+        InputError: it is a link.
+    """
+    refuse_link(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def add_lines(file: BinaryIO, records: Iterable[Any]) -> None:
+    """Write records as lines of JSON, at once."""
+    file.write("".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records).encode())
+    file.flush()
 
 
 def write_text(path: Path, text: str) -> None:

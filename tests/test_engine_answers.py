@@ -180,6 +180,21 @@ def test_sample_goes_on_where_a_server_failed(stub, tmp_path, capfd):
     assert len({line["completion"] for line in found[:3]}) > 1
 
 
+def test_predictions_go_on_where_a_server_failed(stub, tmp_path, capfd):
+    (tmp_path / "own").mkdir()
+    own = predictions("predict", tmp_path / "own", *asking(stub))
+    stub.fault_after = (2 * stub.granted - 4, 500)  # of the last questions some
+    assert "Error code: 503" in message_of(capfd, lambda: predictions("predict", tmp_path, *asking(stub)))
+    assert not (tmp_path / "p.jsonl").exists()
+    (kept,) = tmp_path.glob("p.jsonl.*.partial")
+    assert len(lines(kept)) == 5
+    stub.fault_after = None
+    asked = len(stub.requests)
+    assert predictions("predict", tmp_path, *asking(stub)) == own
+    assert 7 <= len(stub.requests) - asked < 7 + 12  # the others', and what finds out about the server
+    assert not kept.exists()
+
+
 def test_sample_by_the_module_whatever_engine_the_config_has(stub, tmp_path):
     args = [*QUICKSTART, *FEW, *asking(stub), "--k", "1", "--engine", "module"]
     assert run("sample", ["--output", str(tmp_path / "s.jsonl"), *args]) == 0

@@ -14,13 +14,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from dft_lightning.distributed import gather_lists
 from dft_lightning.errors import InputError
 from dft_lightning.files import replacing
+from dft_lightning.modules.causal_lm import CausalLMModule
+from dft_lightning.modules.kept_answers import KeptAnswers
 
 
 class PredictionWriter(Callback):
     """Writes what ``predict`` and ``test`` generate, one JSON object a line in the order of the rows.
 
     Each has ``index`` (from 0), ``prompt``, ``completion`` and ``answer``; in ``test`` also ``correct``. The file
-    is written whole when all rows are done, by rank 0, and replaces an older one of the same name only then.
+    is written whole when all rows are done, by rank 0, and replaces an older one of the same name only then. Until then
+    answers are kept as they come, in ``*.partial`` beside it (beside the run's folders, for the file in one of these):
+    where the run is stopped or fails, the same command goes on with the others.
 
     Args:
         path: the file; ``None`` for ``predictions.jsonl`` (``test_predictions.jsonl``) in the run's log folder.
@@ -31,6 +35,7 @@ class PredictionWriter(Callback):
     def __init__(self, path: str | None = None) -> None:
         self.path = path
         self._records: list[dict[str, Any]] = []
+        self._kept: KeptAnswers | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Before hours of generation, not after.
@@ -38,10 +43,33 @@ class PredictionWriter(Callback):
             raise InputError(f"PredictionWriter.path: {self.path} is a folder or cannot be written")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._records = []  # of one that was left in the middle
+        self._begin(trainer, pl_module, self.NAMES["test"])
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._records = []
+        self._begin(trainer, pl_module, self.NAMES["predict"])
+
+    def _begin(self, trainer: pl.Trainer, module: pl.LightningModule, default_name: str) -> None:
+        self._records = []  # of one that was left in the middle
+        if isinstance(module, CausalLMModule):
+            path = Path(self.path) if self.path else Path(trainer.default_root_dir) / default_name
+            module.kept_answers = self._kept = KeptAnswers(trainer, module, path)
+
+    def _end(self, module: pl.LightningModule, *, done: bool) -> None:
+        if self._kept is not None and isinstance(module, CausalLMModule):
+            self._kept.close(done=done)
+            module.kept_answers = self._kept = None
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end(pl_module, done=True)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end(pl_module, done=True)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._kept is not None and self._kept.path is not None and self._kept.count:
+            kept = f"{self._kept.count} answers are kept in {self._kept.path}"
+            rank_zero_info(f"{kept}: the same command goes on with the others")
+        self._end(pl_module, done=False)
 
     def _collect(self, outputs: Any) -> None:
         self._records += outputs["predictions"] if isinstance(outputs, dict) else outputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,11 +24,19 @@ class Engine(Protocol):
         """The answers to each question by its key. ``prompts``, of token ids, tell the model; there is at least one."""
 
 
+class Kept(Protocol):
+    """Answers that are kept for the same command once more."""
+
+    def completions(self, batch: dict[str, Any], answer: Callable[[], list[str]]) -> list[str]:
+        """Texts of a batch's completions, from what is kept or as ``answer`` gives them."""
+
+
 class Answering(Protocol):
     """What a module has to do with answers."""
 
     evaluation: EvaluationOptions
     engine: Engine | None
+    kept_answers: Kept | None
 
     @property
     def device(self) -> torch.device:
@@ -53,8 +61,8 @@ def answers_of(
         InputError: an engine is to answer, and none was given.
     """
     indices, seed = batch["index"].tolist(), torch.initial_seed() if seed is None else seed
-    ids, mask = batch["prompt_input_ids"].to(module.device), batch["prompt_attention_mask"].to(module.device)
     if module.evaluation.engine.kind == "module":
+        ids, mask = batch["prompt_input_ids"].to(module.device), batch["prompt_attention_mask"].to(module.device)
         with drawing_by([(seed, index, sample) for index in indices for sample in range(num_samples)]):
             return module.generate(_repeat(ids, num_samples), _repeat(mask, num_samples), options)
     if module.engine is None:
@@ -62,11 +70,26 @@ def answers_of(
             "model.evaluation.engine: a server is to answer, which the callback EngineAnswers asks (the command adds "
             "it): give it to the trainer"
         )
-    prompts = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
+    prompts = prompts_of(batch)
     pairs = [(index, prompt) for index, prompt in zip(indices, prompts, strict=True) if index >= 0]
     found = module.engine.ask([Question(index, prompt, num_samples, seed) for index, prompt in pairs], options, prompts)
     # Rows of index -1 only make the ranks even.
     return [text for index in indices for text in _texts(found.get(index), num_samples)]
+
+
+def kept_or_new(module: Answering, batch: dict[str, Any]) -> list[str]:
+    """Texts of the completions that ``predict`` and ``test`` want: kept ones, if any are, or :func:`answers_of`."""
+
+    def answer() -> list[str]:
+        return answers_of(module, batch, module.evaluation.generation)
+
+    return answer() if module.kept_answers is None else module.kept_answers.completions(batch, answer)
+
+
+def prompts_of(batch: dict[str, Any]) -> list[list[int]]:
+    """Token ids of a batch's prompts, without the padding."""
+    rows = zip(batch["prompt_input_ids"], batch["prompt_attention_mask"], strict=True)
+    return [row[kept.bool()].tolist() for row, kept in rows]
 
 
 def _texts(answers: Sequence[Answer] | None, num_samples: int) -> list[str]:

@@ -29,7 +29,7 @@ from dft_lightning.models.given import options_of_itself
 from dft_lightning.models.layout import KEY
 from dft_lightning.models.lora.options import lora_values
 from dft_lightning.models.reference import ReferenceModel
-from dft_lightning.modules.answers import Engine, answers_of
+from dft_lightning.modules.answers import Engine, Kept, kept_or_new
 from dft_lightning.modules.batch_loss import BatchObjective, checked
 from dft_lightning.modules.building import RUN_THE_MODEL, ModelBuilder, check_uncompiled, objective_of
 from dft_lightning.modules.monitors import check_monitors, check_monitors_by_validation
@@ -142,6 +142,7 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         self.register_load_state_dict_post_hook(self._checkpoints.leave_out_the_base)  # type: ignore[no-untyped-call]
         self._reference: ReferenceModel | None = None
         self.engine: Engine | None = None  # what answers in this module's place, while it is open
+        self.kept_answers: Kept | None = None  # of a command that may be given again
 
     def plain_hparams(self, values: dict[str, Any]) -> dict[str, Any]:
         """Class paths and options, which ``weights_only`` loading can read."""
@@ -342,7 +343,7 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Generate completions. Returns ``index``, ``prompt``, ``completion`` and ``answer`` of each row."""
         check_prompts(batch)
-        return records_of(batch, answers_of(self, batch, self.evaluation.generation))
+        return records_of(batch, kept_or_new(self, batch))
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, options: GenerationOptions) -> list[str]:
         """Complete prompts ``[B, T]`` (padded on the left); the texts end before the end-of-turn token."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dft_lightning.errors import InputError
-from dft_lightning.files import refuse_link, replacing
+from dft_lightning.files import add_lines, open_alone, replacing
 
 Job = tuple[int, int]
 
@@ -49,18 +48,12 @@ class PartialFile:
             raise
 
     def _open(self) -> BinaryIO:
-        refuse_link(self.path)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("a+b")
+            return open_alone(self.path)
+        except BlockingIOError:
+            raise InputError(f"--output: another sample is writing {self.path}") from None
         except OSError as error:
             raise self._not_written(error) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise InputError(f"--output: another sample is writing {self.path}") from None
-        return file
 
     def _not_written(self, error: OSError) -> InputError:
         return InputError(f"--output: {self.path} cannot be written: {error.strerror}")
@@ -77,7 +70,7 @@ class PartialFile:
             self._drop_what_is_not_whole()
             return
         self._file.truncate(0)
-        self._write([json.dumps({"options": options})])
+        self._write([{"options": options}])
 
     def _drop_what_is_not_whole(self) -> None:
         end = self._file.tell()
@@ -100,13 +93,12 @@ class PartialFile:
         Raises:
             InputError: they cannot be written.
         """
-        self._write([json.dumps(line, ensure_ascii=False) for line in lines])
+        self._write(lines)
         self.batches_done += 1
 
-    def _write(self, texts: Sequence[str]) -> None:
+    def _write(self, records: Sequence[dict[str, Any]]) -> None:
         try:
-            self._file.write("".join(f"{text}\n" for text in texts).encode())
-            self._file.flush()
+            add_lines(self._file, records)
         except OSError as error:
             raise self._not_written(error) from error
 
