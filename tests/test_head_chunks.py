@@ -12,7 +12,7 @@ from dft_lightning.foreign.torch import has_sigmoid_of_product
 from dft_lightning.ops import chunks, linear_token_loss
 from dft_lightning.ops.call import HeadSettings, ReferenceHead
 from dft_lightning.ops.chunks import DEFAULT_CHUNK_BYTES
-from dft_lightning.ops.pieces import filled, multiplied, row_pieces, scaled, times_rows
+from dft_lightning.ops.pieces import filled, multiplied, row_pieces, scaled, times_rows, with_pages
 from dft_lightning.ops.products import HeadProducts
 from dft_lightning.ops.row_math import LogitTransform
 from test_linear_head import full_loss, gradients, problem, relative
@@ -164,6 +164,7 @@ def test_pieces_are_the_whole(dtype):
     assert torch.equal(times_rows(matrix, factor, out=torch.empty_like(matrix)), expected)
     assert torch.equal(times_rows(matrix, factor, out=matrix), expected)
     assert filled(50000, 0.5, dtype, matrix.device).unique().tolist() == [0.5]
+    assert with_pages((3, 5000), dtype, matrix.device).shape == (3, 5000)
     assert [part.stop - part.start for part in row_pieces(10, 2**15, matrix.device)] == [1] * 10
     assert list(row_pieces(0, 8, matrix.device)) == []
 

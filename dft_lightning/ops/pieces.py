@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,8 @@ PIECE_BYTES = 2**20
 # Elements that torch goes through on one thread. Beside other busy processes an operation of a millisecond on two
 # threads takes ten, for the first waits until the second has had its turn; from some threads on they gain more.
 _ALONE, _FEW_THREADS = 2**14, 4
+
+_PAGE_BYTES = 4096  # or more, of huge pages
 
 _local = threading.local()
 
@@ -80,6 +82,20 @@ def filled(length: int, value: float, dtype: torch.dtype, device: torch.device) 
     out = torch.empty(length, dtype=dtype, device=device)
     for part in row_pieces(length, 1, device):
         out[part].fill_(value)
+    return out
+
+
+def with_pages(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor whose memory the system has given already.
+
+    It gives it at the first touch. Where that is in the middle of a product, on the CPU, the product's threads wait for
+    each other's pages, and often end up on one core: every third product took twice as long, beside others and alone.
+    """
+    out = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu":
+        one_of_each_page = out.view(-1)[:: _PAGE_BYTES // dtype.itemsize]
+        for part in row_pieces(len(one_of_each_page), 1, device):
+            one_of_each_page[part].zero_()
     return out
 
 

@@ -15,7 +15,7 @@ from dft_lightning.foreign.torch import sigmoid_of_product
 from dft_lightning.losses.statistics import raised_dtype
 from dft_lightning.ops.call import HeadSettings, ReferenceHead
 from dft_lightning.ops.chunks import CUDA_CHUNK_ROWS, chunk_rows, row_stride
-from dft_lightning.ops.pieces import PIECE_BYTES, add_, filled, row_pieces, scratch, slices, times_rows
+from dft_lightning.ops.pieces import PIECE_BYTES, add_, filled, row_pieces, scratch, slices, times_rows, with_pages
 
 # Float32 logits beside half precision are those of a chunk's so many parts, but of enough rows for a fast product.
 _BLOCKS, _LEAST_ROWS = 8, 512
@@ -118,7 +118,7 @@ class HeadProducts:
         if wants_weight:
             # A single chunk has nothing to accumulate: the product itself sums in float32 and rounds once.
             dtype = self.dtype if self._rounds_once and self._chunk == self.num_tokens else raised
-            self.weight_gradient = torch.empty(self._weight.shape, dtype=dtype, device=self.device)
+            self.weight_gradient = with_pages(self._weight.shape, dtype, self.device)
             if self.num_tokens == 0:
                 self.weight_gradient.zero_()
         if wants_bias:
@@ -268,31 +268,29 @@ class HeadProducts:
             row_scale: ``[c]``, float32 or float64: factors of its rows, which are cheaper to have on what it is
                 multiplied by and on what comes out.
         """
-        change = None if row_scale is None else row_scale.unsqueeze(-1)
-        if self.hidden_gradient is not None:
-            own = self.hidden_gradient[rows]
-            _product(gradient, self._cast_weight, out=own)
-            if change is not None:
-                times_rows(own, change, out=own)
-            elif self.dtype == torch.float16:
-                own.div_(self.scale)
+        row_factor = change = None if row_scale is None else row_scale.unsqueeze(-1)
+        hidden, own = self._hidden[rows], None
         if change is not None and self.dtype == torch.float16:
-            largest = (self._hidden[rows] * change).abs().amax(-1)
+            largest = (hidden * change).abs().amax(-1)
             if self.bias_gradient is not None:
                 largest = torch.maximum(largest, change.abs().squeeze(-1))
             change = change * self.next_scale(largest)
-        if self.bias_gradient is not None:
-            self._add_bias_gradient(gradient, change)
+        if self.weight_gradient is not None and change is not None:
+            hidden = times_rows(hidden, change, out=torch.empty_like(hidden, dtype=self.dtype))
+        if self.hidden_gradient is not None:
+            own = self.hidden_gradient[rows]
+            _product(gradient, self._cast_weight, out=own)
         if self.weight_gradient is not None:
             # A product rounded to half precision is as good as a float32 gradient needs (torch's own autocast rounds
             # too), but a sum of rounded products that is rounded again is not: there the rest is added as well.
             exact = self._rounds_weight_gradient
-            hidden = self._hidden[rows]
-            if change is None:
-                hidden = hidden.to(self.dtype)
-            else:
-                hidden = times_rows(hidden, change, out=torch.empty_like(hidden, dtype=self.dtype))
-            _accumulate(self.weight_gradient, gradient.t(), hidden, add=self._started, exact=exact)
+            _accumulate(self.weight_gradient, gradient.t(), hidden.to(self.dtype), add=self._started, exact=exact)
+        if self.bias_gradient is not None:
+            self._add_bias_gradient(gradient, change)
+        if own is not None and row_factor is not None:
+            times_rows(own, row_factor, out=own)
+        elif own is not None and self.dtype == torch.float16:
+            own.div_(self.scale)
         self._started = True
 
     def _add_bias_gradient(self, gradient: Tensor, change: Tensor | None) -> None:
