@@ -77,19 +77,14 @@ def three_steps(
     batch_size: int,
     sharding: dict[str, Any] | None = None,
     peft: dict[str, Any] | None = None,
+    own: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """Summed losses and gradients of the first three steps from a checkpoint."""
+    """Summed losses and gradients of the first three steps from a checkpoint; ``own`` options are the module's."""
     pl.seed_everything(0)
-    module = LossRecorder(
-        str(folder),
-        loss=DFTLoss(),
-        loading={"dtype": "float64"},
-        optimizer={"lr": 0.01},
-        schedule={"decay": "constant"},
-        sharding=sharding or {},
-        peft=peft,
-    )
+    given = {"loss": DFTLoss(), "loading": {"dtype": "float64"}, "sharding": sharding or {}, "peft": peft}
+    given |= {"optimizer": {"lr": 0.01}, "schedule": {"decay": "constant"}}
+    module = LossRecorder(str(folder), **{**given, **(own or {})})
     run = trainer(max_steps=3, max_epochs=3, gradient_clip_val=1.0, **options)
     run.fit(module, datamodule=arithmetic_data(12, batch_size=batch_size, shuffle=False))
     return module

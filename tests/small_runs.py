@@ -185,8 +185,8 @@ def step_gradient(
     return module.gradients[0], module.clipped[0]
 
 
-def run_two_processes(script: str, *args: str, timeout: float = 150) -> str:
-    """Run a script of ``tests/`` on two gloo processes; a hard limit ends them all.
+def run_processes(script: str, *args: str, number: int = 2, timeout: float = 150) -> str:
+    """Run a script of ``tests/`` on gloo processes; a hard limit ends them all.
 
     On Linux they are forked from this one, which has imported everything. They are given what torchrun gives.
 
@@ -201,10 +201,10 @@ def run_two_processes(script: str, *args: str, timeout: float = 150) -> str:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        ranks = [_forked(rank, port, folder, path, args, timeout) for rank in range(2)]
+        ranks = [_forked(rank, number, port, folder, path, args, timeout) for rank in range(number)]
         statuses = _limited(ranks, timeout)
-        said = [Path(folder, f"{rank}.{kind}").read_text() for rank in range(2) for kind in ("out", "err")]
-    assert statuses == [0, 0], f"{statuses}\n" + "\n".join(text[-4000:] for text in said)
+        said = [Path(folder, f"{rank}.{kind}").read_text() for rank in range(number) for kind in ("out", "err")]
+    assert statuses == [0] * number, f"{statuses}\n" + "\n".join(text[-4000:] for text in said)
     return said[0]
 
 
@@ -212,11 +212,11 @@ def on_two_processes(function: Callable[..., Any], cases: list[dict[str, Any]]) 
     """What a function of these files returns on rank 0 for each case's options, among them a strategy's name."""
     with tempfile.TemporaryDirectory() as folder:
         out = os.path.join(folder, "found.pt")
-        run_two_processes("two_calls.py", function.__module__, function.__name__, out, json.dumps(cases))
+        run_processes("two_calls.py", function.__module__, function.__name__, out, json.dumps(cases))
         return torch.load(out)
 
 
-def _forked(rank: int, port: int, folder: str, path: str, args: tuple[str, ...], timeout: float) -> int:
+def _forked(rank: int, ranks: int, port: int, folder: str, path: str, args: tuple[str, ...], timeout: float) -> int:
     number = os.fork()
     if number:
         return number
@@ -226,7 +226,7 @@ def _forked(rank: int, port: int, folder: str, path: str, args: tuple[str, ...],
         for descriptor, kind in ((1, "out"), (2, "err")):
             os.dup2(os.open(os.path.join(folder, f"{rank}.{kind}"), os.O_WRONLY | os.O_CREAT), descriptor)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
         where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
         os.environ.update({name: str(value) for name, value in where.items()})
         torch.set_num_threads(1)  # threads of OpenMP are not forked

@@ -30,7 +30,7 @@ from dft_lightning.errors import InputError
 from dft_lightning.files import partial_path, put_in_place, sync_files
 from dft_lightning.fit import main
 from dft_lightning.foreign.lightning import quiet
-from small_runs import TINY_ARITHMETIC, arithmetic_data, run_two_processes, trainer
+from small_runs import TINY_ARITHMETIC, arithmetic_data, run_processes, trainer
 
 
 def content(step, size=300_000):
@@ -402,7 +402,7 @@ def test_reasons_are_those_of_the_system(tmp_path):
 def test_two_processes_end_alike_and_go_on(tmp_path):
     """By DDP, FSDP2 and FSDP1, in one file and in shards, on a disk that fills up; read-only; with one rank failing."""
     with disk(tmp_path / "disk", "size=6m") as small, disk(tmp_path / "read_only", "ro,size=1m"):
-        run_two_processes("checkpoint_runs.py", str(tmp_path), str(small), timeout=280)
+        run_processes("checkpoint_runs.py", str(tmp_path), str(small), timeout=280)
     first, second = (json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in (0, 1))
     for name in ("ddp", "fsdp2 whole", "fsdp2 shards", "fsdp1 shards"):
         folder = small / name.replace(" ", "-")

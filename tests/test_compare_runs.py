@@ -26,7 +26,7 @@ from dft_lightning.data import ArithmeticRows
 from dft_lightning.errors import InputError
 from dft_lightning.metrics import LastNumber
 from dft_lightning.modules import GenerationOptions
-from small_runs import TINY_ARITHMETIC, data_options, run_two_processes, trainer
+from small_runs import TINY_ARITHMETIC, data_options, run_processes, trainer
 from test_compare_report import fails
 from test_compare_settings import write
 
@@ -222,7 +222,7 @@ def test_two_processes_record_what_one_does(tmp_path):
     """Rows that do not divide: 5 test problems, 5 of 7 validation rows. Samples are drawn anew on each rank."""
     module, recorder = fit(tmp_path / "one", DFTLoss(), precision="64-true", dtype="float64")
     trainer(callbacks=[recorder], precision="64-true").test(module, datamodule=rows_of(), verbose=False)
-    run_two_processes("two_recorder.py", str(tmp_path / "two"))
+    run_processes("two_recorder.py", str(tmp_path / "two"))
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     for split in ("validation", "forgetting"):
         for name in ("nll", "loss", "entropy", "mean_weight", "token_accuracy", "target_tokens", "greedy"):

@@ -13,7 +13,7 @@ from dft_lightning.data.batches.steps import micro_batches_of
 from dft_lightning.fit import main
 from dft_lightning.fit.config import read_fit_config
 from dft_lightning.models.loading import load_causal_lm
-from small_runs import run_two_processes
+from small_runs import run_processes
 
 # Comparisons are no fit configs; test_compare_settings has them.
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -135,11 +135,11 @@ def test_trainer_overlay_runs(tmp_path):
     small.write_text(yaml.safe_dump(content))
     configs = [ROOT / "configs" / "alpaca_qwen3.yaml", overlay, small]
     args = [argument for path in configs for argument in ("--config", str(path))]
-    run_two_processes("two_command.py", "fit", *args)
+    run_processes("two_command.py", "fit", *args)
     (run,) = (tmp_path / "lightning_logs").iterdir()
     assert (run / "config.yaml").is_file()
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["epoch=0-step=2.ckpt"]
-    tested = run_two_processes("two_command.py", "test", *args, "--ckpt_path", "last")
+    tested = run_processes("two_command.py", "test", *args, "--ckpt_path", "last")
     assert "test/exact_match" in tested
 
 

@@ -13,7 +13,7 @@ from dft_lightning.callbacks import PredictionWriter
 from dft_lightning.errors import InputError
 from dft_lightning.files import open_alone
 from dft_lightning.modules import GenerationOptions
-from small_runs import TINY_ARITHMETIC, run_two_processes, trainer
+from small_runs import TINY_ARITHMETIC, run_processes, trainer
 from test_telemetry import validation_data
 
 pytestmark = pytest.mark.timeout(120)
@@ -156,7 +156,7 @@ def test_two_processes_go_on(tmp_path):
 
     Of the first batches, a line of the second rank's is taken away.
     """
-    run_two_processes("two_kept_answers.py", str(tmp_path), *STRATEGIES, timeout=90)
+    run_processes("two_kept_answers.py", str(tmp_path), *STRATEGIES, timeout=90)
     whole = predicted(tmp_path / "whole.jsonl")
     for name in STRATEGIES:
         found = json.loads((tmp_path / f"{name}.json").read_text())

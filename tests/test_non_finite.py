@@ -17,7 +17,7 @@ from dft_lightning import CausalLMModule, DFTLoss
 from dft_lightning.errors import InputError
 from dft_lightning.modules import non_finite
 from non_finite_losses import At, make, rows_of
-from small_runs import TINY_GPT2, run_two_processes, trainer
+from small_runs import TINY_GPT2, run_processes, trainer
 
 SKIP = {"on_non_finite": "skip"}
 
@@ -182,7 +182,7 @@ def test_other_words_are_refused():
 
 def test_two_ranks_decide_alike(tmp_path):
     """The loss is not finite on rank 1 alone."""
-    run_two_processes("two_non_finite.py", str(tmp_path))
+    run_processes("two_non_finite.py", str(tmp_path))
     found = torch.load(tmp_path / "out.pt")
     assert len(found) == 6
     for (strategy, on_non_finite), values in found.items():

@@ -28,7 +28,7 @@ from dft_lightning.modules.optimizers import (
     optimizer_values,
     parameter_groups,
 )
-from small_runs import run_two_processes
+from small_runs import run_processes
 from two_optimizers import CASES, model, steps
 
 ADAMW = {"lr": 5e-5, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.01}
@@ -443,7 +443,7 @@ def test_groups_of_muon_say_whose_they_are():
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     path = tmp_path_factory.mktemp("two") / "out.pt"
-    run_two_processes("two_optimizers.py", str(path), timeout=100)
+    run_processes("two_optimizers.py", str(path), timeout=100)
     return torch.load(path)
 
 

@@ -25,7 +25,7 @@ from dft_lightning.metrics import LastNumber, TargetMetric, TokenMetrics
 from dft_lightning.metrics.own import metrics_by_name, numbers, of_texts
 from dft_lightning.modules.options import EvaluationOptions
 from dft_lightning.modules.telemetry import Evaluation
-from small_runs import arithmetic_data, run_two_processes
+from small_runs import arithmetic_data, run_processes
 
 TINY = {**TINY_LLAMA, "vocab_size": 20}
 ROWS = {
@@ -320,7 +320,7 @@ def test_two_processes_have_the_values_of_one(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     one = main(["test", "--config", str(path), "--trainer.devices", "1"]).trainer.callback_metrics
-    run_two_processes("two_command.py", "test", "--config", str(path), "--trainer.devices=2", "--trainer.strategy=ddp")
+    run_processes("two_command.py", "test", "--config", str(path), "--trainer.devices=2", "--trainer.strategy=ddp")
     rows = (tmp_path / "lightning_logs" / "version_1" / "metrics.csv").read_text().splitlines()
     two = dict(zip(rows[0].split(","), rows[1].split(","), strict=True))
     for name in ("chrf", "unlikely/share", "unlikely/entropy", "exact_match", "nll"):

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from dft_lightning.data.batches.sampling import RowSampler
 from resumed_runs import FIXED_BATCH, HOOKS, WITHOUT_DROPOUT, SaveAt, assert_same, fit, goes_on_alike, result
-from small_runs import arithmetic_data, run_two_processes
+from small_runs import arithmetic_data, run_processes
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "epochs, whole steps": ({}, {"max_steps": -1, "max_epochs": 2}),
@@ -76,7 +76,7 @@ def test_two_processes_go_on_alike_and_on_one_and_from_one(tmp_path):
     processes: the global batch is fixed, dropout is off, and so losses are the same."""
     more = tmp_path / "more"
     _, one = fit(FIXED_BATCH, {"max_steps": 6}, SaveAt(more / "one", "on_train_batch_end"), model=WITHOUT_DROPOUT)
-    run_two_processes("two_resume.py", str(tmp_path), timeout=200)
+    run_processes("two_resume.py", str(tmp_path), timeout=200)
     for name in ("ddp", "shards"):
         found = torch.load(more / f"{name}.pt", weights_only=True)
         assert_close(one, found["whole"], 0)

@@ -31,7 +31,7 @@ from dft_lightning.models.generation import GenerationOptions
 from dft_lightning.sampling import lines as lines_of_sample
 from dft_lightning.sampling.completions import Sampler
 from dft_lightning.sampling.prompts import KEYS, check_columns, jobs_by_length, question_of, read_prompts
-from small_runs import data_options, run_two_processes
+from small_runs import data_options, run_processes
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 ROWS = [  # of several lengths; the model is right of some
@@ -178,7 +178,7 @@ def test_two_processes_write_the_lines_of_one(strategy, arguments, tmp_path):
     of_one = sampled(tmp_path / "one.jsonl", *asked)
     two = tmp_path / "two.jsonl"
     asked = ["--output", str(two), *asked, "--trainer.devices", "2", *STRATEGIES[strategy]]
-    said = run_two_processes("two_command.py", "sample", *asked)
+    said = run_processes("two_command.py", "sample", *asked)
     assert said.count("18 answers to 6 prompts") == 1
     of_two = [json.loads(line) for line in two.read_text().splitlines()]
     close = [line.pop("log_prob") for line in of_one], [line.pop("log_prob") for line in of_two]

@@ -24,7 +24,7 @@ from dft_lightning.data.text.tokenizer import load_tokenizer
 from dft_lightning.errors import InputError
 from dft_lightning.losses import CrossEntropyLoss, TokenLoss
 from dft_lightning.scoring import command as scoring
-from small_runs import data_options, run_two_processes, trainer
+from small_runs import data_options, run_processes, trainer
 
 TOKENIZER = "asset://arithmetic-base"
 OTHER_TEMPLATE = (
@@ -512,7 +512,7 @@ def test_two_processes_write_what_one_does(llama, of_llama, tmp_path):
     """An odd number of batches, of which ranks take turns."""
     args = arguments(tmp_path, llama, {"train": write(tmp_path / "rows.jsonl")})
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    said = run_two_processes("two_command.py", "score", *args, *two)
+    said = run_processes("two_command.py", "score", *args, *two)
     assert said.count("add to fit") == 1
     of_one, of_two = read(of_llama), read(tmp_path / "scored" / "train")
     close = [[line.pop("reference_log_prob") for line in lines] for lines in (of_one, of_two)]

@@ -21,7 +21,7 @@ from dft_lightning.distributed.strategies import data_parallel_mesh
 from dft_lightning.errors import InputError
 from dft_lightning.models.loading import empty_causal_lm, load_causal_lm
 from sharded_runs import ALONE, LLAMA, LORA, MEMORY_CASES, VARIANTS, one_step, seeded_run, three_steps, training_memory
-from small_runs import run_limited, run_script, run_two_processes
+from small_runs import run_limited, run_processes, run_script
 from test_normalization import relative
 
 
@@ -47,7 +47,7 @@ def two_processes(tmp_path_factory):
     save_llama(folder / "loading" / "model", True, 512, **LOADED)
     save_llama(folder / "lora" / "base", True, 97)
     save_llama(folder / "lora" / "other", True, 97, initializer_range=0.03)
-    run_two_processes("sharded_runs.py", str(folder), *PARTS, timeout=400)
+    run_processes("sharded_runs.py", str(folder), *PARTS, timeout=400)
     return folder
 
 

@@ -15,7 +15,7 @@ from dft_lightning.data import ArithmeticRows
 from dft_lightning.errors import InputError
 from dft_lightning.metrics import GradientMetrics, TokenMetrics
 from dft_lightning.ops import TokenOutput
-from small_runs import TINY_ARITHMETIC, arithmetic_data, data_options, run_two_processes, trainer
+from small_runs import TINY_ARITHMETIC, arithmetic_data, data_options, run_processes, trainer
 
 NAMES = {"loss", "nll", "perplexity", "token_accuracy", "entropy", "mean_weight", "target_tokens"}
 
@@ -85,7 +85,7 @@ STRATEGIES = ("ddp", "fsdp1", "fsdp2")
 @pytest.fixture(scope="module")
 def on_two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    run_two_processes("two_validate.py", str(folder), *STRATEGIES)
+    run_processes("two_validate.py", str(folder), *STRATEGIES)
     return folder
 
 

@@ -284,7 +284,7 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     local = [gradient.to_local() for gradient in sharded]
     square = torch.stack([torch.linalg.vector_norm(shard, dtype=torch.float64) for shard in local]).square().sum()
     square = square.to(mesh.device_type)  # offloaded gradients are on the CPU, which NCCL does not reach
-    torch.distributed.all_reduce(square, group=mesh.get_group())
+    torch.distributed.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))  # replicas hold the same
     return square.sqrt().to(local[0])
 
 

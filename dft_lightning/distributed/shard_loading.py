@@ -136,7 +136,8 @@ def _check_tied(name: str, other: str, target: Tensor, source: Any) -> None:
     differs = torch.tensor(own is not None and not torch.equal(kept, own.to(kept)), dtype=torch.int)
     if isinstance(target, DTensor):
         differs = differs.to(target.device_mesh.device_type)
-        torch.distributed.all_reduce(differs, group=target.device_mesh.get_group())
+        mesh = target.device_mesh
+        torch.distributed.all_reduce(differs, group=mesh.get_group(mesh.ndim - 1))  # replicas read the same
     if differs.item():
         raise InputError(
             f"model.model: the config ties {other} to {name}, and the checkpoint has another value for each: set "

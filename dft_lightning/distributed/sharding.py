@@ -35,6 +35,9 @@ class ShardingOptions:
     Attributes:
         blocks: dotted paths of the classes whose instances are gathered and freed one at a time; ``None`` takes the
             modules of the model's outermost ``ModuleList``\\ s, which are its repeated layers.
+        replicas: how many groups of ranks hold all shards each (HSDP). Ranks that follow each other are of one group:
+            with as many replicas as nodes, weights are gathered within a node, and nodes exchange each rank's share of
+            the gradient alone, at the price of a node's memory for all of the optimizer's state.
         param_dtype: what a block is gathered and computed in; shards and optimizer state stay as loaded. ``"auto"``
             is bfloat16 under ``trainer.precision: bf16-mixed`` and the parameters' own otherwise.
         reduce_dtype: what gradients are summed over ranks in (float64 parameters: in float64).
@@ -48,6 +51,7 @@ class ShardingOptions:
     """
 
     blocks: list[str] | None = None
+    replicas: int = 1
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     reshard_after_forward: bool = True
@@ -59,6 +63,8 @@ class ShardingOptions:
         for name, kind in get_type_hints(type(self)).items():
             if get_origin(kind) is Literal:
                 check_one_of(f"sharding.{name}", getattr(self, name), get_args(kind))
+        if self.replicas < 1:
+            raise ValueError(f"sharding.replicas must be at least 1, got {self.replicas}")
 
 
 def find_blocks(model: nn.Module, class_paths: list[str] | None = None) -> list[nn.Module]:
@@ -122,7 +128,7 @@ def shard(
     Args:
         root: the LightningModule.
         model: the language model in it, whose parameters may be on the meta device.
-        mesh: one dimension, over the data-parallel ranks.
+        mesh: over the data-parallel ranks: of one dimension, or of replicas and shards.
         options: see :class:`ShardingOptions`.
         precision: the trainer's.
         methods: of ``root``, which run the model.

@@ -8,13 +8,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
@@ -28,11 +29,12 @@ from dft_lightning.ops.chunks import free_memory
 
 
 def data_parallel_mesh(trainer: pl.Trainer | None, options: ShardingOptions) -> DeviceMesh | None:
-    """The ranks that ``ModelParallelStrategy`` shards over; ``None`` under every other strategy.
+    """The ranks that ``ModelParallelStrategy`` shards over, by replica and shard where there are several replicas;
+    ``None`` under every other strategy.
 
     Raises:
-        InputError: tensors are to be parallel, the precision is 16 bits that need a gradient scaler, or ``options``
-            were given to a strategy that does not shard by them.
+        InputError: tensors are to be parallel, the precision is 16 bits that need a gradient scaler, replicas do not
+            divide the ranks, or ``options`` were given to a strategy that does not shard by them.
     """
     if trainer is None:  # a checkpoint that is looked at: its options were of the run that wrote it
         return None
@@ -52,7 +54,27 @@ def data_parallel_mesh(trainer: pl.Trainer | None, options: ShardingOptions) -> 
             f"data_parallel_size: {trainer.world_size} and tensor_parallel_size: 1"
         )
     check_precision(strategy, trainer.precision)
-    return mesh["data_parallel"]
+    return _by_replica(strategy, options.replicas)
+
+
+def _by_replica(strategy: ModelParallelStrategy, replicas: int) -> DeviceMesh:
+    """The strategy's own mesh is of data and tensors: one of replicas and shards is made beside it, once."""
+    ranks = strategy.device_mesh["data_parallel"]
+    if replicas == 1:
+        return ranks
+    if ranks.size() % replicas or ranks.size() == replicas:
+        possible = [each for each in range(1, ranks.size()) if ranks.size() % each == 0]
+        raise InputError(
+            f"model.sharding.replicas: {replicas} replicas of {ranks.size()} processes have no equal number of them, "
+            f"two or more, to shard over: take one of {possible}, or DDP, which shards nothing"
+        )
+    if strategy not in _MESHES:
+        shape = (replicas, ranks.size() // replicas)
+        _MESHES[strategy] = init_device_mesh(ranks.device_type, shape, mesh_dim_names=("replicate", "shard"))
+    return _MESHES[strategy]
+
+
+_MESHES: WeakKeyDictionary[ModelParallelStrategy, DeviceMesh] = WeakKeyDictionary()
 
 
 def check_precision(strategy: object, precision: object) -> None:
@@ -101,6 +123,11 @@ def check_wrapped(trainer: pl.Trainer, changed: list[str]) -> None:
 def shards_parameters(trainer: pl.Trainer | None) -> bool:
     """Whether ranks hold parts of the parameters, so that every forward is a collective."""
     return trainer is not None and isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy))
+
+
+def wraps_parameters(trainer: pl.Trainer | None) -> bool:
+    """Whether FSDP1 has the parameters."""
+    return trainer is not None and isinstance(trainer.strategy, FSDPStrategy)
 
 
 def on_first_rank(trainer: pl.Trainer | None, action: Callable[[], None], key: str = "") -> None:

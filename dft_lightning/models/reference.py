@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
+from dft_lightning.distributed.shard_loading import allocate_shards, read_shards
+from dft_lightning.distributed.sharding import ShardingOptions, is_sharded, shard
 from dft_lightning.errors import InputError
 from dft_lightning.foreign.peft import adapter_off
 from dft_lightning.losses import TokenLoss
@@ -20,6 +25,8 @@ from dft_lightning.models.head import ends_of, run_without_head
 from dft_lightning.models.lora.adapter import base_name, trained_names
 from dft_lightning.models.row_checks import evaluating
 from dft_lightning.ops import ReferenceHead
+
+T = TypeVar("T")
 
 _REFERENCE = "dft_lightning_reference"
 """Key in a checkpoint."""
@@ -37,11 +44,32 @@ class ReferenceModel:
 
     Args:
         model: a frozen model; ``None`` for the trained one with its adapter off.
+        files: of its weights, where it was made without.
     """
 
-    def __init__(self, model: nn.Module | None) -> None:
+    def __init__(self, model: nn.Module | None, files: Sequence[Path] = ()) -> None:
         self._model = None if model is None else model.eval().requires_grad_(False)
+        self._root = None if model is None else _Root(model)
+        self._files = list(files)
         self._checks = ModelChecks()
+
+    def shard(self, mesh: DeviceMesh, options: ShardingOptions, precision: str, device: torch.device) -> None:
+        """Cut a model of its own into shards, as the trained one is; nothing is there to do for the base of an adapter.
+
+        Blocks are gathered one at a time. Embedding, head and last norm stay whole from the first batch on.
+
+        Args:
+            mesh: see :func:`.shard`.
+            options: of the trained model.
+            precision: the trainer's.
+            device: of the shards.
+        """
+        if self._root is None or self._model is None:
+            return
+        shard(self._root, self._model, mesh, options, precision, ())
+        if self._files:
+            allocate_shards(self._root, torch.device("cpu") if options.cpu_offload else device)
+            read_shards(self._model, self._files)
 
     def remember(self, checkpoint: dict[str, Any]) -> None:
         """Write into a checkpoint what tells the reference from others. Of an adapter's base that is there already."""
@@ -89,37 +117,68 @@ class ReferenceModel:
         Raises:
             InputError: the reference's head or attention is none that the fused head or packed rows can take.
         """
-        with self._running(trained, batch) as (model, inputs):
+
+        def run(model: nn.Module, inputs: dict[str, Any]) -> ReferenceHead:
             head = self._checks.head_of(model)
             hidden, _ = run_without_head(model, head, **inputs)
             options = head.options
             weight = options.pop("weight").detach()
-        return ReferenceHead(hidden.detach().reshape(-1, hidden.shape[-1]), weight, **options)
+            return ReferenceHead(hidden.detach().reshape(-1, hidden.shape[-1]), weight, **options)
+
+        return self._run(trained, batch, run)
 
     def logits(self, trained: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Logits ``[B, T, V]`` of the reference for a batch."""
-        with self._running(trained, batch) as (model, inputs):
-            logits: Tensor = model(**inputs).logits
-        return logits.detach()
 
-    @contextmanager
-    def _running(self, trained: nn.Module, batch: dict[str, Any]) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
-        model = trained if self._model is None else self._placed(trained)
-        off = adapter_off(trained) if self._model is None else nullcontext()
-        with off, evaluating(model), knowing_documents(batch):
-            yield model, model_inputs(model, self._checks.before_batch(model, batch))
+        def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+            return cast(Tensor, model(**inputs).logits.detach())
 
-    def _placed(self, trained: nn.Module) -> nn.Module:
-        """Beside the trained model, in its dtype: strategies move and cast what they know of."""
-        assert self._model is not None
-        like = next(trained.parameters())
-        own = next(self._model.parameters())
-        if own.device != like.device or own.dtype != like.dtype:
-            for tensor in (*self._model.parameters(), *self._model.buffers()):
-                # Rotary frequencies and the like stay in float32.
-                cast = tensor.is_floating_point() and isinstance(tensor, nn.Parameter)
-                tensor.data = tensor.data.to(like.device, like.dtype if cast else tensor.dtype)
-        return self._model
+        return self._run(trained, batch, run)
+
+    def _run(self, trained: nn.Module, batch: dict[str, Any], run: Callable[[nn.Module, dict[str, Any]], T]) -> T:
+        def on_batch(model: nn.Module) -> T:
+            with evaluating(model), knowing_documents(batch):
+                return run(model, model_inputs(model, self._checks.before_batch(model, batch)))
+
+        if self._root is None:
+            with adapter_off(trained):
+                return on_batch(trained)
+        self._place_beside(trained)
+        return cast(T, self._root(on_batch))
+
+    def _place_beside(self, trained: nn.Module) -> None:
+        """On the trained model's device, in its dtype: strategies move and cast what they know of."""
+        assert self._root is not None
+        if is_sharded(self._root):
+            like, own = _a_shard(trained).dtype, _a_shard(self._root).dtype
+            if own != like:
+                self._root._apply(lambda tensor: tensor.to(like) if isinstance(tensor, DTensor) else tensor)  # type: ignore[no-untyped-call]
+            return
+        parameter, own_parameter = next(trained.parameters()), next(self._root.parameters())
+        if own_parameter.device == parameter.device and own_parameter.dtype == parameter.dtype:
+            return
+        for tensor in (*self._root.parameters(), *self._root.buffers()):
+            # Rotary frequencies and the like stay in float32.
+            cast_to = (
+                parameter.dtype if tensor.is_floating_point() and isinstance(tensor, nn.Parameter) else tensor.dtype
+            )
+            tensor.data = tensor.data.to(parameter.device, cast_to)
+
+
+def _a_shard(sharded: nn.Module) -> Tensor:
+    """Of a block: what else there is may be gathered, in the dtype of products."""
+    return next(parameter for parameter in sharded.parameters() if isinstance(parameter, DTensor))
+
+
+class _Root(nn.Module):
+    """What is gathered around all that is done with a sharded model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[nn.Module], Any]) -> Any:
+        return function(self.model)
 
 
 def reference_of(
@@ -128,7 +187,8 @@ def reference_of(
     peft: dict[str, Any] | None,
     loss: TokenLoss,
     starts_from_checkpoint: bool,
-    load: Callable[[str], nn.Module],
+    load: Callable[[str], tuple[nn.Module, list[Path]]],
+    files: list[Path],
 ) -> ReferenceModel:
     """The reference that a run's loss needs.
 
@@ -139,16 +199,17 @@ def reference_of(
         loss: what needs it.
         starts_from_checkpoint: whether the start can be made again at any time, when a run is resumed. What a
             ``build_model`` of one's own makes of a checkpoint has to be the same each time.
-        load: makes a model of ``reference_model``.
+        load: makes a model of ``reference_model``, and says what files have its weights, if it was made without.
+        files: of the model's weights, likewise.
 
     Raises:
         InputError: there is none to be had, or one of another vocabulary.
     """
     name = type(loss).__name__
     if reference_model is not None:
-        reference = load(reference_model)
+        reference, of_it = load(reference_model)
         _check_vocabulary(model, reference)
-        return _second(reference)
+        return _second(reference, of_it)
     if peft is not None:
         if peft.get("bias", "none") != "none":
             raise InputError(
@@ -161,13 +222,13 @@ def reference_of(
             f"{name} compares with the model that the run starts from, which has to be the same when the run is "
             "resumed: start from a checkpoint (model.model), or name one as model.reference_model"
         )
-    return _second(copy.deepcopy(model))
+    return _second(copy.deepcopy(model), files)
 
 
-def _second(model: nn.Module) -> ReferenceModel:
+def _second(model: nn.Module, files: list[Path]) -> ReferenceModel:
     size = sum(parameter.numel() for parameter in model.parameters())
-    rank_zero_info(f"reference model: {size:,} parameters, frozen, on each rank")
-    return ReferenceModel(model)
+    rank_zero_info(f"reference model: {size:,} parameters, frozen")
+    return ReferenceModel(model, files)
 
 
 def _check_vocabulary(model: nn.Module, reference: nn.Module) -> None:

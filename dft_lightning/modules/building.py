@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from dft_lightning.distributed.strategies import (
     check_adapter_strategy,
     data_parallel_mesh,
     prepare_fsdp1,
-    shards_parameters,
+    wraps_parameters,
 )
 from dft_lightning.errors import InputError
 from dft_lightning.foreign.lightning import came_compiled
@@ -127,19 +127,20 @@ class ModelBuilder:
         return mesh is not None and self._sharding.load == "shards" and isinstance(self.base, str)
 
     def check_strategy(self, loss: TokenLoss, trainer: pl.Trainer | None) -> None:
-        """Raise ``InputError`` where a second model would have to be sharded, which strategies do with one alone."""
+        """Raise ``InputError`` where a second model would have to be sharded by FSDP1, which wraps one alone."""
         own = self._peft is not None and self._reference_model is None
-        if _compares(loss, trainer) and shards_parameters(trainer) and not own:
-            assert trainer is not None
+        if _compares(loss, trainer) and wraps_parameters(trainer) and not own:
             raise InputError(
-                f"{type(loss).__name__} needs a second model, and {type(trainer.strategy).__name__} shards one alone: "
-                "train an adapter (model.peft), whose base it compares with, or use DDP"
+                f"{type(loss).__name__} needs a second model, and FSDPStrategy (FSDP1) shards one alone: use "
+                "ModelParallelStrategy (FSDP2) or DDP, or train an adapter (model.peft), whose base it compares with"
             )
 
     def prepare(
-        self, model: nn.Module, loss: TokenLoss, tokenizer: Any, trainer: pl.Trainer | None
+        self, model: nn.Module, files: list[Path], loss: TokenLoss, tokenizer: Any, trainer: pl.Trainer | None
     ) -> ReferenceModel | None:
         """Check a model that was just made, and give it what the options say; returns the reference, if there is one.
+
+        ``files`` have the model's weights, if it was made without.
 
         Raises:
             InputError: the model is none for the tokenizer or the options.
@@ -150,7 +151,7 @@ class ModelBuilder:
         check_vocabulary(model, tokenizer)
         if (head := ends_of(model)[1]) is not None:
             check_top_k(loss, head.weight.shape[0])
-        reference = self._reference_of(model, loss) if _compares(loss, trainer) else None
+        reference = self._reference_of(model, files, loss) if _compares(loss, trainer) else None
         if self._peft is not None:
             attach(model, lora_config(self._peft))
             if self._loading.head == "fused":
@@ -188,6 +189,7 @@ class ModelBuilder:
         mesh: DeviceMesh | None,
         trainer: pl.Trainer | None,
         methods: tuple[str, ...],
+        reference: ReferenceModel | None,
     ) -> None:
         """Make a model ready for the trainer's strategy; shard it where that does not do so itself.
 
@@ -198,6 +200,7 @@ class ModelBuilder:
             mesh: of :meth:`mesh`.
             trainer: of the run, if there is one.
             methods: of ``root`` that run the model.
+            reference: that is beside it.
 
         Raises:
             InputError: the strategy or the precision cannot train the model.
@@ -213,6 +216,8 @@ class ModelBuilder:
         if files:  # each rank reads its own
             allocate_shards(root, trainer.strategy.root_device)
             read_shards(model, files, str if self._peft is None else base_name)
+        if reference is not None:
+            reference.shard(mesh, self._sharding, trainer.precision, trainer.strategy.root_device)
 
     @contextmanager
     def moving(self, root: nn.Module, model: nn.Module | None, fn: Any) -> Iterator[Any]:
@@ -240,12 +245,15 @@ class ModelBuilder:
                 "would be rounded away there: set trainer.precision: bf16-mixed, or model.loading.dtype: float32"
             )
 
-    def _reference_of(self, model: nn.Module, loss: TokenLoss) -> ReferenceModel:
+    def _reference_of(self, model: nn.Module, files: list[Path], loss: TokenLoss) -> ReferenceModel:
         """What the loss compares with, of the model as it is built: before an adapter and a checkpoint's weights."""
         loading = {**self._loading.of_a_model, "revision": None}
-        load: Callable[[str], nn.Module] = lambda name: load_causal_lm(name, **loading)  # noqa: E731
+
+        def load(name: str) -> tuple[nn.Module, list[Path]]:
+            return empty_causal_lm(name, **loading) if files else (load_causal_lm(name, **loading), [])
+
         there_again = isinstance(self.base, str) or self.given is not None
-        return reference_of(model, self._reference_model, self._peft, loss, there_again, load)
+        return reference_of(model, self._reference_model, self._peft, loss, there_again, load, files)
 
 
 def _compares(loss: TokenLoss, trainer: pl.Trainer | None) -> bool:

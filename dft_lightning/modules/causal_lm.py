@@ -167,14 +167,14 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
             own = type(self).build_model is CausalLMModule.build_model
             self.model, files = builder.empty() if own and builder.reads_shards(mesh) else (self.build_model(), [])
             tokenizer = getattr(self._datamodule, "tokenizer", None)
-            self._reference = builder.prepare(self.model, self.loss, tokenizer, trainer)
+            self._reference = builder.prepare(self.model, files, self.loss, tokenizer, trainer)
         builder.check_lengths(self.model, self._datamodule)
         self._optimization.see(self, trainer)
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             # What a subclass freezes or trains there counts when the model is wrapped: DDP and FSDP look but once.
             self.build_parameter_groups()
             self.train_telemetry.model_flops = ModelFlops.of(self.model)
-        builder.wrap(self, self.model, files, mesh, trainer, RUN_THE_MODEL)
+        builder.wrap(self, self.model, files, mesh, trainer, RUN_THE_MODEL, self._reference)
         self._checkpoints.remember_base(self.model)
 
     def build_model(self) -> nn.Module:

@@ -1,0 +1,132 @@
+"""HSDP on four gloo processes, two replicas of two shards: the numbers of one process."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import load_file
+
+from dft_lightning import CausalLMModule
+from dft_lightning.distributed import ShardingOptions
+from dft_lightning.distributed.strategies import data_parallel_mesh
+from dft_lightning.errors import InputError
+from hybrid_runs import SHARDING, one_step, steps, three_steps, weights, with_reference
+from small_runs import run_processes
+from test_normalization import relative
+from test_sharding import save_llama
+
+PARTS = ("checkpoints", "options", "collectives", "resume", "reference")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hybrid")
+    for part in PARTS:
+        (folder / part).mkdir()
+    for tied in (True, False):
+        save_llama(folder / "checkpoints" / f"{'tied' if tied else 'untied'}-vocabulary-97", tied, 97)
+    save_llama(folder / "reference" / "base", True, 97)
+    save_llama(folder / "reference" / "other", False, 97, initializer_range=0.3)
+    run_processes("hybrid_runs.py", str(folder), *PARTS, number=4, timeout=140)
+    return SimpleNamespace(folder=folder, **{part: torch.load(folder / part / "out.pt") for part in PARTS})
+
+
+def test_three_clipped_steps_from_a_checkpoint(found):
+    assert len(found.checkpoints) == 4
+    for (name, load), (gradients, places, shapes) in found.checkpoints.items():
+        alone = three_steps(found.folder / "checkpoints" / name, 4)
+        for own, expected in zip(gradients, alone.gradients, strict=True):
+            assert relative(own, expected) < 1e-10, (name, load)
+        assert places == {"(Replicate(), Shard(dim=0))"}
+        assert shapes[0] == shapes[2]
+        assert shapes[1] == shapes[3]
+        assert shapes[0] != shapes[1]  # 97 rows
+        for first, second, parameter in zip(*shapes[:2], alone.parameters(), strict=True):
+            assert first[0] + second[0] == parameter.shape[0]
+
+
+def test_every_option_gives_the_gradient_of_one_process(found):
+    alone = one_step(8, {})
+    assert found.options.keys() == SHARDING.keys()
+    for name, gradient in found.options.items():
+        assert relative(gradient, alone) < 1e-10, name
+
+
+def test_replicas_exchange_shares_of_the_gradient_alone(found):
+    """Blocks are gathered as often, within a replica; each group's share is summed over replicas once a step."""
+    one, two = found.collectives[1], found.collectives[2]
+    same = {name for name in one if "allreduce" not in name}
+    assert {name: one[name] for name in same} == {name: two[name] for name in same}
+    groups = 3  # two blocks, and embedding, head and last norm
+    assert two["allreduce_"] - one["allreduce_"] == groups
+
+
+def test_a_run_goes_on_from_its_shards_and_from_a_file(found, tmp_path):
+    whole = found.resume["whole"]
+    alone = steps(4, None, {})
+    assert relative(whole, weights(alone)) < 1e-5
+    for name in ("shards", "file"):
+        assert torch.equal(found.resume[name], whole), name
+        assert relative(found.resume[f"{name}, one replica"], whole) < 1e-6, name
+    exported = load_file(found.folder / "resume" / "exported" / "model.safetensors")
+    for name, value in alone.lightning_module.model.state_dict().items():
+        if name in exported:
+            assert relative(exported[name], value) < 1e-4, name
+    assert relative(steps_from_file(found.folder / "resume" / "file.ckpt"), whole) < 1e-5
+
+
+def steps_from_file(path):
+    """On one process, from the checkpoint of four."""
+    return weights(steps(4, path, {}))
+
+
+def test_a_reference_is_sharded_like_the_model(found):
+    """Gradients of one process, by shards and replicas, with either head, of the start and of another model."""
+    own = with_reference(found.folder / "reference")
+    gradients = {key: value for key, value in found.reference.items() if isinstance(key, tuple)}
+    assert len(gradients) == 7
+    for (name, way), of_steps in gradients.items():
+        alone = three_steps(found.folder / "reference" / "base", 4, own=own[name]).gradients
+        for step in range(3):
+            assert relative(of_steps[step], alone[step]) < 1e-10, (name, way, step)
+
+
+def test_a_reference_takes_its_share_of_memory_and_its_gathers(found):
+    """Half of each block on two shards, each of which is gathered once a micro-batch, and nothing is reduced."""
+    in_shards, all_of_them, parts = found.reference["held"]
+    assert (in_shards, all_of_them) == (2 * 9, 2 * 9 + 2)  # all but embedding, which is the head, and norm
+    assert parts == {0.5}
+    own, without = (Counter(found.reference[name]) for name in ("with", "without"))
+    assert own - without == {"_allgather_base_": 2}
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_a_sharded_reference_has_the_models_precision(found, precision):
+    dtypes, gradient = found.reference[precision]
+    assert dtypes == {"torch.bfloat16" if precision == "bf16-true" else "torch.float32"}
+    folder = found.folder / "reference"
+    own = {**with_reference(folder)["another"], "loading": {}}
+    alone = three_steps(folder / "base", 4, own=own, precision=precision).gradients[0]
+    assert relative(gradient, alone) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("ranks", "replicas", "possible"), [(8, 3, [1, 2, 4]), (4, 4, [1, 2]), (2, 2, [1]), (6, 4, [1, 2, 3])]
+)
+def test_replicas_that_leave_nothing_to_shard_over(ranks, replicas, possible):
+    strategy = ModelParallelStrategy(ranks, 1)
+    ones = SimpleNamespace(size=lambda: 1)
+    strategy._device_mesh = {"tensor_parallel": ones, "data_parallel": SimpleNamespace(size=lambda: ranks)}
+    trainer = SimpleNamespace(strategy=strategy, precision="32-true", world_size=ranks)
+    with pytest.raises(InputError, match=f"model.sharding.replicas: {replicas} .* of {ranks} processes") as error:
+        data_parallel_mesh(trainer, ShardingOptions(replicas=replicas))
+    assert str(possible) in str(error.value)
+
+
+def test_no_replica_is_no_number_of_them():
+    with pytest.raises(ValueError, match="sharding.replicas must be at least 1, got 0"):
+        CausalLMModule("asset://arithmetic-base", sharding={"replicas": 0})
