@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dft_lightning import AnchoredLoss, CausalLMModule, DFTLoss, HuggingFaceExport, MixtureLoss
 from dft_lightning.distributed import gather_lists
@@ -32,7 +33,7 @@ def checkpoints(folder: Path) -> None:
             module = three_steps(path, 1, {"load": load, "replicas": 2}, **four())
             places = {str(parameter.placements) for parameter in module.parameters()}
             shapes = gather_lists([[list(p.to_local().shape) for p in module.parameters()]], 4)
-            found[path.name, load] = module.gradients, places, shapes
+            found[path.name, load] = module.gradients, module.clipped, places, shapes
     save(found, folder / "out.pt")
 
 
@@ -63,6 +64,34 @@ def collectives(folder: Path) -> None:
         with Collectives() as seen:
             one_step(2, {"replicas": replicas}, **four())
         found[replicas] = {name: seen.names.count(name) for name in set(seen.names)}
+    save(found, folder / "out.pt")
+
+
+class Reduced(TorchDispatchMode):
+    """How many numbers each reduction gives a rank, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation.namespace == "c10d" and operation._opname == "_reduce_scatter_base_":
+            self.sizes.append(args[0].numel())
+        return operation(*args, **(kwargs or {}))
+
+
+def order(folder: Path) -> None:
+    """What a step reduces, in its order, of ends that are tied and not; and where they stand then."""
+    found = {}
+    for tied in (True, False):
+        pl.seed_everything(0)
+        module = CausalLMModule({**TINY_ARITHMETIC, "tie_word_embeddings": tied}, loss=DFTLoss())
+        with Reduced() as reduced:
+            trainer(**four()).fit(module, datamodule=arithmetic_data(4, batch_size=1))
+        groups = [module.model.transformer.h[0], module.model.transformer.h[1]]
+        sizes = [sum(p.to_local().numel() for p in group.parameters()) for group in groups]
+        of_ends = [end.weight.to_local().numel() for end in (module.model.transformer.wte, module.model.lm_head)]
+        found[tied] = reduced.sizes, sizes, of_ends
     save(found, folder / "out.pt")
 
 

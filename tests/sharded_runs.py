@@ -85,7 +85,7 @@ def three_steps(
     given = {"loss": DFTLoss(), "loading": {"dtype": "float64"}, "sharding": sharding or {}, "peft": peft}
     given |= {"optimizer": {"lr": 0.01}, "schedule": {"decay": "constant"}}
     module = LossRecorder(str(folder), **{**given, **(own or {})})
-    run = trainer(max_steps=3, max_epochs=3, gradient_clip_val=1.0, **options)
+    run = trainer(max_steps=3, max_epochs=3, gradient_clip_val=0.005, **options)
     run.fit(module, datamodule=arithmetic_data(12, batch_size=batch_size, shuffle=False))
     return module
 

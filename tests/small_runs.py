@@ -82,15 +82,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class GradientRecorder(CausalLMModule):
-    """Keeps each optimizer step's gradient, before clipping and as the optimizer gets it.
-
-    With ``rounded``, weights are drawn in ``dtype`` and rounded, so that every precision starts from the same model.
-    """
-
-    rounded: torch.dtype | None = None
-
-    def build_model(self) -> torch.nn.Module:
-        return super().build_model().to(self.rounded)
+    """Keeps each optimizer step's gradient, before clipping and as the optimizer gets it."""
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -105,6 +97,15 @@ class GradientRecorder(CausalLMModule):
     def _whole_gradient(self) -> torch.Tensor:
         with whole_parameters(self.trainer.model):
             return torch.cat([whole(p.grad).flatten() for p in self.parameters() if p.requires_grad])
+
+
+class Rounded(GradientRecorder):
+    """Weights are drawn in ``dtype`` and rounded, so that every precision starts from the same model."""
+
+    rounded: torch.dtype | None = None
+
+    def build_model(self) -> torch.nn.Module:
+        return super().build_model().to(self.rounded)
 
 
 def whole_parameters(root: Any) -> Any:
@@ -176,7 +177,7 @@ def step_gradient(
     """Gradient of the first step of a fit on arithmetic rows, before and after clipping."""
     pl.seed_everything(0)
     loss_options = {"class_path": f"dft_lightning.{loss}"}
-    module = GradientRecorder(TINY_ARITHMETIC, loss=loss_options, loading={"dtype": "float64"}, **options)
+    module = Rounded(TINY_ARITHMETIC, loss=loss_options, loading={"dtype": "float64"}, **options)
     module.rounded = getattr(torch, dtype)
     rows = arithmetic_data(num_rows, **{"batch_size": batch_size, "shuffle": False, **(data or {})})
     run = trainer(accumulate_grad_batches=accumulate, gradient_clip_val=clip, devices=devices, strategy=strategy)

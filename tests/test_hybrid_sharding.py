@@ -19,7 +19,7 @@ from small_runs import run_processes
 from test_normalization import relative
 from test_sharding import save_llama
 
-PARTS = ("checkpoints", "options", "collectives", "resume", "reference")
+PARTS = ("checkpoints", "options", "collectives", "order", "resume", "reference")
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,12 @@ def found(tmp_path_factory):
 
 def test_three_clipped_steps_from_a_checkpoint(found):
     assert len(found.checkpoints) == 4
-    for (name, load), (gradients, places, shapes) in found.checkpoints.items():
+    for (name, load), (gradients, clipped, places, shapes) in found.checkpoints.items():
         alone = three_steps(found.folder / "checkpoints" / name, 4)
-        for own, expected in zip(gradients, alone.gradients, strict=True):
+        for own, expected in zip([*gradients, *clipped], [*alone.gradients, *alone.clipped], strict=True):
             assert relative(own, expected) < 1e-10, (name, load)
+        assert all(gradient.norm() < 0.00501 for gradient in clipped)
+        assert gradients[0].norm() > 0.01
         assert places == {"(Replicate(), Shard(dim=0))"}
         assert shapes[0] == shapes[2]
         assert shapes[1] == shapes[3]
@@ -63,6 +65,18 @@ def test_replicas_exchange_shares_of_the_gradient_alone(found):
     assert {name: one[name] for name in same} == {name: two[name] for name in same}
     groups = 3  # two blocks, and embedding, head and last norm
     assert two["allreduce_"] - one["allreduce_"] == groups
+
+
+def test_the_heads_gradient_is_reduced_before_the_blocks(found):
+    """Where it is not the embedding's as well, which is the last to be there."""
+    reduced, blocks, _ = found.order[True]
+    assert reduced[:2] == blocks[::-1]
+    assert len(reduced) == 3
+    reduced, blocks, (embedding, head) = found.order[False]
+    assert reduced[0] == head
+    assert reduced[1:3] == blocks[::-1]
+    assert embedding in reduced[3:]
+    assert len(reduced) == 5
 
 
 def test_a_run_goes_on_from_its_shards_and_from_a_file(found, tmp_path):

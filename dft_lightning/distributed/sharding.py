@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pydoc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from dft_lightning.errors import InputError, check_one_of
 from dft_lightning.foreign.torch import discard_unreduced_gradients
 
+_END = "_dft_lightning_end"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -119,11 +120,13 @@ def shard(
     options: ShardingOptions,
     precision: str,
     methods: tuple[str, ...],
+    ends: Sequence[nn.Module],
 ) -> None:
     """Shard a model's blocks and then all that remains, in place, over the first dimension of each parameter.
 
-    The remaining group, which holds embedding, head and last norm, belongs to ``root``: it is whole inside each of
-    ``methods``, so that a head may use its weight outside the model's forward, tied or not.
+    What remains belongs to ``root``, and is whole inside each of ``methods``, so that a head may use its weight outside
+    the model's forward: embedding, head and last norm. Embedding and head that are not tied are groups of their own,
+    likewise whole: the head's gradient is reduced while the blocks are at their backward, not after the embedding's.
 
     Args:
         root: the LightningModule.
@@ -132,6 +135,7 @@ def shard(
         options: see :class:`ShardingOptions`.
         precision: the trainer's.
         methods: of ``root``, which run the model.
+        ends: embedding and head, where they are not tied.
 
     Raises:
         InputError: no blocks, or parameters of several dtypes.
@@ -152,6 +156,10 @@ def shard(
         fully_shard(block, mp_policy=policy, reshard_after_forward=options.reshard_after_forward, **shared)
     # A batch is no activation. And the head's weight is needed again as soon as backward begins.
     policy = dataclasses.replace(policy, cast_forward_inputs=False)
+    for end in ends:
+        fully_shard(end, mp_policy=policy, reshard_after_forward=False, **shared)
+        end.__dict__[_END] = True
+    root.__dict__["_ends"] = list(ends)  # no modules of its own
     fully_shard(root, mp_policy=policy, reshard_after_forward=False, **shared)
     for method in methods:
         _gather_around(root, method)
@@ -184,6 +192,7 @@ def _gather_around(root: nn.Module, method: str) -> None:
                 "inference_mode=False (trainer.inference_mode: false)"
             )
         root.__dict__["_gathered"] = True
+        _gather_ends(root)
         try:
             return outer(*args, **kwargs)
         finally:
@@ -197,6 +206,17 @@ def gather_again(root: nn.Module) -> None:
     if root.__dict__.get("_gathered"):
         assert isinstance(root, FSDPModule)
         root.unshard()
+        _gather_ends(root)
+
+
+def _gather_ends(root: nn.Module) -> None:
+    for end in root.__dict__["_ends"]:
+        end.unshard()
+
+
+def blocks_in_shards(model: nn.Module) -> list[Any]:
+    """What of a sharded language model is gathered and freed one at a time."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule) and _END not in module.__dict__]
 
 
 def is_sharded(module: nn.Module) -> bool:

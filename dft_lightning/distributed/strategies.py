@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,12 +16,12 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from dft_lightning.distributed.ranks import largest_of_ranks
-from dft_lightning.distributed.sharding import ShardingOptions, find_blocks, gather_again
+from dft_lightning.distributed.sharding import ShardingOptions, blocks_in_shards, find_blocks, gather_again
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.foreign.lightning import checkpointing_options, saves_shards
 from dft_lightning.foreign.torch import name_in_state, non_persistent_buffers, wrapped_classes
@@ -218,7 +218,7 @@ def gathered_blocks(model: nn.Module, options: ShardingOptions, device: torch.de
     Yields:
         Whether the blocks are whole: not those of a model that is not sharded, or that does not fit.
     """
-    blocks = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    blocks = blocks_in_shards(model)
     if not blocks or largest_of_ranks(not _fits(blocks, device), device):
         yield False
         return
@@ -233,7 +233,7 @@ def gathered_blocks(model: nn.Module, options: ShardingOptions, device: torch.de
             block.reshard()
 
 
-def _fits(blocks: Sequence[nn.Module], device: torch.device) -> bool:
+def _fits(blocks: Iterable[nn.Module], device: torch.device) -> bool:
     """Whether blocks' whole weights take at most half of the memory that is free."""
     parameters = {id(parameter): parameter for block in blocks for parameter in block.parameters()}
     needed = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())

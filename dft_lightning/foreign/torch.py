@@ -59,8 +59,9 @@ def unscales_itself(optimizer: Optimizer) -> bool:
 
 
 def is_hooked(layer: nn.Module) -> bool:
-    """Whether hooks are on a module's forward, which can be added and removed, but not asked for."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+    """Whether hooks are on a module's forward, which can be added and removed, but not asked for; FSDP2's own aside."""
+    own = int(isinstance(layer, FSDPModule))  # one before and one after
+    return len(layer._forward_hooks) > own or len(layer._forward_pre_hooks) > own
 
 
 def arguments_of(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

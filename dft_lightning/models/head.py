@@ -114,6 +114,15 @@ def ends_of(model: nn.Module) -> list[Any]:
     return [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
 
 
+def ends_apart(model: nn.Module) -> list[nn.Module]:
+    """The input embedding and the output layer of a model whose ends are plain layers and not tied."""
+    plain = [type(end) in (nn.Embedding, nn.Linear) for end in ends_of(model)]
+    if not all(plain):
+        return []
+    embedding, head = ends_of(model)
+    return [] if embedding.weight is head.weight else [embedding, head]
+
+
 def run_without_head(model: nn.Module, head: LanguageModelHead, **inputs: Any) -> tuple[Tensor, Any]:
     """Run a model without its last matrix product.
 

@@ -66,7 +66,7 @@ class ReferenceModel:
         """
         if self._root is None or self._model is None:
             return
-        shard(self._root, self._model, mesh, options, precision, ())
+        shard(self._root, self._model, mesh, options, precision, (), ())
         if self._files:
             allocate_shards(self._root, torch.device("cpu") if options.cpu_offload else device)
             read_shards(self._model, self._files)

@@ -32,7 +32,7 @@ from dft_lightning.losses.statistics import check_params, normalise_needs
 from dft_lightning.models.attention import ATTENTION, ends_graphs
 from dft_lightning.models.blocks import compile_blocks, spare_activations
 from dft_lightning.models.given import model_itself, name_of, plain_model
-from dft_lightning.models.head import ends_of, find_head
+from dft_lightning.models.head import ends_apart, ends_of, find_head
 from dft_lightning.models.loading import empty_causal_lm, load_causal_lm
 from dft_lightning.models.lora.adapter import attach, base_name, raise_to_float32
 from dft_lightning.models.lora.options import lora_config
@@ -212,7 +212,7 @@ class ModelBuilder:
         if mesh is None:
             return
         assert trainer is not None
-        shard(root, model, mesh, self._sharding, trainer.precision, methods)
+        shard(root, model, mesh, self._sharding, trainer.precision, methods, ends_apart(model))
         if files:  # each rank reads its own
             allocate_shards(root, trainer.strategy.root_device)
             read_shards(model, files, str if self._peft is None else base_name)
