@@ -3,10 +3,10 @@
     python benchmarks/kill.py --kills 20
 
 Small runs with dropout, validation and accumulation, in one process, under DDP and under FSDP2 with checkpoints in
-shards (two gloo processes). Each is killed by SIGKILL at a random moment or in the middle of writing a checkpoint, or
-stopped by SIGTERM or SIGINT, which one of two ranks alone may get; then started again with ``--ckpt_path auto``. Its
-last checkpoint has to have the weights and optimizer states, bit for bit, of a run that was not stopped. The processes
-are forked from this one, which has imported everything.
+shards (two gloo processes), which are also written while training goes on. Each is killed by SIGKILL at a random moment
+or in the middle of writing a checkpoint, or stopped by SIGTERM or SIGINT, which one of two ranks alone may get; then
+started again with ``--ckpt_path auto``. Its last checkpoint has to have the weights and optimizer states, bit for bit,
+of a run that was not stopped. The processes are forked from this one, which has imported everything.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MODEL = {"model_type": "gpt2", "n_embd": 96, "n_layer": 4, "n_head": 4, "vocab_s
 MODEL |= {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 SHARDS = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}
 SHARDS["init_args"] = {"data_parallel_size": 2, "tensor_parallel_size": 1}
-KINDS = {"one process": "auto", "ddp": "ddp", "shards": SHARDS}
+KINDS = {"one process": "auto", "ddp": "ddp", "shards": SHARDS, "shards, meanwhile": SHARDS}
 HARD_LIMIT = 120.0  # seconds that a run may take
 
 
@@ -60,7 +60,12 @@ def config(folder: Path, kind: str, steps: int) -> list[str]:
     }
     saver["init_args"] |= {"mode": "max", "filename": "{step}", "enable_version_counter": False}
     values = {
-        "model": {"model": MODEL, "loss": {"class_path": "dft_lightning.DFTLoss"}, "optimizer": {"lr": 1e-3}},
+        "model": {
+            "model": MODEL,
+            "loss": {"class_path": "dft_lightning.DFTLoss"},
+            "optimizer": {"lr": 1e-3},
+            "sharding": {"async_save": kind == "shards, meanwhile"},
+        },
         "data": {"train": rows(90, 1), "validation": rows(16, 2), "text": {"tokenizer": "asset://arithmetic-base"}},
         "trainer": {
             "max_steps": steps,
@@ -231,7 +236,7 @@ def plans(options: argparse.Namespace, chance: random.Random) -> Iterator[dict]:
     """What is done to each run: every kind, every signal; most of what is killed is writing."""
     signals = ("SIGKILL", "SIGTERM", "SIGKILL", "SIGINT", "SIGKILL")
     for i in range(options.kills):
-        kind, name = tuple(KINDS)[i % len(KINDS)], signals[i % len(signals)]
+        kind, name = options.kinds[i % len(options.kinds)], signals[i % len(signals)]
         yield {
             "kind": kind,
             "signal": name,
@@ -266,6 +271,7 @@ def is_whole(path: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--within", type=float, default=2.5, help="seconds after the first checkpoint")

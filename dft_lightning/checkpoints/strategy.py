@@ -16,15 +16,23 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dft_lightning.checkpoints.io import WholeCheckpointIO, failed, local_path, reason_of
+from dft_lightning.checkpoints.pending import Books, PendingSave, own_group
 from dft_lightning.checkpoints.whole import WRITTEN, clear_leftovers, write_marker
 from dft_lightning.distributed.ranks import gather_lists
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.files import is_local, partial_path, put_in_place, remove, sync_files, unwritable
-from dft_lightning.foreign.lightning import WholeAsyncCheckpointIO, saves_shards, saves_state_in_shards, trainer_of
+from dft_lightning.foreign.lightning import (
+    WholeAsyncCheckpointIO,
+    saves_shards,
+    saves_state_in_shards,
+    saving_shards_by,
+    trainer_of,
+)
 
 # Of disks: full, of a quota, read-only, not permitted, broken.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -61,6 +69,24 @@ def keep_whole(trainer: pl.Trainer) -> None:
         io = io.checkpoint_io
 
 
+def check_saves_meanwhile(strategy: Strategy) -> None:
+    """Whether a strategy can save while training goes on, for ``model.sharding.async_save``.
+
+    Raises:
+        InputError: it saves one file, or was not given to :func:`keep_whole`.
+    """
+    if not isinstance(strategy, ModelParallelStrategy) or not saves_shards(strategy):
+        raise InputError(
+            "model.sharding.async_save: checkpoints in shards alone are saved while training goes on: set "
+            "save_distributed_checkpoint: true in trainer.strategy's init_args, or leave async_save out"
+        )
+    if not isinstance(strategy, SavesWhole):
+        raise InputError(
+            "model.sharding.async_save: call dft_lightning.checkpoints.keep_whole(trainer) first, as the command does, "
+            "which sees to it that each checkpoint is whole before an older one goes"
+        )
+
+
 @functools.cache
 def _saving_whole(strategy_class: type) -> type:
     """The strategy's class with :class:`SavesWhole` before it, by the same name: messages and isinstance hold."""
@@ -86,8 +112,10 @@ class SavesWhole(Strategy):
     """
 
     of: type  # the strategy's own class
+    _pending: PendingSave | None = None
+    _group: ProcessGroup | None = None
     resumes_from: str | None = None  # what this rank took for --ckpt_path, to be the same on all
-    _books: list[tuple[ModelCheckpoint, dict[str, Any]]] | None = None
+    _books: Books | None = None
 
     def __reduce__(self) -> Any:  # for processes that are spawned: its class has no name to be found by
         return _blank, (self.of,), self.__dict__
@@ -106,23 +134,55 @@ class SavesWhole(Strategy):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self._note_books()
+        self._books = self._named()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         filepath = self.broadcast(filepath)
+        self._join()
         try:
             if not is_local(filepath):
                 self._together(lambda: super(SavesWhole, self).save_checkpoint(checkpoint, filepath, storage_options))
             else:
                 self._save(checkpoint, local_path(filepath), filepath, storage_options)
         except BaseException:
-            for callback, books in self._books or []:
-                callback.__dict__.update({**books, "best_k_models": dict(books["best_k_models"])})
+            self._forget_books()
             raise
-        self._note_books()
+        if self._pending is None:
+            self._books = self._named()
+        else:
+            self._pending.books = self._named()
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
+        if self._pending is not None:  # whose place it is to take: it stays until that is whole
+            self._pending.replaced.append(filepath)
+            return
         self._together(lambda: super(SavesWhole, self).remove_checkpoint(filepath))
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self._join()
+
+    def teardown(self) -> None:
+        if self._pending is not None:  # of a run that has failed
+            with contextlib.suppress(BaseException):
+                self._pending.wait()
+            self._pending = None
+        self._group = None
+        super().teardown()
+
+    def _join(self) -> None:
+        """Wait for a checkpoint that is being written, and raise on every rank what went wrong on one. A collective."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            self._together(pending.wait, pending.target)
+        except BaseException:
+            self._forget_books()
+            raise
+        for path in pending.replaced:
+            self.remove_checkpoint(path)
+        self._books = pending.books
 
     def _save(self, checkpoint: dict[str, Any], target: Path, filepath: str | Path, storage_options: Any) -> None:
         shards = self._writes_shards()
@@ -132,13 +192,43 @@ class SavesWhole(Strategy):
             return
         partial: Path = self.broadcast(partial_path(target))
         marker = {"name": target.name, WRITTEN: time.time_ns(), "global_step": checkpoint.get("global_step")}
+        goes_on = False
         try:
             self._together(lambda: self._prepare(target), target)
+            if goes_on := self._saves_meanwhile():
+                self._begin(lambda: save(checkpoint, partial, storage_options), partial, target, marker)
+                return
             self._together(lambda: save(checkpoint, partial, storage_options), target)
             self._together(lambda: self._finish(partial, target, marker), target)
         finally:
+            if self.is_global_zero and not goes_on:
+                _remove_quietly(partial)
+
+    def _saves_meanwhile(self) -> bool:
+        """Whether this is a save along ``fit`` that was asked to be asynchronous."""
+        module = self.lightning_module
+        trainer = None if module is None else trainer_of(module)
+        asked = getattr(getattr(module, "sharding", None), "async_save", False)
+        state = None if trainer is None else trainer.state
+        return bool(asked and state and state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING)
+
+    def _begin(self, save: Callable[[], None], partial: Path, target: Path, marker: dict[str, Any]) -> None:
+        """Copy the tensors, and have them written while training goes on."""
+        group = self._group = self._group or own_group()
+        begun: list[PendingSave] = []
+
+        def copy(tensors: dict[str, Any], folder: Path) -> None:
+            begun.append(PendingSave(tensors, folder, group))
+
+        with saving_shards_by(copy):
+            self._together(save, target)
+
+        def clean() -> None:
             if self.is_global_zero:
                 _remove_quietly(partial)
+
+        begun[0].then(lambda: self._finish(partial, target, marker), clean, target)
+        self._pending = begun[0]
 
     def _writes_shards(self) -> bool:
         if isinstance(self, ModelParallelStrategy):
@@ -176,11 +266,16 @@ class SavesWhole(Strategy):
             raise own
         raise RuntimeError(f"another rank has failed: {next(text for _, text in problems if text is not None)}")
 
-    def _note_books(self) -> None:
-        """Keep what each ``ModelCheckpoint`` takes for written: it notes a path before it is."""
+    def _forget_books(self) -> None:
+        """Have each ``ModelCheckpoint`` name what it named before a save that failed."""
+        for callback, books in self._books or []:
+            callback.__dict__.update({**books, "best_k_models": dict(books["best_k_models"])})
+
+    def _named(self) -> Books:
+        """What each ``ModelCheckpoint`` takes for written: it notes a path before it is."""
         module = self.lightning_module
         callbacks = [] if module is None or trainer_of(module) is None else module.trainer.checkpoint_callbacks
-        self._books = [(callback, _books(callback)) for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+        return [(callback, _books(callback)) for callback in callbacks if isinstance(callback, ModelCheckpoint)]
 
 
 def _books(callback: ModelCheckpoint) -> dict[str, Any]:

@@ -47,6 +47,9 @@ class ShardingOptions:
         cpu_offload: keep shards, gradients and optimizer state in host memory.
         sync_micro_batches: reduce gradients after every micro-batch, not only after the last one of a step. Saves
             the memory of a whole gradient per rank and costs traffic for each micro-batch.
+        async_save: save checkpoints in shards while training goes on, which waits for the copy to host memory alone
+            (torch's ``async_save``). Takes host memory for the copy, and on the disk, until it is whole, room for one
+            checkpoint more.
         load: ``"shards"``: each rank reads just its own shards of a checkpoint's safetensors files. ``"whole"``: each
             rank loads the checkpoint into host memory as without sharding, then keeps its shards.
     """
@@ -58,6 +61,7 @@ class ShardingOptions:
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     sync_micro_batches: bool = False
+    async_save: bool = False
     load: Literal["shards", "whole"] = "shards"
 
     def __post_init__(self) -> None:

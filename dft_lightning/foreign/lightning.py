@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import logging
 import re
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -214,6 +217,18 @@ def checkpointing_options(strategy: FSDPStrategy) -> dict[str, Any]:
 def saves_shards(strategy: ModelParallelStrategy) -> bool:
     """Whether a ``ModelParallelStrategy`` saves a folder of shards: an argument that it hides."""
     return bool(strategy._save_distributed_checkpoint)
+
+
+@contextmanager
+def saving_shards_by(save: Callable[[dict[str, Any], Path], None]) -> Iterator[None]:
+    """Have ``ModelParallelStrategy`` hand a checkpoint's tensors and its folder to a function meanwhile."""
+    strategies: Any = importlib.import_module("lightning.pytorch.strategies.model_parallel")
+    own = strategies._distributed_checkpoint_save
+    strategies._distributed_checkpoint_save = save
+    try:
+        yield
+    finally:
+        strategies._distributed_checkpoint_save = own
 
 
 def saves_state_in_shards(strategy: FSDPStrategy) -> bool:

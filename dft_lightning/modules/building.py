@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dft_lightning.checkpoints.shards import guard_loading
+from dft_lightning.checkpoints.strategy import check_saves_meanwhile
 from dft_lightning.component import from_plain
 from dft_lightning.distributed.shard_loading import allocate_shards, read_shards
 from dft_lightning.distributed.sharding import ShardingOptions, is_sharded, kept_on_cpu, shard
@@ -120,7 +121,10 @@ class ModelBuilder:
         """What the model is sharded over, if it is. From here on what a strategy unpickles is looked at first."""
         if trainer is not None:
             guard_loading(trainer.strategy)
-        return data_parallel_mesh(trainer, self._sharding)
+        mesh = data_parallel_mesh(trainer, self._sharding)
+        if trainer is not None and self._sharding.async_save:
+            check_saves_meanwhile(trainer.strategy)
+        return mesh
 
     def reads_shards(self, mesh: DeviceMesh | None) -> bool:
         """Whether each rank reads its own part of a checkpoint, once the model is sharded."""
