@@ -14,6 +14,7 @@ from torch import nn
 
 from dft_lightning.distributed.shard_loading import parameters_on_meta
 from dft_lightning.distributed.sharding import find_blocks
+from dft_lightning.models.head import ends_apart
 from dft_lightning.ops.chunks import CUDA_CHUNK_ROWS, DEFAULT_CHUNK_BYTES
 
 # What their config.json on the hub says of their size.
@@ -101,8 +102,10 @@ def estimate_memory(
     else:
         # The block at work, and the next one with the buffer that it is gathered in.
         between, gathered = _BFLOAT16, (rest + 3 * block) * _BFLOAT16
-        # Gradients before they are summed, in bfloat16, and the buffer that they are summed from.
-        unreduced = (block + rest) * (_BFLOAT16 + _FLOAT32) if sync_micro_batches else total * _FLOAT32
+        # Gradients before they are summed, in bfloat16, and the buffer that they are summed from. A head that is not
+        # tied is summed before the blocks and the embedding are.
+        waiting = block + rest - sum(_numel(end) for end in ends_apart(model)[1:])
+        unreduced = waiting * (_BFLOAT16 + _FLOAT32) if sync_micro_batches else total * _FLOAT32
     at_work = tokens * _block_bytes_per_token(config, between)
     inputs, products = tokens * config.hidden_size * between, tokens * _product_bytes_per_token(config)
     # As many tokens as a chunk has where memory is not short.

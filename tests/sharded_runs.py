@@ -6,9 +6,11 @@ usage: sharded_runs.py FOLDER PART...    (each part has a folder of its own in F
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,9 +23,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dft_lightning import CausalLMModule, DFTLoss, HuggingFaceExport, TokenLoss
+from dft_lightning.callbacks.export import export_live
 from dft_lightning.data.batches.collating import Collator
 from dft_lightning.distributed import gather_lists
-from dft_lightning.distributed.strategies import check_precision
+from dft_lightning.distributed.strategies import check_precision, on_first_rank
 from dft_lightning.errors import InputError
 from dft_lightning.modules import GenerationOptions
 from dft_lightning.ops import release_scratch
@@ -413,6 +416,36 @@ def loading(folder: Path) -> None:
         trainer(**two(limit_val_batches=1)).validate(module, datamodule=data, verbose=False)
         found[load] = {"peak": module.peak[0], "kept": module.kept}
     save(found, folder / "out.pt")
+
+
+def exporting(folder: Path) -> None:
+    """What rank 0 holds at most while a sharded model is exported; and a write that takes longer than others wait."""
+
+    class Watched(pl.Callback):
+        def on_fit_end(self, trainer: Any, module: Any) -> None:
+            largest = max(p.numel() * p.element_size() for p in module.parameters())
+            total = sum(p.numel() * p.element_size() for p in module.parameters())
+            with peak_memory(folder / f"trace-{torch.distributed.get_rank()}.json") as peak:
+                export_live(trainer, module, folder / "model", "")
+            self.found = {"peak": peak[0], "largest": largest, "total": total}
+            with patch("dft_lightning.distributed.strategies._NOW_AND_THEN", 0.5):
+                on_first_rank(trainer, lambda: time.sleep(6), long=True)
+            try:
+                on_first_rank(trainer, lambda: open(folder / "nothing").close(), "key: ", long=True)
+            except InputError as error:
+                self.found["message"] = str(error)
+
+    watched = Watched()
+    module = CausalLMModule({**LLAMA, **LOADED_MODEL})
+    patience = ModelParallelStrategy(2, 1, timeout=datetime.timedelta(seconds=4))
+    trainer(devices=2, strategy=patience, callbacks=[watched]).fit(module, datamodule=arithmetic_data(4, batch_size=2))
+    assert gather_lists([watched.found["message"]], 2)[0] == watched.found["message"]
+    state = {name: whole(p.detach()) for name, p in module.model.named_parameters()}
+    save({**watched.found, "state": state}, folder / "out.pt")
+
+
+LOADED_MODEL = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "num_key_value_heads": 2}
+LOADED_MODEL |= {"vocab_size": 512, "tie_word_embeddings": True}
 
 
 def training_memory(

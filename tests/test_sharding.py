@@ -62,6 +62,7 @@ PARTS = (
     "options",
     "loading",
     "training",
+    "exporting",
 )
 LOADED = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "num_key_value_heads": 2}
 
@@ -220,6 +221,18 @@ def test_no_rank_loads_more_than_its_shard_and_one_block(two_processes):
     assert found["shards"]["kept"] == found["whole"]["kept"] == 4 * block + 8 * (512 * 64 + 64) / 2
     assert found["shards"]["peak"] <= found["shards"]["kept"] + block
     assert found["whole"]["peak"] > 2 * found["whole"]["kept"]  # what the account would have shown
+
+
+def test_an_export_holds_a_tensor_at_a_time(two_processes):
+    """Largest first of all is the embedding; and while rank 0 writes, the others do not wait beyond their patience."""
+    found = torch.load(two_processes / "exporting" / "out.pt")
+    assert found["peak"] < 3 * found["largest"] < found["total"] / 2
+    written = load_file(two_processes / "exporting" / "model" / "model.safetensors")
+    assert written.keys() <= found["state"].keys()
+    assert len(written) == 8 * 9 + 2
+    assert all(torch.equal(written[name], found["state"][name]) for name in written)
+    assert sorted(path.name for path in (two_processes / "exporting").iterdir() if path.is_dir()) == ["model"]
+    assert found["message"].startswith("key: [Errno 2] No such file")
 
 
 def test_the_memory_estimate_is_what_the_allocator_measures(two_processes, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -10,7 +11,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from dft_lightning.distributed.strategies import on_first_rank, whole_state
+from dft_lightning.distributed.strategies import on_first_rank
+from dft_lightning.distributed.whole import whole_state
 from dft_lightning.errors import InputError, check_one_of
 from dft_lightning.export.checkpoint import TrainedCheckpoint, language_model_tensors
 from dft_lightning.export.folder import OF_A_MODEL, DType, check_shard_size, export_folder
@@ -20,7 +22,8 @@ from dft_lightning.modules.causal_lm import CausalLMModule
 
 
 def export_live(trainer: pl.Trainer, module: CausalLMModule, output: Path, key: str, **options: Any) -> None:
-    """Write a module's weights as they are. A collective: rank 0 gathers them in its host memory, and writes.
+    """Write a module's weights as they are. A collective: rank 0 gathers them, from shards into files beside the
+    folder, and writes.
 
     Args:
         trainer: of the module.
@@ -32,20 +35,33 @@ def export_live(trainer: pl.Trainer, module: CausalLMModule, output: Path, key: 
     Raises:
         InputError: it cannot be written.
     """
-    state, record = whole_state(trainer), module.record()  # on every rank: each may be a collective
+    beside: list[tempfile.TemporaryDirectory[str]] = []
 
-    def write() -> None:
-        tensors, step = language_model_tensors(state), trainer.global_step
-        trained = TrainedCheckpoint(_LIVE, tensors, record, dict(module.hparams), step, trainer.current_epoch)
-        export_folder(trained, output, trust_remote_code=module.loading.trust_remote_code, **options)
+    def make() -> None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        beside.append(tempfile.TemporaryDirectory(prefix=".gathered-", dir=output.parent))
 
-    on_first_rank(trainer, write, key)
+    on_first_rank(trainer, make, key)
+    try:
+        folder = Path(beside[0].name if beside else "")
+        state, record = whole_state(trainer, folder), module.record()  # on every rank: each may be a collective
+
+        def write() -> None:
+            tensors, step = language_model_tensors(state), trainer.global_step
+            trained = TrainedCheckpoint(_LIVE, tensors, record, dict(module.hparams), step, trainer.current_epoch)
+            export_folder(trained, output, trust_remote_code=module.loading.trust_remote_code, **options)
+
+        on_first_rank(trainer, write, key, long=True)
+    finally:
+        for each in beside:
+            each.cleanup()
 
 
 class HuggingFaceExport(Callback):
     """Writes what ``python -m dft_lightning export`` would make of the last weights, when ``fit`` ends.
 
-    Under every strategy: rank 0 gathers the weights in its host memory and writes them.
+    Under every strategy. Rank 0 gathers the weights and writes them: under FSDP2 one tensor at a time, through files
+    beside the folder, which take as much room again meanwhile; under FSDP1 in its host memory.
 
     Args:
         output: the folder; ``None`` for ``huggingface`` in the run's log folder.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,16 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from dft_lightning.distributed.ranks import largest_of_ranks
-from dft_lightning.distributed.sharding import ShardingOptions, blocks_in_shards, find_blocks, gather_again
+from dft_lightning.distributed.sharding import ShardingOptions, blocks_in_shards, find_blocks
 from dft_lightning.errors import InputError, one_line
 from dft_lightning.foreign.lightning import checkpointing_options, saves_shards
-from dft_lightning.foreign.torch import name_in_state, non_persistent_buffers, wrapped_classes
+from dft_lightning.foreign.torch import wrapped_classes
 from dft_lightning.ops.chunks import free_memory
 
 
@@ -130,7 +130,7 @@ def wraps_parameters(trainer: pl.Trainer | None) -> bool:
     return trainer is not None and isinstance(trainer.strategy, FSDPStrategy)
 
 
-def on_first_rank(trainer: pl.Trainer | None, action: Callable[[], None], key: str = "") -> None:
+def on_first_rank(trainer: pl.Trainer | None, action: Callable[[], None], key: str = "", *, long: bool = False) -> None:
     """Do something on rank 0, and end every rank where it fails: one that ends alone leaves the others waiting.
 
     A collective. Without a trainer this process is rank 0.
@@ -139,55 +139,40 @@ def on_first_rank(trainer: pl.Trainer | None, action: Callable[[], None], key: s
         trainer: tells the ranks.
         action: what is done.
         key: what the message begins with.
+        long: it may take longer than a process group waits: a thread does it, and the others hear now and then that it
+            goes on.
 
     Raises:
         InputError: it failed.
     """
-    problem = None
-    if trainer is None or trainer.is_global_zero:
+    found: list[str | None] = []
+
+    def run() -> None:
         try:
             action()
         except Exception as error:
-            problem = one_line(error)
-    if trainer is not None:
-        problem = trainer.strategy.broadcast(problem)
-    if problem is not None:
-        raise InputError(f"{key}{problem}")
+            found.append(one_line(error))
+        else:
+            found.append(None)
+
+    own = trainer is None or trainer.is_global_zero
+    thread = threading.Thread(target=run, daemon=True) if long and own else None
+    if thread is not None:
+        thread.start()
+    elif own:
+        run()
+    while True:
+        if thread is not None:
+            thread.join(_NOW_AND_THEN)
+        if trainer is not None:
+            found = trainer.strategy.broadcast(list(found))
+        if found:
+            break
+    if found[0] is not None:
+        raise InputError(f"{key}{found[0]}")
 
 
-def whole_state(trainer: pl.Trainer) -> dict[str, Any]:
-    """The module's state dict with whole tensors, in host memory where ranks hold parts: there it is a collective, and
-    other ranks than 0 get nothing."""
-    model = trainer.strategy.model
-    if isinstance(model, FullyShardedDataParallel):
-        return _summoned_state(model)
-    if not shards_parameters(trainer):
-        return dict(trainer.lightning_module.state_dict())
-    assert model is not None
-    found = dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))
-    gather_again(trainer.lightning_module)
-    return found
-
-
-def _summoned_state(model: FullyShardedDataParallel) -> dict[str, Any]:
-    """As FSDP1's own full state dict, which ends torch's process where shards are on the CPU."""
-    parts = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
-    in_shards = all(part.sharding_strategy != ShardingStrategy.NO_SHARD for part in parts)
-    offload = in_shards and model.compute_device != torch.device("cpu")
-    options = {"writeback": False, "rank0_only": True, "offload_to_cpu": offload}
-    with FullyShardedDataParallel.summon_full_params(model, **options):
-        if torch.distributed.get_rank() != 0:
-            return {}
-        found: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
-        for prefix, module in model.named_modules():
-            left_out = dict(non_persistent_buffers(module))
-            for name, buffer in module.named_buffers(recurse=False):
-                if name not in left_out:
-                    found[f"{prefix}.{name}"] = buffer
-        copies: dict[int, torch.Tensor] = {}  # of what is tied, one
-        for tensor in found.values():
-            copies.setdefault(id(tensor), tensor.detach().to("cpu", copy=True))
-        return {name_in_state(name): copies[id(tensor)] for name, tensor in found.items()}
+_NOW_AND_THEN = 30.0  # seconds
 
 
 @contextlib.contextmanager
