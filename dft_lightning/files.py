@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import io
@@ -84,6 +83,8 @@ def open_alone(path: Path) -> BinaryIO:
         OSError: it cannot be written.
         InputError: it is a link.
     """
+    import fcntl  # of POSIX
+
     refuse_link(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+b")

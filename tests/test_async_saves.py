@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from dft_lightning import CausalLMModule
 from dft_lightning.checkpoints import whole_problem
+from dft_lightning.checkpoints.strategy import _check_savers
 from dft_lightning.errors import InputError
 from dft_lightning.export.checkpoint import open_checkpoint
 from small_runs import TINY_ARITHMETIC, arithmetic_data, run_processes, trainer
@@ -76,6 +78,22 @@ def test_a_failing_write_is_said_on_every_rank_and_an_older_one_is_whole(folder,
     assert found["failing"]["names"] == ["step=1.ckpt"]
     assert whole_problem(folder / "failing" / "step=1.ckpt") is None
     assert found["failing"]["last"].endswith("step=1.ckpt")
+
+
+def test_what_others_save_is_there_at_once(found):
+    """A callback of one's own, along the run and after it."""
+    assert found["own"] == [None, None, None]
+
+
+def test_where_it_cannot_begin_nothing_is_left(found):
+    assert "No space left on device" in found["meta"]["problem"]
+    assert found["meta"]["names"] == []
+
+
+def test_several_savers_are_refused(found):
+    assert "2 ModelCheckpoints would take each other's names" in found["several"]["problem"]
+    with pytest.raises(InputError, match="set ModelCheckpoint's save_last to true"):
+        _check_savers([ModelCheckpoint(save_last="link")])
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,16 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from dft_lightning import CausalLMModule
+from dft_lightning import CausalLMModule, DFTLoss
 from dft_lightning.distributed import ShardingOptions
 from dft_lightning.distributed.strategies import data_parallel_mesh
 from dft_lightning.errors import InputError
+from dft_lightning.models.head import ends_apart
 from hybrid_runs import SHARDING, one_step, steps, three_steps, weights, with_reference
-from small_runs import run_processes
+from sharded_runs import LLAMA
+from small_runs import TINY_ARITHMETIC, GradientRecorder, arithmetic_data, run_processes, trainer
 from test_normalization import relative
 from test_sharding import save_llama
 
@@ -139,6 +142,31 @@ def test_replicas_that_leave_nothing_to_shard_over(ranks, replicas, possible):
     with pytest.raises(InputError, match=f"model.sharding.replicas: {replicas} .* of {ranks} processes") as error:
         data_parallel_mesh(trainer, ShardingOptions(replicas=replicas))
     assert str(possible) in str(error.value)
+
+
+def test_ends_that_share_a_weight_are_no_groups_of_their_own():
+    def llama(tied):
+        return LlamaForCausalLM(LlamaConfig(**{**LLAMA, "model_type": None}, vocab_size=20, tie_word_embeddings=tied))
+
+    apart = llama(False)
+    assert ends_apart(apart) == [apart.model.embed_tokens, apart.lm_head]
+    assert ends_apart(llama(True)) == []
+    apart.extra = torch.nn.Linear(16, 20, bias=False)
+    apart.extra.weight = apart.model.embed_tokens.weight
+    assert ends_apart(apart) == []
+
+
+def test_blocks_by_class_path_may_be_the_ends():
+    blocks = ["torch.nn.Embedding", "transformers.models.gpt2.modeling_gpt2.GPT2Block"]
+    model = {**TINY_ARITHMETIC, "tie_word_embeddings": False}
+    gradients = []
+    for sharding in ({}, {"blocks": blocks}):
+        torch.manual_seed(0)
+        module = GradientRecorder(model, loss=DFTLoss(), loading={"dtype": "float64"}, sharding=sharding)
+        run = trainer(devices=1, strategy=ModelParallelStrategy(1, 1))
+        run.fit(module, datamodule=arithmetic_data(4, batch_size=2, shuffle=False))
+        gradients.append(module.gradients[0])
+    assert relative(*gradients) < 1e-12
 
 
 def test_no_replica_is_no_number_of_them():

@@ -12,7 +12,9 @@ from dft_lightning import CausalLMModule
 from dft_lightning.callbacks import PredictionWriter
 from dft_lightning.errors import InputError
 from dft_lightning.files import open_alone
+from dft_lightning.models.generation import Completions
 from dft_lightning.modules import GenerationOptions
+from dft_lightning.modules.kept_answers import KeptAnswers
 from small_runs import TINY_ARITHMETIC, run_processes, trainer
 from test_telemetry import validation_data
 
@@ -37,11 +39,15 @@ class Stopping(CausalLMModule):
             torch.nn.init.normal_(parameter, std=0.1, generator=numbers)
         return model
 
-    def generate(self, input_ids, attention_mask, options):
-        if self.after is not None and len(self.asked) >= self.after:
+
+class Stopped(Completions):
+    """Asked in place of the module's own."""
+
+    def tokens(self, model, input_ids, *args):
+        if Stopping.after is not None and len(Stopping.asked) >= Stopping.after:
             raise Stops("in the middle")
-        self.asked.append(len(input_ids))
-        return super().generate(input_ids, attention_mask, options)
+        Stopping.asked.append(len(input_ids))
+        return super().tokens(model, input_ids, *args)
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +59,7 @@ def predicted(path, running=None, *, seed=0, command="predict", generation=SAMPL
     """The lines that 15 rows in batches of 4 give."""
     pl.seed_everything(seed, verbose=False)
     module = Stopping(TINY_ARITHMETIC, optimizer={"lr": 0.0}, evaluation={"generation": generation})
+    module._completions.__class__ = Stopped
     data = validation_data(eval_batch_size=4)
     data.sources["predict"] = data.sources["test"] = data.sources["validation"]
     running = running or trainer(**options)
@@ -137,15 +144,50 @@ def test_beside_the_runs_folders_without_a_path(tmp_path):
     assert kept.match("predictions.jsonl.*.partial")
 
 
-def test_another_process_and_a_file_that_cannot_be_written(tmp_path, monkeypatch):
+def test_where_nothing_can_be_kept_the_answers_come_all_the_same(tmp_path):
     path = tmp_path / "p.jsonl"
     (kept,) = stopped(path, 1)
-    with open_alone(kept), pytest.raises(InputError, match=f"{kept}: another process is answering the same prompts"):
-        predicted(path)
+    with open_alone(kept), pytest.warns(UserWarning, match=f"not kept as they come \\({kept}: another process answers"):
+        whole = predicted(path)
+    assert kept.exists()
     kept.unlink()
     kept.mkdir()
-    with pytest.raises(InputError, match=f"{kept} cannot be written: Is a directory: give PredictionWriter.path"):
-        predicted(path)
+    with pytest.warns(UserWarning, match=f"not kept as they come \\({kept}: Is a directory"):
+        assert predicted(path) == whole
+
+
+def test_a_run_of_fewer_rows_leaves_the_others_answers(tmp_path):
+    path = tmp_path / "p.jsonl"
+    (kept,) = stopped(path, 3)
+    assert len(predicted(path, limit_predict_batches=1)) == 4
+    assert kept.exists()
+    Stopping.asked = []
+    assert len(predicted(path)) == 15
+    assert len(Stopping.asked) < 4
+    assert not kept.exists()
+
+
+def test_a_full_disk_has_one_message(tmp_path, monkeypatch):
+    def full(file, lines):
+        file.write(b"half a li")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dft_lightning.modules.kept_answers.add_lines", full)
+    with pytest.raises(InputError, match="partial cannot be written: No space left on device: give PredictionWriter"):
+        predicted(tmp_path / "p.jsonl")
+
+
+class Generating(Stopping):
+    """Of ones own, which the file's name could say nothing of."""
+
+    def generate(self, input_ids, attention_mask, options):
+        return ["7"] * len(input_ids)
+
+
+def test_of_a_generate_of_ones_own_nothing_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("test_kept_answers.Stopping", Generating)
+    monkeypatch.setattr(KeptAnswers, "__init__", lambda *args: pytest.fail("kept"))
+    assert {line["completion"] for line in predicted(tmp_path / "p.jsonl")} == {"7"}
 
 
 STRATEGIES = ("ddp", "fsdp2")

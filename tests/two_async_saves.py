@@ -37,7 +37,33 @@ class Steps(pl.Callback):
         self.events.append(("step", trainer.global_step + 1, done))
 
 
-def run(folder: Path, meanwhile: bool, *, keep: int = -1, write: Any = None, steps: int = 3) -> Any:
+class Own(pl.Callback):
+    """Saves by itself, and at once reads what it saved; also when all is over."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.problems: list[str | None] = []
+
+    def _save(self, trainer: Any, name: str) -> None:
+        trainer.save_checkpoint(self.folder / name)
+        self.problems.append(whole_problem(self.folder / name))
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self._save(trainer, "own.ckpt")
+
+    def on_fit_end(self, trainer: Any, module: Any) -> None:
+        self._save(trainer, "end.ckpt")
+
+
+def run(
+    folder: Path,
+    meanwhile: bool,
+    *,
+    keep: int = -1,
+    write: Any = None,
+    steps: int = 3,
+    more: tuple[pl.Callback, ...] = (),
+) -> Any:
     """What happened, and the ``ModelCheckpoint``."""
     events: list[Any] = []
     pl.seed_everything(0)
@@ -50,7 +76,7 @@ def run(folder: Path, meanwhile: bool, *, keep: int = -1, write: Any = None, ste
     )
     saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=keep, monitor="step", mode="max")
     options = {"devices": 2, "strategy": strategy_of("fsdp2"), "enable_checkpointing": True}
-    fit = trainer(max_steps=steps, max_epochs=steps, callbacks=[saver, Steps(events, folder)], **options)
+    fit = trainer(max_steps=steps, max_epochs=steps, callbacks=[saver, Steps(events, folder), *more], **options)
     keep_whole(fit)
 
     def slow(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -77,6 +103,15 @@ def second_of_rank_1_fails(number: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def full(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+    if str(file).endswith("meta.pt"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    SAVE(value, file, *args, **kwargs)
+
+
+SAVE = torch.save
+
+
 def main(folder: Path) -> None:
     found = {
         "plain": run(folder / "plain", False),
@@ -84,6 +119,18 @@ def main(folder: Path) -> None:
         "one": run(folder / "one", True, keep=1),
         "failing": run(folder / "failing", True, keep=1, write=second_of_rank_1_fails, steps=4),
     }
+    own = Own(folder / "own")
+    run(folder / "own", True, keep=1, steps=2, more=(own,))
+    found["own"] = own.problems
+    with patch("torch.save", full):
+        found["meta"] = run(folder / "meta", True)
+    until = time.monotonic() + 10  # what had begun ends by itself, and is taken away then
+    while list((folder / "meta").iterdir()) and time.monotonic() < until:
+        time.sleep(0.05)
+    found["meta"]["names"] = [path.name for path in (folder / "meta").iterdir()]
+    several = (ModelCheckpoint(folder / "several", "other-{step}", every_n_epochs=1),)
+    (folder / "several").mkdir(exist_ok=True)
+    found["several"] = run(folder / "several", True, more=several)
     found["failing ranks"] = gather_lists([found["failing"]["problem"]], 2)
     if torch.distributed.get_rank() == 0:
         torch.save(found, folder / "out.pt")

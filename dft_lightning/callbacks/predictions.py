@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from dft_lightning.distributed import gather_lists
 from dft_lightning.errors import InputError
-from dft_lightning.files import replacing
+from dft_lightning.files import is_local, replacing
 from dft_lightning.modules.causal_lm import CausalLMModule
 from dft_lightning.modules.kept_answers import KeptAnswers
 
@@ -24,7 +24,8 @@ class PredictionWriter(Callback):
     Each has ``index`` (from 0), ``prompt``, ``completion`` and ``answer``; in ``test`` also ``correct``. The file
     is written whole when all rows are done, by rank 0, and replaces an older one of the same name only then. Until then
     answers are kept as they come, in ``*.partial`` beside it (beside the run's folders, for the file in one of these):
-    where the run is stopped or fails, the same command goes on with the others.
+    where the run is stopped or fails, the same command goes on with the others. That is of ``InstructionDataModule``'s
+    rows and of modules whose ``generate`` is this package's: of others nothing is known that says which answers differ.
 
     Args:
         path: the file; ``None`` for ``predictions.jsonl`` (``test_predictions.jsonl``) in the run's log folder.
@@ -50,14 +51,19 @@ class PredictionWriter(Callback):
 
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule, default_name: str) -> None:
         self._records = []  # of one that was left in the middle
-        if isinstance(module, CausalLMModule):
-            path = Path(self.path) if self.path else Path(trainer.default_root_dir) / default_name
-            module.kept_answers = self._kept = KeptAnswers(trainer, module, path)
+        own = Path(self.path) if self.path else Path(trainer.default_root_dir) / default_name
+        if isinstance(module, CausalLMModule) and _may_be_kept(trainer, module):
+            module.kept_answers = self._kept = KeptAnswers(trainer, module, own)
 
     def _end(self, module: pl.LightningModule, *, done: bool) -> None:
-        if self._kept is not None and isinstance(module, CausalLMModule):
-            self._kept.close(done=done)
-            module.kept_answers = self._kept = None
+        kept, self._kept = self._kept, None
+        if kept is None or not isinstance(module, CausalLMModule):
+            return
+        module.kept_answers = None
+        if done:
+            kept.finish()
+        else:
+            kept.close()
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._end(pl_module, done=True)
@@ -113,6 +119,17 @@ class PredictionWriter(Callback):
             for record in sorted(records, key=lambda record: int(record["index"])):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         rank_zero_info(f"{len(records)} completions in {path}")
+
+
+def _may_be_kept(trainer: pl.Trainer, module: CausalLMModule) -> bool:
+    """Whether it is known what answers depend on, and that ranks have as many batches as each other."""
+    own = any(getattr(type(module), name) is not getattr(CausalLMModule, name) for name in _DECIDE)
+    data = getattr(trainer, "datamodule", None)
+    even = hasattr(data, "generation_dataloader") and not own
+    return even and is_local(trainer.default_root_dir)
+
+
+_DECIDE = ("generate", "generate_tokens", "predict_step")
 
 
 def _nearest_folder(path: str) -> Path:

@@ -16,7 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -87,6 +88,20 @@ def check_saves_meanwhile(strategy: Strategy) -> None:
         )
 
 
+def _check_savers(savers: list[ModelCheckpoint]) -> None:
+    """Raise ``InputError`` where a ``ModelCheckpoint`` counts on what is saved being there at once."""
+    if len(savers) > 1:
+        raise InputError(
+            f"model.sharding.async_save: {len(savers)} ModelCheckpoints would take each other's names, which are free "
+            "until a checkpoint is whole: keep one, or leave async_save out"
+        )
+    if any(saver.save_last == "link" for saver in savers):
+        raise InputError(
+            "model.sharding.async_save: a link to a checkpoint that is not whole leads nowhere: set ModelCheckpoint's "
+            "save_last to true, or leave async_save out"
+        )
+
+
 @functools.cache
 def _saving_whole(strategy_class: type) -> type:
     """The strategy's class with :class:`SavesWhole` before it, by the same name: messages and isinstance hold."""
@@ -112,6 +127,7 @@ class SavesWhole(Strategy):
     """
 
     of: type  # the strategy's own class
+    _trains = False
     _pending: PendingSave | None = None
     _group: ProcessGroup | None = None
     resumes_from: str | None = None  # what this rank took for --ckpt_path, to be the same on all
@@ -134,6 +150,9 @@ class SavesWhole(Strategy):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        self._trains = True
+        if self._is_asked_to_go_on():
+            _check_savers([callback for callback, _ in self._named()])
         self._books = self._named()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
@@ -160,15 +179,29 @@ class SavesWhole(Strategy):
 
     def on_train_end(self) -> None:
         super().on_train_end()
+        self._trains = False
         self._join()
 
     def teardown(self) -> None:
-        if self._pending is not None:  # of a run that has failed
-            with contextlib.suppress(BaseException):
-                self._pending.wait()
-            self._pending = None
+        self._trains = False
+        self._end_alone()
         self._group = None
         super().teardown()
+
+    def _end_alone(self) -> None:
+        """Wait for what a run that has failed was writing, without the other ranks."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.wait()
+        except BaseException as error:  # the run has an error of its own by now
+            self._forget_books()
+            rank_zero_warn(f"{pending.target} was not written: {one_line(Exception(str(error)))}")
+            return
+        self._books = pending.books
+        for path in pending.replaced if self.is_global_zero else ():
+            super().remove_checkpoint(path)
 
     def _join(self) -> None:
         """Wait for a checkpoint that is being written, and raise on every rank what went wrong on one. A collective."""
@@ -195,7 +228,7 @@ class SavesWhole(Strategy):
         goes_on = False
         try:
             self._together(lambda: self._prepare(target), target)
-            if goes_on := self._saves_meanwhile():
+            if goes_on := self._saves_meanwhile(filepath):
                 self._begin(lambda: save(checkpoint, partial, storage_options), partial, target, marker)
                 return
             self._together(lambda: save(checkpoint, partial, storage_options), target)
@@ -204,13 +237,17 @@ class SavesWhole(Strategy):
             if self.is_global_zero and not goes_on:
                 _remove_quietly(partial)
 
-    def _saves_meanwhile(self) -> bool:
-        """Whether this is a save along ``fit`` that was asked to be asynchronous."""
-        module = self.lightning_module
-        trainer = None if module is None else trainer_of(module)
-        asked = getattr(getattr(module, "sharding", None), "async_save", False)
-        state = None if trainer is None else trainer.state
-        return bool(asked and state and state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING)
+    def _is_asked_to_go_on(self) -> bool:
+        return bool(getattr(getattr(self.lightning_module, "sharding", None), "async_save", False))
+
+    def _saves_meanwhile(self, filepath: str | Path) -> bool:
+        """Whether training goes on beside a save: one of ``ModelCheckpoint``, which names a path before it saves.
+
+        What others save, they may read as soon as it is saved.
+        """
+        named = [books for _, books in self._named()]
+        paths = {str(value) for books in named for value in (*books.values(), *books["best_k_models"])}
+        return self._trains and self._is_asked_to_go_on() and str(filepath) in paths
 
     def _begin(self, save: Callable[[], None], partial: Path, target: Path, marker: dict[str, Any]) -> None:
         """Copy the tensors, and have them written while training goes on."""
@@ -220,13 +257,20 @@ class SavesWhole(Strategy):
         def copy(tensors: dict[str, Any], folder: Path) -> None:
             begun.append(PendingSave(tensors, folder, group))
 
-        with saving_shards_by(copy):
-            self._together(save, target)
-
         def clean() -> None:
             if self.is_global_zero:
                 _remove_quietly(partial)
 
+        try:
+            with saving_shards_by(copy):
+                self._together(save, target)
+        except BaseException:
+            self._group = None  # a rank that has begun may still wait in it
+            for each in begun:
+                each.then(lambda: None, clean, target)
+            if not begun:
+                clean()
+            raise
         begun[0].then(lambda: self._finish(partial, target, marker), clean, target)
         self._pending = begun[0]
 

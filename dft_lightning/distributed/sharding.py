@@ -160,10 +160,12 @@ def shard(
         fully_shard(block, mp_policy=policy, reshard_after_forward=options.reshard_after_forward, **shared)
     # A batch is no activation. And the head's weight is needed again as soon as backward begins.
     policy = dataclasses.replace(policy, cast_forward_inputs=False)
+    # What a class path has made a block, or part of one, stays that.
+    ends = [end for end in ends if not any(isinstance(parameter, DTensor) for parameter in end.parameters())]
     for end in ends:
         fully_shard(end, mp_policy=policy, reshard_after_forward=False, **shared)
         end.__dict__[_END] = True
-    root.__dict__["_ends"] = list(ends)  # no modules of its own
+    root.__dict__["_ends"] = ends  # no modules of its own
     fully_shard(root, mp_policy=policy, reshard_after_forward=False, **shared)
     for method in methods:
         _gather_around(root, method)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,12 +116,12 @@ def ends_of(model: nn.Module) -> list[Any]:
 
 
 def ends_apart(model: nn.Module) -> list[nn.Module]:
-    """The input embedding and the output layer of a model whose ends are plain layers and not tied."""
-    plain = [type(end) in (nn.Embedding, nn.Linear) for end in ends_of(model)]
-    if not all(plain):
+    """The input embedding and the output layer of a model whose ends are plain layers that share no weight."""
+    ends = ends_of(model)
+    if not all(type(end) in (nn.Embedding, nn.Linear) for end in ends):
         return []
-    embedding, head = ends_of(model)
-    return [] if embedding.weight is head.weight else [embedding, head]
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return ends if all(owners[id(parameter)] == 1 for end in ends for parameter in end.parameters()) else []
 
 
 def run_without_head(model: nn.Module, head: LanguageModelHead, **inputs: Any) -> tuple[Tensor, Any]:

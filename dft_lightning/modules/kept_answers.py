@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from dft_lightning.distributed.ranks import gather_lists, largest_of_ranks
 from dft_lightning.distributed.strategies import on_first_rank
-from dft_lightning.errors import InputError
+from dft_lightning.errors import InputError, one_line
 from dft_lightning.files import add_lines, open_alone
 from dft_lightning.models.fingerprints import hash_weights
 from dft_lightning.modules.answers import prompts_of
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 class KeptAnswers:
     """A file of answers whose name says what they depend on: weights, options of generation, precision, seed.
 
-    It is opened at the first batch, and every answer is looked up by its row and its prompt's tokens.
+    It is opened at the first batch, and every answer is looked up by its row and its prompt's tokens. Where it cannot
+    be had, a warning says so, and nothing is kept.
 
     Args:
         trainer: of the run, whose first rank has the file.
@@ -35,7 +37,7 @@ class KeptAnswers:
         path: what the file's name begins with.
 
     Attributes:
-        path: of the file; ``None`` before the first batch and on other ranks than the first.
+        path: of the file; ``None`` before the first batch, on other ranks than the first, and where nothing is kept.
         count: how many answers are in it.
     """
 
@@ -44,7 +46,8 @@ class KeptAnswers:
         self._module = module
         self._beginning = path
         self._file: BinaryIO | None = None
-        self._found: dict[int, tuple[list[int], str]] | None = None
+        self._found: dict[Row, str] | None = None
+        self._asked: set[Row] = set()
         self.path: Path | None = None
         self.count = 0
 
@@ -56,72 +59,92 @@ class KeptAnswers:
             answer: gives the texts anew, which are added to the file.
 
         Raises:
-            InputError: the file cannot be written, or another process has it.
+            InputError: the file cannot be written any more.
         """
         found = self._open()
-        rows = [(int(index), ids) for index, ids in zip(batch["index"].tolist(), prompts_of(batch), strict=True)]
-        kept = [("" if index < 0 else _text_of(found.get(index), ids)) for index, ids in rows]
-        texts = [text for text in kept if text is not None]
-        missing = len(texts) < len(kept)
+        rows = [(int(index), tuple(ids)) for index, ids in zip(batch["index"].tolist(), prompts_of(batch), strict=True)]
+        self._asked.update(rows)
+        texts = [text for text in ("" if row[0] < 0 else found.get(row) for row in rows) if text is not None]
+        missing = len(texts) < len(rows)
         if self._trainer.world_size > 1:
             missing = bool(largest_of_ranks(missing, self._module.device))
         if not missing:
             return texts
         texts = answer()
-        own = [_line(*row, text) for row, text in zip(rows, texts, strict=True) if row[0] >= 0]
+        own = [
+            {"index": index, "prompt": prompt, "completion": text}
+            for (index, prompt), text in zip(rows, texts, strict=True)
+            if index >= 0
+        ]
         lines = gather_lists(own, self._trainer.world_size)
         on_first_rank(self._trainer, lambda: self._add(lines))
         return texts
 
-    def close(self, *, done: bool) -> None:
-        """Let another process have the file; it is taken away where all that it is for is ``done``."""
-        if self._file is not None:
-            self._file.close()
-        if done and self.path is not None:
+    def finish(self) -> None:
+        """Take the file away, unless it has answers to others than were asked for. A collective."""
+        if self._found is None:
+            return
+        asked = set(gather_lists(list(self._asked), self._trainer.world_size))
+        if self.path is not None and self._found.keys() <= asked:
             with suppress(OSError):
-                self.path.unlink(missing_ok=True)
-        self._file = None
+                self.path.unlink(missing_ok=True)  # while it is locked
+        self.close()
 
-    def _open(self) -> dict[int, tuple[list[int], str]]:
+    def close(self) -> None:
+        """Let another process have the file."""
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # of what a full disk has left in it
+                file.close()
+
+    def _open(self) -> dict[Row, str]:
         if self._found is None:
             path = self._beginning.with_name(f"{self._beginning.name}.{self._key()}.partial")
-            found: dict[int, tuple[list[int], str]] = {}
-
-            def begin() -> None:
+            found: dict[Row, str] = {}
+            if self._trainer.is_global_zero:
                 try:
-                    self._file, self.path = open_alone(path), path
-                    found.update(_read(self._file))
+                    self._file = open_alone(path)
+                    self.path = path
+                    found = _read(self._file)
                 except BlockingIOError:
-                    raise InputError(
-                        f"{path}: another process is answering the same prompts: wait for it, or give "
-                        "PredictionWriter.path another file"
-                    ) from None
+                    self._keep_nothing(path, "another process answers such prompts, and has it")
                 except OSError as error:
-                    raise _not_written(path, error) from error
-
-            on_first_rank(self._trainer, begin)
+                    self._keep_nothing(path, error.strerror or one_line(error))
+                except InputError as error:
+                    self._keep_nothing(path, str(error))
             self._found = self._trainer.strategy.broadcast(found)
             self.count = len(self._found)
         return self._found
 
+    def _keep_nothing(self, path: Path, reason: str) -> None:
+        self.close()
+        self.path = None
+        rank_zero_warn(
+            f"answers are not kept as they come ({path}: {reason}): a run that is stopped begins anew; "
+            "PredictionWriter.path says where they are kept"
+        )
+
     def _key(self) -> str:
         """Of all that decides the answers but the prompts. Of shards a collective."""
         module = self._module
-        generation = module.evaluation.generation
+        generation, engine = module.evaluation.generation, module.evaluation.engine
+        record = module.record()
         decides = {
             "class": f"{type(module).__module__}.{type(module).__qualname__}",
             "weights": hash_weights(module),
+            "model": [record["model_class"], record["config"], str(record["adapter"])],
             "generation": asdict(generation),
             "seed": torch.initial_seed() if generation.do_sample else None,
-            "engine": module.evaluation.engine.kind,
+            "engine": [engine.kind, engine.url, engine.model, engine.command],
             "stop_token_ids": module.stop_token_ids,
+            "vocabulary": len(module.tokenizer),
             "precision": str(self._trainer.precision),
         }
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     def _add(self, lines: Iterable[dict[str, Any]]) -> None:
-        assert self._file is not None
-        assert self.path is not None
+        if self._file is None or self.path is None:
+            return
         lines = list(lines)
         try:
             add_lines(self._file, lines)
@@ -130,17 +153,17 @@ class KeptAnswers:
         self.count += len(lines)
 
 
+Row = tuple[int, tuple[int, ...]]
+
+
 def _not_written(path: Path, error: OSError) -> InputError:
     return InputError(f"{path} cannot be written: {error.strerror}: give PredictionWriter.path another file")
 
 
-def _line(index: int, prompt: list[int], text: str) -> dict[str, Any]:
-    return {"index": index, "prompt": prompt, "completion": text}
-
-
-def _read(file: BinaryIO) -> dict[int, tuple[list[int], str]]:
+def _read(file: BinaryIO) -> dict[Row, str]:
     """The answers of the whole lines; a last one that was cut is taken away."""
-    found, end = {}, 0
+    found: dict[Row, str] = {}
+    end = 0
     file.seek(0)
     for text in file:
         try:
@@ -149,12 +172,7 @@ def _read(file: BinaryIO) -> dict[int, tuple[list[int], str]]:
             line = None
         if line is None:
             break
-        found[line["index"]] = (line["prompt"], line["completion"])
+        found[line["index"], tuple(line["prompt"])] = line["completion"]
         end += len(text)
     file.truncate(end)
     return found
-
-
-def _text_of(kept: tuple[list[int], str] | None, prompt: list[int]) -> str | None:
-    """The text of an answer to this prompt."""
-    return kept[1] if kept is not None and kept[0] == prompt else None
