@@ -106,5 +106,9 @@ def test_several_savers_are_refused(found):
 )
 def test_where_nothing_could_be_saved_meanwhile(strategy, message):
     module = CausalLMModule(TINY_ARITHMETIC, sharding={"async_save": True})
-    with pytest.raises(InputError, match=message):
-        trainer(devices=1, strategy=strategy).fit(module, datamodule=arithmetic_data(4, batch_size=2))
+    try:
+        with pytest.raises(InputError, match=message):
+            trainer(devices=1, strategy=strategy).fit(module, datamodule=arithmetic_data(4, batch_size=2))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # which forks would take along

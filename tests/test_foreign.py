@@ -163,6 +163,7 @@ HOMES = {
     "_parse_ckpt_path": "lightning.pytorch.cli.LightningCLI",
     "_data_parallel_size": "lightning.pytorch.strategies.ModelParallelStrategy",
     "_tensor_parallel_size": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "_distributed_checkpoint_save": "lightning.pytorch.strategies.model_parallel",
     "_save_distributed_checkpoint": "lightning.pytorch.strategies.ModelParallelStrategy",
     "_set_hparams": "lightning.pytorch.core.mixins.HyperparametersMixin",
     "_should_check_val_fx": "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop",
@@ -197,7 +198,7 @@ def test_the_list_is_whole():
     """A new one is to be weighed: is there no public form? There were 69 in 24 files."""
     names = {name for module in FILES if ".foreign." in module for name in private_names(module)}
     assert names == HOMES.keys()
-    assert len(names) <= 48
+    assert len(names) <= 49  # torch's public save, in its place, is what async_save calls in its thread
 
 
 @pytest.mark.parametrize("name", ["_fsdp_wrapped_module.a._checkpoint_wrapped_module.b.w", "a._orig_mod.w", "a.w"])

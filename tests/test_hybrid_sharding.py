@@ -164,7 +164,10 @@ def test_blocks_by_class_path_may_be_the_ends():
         torch.manual_seed(0)
         module = GradientRecorder(model, loss=DFTLoss(), loading={"dtype": "float64"}, sharding=sharding)
         run = trainer(devices=1, strategy=ModelParallelStrategy(1, 1))
-        run.fit(module, datamodule=arithmetic_data(4, batch_size=2, shuffle=False))
+        try:
+            run.fit(module, datamodule=arithmetic_data(4, batch_size=2, shuffle=False))
+        finally:
+            torch.distributed.destroy_process_group()  # which forks would take along
         gradients.append(module.gradients[0])
     assert relative(*gradients) < 1e-12
 
