@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dft_lightning import CausalLMModule, DFTLoss, HuggingFaceExport, TokenLoss
+from dft_lightning import AnchoredLoss, CausalLMModule, DFTLoss, HuggingFaceExport, TokenLoss
 from dft_lightning.callbacks.export import export_live
 from dft_lightning.data.batches.collating import Collator
 from dft_lightning.distributed import gather_lists
@@ -521,6 +521,7 @@ def refusals(folder: Path) -> None:
         "several dtypes": message(make_mixed()),
         "fsdp1 class": message(make(), strategy=FSDP1OnCPU(auto_wrap_policy={torch.nn.Conv2d})),
         "fp16": message(make(), precision="16-mixed"),
+        "a second model": message(make(loss=AnchoredLoss()), strategy=FSDP1OnCPU()),
         "flat parameters": message(make(), strategy=FSDP1OnCPU(use_orig_params=False)),
         "another layout": message(make(str(folder / "renamed"))),
         "no safetensors": message(make(str(folder / "bin"))),

@@ -660,8 +660,7 @@ def alone(tiny):
 
 
 WHERE = [{"name": name, "strategy": "ddp", "split": "accumulation"} for name in TRAINED]
-# FSDP2 does not shard a second model; an adapter's reference is its own base.
-WHERE += [{**where, "strategy": "fsdp2"} for where in WHERE if where["name"] != "anchored"]
+WHERE += [{**where, "strategy": "fsdp2"} for where in WHERE]
 WHERE += [{"name": "anchored", "strategy": "fsdp2 of adapters", "split": "accumulation", "peft": LORA}]
 WHERE += [{"name": "iw sequence", "strategy": "ddp", "split": "packing and accumulation"}]
 

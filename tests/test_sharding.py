@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +20,7 @@ from conftest import ROOT
 from dft_lightning import CausalLMModule
 from dft_lightning.distributed import ShardingOptions
 from dft_lightning.distributed.shard_loading import allocate_shards, read_shards
-from dft_lightning.distributed.strategies import data_parallel_mesh
+from dft_lightning.distributed.strategies import data_parallel_mesh, on_first_rank
 from dft_lightning.errors import InputError
 from dft_lightning.models.loading import empty_causal_lm, load_causal_lm
 from sharded_runs import ALONE, LLAMA, LORA, MEMORY_CASES, VARIANTS, one_step, seeded_run, three_steps, training_memory
@@ -235,6 +238,30 @@ def test_an_export_holds_a_tensor_at_a_time(two_processes):
     assert found["message"].startswith("key: [Errno 2] No such file")
 
 
+@pytest.mark.parametrize("problem", [None, "no room"])
+def test_what_ends_while_others_are_told_that_it_goes_on_is_not_lost(problem, monkeypatch):
+    """A thread that ends between what rank 0 has seen of it and what it says."""
+    monkeypatch.setattr("dft_lightning.distributed.strategies._NOW_AND_THEN", 0.0)
+    ends, said = threading.Event(), []
+
+    def action():
+        ends.wait()
+        if problem is not None:
+            raise OSError(problem)
+
+    def broadcast(value):
+        said.append(list(value))
+        assert len(said) < 20, "it ended, and nobody hears of it"
+        ends.set()
+        time.sleep(0.05)
+        return list(value)
+
+    trainer = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(broadcast=broadcast))
+    with pytest.raises(InputError, match="^key: no room") if problem else nullcontext():
+        on_first_rank(trainer, action, "key: ", long=True)
+    assert said == [[], [problem]]
+
+
 def test_the_memory_estimate_is_what_the_allocator_measures(two_processes, tmp_path):
     """To a quarter, on one rank and on two, with and without gradient checkpointing of each kind."""
     alone = [training_memory(tmp_path / "trace.json", 1, *case) for case in (*MEMORY_CASES, *ALONE)]
@@ -402,6 +429,7 @@ REFUSALS = {
     "no list": "Linear has no ModuleList of repeated layers: name their class in model.sharding.blocks",
     "several dtypes": "these are of torch.bfloat16, torch.float32: set model.loading.dtype",
     "fp16": "16-mixed needs a gradient scaler, and ModelParallelStrategy (FSDP2) has none: use bf16-mixed, or FSDPSt",
+    "a second model": "AnchoredLoss needs a second model, and FSDPStrategy (FSDP1) shards one alone: use ModelParallel",
     "flat parameters": "use_orig_params: false makes one parameter of matrices, norms and biases",
     "wrapped once": "nothing was refused",
     "wrapped twice": "FSDPStrategy (FSDP1) wraps a module once: make a new one",

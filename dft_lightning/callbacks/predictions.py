@@ -51,9 +51,9 @@ class PredictionWriter(Callback):
 
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule, default_name: str) -> None:
         self._records = []  # of one that was left in the middle
-        own = Path(self.path) if self.path else Path(trainer.default_root_dir) / default_name
-        if isinstance(module, CausalLMModule) and _may_be_kept(trainer, module):
-            module.kept_answers = self._kept = KeptAnswers(trainer, module, own)
+        path = self.path or os.path.join(trainer.default_root_dir, default_name)
+        if isinstance(module, CausalLMModule) and is_local(path) and _may_be_kept(trainer, module):
+            module.kept_answers = self._kept = KeptAnswers(trainer, module, Path(path))
 
     def _end(self, module: pl.LightningModule, *, done: bool) -> None:
         kept, self._kept = self._kept, None
@@ -124,9 +124,7 @@ class PredictionWriter(Callback):
 def _may_be_kept(trainer: pl.Trainer, module: CausalLMModule) -> bool:
     """Whether it is known what answers depend on, and that ranks have as many batches as each other."""
     own = any(getattr(type(module), name) is not getattr(CausalLMModule, name) for name in _DECIDE)
-    data = getattr(trainer, "datamodule", None)
-    even = hasattr(data, "generation_dataloader") and not own
-    return even and is_local(trainer.default_root_dir)
+    return not own and hasattr(getattr(trainer, "datamodule", None), "generation_dataloader")
 
 
 _DECIDE = ("generate", "generate_tokens", "predict_step")

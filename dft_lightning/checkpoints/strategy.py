@@ -245,9 +245,10 @@ class SavesWhole(Strategy):
 
         What others save, they may read as soon as it is saved.
         """
-        named = [books for _, books in self._named()]
-        paths = {str(value) for books in named for value in (*books.values(), *books["best_k_models"])}
-        return self._trains and self._is_asked_to_go_on() and str(filepath) in paths
+        if not (self._trains and self._is_asked_to_go_on()):
+            return False
+        books = [named for _, named in self._named()]
+        return any(str(filepath) in map(str, (*named.values(), *named["best_k_models"])) for named in books)
 
     def _begin(self, save: Callable[[], None], partial: Path, target: Path, marker: dict[str, Any]) -> None:
         """Copy the tensors, and have them written while training goes on."""

@@ -161,15 +161,13 @@ def on_first_rank(trainer: pl.Trainer | None, action: Callable[[], None], key: s
         thread.start()
     elif own:
         run()
-    while True:
+    told: list[str | None] = []
+    while not told:
         if thread is not None:
             thread.join(_NOW_AND_THEN)
-        if trainer is not None:
-            found = trainer.strategy.broadcast(list(found))
-        if found:
-            break
-    if found[0] is not None:
-        raise InputError(f"{key}{found[0]}")
+        told = list(found) if trainer is None else trainer.strategy.broadcast(list(found))
+    if told[0] is not None:
+        raise InputError(f"{key}{told[0]}")
 
 
 _NOW_AND_THEN = 30.0  # seconds

@@ -116,9 +116,9 @@ def ends_of(model: nn.Module) -> list[Any]:
 
 
 def ends_apart(model: nn.Module) -> list[nn.Module]:
-    """The input embedding and the output layer of a model whose ends are plain layers that share no weight."""
+    """The input embedding and the output layer of a model whose ends are torch's layers and share no weight."""
     ends = ends_of(model)
-    if not all(type(end) in (nn.Embedding, nn.Linear) for end in ends):
+    if not all(isinstance(end, (nn.Embedding, nn.Linear)) for end in ends):
         return []
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     return ends if all(owners[id(parameter)] == 1 for end in ends for parameter in end.parameters()) else []

@@ -154,15 +154,13 @@ class ReferenceModel:
             if own != like:
                 self._root._apply(lambda tensor: tensor.to(like) if isinstance(tensor, DTensor) else tensor)  # type: ignore[no-untyped-call]
             return
-        parameter, own_parameter = next(trained.parameters()), next(self._root.parameters())
-        if own_parameter.device == parameter.device and own_parameter.dtype == parameter.dtype:
+        first, own_first = next(trained.parameters()), next(self._root.parameters())
+        if own_first.device == first.device and own_first.dtype == first.dtype:
             return
         for tensor in (*self._root.parameters(), *self._root.buffers()):
             # Rotary frequencies and the like stay in float32.
-            cast_to = (
-                parameter.dtype if tensor.is_floating_point() and isinstance(tensor, nn.Parameter) else tensor.dtype
-            )
-            tensor.data = tensor.data.to(parameter.device, cast_to)
+            is_cast = tensor.is_floating_point() and isinstance(tensor, nn.Parameter)
+            tensor.data = tensor.data.to(first.device, first.dtype if is_cast else tensor.dtype)
 
 
 def _a_shard(sharded: nn.Module) -> Tensor:

@@ -47,7 +47,7 @@ class KeptAnswers:
         self._beginning = path
         self._file: BinaryIO | None = None
         self._found: dict[Row, str] | None = None
-        self._asked: set[Row] = set()
+        self._used: set[Row] = set()
         self.path: Path | None = None
         self.count = 0
 
@@ -63,7 +63,7 @@ class KeptAnswers:
         """
         found = self._open()
         rows = [(int(index), tuple(ids)) for index, ids in zip(batch["index"].tolist(), prompts_of(batch), strict=True)]
-        self._asked.update(rows)
+        self._used.update(row for row in rows if row in found)
         texts = [text for text in ("" if row[0] < 0 else found.get(row) for row in rows) if text is not None]
         missing = len(texts) < len(rows)
         if self._trainer.world_size > 1:
@@ -84,8 +84,8 @@ class KeptAnswers:
         """Take the file away, unless it has answers to others than were asked for. A collective."""
         if self._found is None:
             return
-        asked = set(gather_lists(list(self._asked), self._trainer.world_size))
-        if self.path is not None and self._found.keys() <= asked:
+        used = set(gather_lists(list(self._used), self._trainer.world_size))
+        if self.path is not None and self._found.keys() <= used:
             with suppress(OSError):
                 self.path.unlink(missing_ok=True)  # while it is locked
         self.close()

@@ -268,29 +268,28 @@ class HeadProducts:
             row_scale: ``[c]``, float32 or float64: factors of its rows, which are cheaper to have on what it is
                 multiplied by and on what comes out.
         """
-        row_factor = change = None if row_scale is None else row_scale.unsqueeze(-1)
-        hidden, own = self._hidden[rows], None
+        change, hidden = None if row_scale is None else row_scale.unsqueeze(-1), self._hidden[rows]
+        if self.hidden_gradient is not None:
+            own = self.hidden_gradient[rows]
+            _product(gradient, self._cast_weight, out=own)
+            if change is not None:
+                times_rows(own, change, out=own)
+            elif self.dtype == torch.float16:
+                own.div_(self.scale)
         if change is not None and self.dtype == torch.float16:
             largest = (hidden * change).abs().amax(-1)
             if self.bias_gradient is not None:
                 largest = torch.maximum(largest, change.abs().squeeze(-1))
             change = change * self.next_scale(largest)
-        if self.weight_gradient is not None and change is not None:
-            hidden = times_rows(hidden, change, out=torch.empty_like(hidden, dtype=self.dtype))
-        if self.hidden_gradient is not None:
-            own = self.hidden_gradient[rows]
-            _product(gradient, self._cast_weight, out=own)
+        if self.bias_gradient is not None:
+            self._add_bias_gradient(gradient, change)
         if self.weight_gradient is not None:
+            if change is not None:
+                hidden = times_rows(hidden, change, out=torch.empty_like(hidden, dtype=self.dtype))
             # A product rounded to half precision is as good as a float32 gradient needs (torch's own autocast rounds
             # too), but a sum of rounded products that is rounded again is not: there the rest is added as well.
             exact = self._rounds_weight_gradient
             _accumulate(self.weight_gradient, gradient.t(), hidden.to(self.dtype), add=self._started, exact=exact)
-        if self.bias_gradient is not None:
-            self._add_bias_gradient(gradient, change)
-        if own is not None and row_factor is not None:
-            times_rows(own, row_factor, out=own)
-        elif own is not None and self.dtype == torch.float16:
-            own.div_(self.scale)
         self._started = True
 
     def _add_bias_gradient(self, gradient: Tensor, change: Tensor | None) -> None:
