@@ -36,18 +36,29 @@ from dft_lightning import (
     DFTLoss,
     EAFTLoss,
     FocalLoss,
+    FromReference,
+    GEMLoss,
     ImportanceWeightedLoss,
+    InfoSFTLoss,
     InstructionDataModule,
     MixtureLoss,
     PowerLoss,
+    PriorWeightedLoss,
     ProximalLoss,
+    RectifiedLoss,
+    ReferenceKLLoss,
     ScheduledLoss,
+    SEDSFTLoss,
     SequenceDFTLoss,
+    Statistic,
+    TargetSFTLoss,
     ThresholdLoss,
     TokenLoss,
     TokenStats,
+    TrustRegionLoss,
 )
 from dft_lightning.data.text.tokenizer import load_tokenizer
+from dft_lightning.errors import InputError
 from dft_lightning.losses import statistics_from_logits, token_loss_and_weight
 from dft_lightning.ops import TokenOutput, linear_token_loss, linear_token_statistics, logits_token_loss
 from small_runs import (
@@ -104,6 +115,11 @@ class Tokens:
         """From the reference."""
         return F.kl_div(self.log_probs, self.others, reduction="none", log_target=True).sum(-1)
 
+    @property
+    def reverse_divergence(self) -> Tensor:
+        """Of the model from the reference."""
+        return F.kl_div(self.others, self.log_probs, reduction="none", log_target=True).sum(-1)
+
 
 def deft(t: Tokens) -> Tensor:
     a = t.log_probs.detach().exp().square().sum(-1)
@@ -118,6 +134,45 @@ def eaft(alpha: float, k: int | None) -> Callable[..., Tensor]:
         return -((entropy / math.log(size)) ** alpha) * t.log_p
 
     return formula
+
+
+def infosft(t: Tokens, peak: float = 0.93) -> Tensor:
+    odds = math.log(peak / (1 - peak))
+    return -t.q * torch.relu(1 - torch.special.logit(t.q) / odds) * t.log_p
+
+
+def prior_mass(t: Tokens) -> Tensor:
+    """The reference's probabilities from the smallest up, until the target's is in."""
+    r = t.others.exp()
+    below = [row[row < own].sum() + own for row, own in zip(r, t.log_r.exp(), strict=True)]
+    return -(torch.tensor(below) >= 0.1).double() * t.log_p
+
+
+def gem(form: str, beta: float = 0.7) -> Callable[..., Tensor]:
+    def formula(t: Tokens) -> Tensor:
+        q = (t.log_probs.detach() / beta).softmax(-1)
+        rivals = t.log_p[:, None] - t.log_probs
+        if form == "linear":
+            return -(q * rivals).sum(-1)
+        return -(q * torch.sigmoid(-0.01 * rivals.detach()) * rivals).sum(-1)
+
+    return formula
+
+
+def target_sft(eta: float) -> Callable[..., Tensor]:
+    """Cross-entropy with a distribution: the target's own mass, and of the rest the geometric mean with a teacher."""
+
+    def formula(t: Tokens) -> Tensor:
+        mean = t.log_probs.detach().exp() ** (1 - eta) * t.others.exp() ** eta
+        mean = mean / mean.sum(-1, keepdim=True)
+        return -t.q * t.log_p - (1 - t.q) * (mean * t.log_probs).sum(-1)
+
+    return formula
+
+
+def sedsft(t: Tokens) -> Tensor:
+    mass = t.log_probs.detach().exp().sort(descending=True).values[:, :3].sum(-1)
+    return -t.log_p + 2 * (t.p * (t.p - 1) + 0.25) * (mass < 0.8)
 
 
 def of_sequence(values: Tensor, size: float) -> Tensor:
@@ -156,6 +211,22 @@ TRAINED: dict[str, tuple[TokenLoss, Formula]] = {
         AnchoredLoss(weight=0.5),
         lambda t: -t.q * t.log_p + 0.5 * t.divergence,
     ),
+    "infosft": (InfoSFTLoss(peak=0.8), lambda t: infosft(t, 0.8)),
+    "trust region": (TrustRegionLoss(floor=0.3), lambda t: -t.p / torch.clamp(t.q, min=0.3)),
+    "rectified": (RectifiedLoss(threshold=0.1), lambda t: -torch.where(t.q > 0.1, 1.0, t.q) * t.log_p),
+    "prior": (PriorWeightedLoss(), lambda t: -t.log_r.exp() * t.log_p),
+    "prior mass": (PriorWeightedLoss(form="mass", threshold=0.1), prior_mass),
+    "from reference": (
+        FromReference(FocalLoss(gamma=1.0)),
+        lambda t: -(1 - t.log_r.exp() - t.log_r.exp() * t.log_r) * t.log_p,
+    ),
+    "sft and divergence": (
+        MixtureLoss([CrossEntropyLoss(), ReferenceKLLoss()], [1.0, 0.5]),
+        lambda t: -t.log_p + 0.5 * t.divergence,
+    ),
+    "gem": (GEMLoss(), gem("linear")),
+    "target": (TargetSFTLoss(eta=0.3), target_sft(0.3)),
+    "sed": (SEDSFTLoss(threshold=0.8, weight=2.0, top_k=3), sedsft),
     "mixture": (
         MixtureLoss([CrossEntropyLoss(), DFTLoss(), FocalLoss(2.0)], weights=[0.5, 2.0, 0.25]),
         lambda t: -(0.5 + 2.0 * t.q + 0.25 * (1 - t.p) ** 2) * t.log_p,
@@ -189,6 +260,19 @@ SETTINGS: dict[str, tuple[TokenLoss, Formula]] = {
         ImportanceWeightedLoss(clip=None),
         lambda t: -of_sequence(t.log_p - t.log_r, len(t.log_p)) * t.log_p,
     ),
+    "infosft of its own peak": (InfoSFTLoss(), infosft),
+    "trust region of dft": (TrustRegionLoss(floor=1.0), lambda t: -t.p),
+    "rectified, half": (RectifiedLoss(), lambda t: -torch.where(t.q > 0.5, 1.0, t.q) * t.log_p),
+    "gem, logsigmoid": (GEMLoss(form="logsigmoid"), gem("logsigmoid")),
+    "gem, warm": (GEMLoss(beta=2.0), gem("linear", 2.0)),
+    "target without a teacher": (TargetSFTLoss(eta=0.0), target_sft(0.0)),
+    "target, the teacher's": (TargetSFTLoss(eta=1.0), target_sft(1.0)),
+    "reverse divergence": (ReferenceKLLoss("reverse"), lambda t: t.reverse_divergence),
+    "divergence": (ReferenceKLLoss(), lambda t: t.divergence),
+    "everything by class": (
+        MixtureLoss([DFTLoss(), GEMLoss(form="logsigmoid"), AnchoredLoss(0.3), ReferenceKLLoss("reverse")]),
+        lambda t: (-2 * t.q * t.log_p + 0.3 * t.divergence + t.reverse_divergence + gem("logsigmoid")(t)) / 4,
+    ),
     "proximal, wide": (ProximalLoss(), lambda t: -torch.minimum(t.ratio, t.ratio.clip(0.72, 1.28))),
     "mean of two": (MixtureLoss([DFTLoss(), PowerLoss(q=2.0)]), lambda t: -t.q * t.log_p / 2 + (1 - t.p**2) / 4),
     "mixture of sequences": (
@@ -210,6 +294,18 @@ class WholeEntropy(TokenLoss):
         return -sums[index].exp() * stats.log_prob - 0.1 * stats.entropy * stats.reference_kl
 
 
+def gap(logits: Tensor, targets: Tensor) -> Tensor:
+    """A statistic of one's own: how far the likeliest is above the target."""
+    return logits.amax(-1) - logits.gather(-1, targets[:, None])[:, 0]
+
+
+class OwnStatistic(TokenLoss):
+    needs = (Statistic.of(gap), "entropy")
+
+    def token_loss(self, stats: TokenStats) -> Tensor:
+        return -(-stats.gap).exp() * stats.log_prob + 0.1 * stats.entropy
+
+
 # Losses of one's own, whose gradients go through every statistic.
 OWN: dict[str, tuple[TokenLoss, Formula]] = {
     "own, entropy": (EntropyWeighted(), lambda t: -t.entropy * t.log_p),
@@ -222,6 +318,10 @@ OWN: dict[str, tuple[TokenLoss, Formula]] = {
         MixtureLoss([DFTLoss(), EntropyWeighted(), EntropyWeighted()]),
         lambda t: -(t.q + 2 * t.entropy) * t.log_p / 3,
     ),
+    "own, statistic": (
+        OwnStatistic(),
+        lambda t: -(t.log_p - t.log_probs.amax(-1)).exp().detach() * t.log_p + 0.1 * t.entropy,
+    ),
     "own, sequences": (WholeEntropy(), lambda t: -t.log_p.sum().exp() * t.log_p - 0.1 * t.entropy * t.divergence),
 }
 EVERY = {**TRAINED, **SETTINGS, **OWN}
@@ -229,7 +329,8 @@ STEP = 1
 
 
 def test_every_loss_is_tried():
-    assert {type(loss) for loss, _ in TRAINED.values()} == set(LOSSES.values())
+    tried = {type(part) for loss, _ in TRAINED.values() for part in loss.modules() if isinstance(part, TokenLoss)}
+    assert tried == set(LOSSES.values())
 
 
 # -- on logits ---------------------------------------------------------------------------------------------------------
@@ -380,6 +481,10 @@ class TestOnLogits:
     @given(batch=batches(ignored=False))
     @settings(max_examples=15, deadline=None)
     def test_one_hot_targets_equal_index_targets(self, loss, formula, batch):
+        if loss is OWN["own, statistic"][0]:
+            with pytest.raises(InputError, match="is a function of class indices, and the targets are soft"):
+                loss(batch.logits, F.one_hot(batch.targets, batch.logits.shape[-1]))
+            return
         if getattr(loss, "clip", ()) is None:  # which shows the digits that are lost near p = 1
             batch = Batch((batch.logits / 4).detach().requires_grad_(), batch.reference / 4, batch.targets)
         one_hot, given = F.one_hot(batch.targets, batch.logits.shape[-1]), batch.given()
@@ -436,11 +541,12 @@ class TestOnLogits:
 
     def test_gradients_at_the_edges_are_finite(self, loss, formula):
         """Rows of zeros as padding of one-hot targets, a banned class, a banned target, all others banned."""
+        own = any(loss is each for each, _ in OWN.values())
         soft = F.one_hot(torch.tensor([1, 0]), 8)
         soft[1] = 0
         batch = Batch(torch.randn(2, 8, requires_grad=True), torch.randn(2, 8), torch.tensor([1, 1]))
-        assert batch.gradient(loss(batch.logits, soft, **batch.given())).isfinite().all()
-        if getattr(loss, "label_smoothing", 0) or any(loss is own for own, _ in OWN.values()):
+        assert own or batch.gradient(loss(batch.logits, soft, **batch.given())).isfinite().all()
+        if getattr(loss, "label_smoothing", 0) or own:
             return  # the mean over the vocabulary is -inf where a class is banned, as in torch; so may others be
         half_each = torch.tensor([[0.5, 0.5, *[0.0] * 6]])
         edges = ([*range(7), -math.inf], half_each), ([-math.inf, *range(7)], 0), ([3.0, *[-math.inf] * 7], 0)

@@ -350,7 +350,7 @@ def test_infinity_in_a_config():
     model = torch.nn.Linear(1, 1)
     model.config = Mamba2Config()
     builder = SimpleNamespace(given=None, base_name=None)
-    found = _config_of(Checkpoints(builder, None, {}, None).record(model, Completions(lambda: None), None))
+    found = _config_of(Checkpoints(builder, None, {}, None, None).record(model, Completions(lambda: None), None))
     assert list(found.time_step_limit) == [0.0, float("inf")]
 
 

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from dft_lightning import AnchoredLoss, CrossEntropyLoss, DFTLoss
+from dft_lightning import AnchoredLoss, CrossEntropyLoss, DFTLoss, GEMLoss, ReferenceKLLoss, TargetSFTLoss
 from dft_lightning.losses import Statistic, statistics_from_logits
 from dft_lightning.ops import ReferenceHead, exponentials, linear_token_loss, linear_token_statistics
 from dft_lightning.ops.products import HeadProducts
@@ -17,6 +17,7 @@ from test_linear_head import AllStatistics, Anchored, EntropyWeighted, full_logi
 
 STATISTICS = ("entropy", "mean_log_prob", "sum_squared_prob", Statistic("top_k_entropy", k=5), "reference_kl")
 LOSSES = [CrossEntropyLoss(), CrossEntropyLoss(0.1), DFTLoss(), EntropyWeighted(), AllStatistics(), Anchored()]
+LOSSES += [GEMLoss(), GEMLoss(form="logsigmoid"), TargetSFTLoss(0.5), ReferenceKLLoss("reverse")]
 BFLOAT16 = torch.bfloat16
 
 

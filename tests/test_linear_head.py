@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dft_lightning import CrossEntropyLoss, DFTLoss, FocalLoss, TokenLoss
+from dft_lightning import CrossEntropyLoss, DFTLoss, FocalLoss, TargetSFTLoss, TokenLoss
 from dft_lightning.losses import Statistic, statistics_from_logits
 from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.ops import (
@@ -599,7 +599,9 @@ def triton_kernels():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize(
-    "loss", [DFTLoss(), CrossEntropyLoss(0.1), AllStatistics(), SequenceLoss(), Anchored()], ids=repr
+    "loss",
+    [DFTLoss(), CrossEntropyLoss(0.1), AllStatistics(), SequenceLoss(), Anchored(), TargetSFTLoss(0.4)],
+    ids=repr,
 )
 def test_triton_kernels_are_the_torch_kernels(loss, softcap, dtype, triton_kernels, monkeypatch):
     """The whole head, once with each; over one block of the vocabulary and over several."""
@@ -633,8 +635,10 @@ def test_triton_kernels_are_the_torch_kernels(loss, softcap, dtype, triton_kerne
         )
         results.append((output, gradients(output.loss, (hidden, weight, bias))))
     (plain, plain_gradients), (fused, fused_gradients) = results
+    # What is made of rows as they are kept differs by where these round.
+    close = 2e-4 if isinstance(loss, TargetSFTLoss) and dtype != torch.float32 else 2e-5
     for name in ("loss", "log_prob", "weight", "reference_kl", *NAMES):
-        torch.testing.assert_close(getattr(fused, name), getattr(plain, name), rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(getattr(fused, name), getattr(plain, name), rtol=close, atol=2e-6)
     assert torch.equal(fused.correct, plain.correct)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # the interpreter rounds half precision down
     for own, reference in zip(fused_gradients, plain_gradients, strict=True):

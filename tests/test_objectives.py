@@ -15,17 +15,28 @@ from dft_lightning import (
     DFTLoss,
     EAFTLoss,
     FocalLoss,
+    FromReference,
+    GEMLoss,
     ImportanceWeightedLoss,
+    InfoSFTLoss,
     MixtureLoss,
     PowerLoss,
+    PriorWeightedLoss,
     ProximalLoss,
+    RectifiedLoss,
+    ReferenceKLLoss,
+    ScheduledLoss,
+    SEDSFTLoss,
     SequenceDFTLoss,
     Statistic,
+    TargetSFTLoss,
     ThresholdLoss,
     TokenLoss,
     TokenStats,
+    TrustRegionLoss,
     compute_loss_func,
 )
+from dft_lightning.errors import InputError
 from dft_lightning.losses import statistics_from_logits, token_loss_and_weight
 from dft_lightning.ops import logits_token_loss
 from test_every_loss import fixed
@@ -149,6 +160,190 @@ def test_an_anchor_of_no_weight_or_on_the_model_is_dft(batch):
     same(torch.autograd.grad(on_itself, logits)[0], gradient(DFTLoss(), batch))
 
 
+# What the authors' own expressions give, typed into plain torch in float64, for one token: the target, the loss, and
+# its gradient by the logits.
+Z, R = [1.0, 2.0, 0.5, -1.0], [0.8, 1.5, 1.0, -0.5]
+AUTHORS = [
+    (InfoSFTLoss(), 1, 0.2498696222, [0.1131356437, -0.1970671247, 0.0686202366, 0.0153112444]),
+    (InfoSFTLoss(), 3, 0.2480953485, [0.0159147416, 0.0432607529, 0.0096527787, -0.0688282732]),
+    (InfoSFTLoss(peak=0.55), 1, 0.0, [0.0, 0.0, 0.0, 0.0]),
+    (TrustRegionLoss(), 1, -1.0, [0.2242078180, -0.3905399624, 0.1359889158, 0.0303432286]),
+    (TrustRegionLoss(), 3, -0.3034322856, [0.0680318907, 0.1849298522, 0.0412634275, -0.2942251704]),
+    (RectifiedLoss(), 1, 0.4951818981, [0.2242078180, -0.3905399624, 0.1359889158, 0.0303432286]),
+    (RectifiedLoss(), 3, 0.1060551032, [0.0068031891, 0.0184929852, 0.0041263428, -0.0294225170]),
+    (RectifiedLoss(threshold=0.7), 1, 0.3017935782, [0.1366457052, -0.2380185002, 0.0828798097, 0.0184929852]),
+    (PriorWeightedLoss(), 1, 0.2212162980, [0.1001620287, -0.1744688266, 0.0607513414, 0.0135554565]),
+    (PriorWeightedLoss(), 3, 0.2113163880, [0.0135554565, 0.0368475511, 0.0082218000, -0.0586248077]),
+    (PriorWeightedLoss("mass"), 1, 0.4951818981, [0.2242078180, -0.3905399624, 0.1359889158, 0.0303432286]),
+    (PriorWeightedLoss("mass"), 3, 0.0, [0.0, 0.0, 0.0, 0.0]),
+    (
+        MixtureLoss([CrossEntropyLoss(), ReferenceKLLoss()], [1.0, 0.1]),
+        1,
+        0.5039188934,
+        [0.2244442747, -0.3742677036, 0.1224918114, 0.0273316175],
+    ),
+    (AnchoredLoss(0.1), 3, 0.1147920985, [0.0070396457, 0.0347652441, -0.0093707616, -0.0324341281]),
+    (GEMLoss(), 1, -0.3333404945, [0.1748340950, -0.2704638480, 0.0855885730, 0.0100411800]),
+    (GEMLoss(), 3, 2.6666595055, [0.1748340950, 0.7295361520, 0.0855885730, -0.9899588200]),
+    (GEMLoss(form="logsigmoid"), 1, -0.1655258293, [0.0869799659, -0.1343985881, 0.0424733354, 0.0049452868]),
+    (GEMLoss(form="logsigmoid"), 3, 1.3519727946, [0.0882911888, 0.3702391868, 0.0431152376, -0.5016456133]),
+    (TargetSFTLoss(eta=0.5), 1, 0.7501130378, [0.1352952552, -0.2080239979, 0.0594611637, 0.0132675790]),
+    (TargetSFTLoss(eta=0.5), 3, 1.2191703836, [0.0034502082, 0.0929651906, -0.0540189199, -0.0423964788]),
+    (TargetSFTLoss(eta=1.0), 3, 1.3713050578, [0.0090960066, 0.1762780450, -0.1267492440, -0.0586248077]),
+]
+
+
+@pytest.mark.parametrize(("loss", "target", "value", "slopes"), AUTHORS, ids=repr)
+def test_what_the_authors_compute(loss, target, value, slopes):
+    logits = torch.tensor([Z], dtype=torch.float64, requires_grad=True)
+    reference, targets = torch.tensor([R], dtype=torch.float64), torch.tensor([target])
+    log_prob = reference_log_probs(reference, targets)
+    found = loss(logits, targets, reference_log_prob=log_prob, reference_logits=reference)
+    assert found.item() == pytest.approx(value, abs=1e-10)
+    assert torch.autograd.grad(found, logits)[0][0].tolist() == pytest.approx(slopes, abs=1e-10)
+
+
+def test_infosft_at_the_ends_of_its_weight():
+    p = torch.tensor([0.5, 0.93, 0.95, 1.0, 1e-30], dtype=torch.float64)
+    losses, weight = token_loss_and_weight(InfoSFTLoss(), TokenStats(log_prob=p.log()))
+    assert weight.tolist() == pytest.approx([0.5, 0.0, 0.0, 0.0, 1e-30 * (1 + math.log(1e30) / math.log(0.93 / 0.07))])
+    assert losses.isfinite().all()
+    of_everything = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+    weight = token_loss_and_weight(InfoSFTLoss(), TokenStats(log_prob=of_everything.log()))[1]
+    assert weight.max().item() == pytest.approx(0.508, abs=5e-4)
+    assert of_everything[weight.argmax()].item() == pytest.approx(0.57, abs=5e-3)
+
+
+def test_trust_region_and_rectified_lie_between_cross_entropy_and_dft(batch):
+    same(gradient(TrustRegionLoss(floor=1.0), batch), gradient(DFTLoss(), batch))
+    same(gradient(TrustRegionLoss(floor=1e-9), batch), gradient(CrossEntropyLoss(), batch))
+    same(gradient(RectifiedLoss(threshold=0.0), batch), gradient(CrossEntropyLoss(), batch))
+    same(gradient(RectifiedLoss(threshold=1.0), batch), gradient(DFTLoss(), batch))
+    at_threshold = TokenStats(log_prob=torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64).log())
+    assert token_loss_and_weight(RectifiedLoss(), at_threshold)[1].tolist() == pytest.approx([0.25, 0.5, 1.0])
+
+
+def test_weights_from_the_reference(batch):
+    """Of the model itself they are its own; of cross-entropy 1; DFT's are the prior's."""
+    logits, reference, targets = batch
+    itself = {"reference_log_prob": reference_log_probs(logits.detach(), targets)}
+    other = {"reference_log_prob": reference_log_probs(reference, targets)}
+    for loss in (DFTLoss(), PowerLoss(0.3), ThresholdLoss(0.05)):
+        same(gradient(FromReference(loss), batch, **itself), gradient(loss, batch))
+    same(gradient(FromReference(CrossEntropyLoss()), batch, **other), gradient(CrossEntropyLoss(), batch))
+    same(gradient(FromReference(DFTLoss()), batch, **other), gradient(PriorWeightedLoss(), batch, **other))
+    step = ScheduledLoss(CrossEntropyLoss(), DFTLoss(), end_step=0)
+    same(gradient(FromReference(step), batch, step=3, **other), gradient(PriorWeightedLoss(), batch, **other))
+
+
+def test_the_mass_below_a_token_has_the_token_and_not_its_equals():
+    logits = torch.tensor([[0.4, 0.3, 0.3]], dtype=torch.float64).log()
+    needs = ["reference_mass_below"]
+    found = [statistics_from_logits(logits, torch.tensor([y]), needs, reference_logits=logits) for y in range(3)]
+    assert [stats.reference_mass_below.item() for stats in found] == pytest.approx([1.0, 0.3, 0.3])
+
+
+def test_divergences_by_hand():
+    """(3/4, 1/4) against (1/2, 1/2); of itself nothing; each is the other with model and reference exchanged."""
+    own, other = torch.tensor([[0.0, 0.0]]).double(), torch.tensor([[math.log(3.0), 0.0]]).double()
+    target = torch.tensor([0])
+    forward = ReferenceKLLoss()(own, target, reference_logits=other).item()
+    reverse = ReferenceKLLoss("reverse")(own, target, reference_logits=other).item()
+    assert forward == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert reverse == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2))
+    assert ReferenceKLLoss("reverse")(other, target, reference_logits=own).item() == pytest.approx(forward)
+    for direction in ("forward", "reverse"):
+        logits = other.clone().requires_grad_()
+        value = ReferenceKLLoss(direction)(logits, target, reference_logits=other)
+        assert value.item() == pytest.approx(0.0, abs=1e-15)
+        assert torch.autograd.grad(value, logits)[0].abs().max() < 1e-15
+
+
+def test_gem_at_beta_one_and_target_sft_without_a_teacher(batch):
+    same(gradient(GEMLoss(beta=1.0), batch), gradient(CrossEntropyLoss(), batch))
+    same(gradient(TargetSFTLoss(eta=0.0), batch), gradient(DFTLoss(), batch))
+    same(gradient(SEDSFTLoss(threshold=1.0, weight=0.0), batch), gradient(CrossEntropyLoss(), batch))
+
+
+def test_what_the_docs_say_of_others(batch):
+    """One-Token Rollout in expectation, by its sum over all tokens; cross-entropy weighted by ``exp(l / tau)``."""
+    logits, _, targets = batch
+    log_probs, beta = logits.log_softmax(-1), 0.2
+    reward = torch.full_like(log_probs, beta).scatter(-1, targets.clamp(min=0)[..., None], 1.0)
+    rollout = -(log_probs.exp().detach() * reward * log_probs).sum(-1)[targets != -100].mean()
+    same(torch.autograd.grad(rollout, logits, retain_graph=True)[0], (1 - beta) * gradient(DFTLoss(), batch))
+    log_prob = log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0][targets != -100]
+    weighted = -((log_prob / 1.7).exp().detach() * log_prob).mean()
+    same(torch.autograd.grad(weighted, logits)[0], gradient(PowerLoss(1 / 1.7), batch))
+
+
+# -- statistics of one's own -----------------------------------------------------------------------------------------
+
+
+def second(logits, targets):
+    """The second largest logit."""
+    return logits.topk(2, dim=-1).values[:, 1]
+
+
+class Second(TokenLoss):
+    needs = (Statistic.of(second),)
+
+    def token_loss(self, stats):
+        return -stats.second * stats.log_prob
+
+
+def test_a_statistic_of_ones_own_is_a_constant(batch):
+    logits, _, targets = batch
+    kept = targets != -100
+    expected = -(logits.topk(2, dim=-1).values[..., 1].detach()[kept] * logits.log_softmax(-1)[kept].gather(
+        -1, targets[kept][:, None]
+    )[:, 0]).mean()  # fmt: skip
+    same(Second()(logits, targets), expected)
+    same(gradient(Second(), batch), torch.autograd.grad(expected, logits)[0])
+    output = logits_token_loss(logits, targets, Second(), statistics=["entropy"])
+    same(output.own["second"], logits.topk(2, dim=-1).values[..., 1].detach()[kept])
+    same(output.second, output.own["second"])
+    same(gradient(MixtureLoss([Second(), DFTLoss()], [2.0, 0.0]), batch), 2 * gradient(Second(), batch))
+
+
+def test_a_statistic_of_ones_own_is_named_and_checked(batch):
+    logits, _, targets = batch
+
+    class Unnamed(Second):
+        needs = ()
+
+    class Misspelt(Second):
+        def token_loss(self, stats):
+            return stats.secnd
+
+    with pytest.raises(InputError, match="Unnamed reads stats.second: there is no such statistic"):
+        Unnamed()(logits, targets)
+    with pytest.raises(InputError, match="Misspelt reads stats.secnd: there is no such statistic"):
+        Misspelt()(logits, targets)
+    wrong = (lambda z, y: z, r"\[12, 30\]"), (lambda z, y: z.sum(), r"\[\]"), (lambda z, y: 3.0, "float")
+    for function, got in wrong:
+
+        class Wrong(Second):
+            needs = (Statistic.of(function, "second"),)
+
+        with pytest.raises(InputError, match=rf"Statistic.of\(second\) must return one number for each .*, got {got}"):
+            Wrong()(logits, targets)
+    for name, message in (
+        ("entropy", "entropy is a name that TokenStats has already"),
+        ("own", "own is a name that TokenStats has already"),
+        ("_hidden", "'_hidden' cannot be read as stats.NAME"),
+        ("two words", "cannot be read as stats.NAME"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Statistic.of(second, name)
+    with pytest.raises(InputError, match="'<lambda>' cannot be read as stats.NAME: give name="):
+        Statistic.of(lambda z, y: y)
+    with pytest.raises(ValueError, match="MixtureLoss: one loss needs"):
+        MixtureLoss([Second(), Wrong()])
+    assert Statistic.of(second) == Statistic.of(second, "second")
+    assert hash(Statistic.of(second)) == hash(Statistic.of(second))
+
+
 # -- names and bad input ---------------------------------------------------------------------------------------------
 
 
@@ -177,6 +372,20 @@ def test_losses_are_listed_by_name():
         (lambda: ProximalLoss(epsilon=0), "epsilon must be finite and positive"),
         (lambda: SequenceDFTLoss(mean="arithmetic"), "mean must be one of product, geometric"),
         (lambda: AnchoredLoss(weight=-1), "weight must be finite and not negative"),
+        (lambda: InfoSFTLoss(peak=0.5), "peak is a probability between 1/2 and 1, got 0.5"),
+        (lambda: TrustRegionLoss(floor=0.0), "floor is a probability, more than 0 and at most 1, got 0.0"),
+        (lambda: RectifiedLoss(threshold=-0.1), "threshold is a probability and must lie in"),
+        (lambda: PriorWeightedLoss(form="rank"), "form must be one of prob, mass, got 'rank'"),
+        (lambda: PriorWeightedLoss(threshold=0.0), "threshold is a probability, more than 0"),
+        (lambda: ReferenceKLLoss("backward"), "direction must be one of forward, reverse, got 'backward'"),
+        (lambda: GEMLoss(beta=0), "beta must be finite and positive"),
+        (lambda: GEMLoss(form="log"), "form must be one of linear, logsigmoid, got 'log'"),
+        (lambda: TargetSFTLoss(eta=1.1), "eta is the teacher's share and must lie in"),
+        (lambda: SEDSFTLoss(threshold=0.0), "threshold is a probability, more than 0"),
+        (lambda: SEDSFTLoss(threshold=0.5, weight=-1), "weight must be finite and not negative"),
+        (lambda: SEDSFTLoss(threshold=0.5, top_k=0), "top_k must be 1 or more, got 0"),
+        (lambda: FromReference(EAFTLoss()), "EAFTLoss reads top_k_entropy: give a loss of log_prob alone"),
+        (lambda: FromReference(ProximalLoss()), "ProximalLoss reads reference_log_prob"),
     ],
 )
 def test_bad_options(make, message):
@@ -228,7 +437,8 @@ def test_full_logits_give_what_telemetry_asks_for(batch):
 
 def test_losses_that_negative_weights_mean_nothing_to():
     takes = {name: cls.takes_negative_weights for name, cls in LOSSES.items()}
-    assert {name for name, does in takes.items() if not does} == {"ProximalLoss", "AnchoredLoss"}
+    of_a_distribution = {"AnchoredLoss", "ReferenceKLLoss", "GEMLoss", "TargetSFTLoss"}
+    assert {name for name, does in takes.items() if not does} == of_a_distribution | {"ProximalLoss", "SEDSFTLoss"}
     assert not MixtureLoss([DFTLoss(), ProximalLoss()]).takes_negative_weights
     assert MixtureLoss([DFTLoss(), PowerLoss()]).takes_negative_weights
 

@@ -15,7 +15,6 @@ from dft_lightning.data import InstructionDataModule
 from dft_lightning.errors import InputError
 from dft_lightning.fit.config import data_of, module_of
 from dft_lightning.fit.own_classes import PACKAGE, Classes
-from dft_lightning.losses.statistics import normalise_needs
 from dft_lightning.metrics import ExactMatch
 
 
@@ -38,8 +37,7 @@ def check_inputs(runs: Sequence[Run], evaluation: dict[str, Any], classes: Class
     for run in runs:
         with _as_one_message():
             module = module_of(run.config, classes)
-            needs = {need.name for need in normalise_needs(getattr(module.loss, "needs", ()))}
-            wants = "reference_log_prob" in needs, getattr(module.loss, "takes_negative_weights", True)
+            wants = getattr(module.loss, "reads_rows", False), getattr(module.loss, "takes_negative_weights", True)
             tested_alone = run.identity.loss is None
             if (tested_alone, wants) in seen:
                 continue

@@ -16,7 +16,7 @@ from dft_lightning.data.options import BatchOptions, StreamOptions
 from dft_lightning.data.rows.forms import Conversation
 from dft_lightning.data.text.cache import column_of
 from dft_lightning.errors import InputError
-from dft_lightning.losses.statistics import normalise_needs
+from dft_lightning.losses import TokenLoss
 from dft_lightning.models.row_checks import Positions
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ class Run:
     @property
     def reads_reference(self) -> str | None:
         """The name of the loss, where it reads ``reference_log_prob``."""
-        needs = {need.name for need in normalise_needs(getattr(self.loss, "needs", ()))}
-        return type(self.loss).__name__ if "reference_log_prob" in needs else None
+        return type(self.loss).__name__ if isinstance(self.loss, TokenLoss) and self.loss.reads_rows else None
 
     @property
     def unsigned(self) -> str:

@@ -12,13 +12,28 @@ Example:
 """
 
 from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss, token_loss_and_weight
-from dft_lightning.losses.combined import MixtureLoss, ScheduledLoss, ThresholdLoss
+from dft_lightning.losses.combined import FromReference, MixtureLoss, ScheduledLoss, ThresholdLoss
 from dft_lightning.losses.cross_entropy import CrossEntropyLoss, DFTLoss, dft_cross_entropy
 from dft_lightning.losses.focal import FocalLoss, focal_cross_entropy
+from dft_lightning.losses.from_logits import statistics_from_logits
 from dft_lightning.losses.power import DEFTLoss, PowerLoss
-from dft_lightning.losses.reference import AnchoredLoss, ImportanceWeightedLoss, ProximalLoss
-from dft_lightning.losses.statistics import Statistic, TokenStats, statistics_from_logits
-from dft_lightning.losses.weighted import ChordPhiLoss, EAFTLoss, SequenceDFTLoss
+from dft_lightning.losses.reference import (
+    AnchoredLoss,
+    ImportanceWeightedLoss,
+    PriorWeightedLoss,
+    ProximalLoss,
+    ReferenceKLLoss,
+)
+from dft_lightning.losses.statistics import Statistic, TokenStats
+from dft_lightning.losses.tempered import GEMLoss, SEDSFTLoss, TargetSFTLoss
+from dft_lightning.losses.weighted import (
+    ChordPhiLoss,
+    EAFTLoss,
+    InfoSFTLoss,
+    RectifiedLoss,
+    SequenceDFTLoss,
+    TrustRegionLoss,
+)
 
 __all__ = [
     "IGNORE_INDEX",
@@ -30,16 +45,25 @@ __all__ = [
     "DFTLoss",
     "EAFTLoss",
     "FocalLoss",
+    "FromReference",
+    "GEMLoss",
     "ImportanceWeightedLoss",
+    "InfoSFTLoss",
     "MixtureLoss",
     "PowerLoss",
+    "PriorWeightedLoss",
     "ProximalLoss",
+    "RectifiedLoss",
+    "ReferenceKLLoss",
+    "SEDSFTLoss",
     "ScheduledLoss",
     "SequenceDFTLoss",
     "Statistic",
+    "TargetSFTLoss",
     "ThresholdLoss",
     "TokenLoss",
     "TokenStats",
+    "TrustRegionLoss",
     "dft_cross_entropy",
     "focal_cross_entropy",
     "statistics_from_logits",
@@ -48,5 +72,7 @@ __all__ = [
 
 #: Every loss of the package, by the name that a config gives as ``class_path``.
 LOSSES: dict[str, type[TokenLoss]] = {
-    name: globals()[name] for name in __all__ if name.endswith("Loss") and name != "TokenLoss"
+    name: each
+    for name in __all__
+    if isinstance(each := globals().get(name), type) and issubclass(each, TokenLoss) and each is not TokenLoss
 }

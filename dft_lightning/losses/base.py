@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dft_lightning.component import Component
 from dft_lightning.errors import InputError, check_one_of
-from dft_lightning.losses.statistics import Statistic, TokenStats, given_to, normalise_needs, statistics_from_logits
+from dft_lightning.losses.from_logits import statistics_from_logits
+from dft_lightning.losses.statistics import Statistic, TokenStats, given_to, names_of, normalise_needs
 
 #: The target that marks a token without one.
 IGNORE_INDEX = -100
@@ -41,6 +42,8 @@ class TokenLoss(Component, nn.Module):
             ``False`` may also depend on the other tokens of the same sequence, never on the rest of the batch.
         uses_step: whether :meth:`token_loss` reads ``stats.step``. Whoever calls such a loss has to give the step.
         takes_negative_weights: whether the loss of a token times a negative number unlearns the token.
+        refresh_every: where it is a number, ``reference_log_prob`` is the model's own as it was at the last optimizer
+            step that is a multiple of it, and not the data's; see :class:`ProximalLoss`.
 
     Raises:
         ValueError: the reduction is unknown.
@@ -58,6 +61,7 @@ class TokenLoss(Component, nn.Module):
     pointwise: bool = True
     uses_step: bool = False
     takes_negative_weights: bool = True
+    refresh_every: int | None = None
 
     def __init__(self, *, ignore_index: int = IGNORE_INDEX, reduction: str = "mean") -> None:
         super().__init__()
@@ -69,6 +73,11 @@ class TokenLoss(Component, nn.Module):
     def needs(self) -> Iterable[Statistic | str]:
         """Statistics beyond ``log_prob`` that this instance reads. What nobody needs is not computed."""
         return ()
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether the data have to come with reference log-probs."""
+        return self.refresh_every is None and "reference_log_prob" in names_of(self.needs)
 
     def token_loss(self, stats: TokenStats) -> Tensor:
         """Loss of each target token.
@@ -101,7 +110,8 @@ class TokenLoss(Component, nn.Module):
             step: the optimizer step, which losses with a schedule (``uses_step``) need.
             reference_log_prob: ``[...]`` log-probabilities of the targets under another model, a constant, for the
                 losses that need them. What stands at ignored targets does not matter.
-            reference_logits: ``[..., V]`` of another model, a constant, for the losses that need ``reference_kl``.
+            reference_logits: ``[..., V]`` of another model, a constant, for the losses that compare with its
+                distribution.
 
         Returns:
             A scalar, or ``[...]`` for ``reduction="none"`` (0 at ignored targets); float32, or float64 for
@@ -208,7 +218,15 @@ def loss_and_slopes(
 
 
 # What depends on the model's logits; the other statistics are constants.
-_DIFFERENTIABLE = ("log_prob", "mean_log_prob", "entropy", "sum_squared_prob", "reference_kl")
+_DIFFERENTIABLE = (
+    "log_prob",
+    "mean_log_prob",
+    "entropy",
+    "sum_squared_prob",
+    "tempered_log_prob",
+    "reference_kl",
+    "reference_reverse_kl",
+)
 
 
 def token_loss_and_weight(

@@ -1,4 +1,4 @@
-"""Losses made of losses: a weighted sum, a schedule from one to another, one side of a threshold."""
+"""Losses made of losses: a weighted sum, a schedule, one side of a threshold, weights taken from a reference."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss, stats_for
+from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss, loss_and_slopes, stats_for
 from dft_lightning.losses.cross_entropy import CrossEntropyLoss
-from dft_lightning.losses.statistics import Statistic, TokenStats, normalise_needs
+from dft_lightning.losses.statistics import Statistic, TokenStats, names_of, normalise_needs
+from dft_lightning.losses.weighted import weighted_log_prob
 
 
 class _CombinedLoss(TokenLoss):
@@ -30,7 +31,18 @@ class _CombinedLoss(TokenLoss):
         self.pointwise = all(part.pointwise for part in parts)
         self.uses_step = any(part.uses_step for part in parts)
         self.takes_negative_weights = all(part.takes_negative_weights for part in parts)
+        self.refresh_every = self._refreshed(parts)
         self._needs = _union(parts, type(self).__name__)
+
+    def _refreshed(self, parts: Sequence[TokenLoss]) -> int | None:
+        """Of the parts that read reference log-probs, which have one place in ``TokenStats``."""
+        found = {part.refresh_every for part in parts if "reference_log_prob" in names_of(part.needs)} or {None}
+        if len(found) > 1:
+            raise ValueError(
+                f"{type(self).__name__}: its losses want reference log-probs of different models, by refresh_every: "
+                f"{', '.join(sorted(map(str, found)))}; they must agree"
+            )
+        return found.pop()
 
     @property
     def needs(self) -> Iterable[Statistic | str]:
@@ -208,3 +220,48 @@ class ThresholdLoss(_CombinedLoss):
         kept = (stats.log_prob.detach().exp() >= self.threshold) == self.above
         base = self._losses[0]
         return torch.where(kept, base.token_loss(stats_for(base, stats)), 0.0)
+
+
+class FromReference(_CombinedLoss):
+    """``-sg(w(r)) log p``: a loss's weight, ``-dL/dl``, taken at the reference's probability of the target.
+
+    A weight that the model gives itself moves with what it learns; the reference's stays. ``FromReference(DFTLoss())``
+    is ``PriorWeightedLoss()``.
+
+    Source: the finding of PriFT, arXiv 2606.09396, that rules which weigh tokens do better by the pretrained model's
+    probabilities; its code has DFT's weight alone.
+
+    Args:
+        loss: a pointwise loss that reads nothing but the target's log-probability.
+
+    Raises:
+        ValueError: a loss that reads more; one with an ``ignore_index`` or ``reduction`` of its own.
+        TypeError: it is no token loss.
+
+    Example:
+        >>> from dft_lightning.losses import DFTLoss
+        >>> logits, targets = torch.tensor([[0.0, 0.0]]), torch.tensor([1])
+        >>> FromReference(DFTLoss())(logits, targets, reference_log_prob=torch.tensor([0.25]).log())  # log(2) / 4
+        tensor(0.1733)
+    """
+
+    def __init__(self, loss: TokenLoss, *, ignore_index: int = IGNORE_INDEX, reduction: str = "mean") -> None:
+        super().__init__([loss], ignore_index=ignore_index, reduction=reduction)
+        reads = sorted(names_of(loss.needs))
+        if reads or not loss.pointwise:
+            what = f"reads {', '.join(reads)}" if reads else "is not pointwise"
+            raise ValueError(
+                f"FromReference takes the weight at the reference's probability of a target, and {type(loss).__name__} "
+                f"{what}: give a loss of log_prob alone"
+            )
+
+    @property
+    def needs(self) -> Iterable[Statistic | str]:
+        return ("reference_log_prob",)
+
+    def token_loss(self, stats: TokenStats) -> Tensor:
+        assert stats.reference_log_prob is not None
+        reference = stats.reference_log_prob.to(stats.log_prob.dtype)
+        step = stats.step if self.uses_step else 0
+        at_reference = TokenStats(log_prob=reference, step=step, vocab_size=stats.vocab_size)
+        return weighted_log_prob(-loss_and_slopes(self._losses[0], at_reference)[1]["log_prob"], stats.log_prob)

@@ -1,4 +1,4 @@
-"""Losses against a reference model: importance weights, a proximal ratio, an anchor."""
+"""Losses against a reference model: importance weights, a proximal ratio, an anchor, a prior."""
 
 from __future__ import annotations
 
@@ -89,14 +89,17 @@ class ProximalLoss(TokenLoss):
     cross-entropy's, and the weight ``r`` below.
 
     Source: PSFT, "Proximal Supervised Fine-Tuning", arXiv 2508.17784; the authors' script clips at 1.28 (epsilon 0.28
-    above, 0.2 below) and computes the old log-probabilities anew every 8 optimizer steps. Here they are those of the
-    data, fixed for a run: score again between runs for a moving reference.
+    above, 0.2 below) and computes the old log-probabilities anew every 8 optimizer steps, of the model as it is then
+    (``refresh_every=8``). They are of a model without dropout.
 
     Args:
         epsilon: how much a token's probability may grow, as a share; more than 0.
+        refresh_every: in ``CausalLMModule`` the reference is the model itself, as it was at the last optimizer step
+            that is a multiple of this number, counted from 0. It takes a copy of what is trained, and a second forward
+            of each batch. ``None`` takes the reference log-probabilities of the data, fixed for a run.
 
     Raises:
-        ValueError: ``epsilon`` not positive or not finite, unknown reduction.
+        ValueError: ``epsilon`` not positive or not finite, ``refresh_every`` less than 1, unknown reduction.
 
     Example:
         >>> logits = torch.tensor([[0.0, 0.0]])
@@ -106,11 +109,21 @@ class ProximalLoss(TokenLoss):
 
     takes_negative_weights = False  # the bound would hold back where a token is to be pushed down
 
-    def __init__(self, epsilon: float = 0.28, *, ignore_index: int = IGNORE_INDEX, reduction: str = "mean") -> None:
+    def __init__(
+        self,
+        epsilon: float = 0.28,
+        refresh_every: int | None = None,
+        *,
+        ignore_index: int = IGNORE_INDEX,
+        reduction: str = "mean",
+    ) -> None:
         super().__init__(ignore_index=ignore_index, reduction=reduction)
         if not (math.isfinite(epsilon) and epsilon > 0):
             raise ValueError(f"epsilon must be finite and positive, got {epsilon}")
+        if refresh_every is not None and refresh_every < 1:
+            raise ValueError(f"refresh_every is a number of optimizer steps, 1 or more, or None, got {refresh_every}")
         self.epsilon = epsilon
+        self.refresh_every = refresh_every
 
     @property
     def needs(self) -> Iterable[Statistic | str]:
@@ -158,6 +171,102 @@ class AnchoredLoss(TokenLoss):
             return loss
         assert stats.reference_kl is not None
         return loss + self.weight * stats.reference_kl
+
+
+Direction = Literal["forward", "reverse"]
+
+
+class ReferenceKLLoss(TokenLoss):
+    """The divergence from a reference model over the vocabulary, alone: ``KL(reference || model)`` or the reverse.
+
+    For a mixture: with cross-entropy it is SFT with an anchor (``sft+kl`` of ASFT, weight 0.1), and with a teacher as
+    ``model.reference_model`` distillation on the data's own tokens. ``direction="forward"`` covers what the reference
+    finds likely, ``"reverse"`` leaves what it finds unlikely.
+
+    Source: ASFT's code, arXiv 2509.23753, for the forward direction, averaged over the target tokens as here. The
+    reverse takes a class that the reference bans for one of the smallest probability that the dtype has.
+
+    Args:
+        direction: ``"forward"``, ``sum r (log r - log p)``, or ``"reverse"``, ``sum p (log p - log r)``.
+
+    Raises:
+        ValueError: unknown direction or reduction.
+
+    Example:
+        >>> from dft_lightning.losses import CrossEntropyLoss, MixtureLoss
+        >>> loss = MixtureLoss([CrossEntropyLoss(), ReferenceKLLoss()], weights=[1.0, 0.1])
+        >>> logits = torch.tensor([[0.0, 0.0]])
+        >>> loss(logits, torch.tensor([1]), reference_logits=torch.tensor([[2.0, 0.0]]))  # log(2) + 0.0327
+        tensor(0.7259)
+    """
+
+    takes_negative_weights = False  # the divergence would be driven up without end
+
+    def __init__(
+        self, direction: Direction = "forward", *, ignore_index: int = IGNORE_INDEX, reduction: str = "mean"
+    ) -> None:
+        super().__init__(ignore_index=ignore_index, reduction=reduction)
+        check_one_of("direction", direction, get_args(Direction))
+        self.direction = direction
+
+    @property
+    def needs(self) -> Iterable[Statistic | str]:
+        return ("reference_kl",) if self.direction == "forward" else ("reference_reverse_kl",)
+
+    def token_loss(self, stats: TokenStats) -> Tensor:
+        divergence = stats.reference_kl if self.direction == "forward" else stats.reference_reverse_kl
+        assert divergence is not None
+        return divergence
+
+
+Form = Literal["prob", "mass"]
+
+
+class PriorWeightedLoss(TokenLoss):
+    """``-m log p`` with a weight from the frozen reference: the target's probability, or whether it is a likely one.
+
+    ``form="prob"`` takes ``m = r``, DFT with the reference's probability. ``form="mass"`` takes ``m = 1`` where the
+    reference's probability of the target and of all less likely tokens is together at least ``threshold``, and 0
+    elsewhere; tokens exactly as likely as the target do not count.
+
+    Source: PriFT, arXiv 2606.09396, as in the authors' code (wang-kee/PriFT), where ``u >= 0.5`` and the sum is divided
+    by the number of target tokens. Their README counts tokens as likely as the target, their code does not.
+
+    Args:
+        form: ``"prob"``, which needs scored data, or ``"mass"``, which needs a reference model.
+        threshold: of the mass, in ``(0, 1]``.
+
+    Raises:
+        ValueError: unknown form or reduction, a threshold out of range.
+
+    Example:
+        >>> logits, targets = torch.tensor([[0.0, 0.0]]), torch.tensor([1])
+        >>> PriorWeightedLoss()(logits, targets, reference_log_prob=torch.tensor([0.25]).log())  # log(2) / 4
+        tensor(0.1733)
+        >>> PriorWeightedLoss(form="mass")(logits, targets, reference_logits=torch.tensor([[0.0, 2.0]]))
+        tensor(0.6931)
+    """
+
+    def __init__(
+        self, form: Form = "prob", threshold: float = 0.5, *, ignore_index: int = IGNORE_INDEX, reduction: str = "mean"
+    ) -> None:
+        super().__init__(ignore_index=ignore_index, reduction=reduction)
+        check_one_of("form", form, get_args(Form))
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold is a probability, more than 0 and at most 1, got {threshold}")
+        self.form = form
+        self.threshold = threshold
+
+    @property
+    def needs(self) -> Iterable[Statistic | str]:
+        return ("reference_log_prob",) if self.form == "prob" else ("reference_mass_below",)
+
+    def token_loss(self, stats: TokenStats) -> Tensor:
+        if self.form == "prob":
+            return weighted_log_prob(_reference_log_prob(stats).exp(), stats.log_prob)
+        assert stats.reference_mass_below is not None
+        likely = stats.reference_mass_below >= self.threshold
+        return weighted_log_prob(likely.to(stats.log_prob.dtype), stats.log_prob)
 
 
 def _reference_log_prob(stats: TokenStats) -> Tensor:

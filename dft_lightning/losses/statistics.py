@@ -1,17 +1,16 @@
-"""What a token loss may read about each target token, and how it is computed from logits.
+"""What a token loss may read about each target token: names, parameters, and who is given what.
 
-Every statistic is one entry of ``_FROM_LOGITS``. A new one is a field of :class:`TokenStats` and a function here.
+How each is computed from logits is in ``from_logits``, and from a head's hidden states in ``ops``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from dft_lightning.errors import InputError, did_you_mean
 
@@ -30,7 +29,7 @@ class Statistic:
         True
     """
 
-    __slots__ = ("name", "params")
+    __slots__ = ("function", "name", "params")
 
     def __init__(self, name: str, **params: Any) -> None:
         if name not in _STATISTIC_NAMES:
@@ -38,15 +37,59 @@ class Statistic:
             raise InputError(f"unknown statistic {name!r}{did_you_mean(str(name), _STATISTIC_NAMES, end)}")
         self.name = name
         self.params = params
+        self.function: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @classmethod
+    def of(cls, function: Callable[[Tensor, Tensor], Tensor], name: str | None = None) -> Statistic:
+        """A statistic of one's own: a function of the logits, as a constant.
+
+        A loss that names it reads it as ``stats.NAME``, detached: no gradient flows through it. The function is called
+        with logits ``[n, V]`` in float32 (float64 of float64) as the model gives them, scale and softcap included, and
+        the ``n`` targets, and returns ``[n]``. In the fused head ``n`` is a few rows of a chunk, so that it must not
+        depend on how many there are; it must leave the logits as they are. It costs a copy of these logits and what it
+        does itself and, on the CPU in bfloat16, a second product for them.
+
+        Args:
+            function: of the logits and the class indices. At the top level of a module, if the loss is to be pickled.
+            name: how a loss reads it; ``None`` takes the function's own.
+
+        Raises:
+            InputError: the name is none that can be read so, or that of a statistic which is there already.
+
+        Example:
+            >>> from dft_lightning.losses import TokenLoss
+            >>> def margin(logits, targets):
+            ...     return logits.gather(-1, targets[:, None])[:, 0] - logits.amax(-1)
+            >>> class NearTheTop(TokenLoss):
+            ...     needs = (Statistic.of(margin),)
+            ...     def token_loss(self, stats):
+            ...         return -stats.margin.exp() * stats.log_prob
+            >>> NearTheTop()(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))  # the margin is 0
+            tensor(0.6931)
+        """
+        name = getattr(function, "__name__", None) if name is None else name
+        if not (isinstance(name, str) and name.isidentifier() and not name.startswith("_")):
+            raise InputError(f"Statistic.of: {name!r} cannot be read as stats.NAME: give name=...")
+        if hasattr(TokenStats, name) or name in {each.name for each in fields(TokenStats)}:
+            raise InputError(f"Statistic.of: {name} is a name that TokenStats has already: give another, name=...")
+        statistic = cls.__new__(cls)
+        statistic.name, statistic.params, statistic.function = name, {}, function
+        return statistic
 
     def __repr__(self) -> str:
+        if self.function is not None:
+            return f"Statistic.of({self.name})"
         return f"Statistic({', '.join([repr(self.name)] + [f'{k}={v!r}' for k, v in self.params.items()])})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Statistic) and (self.name, self.params) == (other.name, other.params)
+        return isinstance(other, Statistic) and self._whole == other._whole
 
     def __hash__(self) -> int:
-        return hash((self.name, tuple(sorted(self.params.items()))))
+        return hash((self.name, tuple(sorted(self.params)), self.function))
+
+    @property
+    def _whole(self) -> tuple[Any, ...]:
+        return self.name, self.params, self.function
 
 
 @dataclass(frozen=True)
@@ -54,7 +97,8 @@ class TokenStats:
     """Statistics of ``n`` target tokens under the model, in float32 (float64 where the logits are float64).
 
     Each tensor has shape ``[n]``, and is ``None`` where it is not known. A loss is given those that it lists in
-    ``needs``; reading another raises ``InputError``.
+    ``needs``; reading another raises ``InputError``. Below ``p`` are the model's probabilities, ``r`` those of a
+    reference model.
 
     Attributes:
         log_prob: log-probability ``l`` of the target, differentiable. For soft targets ``q``: ``sum q log p``.
@@ -63,12 +107,20 @@ class TokenStats:
         entropy: ``-sum p log p`` in nats.
         top_k_entropy: entropy of the ``k`` likeliest tokens among themselves (their probabilities over their sum), in
             nats; a constant.
+        top_k_mass: probability of the ``k`` likeliest tokens together; a constant.
         sum_squared_prob: ``sum p**2``.
+        tempered_log_prob: ``sum q h log p`` with constants ``q``, proportional to ``p**power r**reference_power`` and
+            of sum 1, and ``h``, 1 where ``slope`` is ``None`` and otherwise ``sigmoid(slope (log p - l))``.
+        tempered_share: ``sum q h``; a constant.
         reference_log_prob: log-probability of the target under a reference model; a constant.
         reference_kl: ``KL(reference || model)`` over the vocabulary, ``sum r (log r - log p)``, in nats.
+        reference_reverse_kl: ``KL(model || reference)``, ``sum p (log p - log r)``, in nats.
+        reference_mass_below: ``r`` of the target and of all classes that are less likely under the reference,
+            together; a constant.
         sequence_index: which sequence of the batch the token belongs to (int64).
         step: the optimizer step, for schedules; 0 outside training.
         vocab_size: number of classes that the model chooses from; 0 where nobody said.
+        own: those of :meth:`Statistic.of` by name, which are read as ``stats.NAME``.
     """
 
     log_prob: Tensor
@@ -76,19 +128,40 @@ class TokenStats:
     mean_log_prob: Tensor | None = None
     entropy: Tensor | None = None
     top_k_entropy: Tensor | None = None
+    top_k_mass: Tensor | None = None
     sum_squared_prob: Tensor | None = None
+    tempered_log_prob: Tensor | None = None
+    tempered_share: Tensor | None = None
     reference_log_prob: Tensor | None = None
     reference_kl: Tensor | None = None
+    reference_reverse_kl: Tensor | None = None
+    reference_mass_below: Tensor | None = None
     sequence_index: Tensor | None = None
     step: int = 0
     vocab_size: int = 0
+    own: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.log_expected_prob is None:
             object.__setattr__(self, "log_expected_prob", self.log_prob)
 
+    def __getattr__(self, name: str) -> Tensor:
+        """A statistic of somebody's own."""
+        own: Mapping[str, Tensor] = self.__dict__.get("own", {})
+        if name in own:
+            return own[name]
+        raise AttributeError(f"{type(self).__name__} has no {name}")
 
-_STATISTIC_NAMES = tuple(f.name for f in fields(TokenStats) if f.name not in ("step", "vocab_size"))
+
+# What is no statistic that a loss names.
+NO_STATISTICS = ("step", "vocab_size", "own")
+_STATISTIC_NAMES = tuple(f.name for f in fields(TokenStats) if f.name not in NO_STATISTICS)
+
+
+def with_own(values: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Statistics by name as :class:`TokenStats` takes them: those of somebody's own under ``own``."""
+    known = {name: value for name, value in values.items() if name in _STATISTIC_NAMES}
+    return {**known, "own": {name: value for name, value in values.items() if name not in known}}
 
 
 def normalise_needs(needs: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
@@ -103,6 +176,11 @@ def normalise_needs(needs: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
         hint = ": put @property above it" if callable(needs) else ""
         raise InputError(f"needs must be names of statistics, got {needs!r}{hint}")
     return tuple(need if isinstance(need, Statistic) else Statistic(need) for need in needs)
+
+
+def names_of(needs: Iterable[Statistic | str]) -> frozenset[str]:
+    """The names alone."""
+    return frozenset(need.name for need in normalise_needs(needs))
 
 
 class _NoStatisticError(InputError, AttributeError):
@@ -128,7 +206,7 @@ class _NotGiven:
             raise InputError(f"{reads}, which it is not given: what calls its token_loss has to name it in its needs")
         if self.name == "step":
             raise InputError(f"{reads} and does not say so: write uses_step = True in the class")
-        params = "".join(f", {each}=..." for each in _PARAMS.get(self.name, ()))
+        params = "".join(f", {each}=..." for each in PARAMS.get(self.name, ()))
         need = f'Statistic("{self.name}"{params})' if params else f'"{self.name}"'
         raise InputError(f"{reads} and does not name it: write needs = ({need},) in the class, or add it to its needs")
 
@@ -157,6 +235,8 @@ class GivenStats(TokenStats):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name in self.own:
+            return self.own[name]
         known = [each.name for each in fields(TokenStats)]
         end = did_you_mean(name, known, known_names(known))
         raise _NoStatisticError(f"{self.reader} reads stats.{name}: there is no such statistic{end}")
@@ -165,8 +245,8 @@ class GivenStats(TokenStats):
         return f"GivenStats({', '.join(f'{each.name}={getattr(self, each.name)!r}' for each in fields(self))})"
 
 
-_ALWAYS = ("log_prob", "log_expected_prob", "vocab_size")
-for _name in {field.name for field in fields(TokenStats)} - {*_ALWAYS}:
+_ALWAYS = ("log_prob", "log_expected_prob", "vocab_size", "own")
+for _name in {each.name for each in fields(TokenStats)} - {*_ALWAYS}:
     setattr(GivenStats, _name, _NotGiven(_name))
 
 
@@ -182,8 +262,9 @@ GivenStats.__dataclass_fields__ = _FieldsThere(GivenStats.__dataclass_fields__)
 
 def given_to(reader: str, needs: Iterable[Statistic | str], uses_step: bool, stats: TokenStats) -> GivenStats:
     """What a loss of a class's name and these needs is given of the statistics."""
-    named = frozenset([need.name for need in normalise_needs(needs)] + ["step"] * uses_step)
+    named = names_of(needs) | ({"step"} if uses_step else set())
     known = {name: value for name, value in vars(stats).items() if name in named or name in _ALWAYS}
+    known["own"] = {name: value for name, value in stats.own.items() if name in named}
     return GivenStats(**known, reader=reader, named=named)
 
 
@@ -192,136 +273,43 @@ def raised_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def target_log_prob(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each target class, with all its digits where the probability is near 1.
-
-    ``log p_y = -log(1 + exp(L - z_y))`` with ``L`` the log-sum-exp over the *other* classes. The textbook
-    ``z_y - logsumexp(z)`` cancels near p = 1 and leaves ``1 - p`` with an error of one rounding of ``z``.
-
-    Args:
-        logits: ``[n, V]``, float32 or float64.
-        targets: ``[n]`` class indices in ``[0, V)``.
-
-    Returns:
-        ``[n]``, differentiable with respect to ``logits``.
-    """
-    index = targets.unsqueeze(-1)
-    # The lowest finite value and not -inf: where all other classes are banned, a log-sum-exp of -inf alone has a nan
-    # gradient.
-    others = logits.scatter(-1, index, torch.finfo(logits.dtype).min).logsumexp(-1)
-    return logsigmoid(logits.gather(-1, index).squeeze(-1) - others)
-
-
-def statistics_from_logits(
-    logits: Tensor,
-    targets: Tensor,
-    needs: Iterable[Statistic | str] = (),
-    *,
-    sequence_index: Tensor | None = None,
-    reference_log_prob: Tensor | None = None,
-    reference_logits: Tensor | None = None,
-    step: int = 0,
-) -> TokenStats:
-    """Compute the statistics that a loss needs, differentiably, from logits.
-
-    Args:
-        logits: ``[n, V]``. Half precision is raised to float32.
-        targets: ``[n]`` valid class indices, or ``[n, V]`` soft targets. Ignored tokens must be gone already.
-        needs: the statistics wanted beyond ``log_prob``.
-        sequence_index: ``[n]``, passed through to losses that need it.
-        reference_log_prob: ``[n]``, passed through to losses that need it, as a constant.
-        reference_logits: ``[n, V]`` of the reference model, for ``reference_kl``; a constant.
-        step: the optimizer step, passed through.
-
-    Raises:
-        ValueError: a needed statistic cannot be had from logits alone.
-    """
-    logits = logits.to(raised_dtype(logits.dtype))
-    given: dict[str, Tensor | None] = {"sequence_index": sequence_index}
-    if reference_log_prob is not None:
-        given["reference_log_prob"] = reference_log_prob.detach().to(logits.dtype)
-    values: dict[str, Tensor] = {}
-    if targets.ndim == logits.ndim:
-        values["log_prob"], values["log_expected_prob"] = _soft_target_log_probs(logits, targets)
-    else:
-        values["log_prob"] = target_log_prob(logits, targets)
-    log_probs: Tensor | None = None
-    for need in normalise_needs(needs):
-        if need.name in ("log_prob", "log_expected_prob"):
-            continue
-        if (value := given.get(need.name)) is not None:
-            values[need.name] = value
-            continue
-        check_params(need)
-        log_probs = logits.log_softmax(-1) if log_probs is None else log_probs
-        if need.name == "reference_kl" and reference_logits is not None:
-            reference = reference_logits.detach().to(logits.dtype).log_softmax(-1)
-            values[need.name] = _reference_kl(log_probs, reference)
-        elif need.name in _FROM_LOGITS:
-            values[need.name] = _FROM_LOGITS[need.name](log_probs, **need.params)
-        else:
-            raise ValueError(
-                f"the loss needs {need!r}, which cannot be computed from logits alone: pass {_GIVEN_AS[need.name]}"
-            )
-    return TokenStats(step=step, vocab_size=logits.shape[-1], **values)
-
-
-_GIVEN_AS = {
-    "sequence_index": "sequence_index",
-    "reference_log_prob": "reference_log_prob",
-    "reference_kl": "reference_logits",
-}
-_PARAMS = {"top_k_entropy": ("k",)}
+_TEMPERED = ("power", "reference_power", "slope")
+PARAMS = {"top_k_entropy": ("k",), "top_k_mass": ("k",), "tempered_log_prob": _TEMPERED, "tempered_share": _TEMPERED}
 
 
 def check_params(need: Statistic) -> None:
     """Raise ``ValueError`` where a statistic's parameters are not those that it has."""
-    known = _PARAMS.get(need.name, ())
+    known = PARAMS.get(need.name, ())
     if tuple(sorted(need.params)) != known:
         takes = f"takes {', '.join(known)}" if known else "takes no parameters"
         raise ValueError(f"{need!r}: {need.name} {takes}")
 
 
-def _soft_target_log_probs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    targets = targets.to(logits.dtype)
-    log_probs = logits.log_softmax(-1)
-    # A class of zero target mass counts nothing even where its logit is -inf (0 * -inf would be nan).
-    log_prob = (targets * log_probs.masked_fill(targets == 0, 0.0)).sum(-1)
-    log_joint = targets.log() + log_probs
-    # A row of zeros (padding, often) or of banned classes has probability 0; logsumexp would give it a nan gradient.
-    impossible = (log_joint == float("-inf")).all(-1)
-    log_expected_prob = log_joint.masked_fill(impossible.unsqueeze(-1), 0.0).logsumexp(-1)
-    return log_prob, log_expected_prob.masked_fill(impossible, float("-inf"))
+# What is taken from a reference model's distribution, and so from its logits.
+OF_REFERENCE = ("reference_kl", "reference_reverse_kl", "reference_mass_below")
 
 
-def _entropy(log_probs: Tensor) -> Tensor:
-    # A banned token (logit -inf) has p log p = 0.
-    return -(log_probs.exp() * log_probs.masked_fill(log_probs == float("-inf"), 0.0)).sum(-1)
+def reads_reference(need: Statistic) -> bool:
+    """Whether a statistic is taken from a reference model's logits."""
+    return need.name in OF_REFERENCE or bool(need.params.get("reference_power"))
 
 
-def entropy_of_largest(logits: Tensor, k: int) -> Tensor:
-    """Entropy of the ``k`` likeliest classes among themselves, in nats; a constant.
+def reference_need(needs: Iterable[Statistic | str]) -> Statistic | None:
+    """The first that is taken from a reference model's logits, if there is one."""
+    return next((need for need in normalise_needs(needs) if reads_reference(need)), None)
 
-    Args:
-        logits: ``[n, V]``, up to a constant for each row.
-        k: how many; from 1 to V.
+
+def own_values(statistic: Statistic, logits: Tensor, targets: Tensor) -> Tensor:
+    """A statistic of somebody's own, checked.
+
+    Raises:
+        InputError: it is not one number for each target.
     """
-    if not 1 <= k <= logits.shape[-1]:
-        raise ValueError(f"top_k_entropy takes k from 1 to the size of the vocabulary, {logits.shape[-1]}; got {k}")
-    return _entropy(logits.detach().topk(k, dim=-1, sorted=False).values.log_softmax(-1))
-
-
-def _reference_kl(log_probs: Tensor, reference: Tensor) -> Tensor:
-    # What the reference bans adds nothing, whatever the model says.
-    weight = reference.exp()
-    banned = weight == 0
-    difference = reference.masked_fill(banned, 0.0) - log_probs.masked_fill(banned, 0.0)
-    return (weight * difference).sum(-1)
-
-
-_FROM_LOGITS: dict[str, Callable[..., Tensor]] = {
-    "mean_log_prob": lambda log_probs: log_probs.mean(-1),
-    "entropy": _entropy,
-    "top_k_entropy": entropy_of_largest,
-    "sum_squared_prob": lambda log_probs: (2 * log_probs).exp().sum(-1),
-}
+    assert statistic.function is not None
+    values = statistic.function(logits, targets)
+    if not isinstance(values, Tensor) or values.shape != targets.shape or values.is_complex():
+        got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise InputError(
+            f"{statistic!r} must return one number for each target, of shape {list(targets.shape)}, got {got}"
+        )
+    return values.detach().to(logits.device, logits.dtype)

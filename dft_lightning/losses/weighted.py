@@ -58,14 +58,112 @@ class ChordPhiLoss(TokenLoss):
         return weighted_log_prob(stats.log_prob.exp() * -torch.expm1(stats.log_prob), stats.log_prob)
 
 
+class InfoSFTLoss(TokenLoss):
+    """``-sg(p max(0, 1 - logit(p) / logit(peak))) log p``: what the model half knows, and nothing of what it knows.
+
+    ``logit(p) = log p - log(1 - p)``. The weight is ``p`` at 1/2 and more than ``p`` below, 0.508 at the most (near
+    0.57), and 0 from ``peak`` on.
+
+    Source: InfoSFT, arXiv 2605.14967, as in the authors' code (Helloworld10011/InfoSFT), whose command has 0.93. There
+    the sum is divided by the number of target tokens, as here, and not by the weights.
+
+    Args:
+        peak: the probability from which on nothing is learnt; more than 1/2 and less than 1.
+
+    Raises:
+        ValueError: ``peak`` out of range, unknown reduction.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0]])
+        >>> InfoSFTLoss()(logits, torch.tensor([1]))  # log(2) / 2
+        tensor(0.3466)
+    """
+
+    def __init__(self, peak: float = 0.93, *, ignore_index: int = IGNORE_INDEX, reduction: str = "mean") -> None:
+        super().__init__(ignore_index=ignore_index, reduction=reduction)
+        if not 0.5 < peak < 1:
+            raise ValueError(f"peak is a probability between 1/2 and 1, got {peak}")
+        self.peak = peak
+
+    def token_loss(self, stats: TokenStats) -> Tensor:
+        log_prob = stats.log_prob.detach()
+        p, logit = log_prob.exp(), log_prob - (-torch.expm1(log_prob)).log()
+        weight = p * (1 - logit / math.log(self.peak / (1 - self.peak))).clamp(min=0)
+        return weighted_log_prob(weight.masked_fill(p == 0, 0.0), stats.log_prob)
+
+
+class TrustRegionLoss(TokenLoss):
+    """``-p / sg(max(p, floor))``: cross-entropy's gradient where ``p >= floor``, DFT's over ``floor`` below.
+
+    The gradient is that of ``-sg(min(1, p / floor)) log p``. The loss is -1 from the floor on and not in nats: watch
+    ``nll``.
+
+    Source: TrSFT of TRAPO, arXiv 2512.17636, as in the authors' code (Su-my/TRAPO, ``clip_low``), where the floor of
+    0.1 is fixed. Their script divides by the padded length and adds an entropy bonus; here the divisor is the target
+    tokens.
+
+    Args:
+        floor: a probability, more than 0 and at most 1; 1 has DFT's gradient.
+
+    Raises:
+        ValueError: ``floor`` out of range, unknown reduction.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0], [0.0, 3.0]])
+        >>> TrustRegionLoss(reduction="none")(logits, torch.tensor([1, 0]))  # p = 0.5 and 0.047
+        tensor([-1.0000, -0.4743])
+    """
+
+    def __init__(self, floor: float = 0.1, *, ignore_index: int = IGNORE_INDEX, reduction: str = "mean") -> None:
+        super().__init__(ignore_index=ignore_index, reduction=reduction)
+        if not 0 < floor <= 1:
+            raise ValueError(f"floor is a probability, more than 0 and at most 1, got {floor}")
+        self.floor = floor
+
+    def token_loss(self, stats: TokenStats) -> Tensor:
+        p = stats.log_prob.exp()
+        return -p / p.detach().clamp(min=self.floor)
+
+
+class RectifiedLoss(TokenLoss):
+    """``-sg(w) log p``, ``w = 1`` where ``p > threshold`` and ``w = p`` elsewhere: what is unlikely is hardly learnt.
+
+    Source: GFT, arXiv 2604.14258, as in the authors' code (ZJU-OmniAI/GFT); its function has 0.5, its script sets 0.1.
+    There the loss is multiplied by a row's advantage, its reward less the mean of its group over the group's standard
+    deviation: give it as the row's ``advantage``. A negative one unlearns the token, with the weight ``p`` below the
+    threshold, so that what is next to impossible is left alone.
+
+    Args:
+        threshold: a probability, in ``[0, 1]``; 0 is cross-entropy, 1 DFT.
+
+    Raises:
+        ValueError: the threshold is no probability, unknown reduction.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+        >>> RectifiedLoss(threshold=0.4, reduction="none")(logits, torch.tensor([1, 0]))  # p = 0.5 and 0.27
+        tensor([0.6931, 0.3532])
+    """
+
+    def __init__(self, threshold: float = 0.5, *, ignore_index: int = IGNORE_INDEX, reduction: str = "mean") -> None:
+        super().__init__(ignore_index=ignore_index, reduction=reduction)
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold is a probability and must lie in [0, 1], got {threshold}")
+        self.threshold = threshold
+
+    def token_loss(self, stats: TokenStats) -> Tensor:
+        p = stats.log_prob.detach().exp()
+        return weighted_log_prob(torch.where(p > self.threshold, 1.0, p), stats.log_prob)
+
+
 class EAFTLoss(TokenLoss):
     """``-sg((H_k / ln k)**alpha) log p``: little is learnt where the model is certain, right or wrong.
 
     ``H_k`` is the entropy of the ``k`` likeliest tokens among themselves, so that the weight lies in ``[0, 1]``.
 
     Source: "Entropy-Adaptive Fine-Tuning", arXiv 2601.02151. Implementations differ in the divisor: the authors' code,
-    LLaMA-Factory and ms-swift divide by 3.0 (for ln 20 = 2.996: a weight 0.14% smaller); Axolotl divided by nothing at
-    first, three times as large a loss, and by ln k since. This one divides by ln k, the paper's own.
+    which are forks of LLaMA-Factory and ms-swift, and LLaMA-Factory divide by 3.0 (for ln 20 = 2.996: a weight 0.14%
+    smaller); Axolotl divides by nothing, three times as large a loss. This one divides by ln k, the paper's own.
 
     Args:
         alpha: exponent of the weight, 0 or more; 0 is cross-entropy.

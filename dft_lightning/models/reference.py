@@ -1,14 +1,15 @@
-"""The model that a divergence is taken from: a frozen copy of where the run began, or the base below an adapter."""
+"""What a model is compared with: where the run began, another model, or itself as it was some steps before."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -18,7 +19,7 @@ from dft_lightning.distributed.sharding import ShardingOptions, is_sharded, shar
 from dft_lightning.errors import InputError
 from dft_lightning.foreign.peft import adapter_off
 from dft_lightning.losses import TokenLoss
-from dft_lightning.losses.statistics import normalise_needs
+from dft_lightning.losses.statistics import reference_need
 from dft_lightning.models.documents import ModelChecks, knowing_documents, model_inputs
 from dft_lightning.models.fingerprints import base_fingerprint, first_difference
 from dft_lightning.models.head import ends_of, run_without_head
@@ -28,13 +29,13 @@ from dft_lightning.ops import ReferenceHead
 
 T = TypeVar("T")
 
-_REFERENCE = "dft_lightning_reference"
-"""Key in a checkpoint."""
+_REFERENCE, _EARLIER = "dft_lightning_reference", "dft_lightning_earlier"
+"""Keys in a checkpoint."""
 
 
 def needs_reference_model(loss: TokenLoss) -> bool:
     """Whether a loss compares the model's distribution with another model's."""
-    return any(need.name == "reference_kl" for need in normalise_needs(loss.needs))
+    return reference_need(loss.needs) is not None
 
 
 class ReferenceModel:
@@ -161,6 +162,67 @@ class ReferenceModel:
             # Rotary frequencies and the like stay in float32.
             is_cast = tensor.is_floating_point() and isinstance(tensor, nn.Parameter)
             tensor.data = tensor.data.to(first.device, first.dtype if is_cast else tensor.dtype)
+
+
+class EarlierModel:
+    """What is trained of a model, as it was at the last optimizer step that is a multiple of a number.
+
+    Args:
+        every: the number.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._step: int | None = None
+        self._values: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(cls, loss: TokenLoss) -> EarlierModel | None:
+        """For a loss that reads such a model's log-probs; ``None`` for others."""
+        return None if loss.refresh_every is None else cls(loss.refresh_every)
+
+    @contextmanager
+    def in_place_of(self, model: nn.Module, step: int) -> Iterator[None]:
+        """The model as it was, without gradients and without dropout; it is copied first where that is now.
+
+        Args:
+            model: the trained one.
+            step: optimizer steps behind its weights.
+        """
+        trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        if self._step != step - step % self._every or self._values.keys() != trained.keys():
+            self._step = step - step % self._every
+            self._values = {name: each.detach().clone() for name, each in trained.items()}
+        device = next(model.parameters()).device.type
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        self._exchange(trained)
+        try:
+            # Casts of these weights are not to be kept for those that come back.
+            with evaluating(model), torch.autocast(device, dtype, enabled, cache_enabled=False):
+                yield
+        finally:
+            self._exchange(trained)
+
+    def _exchange(self, trained: dict[str, nn.Parameter]) -> None:
+        for name, parameter in trained.items():
+            own = self._values[name].to(parameter.device, parameter.dtype)
+            self._values[name], parameter.data = parameter.data, own
+
+    def save(self, checkpoint: dict[str, Any], step: int) -> None:
+        """Add it to a checkpoint of weights after ``step`` steps, unless these are the same."""
+        if step % self._every and self._step == step - step % self._every:
+            checkpoint[_EARLIER] = {"step": self._step, "values": self._values}
+
+    def load(self, checkpoint: dict[str, Any], step: int) -> None:
+        """Go on from a checkpoint of weights after ``step`` steps."""
+        saved = checkpoint.get(_EARLIER) or {}
+        self._step, self._values = saved.get("step"), saved.get("values") or {}
+        if step % self._every and self._step != step - step % self._every:
+            rank_zero_warn(
+                f"--ckpt_path: the checkpoint, of step {step}, has no model of step {step - step % self._every} to "
+                "compare with, as it is of another loss or another refresh_every: until the next one it is compared "
+                "with its own weights"
+            )
 
 
 def _a_shard(sharded: nn.Module) -> Tensor:

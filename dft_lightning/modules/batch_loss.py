@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dft_lightning.errors import InputError
-from dft_lightning.losses import TokenLoss
+from dft_lightning.losses import CrossEntropyLoss, TokenLoss
 from dft_lightning.losses.base import IGNORE_INDEX
-from dft_lightning.losses.statistics import normalise_needs
+from dft_lightning.losses.statistics import names_of, normalise_needs
 from dft_lightning.models.documents import ModelChecks, knowing_documents, model_inputs
 from dft_lightning.models.head import WAY_OUT, LanguageModelHead, run_without_head
 from dft_lightning.models.layout import KEY, BatchLayout, layout_of, with_layout
-from dft_lightning.models.reference import ReferenceModel
+from dft_lightning.models.reference import EarlierModel, ReferenceModel
 from dft_lightning.models.row_checks import text_config
 from dft_lightning.modules.options import Head, StepOptions
 from dft_lightning.ops import TokenOutput, linear_token_loss, logits_token_loss
@@ -36,15 +38,18 @@ class BatchObjective:
         step: of whose options those of the objective are read.
         own_forward: whether the module overrides ``forward``.
         name: of the module's class, for messages.
+        earlier: the model as it was some steps before, for a loss that reads its log-probs.
 
     Raises:
         ValueError: the fused head would not run what the module overrides.
     """
 
-    def __init__(self, head: Head, step: StepOptions, own_forward: bool, name: str) -> None:
+    def __init__(
+        self, head: Head, step: StepOptions, own_forward: bool, name: str, earlier: EarlierModel | None
+    ) -> None:
         if head == "fused" and own_forward:
             raise ValueError(f"{name} overrides forward, which the fused head does not call: {WAY_OUT}")
-        self._head, self._step, self._own_forward = head, step, own_forward
+        self._head, self._step, self._own_forward, self._earlier = head, step, own_forward, earlier
         self._checks = ModelChecks()
         self._differs: Tensor | None = None
 
@@ -66,7 +71,7 @@ class BatchObjective:
             forward: gives its logits ``[B, T, V]``, for the full head.
             batch: as :class:`~dft_lightning.modules.CausalLMModule` takes it.
             loss: any token loss.
-            reference: the model that ``reference_kl`` is taken from, where the loss needs it.
+            reference: another model, where the loss needs its distribution.
             max_length: of documents, where that is known.
             alone: whether no step of a trainer comes, which would read :meth:`differs`.
             options: ``normalizer``, ``statistics`` and ``step`` of :func:`~dft_lightning.ops.linear_token_loss`.
@@ -78,9 +83,12 @@ class BatchObjective:
         layout = layout_of(batch)
         call = _Call(batch, layout, self._checks.before_batch(model, batch, max_length), loss, reference, options)
         if self._head == "full":
-            output, model_output = _full(model, call, forward if self._own_forward else None)
+            run = partial(_full, model, forward=forward if self._own_forward else None)
         else:
-            output, model_output = _fused(model, call, self._checks.head_of(model))
+            run = partial(_fused, model, head=self._checks.head_of(model))
+        if self._earlier is not None:
+            call = dataclasses.replace(call, earlier=_log_probs_of(self._earlier, model, call, run))
+        output, model_output = run(call)
         if layout is batch.get(KEY):
             differs = layout.differs(batch, output.vocab_size)
             self._differs = differs if self._differs is None else self._differs | differs
@@ -177,6 +185,7 @@ class _Call:
         loss: any token loss.
         reference: as in :meth:`BatchObjective.output`.
         options: likewise.
+        earlier: log-prob of each target under the model as it was, at the place of its logits, where the loss reads it.
     """
 
     batch: dict[str, Any]
@@ -185,6 +194,7 @@ class _Call:
     loss: TokenLoss
     reference: ReferenceModel | None
     options: dict[str, Any]
+    earlier: Tensor | None = None
 
     def targets(self, num_classes: int) -> Tensor:
         """Each token's target, ``[B, T]``, at the place of its logits; what stands where there is none is a class, too.
@@ -216,11 +226,13 @@ class _Call:
         Raises:
             InputError: the batch lacks it.
         """
-        needs = {need.name for need in normalise_needs(self.loss.needs)}
+        needs = names_of(self.loss.needs)
         inputs: dict[str, Any] = {}
         if "sequence_index" in needs:
             inputs["sequence_index"] = self.layout.sequence_index().view(self.layout.shape)
-        if "reference_log_prob" in needs:
+        if "reference_log_prob" in needs and self.earlier is not None:
+            inputs["reference_log_prob"] = self.earlier
+        elif "reference_log_prob" in needs:
             if "reference_log_prob" not in self.batch:
                 raise InputError(
                     f"{type(self.loss).__name__} needs reference_log_prob of every target, which these rows lack: "
@@ -228,6 +240,17 @@ class _Call:
                 )
             inputs["reference_log_prob"] = self.shifted("reference_log_prob")
         return inputs
+
+
+Run = Callable[[_Call], tuple[TokenOutput, Any]]
+
+
+def _log_probs_of(earlier: EarlierModel, model: nn.Module, call: _Call, run: Run) -> Tensor:
+    """Log-prob of each target under the model as it was, ``[B, T]`` at the place of its logits."""
+    with earlier.in_place_of(model, call.options["step"]):
+        output, _ = run(dataclasses.replace(call, loss=CrossEntropyLoss(), reference=None, options={}))
+    found = output.log_prob.new_zeros(math.prod(call.layout.shape))
+    return found.index_copy(0, call.layout.target_index, output.log_prob).view(call.layout.shape)
 
 
 def _fused(model: nn.Module, call: _Call, head: LanguageModelHead) -> tuple[TokenOutput, Any]:
@@ -286,7 +309,7 @@ def _logits(model: nn.Module, batch: dict[str, Any], forward: Callable[..., Tens
 def check_top_k(loss: TokenLoss, vocabulary: int) -> None:
     """Raise ``InputError`` where a loss takes more of the likeliest tokens than there are."""
     for need in normalise_needs(loss.needs):
-        if need.name == "top_k_entropy" and need.params.get("k", 0) > vocabulary:
+        if need.params.get("k", 0) > vocabulary:
             raise InputError(
                 f"model.loss: {type(loss).__name__} takes the {need.params['k']} likeliest tokens, and the model knows "
                 f"{vocabulary} in all: set a smaller top_k"

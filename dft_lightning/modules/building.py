@@ -130,8 +130,13 @@ class ModelBuilder:
         """Whether each rank reads its own part of a checkpoint, once the model is sharded."""
         return mesh is not None and self._sharding.load == "shards" and isinstance(self.base, str)
 
-    def check_strategy(self, loss: TokenLoss, trainer: pl.Trainer | None) -> None:
-        """Raise ``InputError`` where a second model would have to be sharded by FSDP1, which wraps one alone."""
+    def check_strategy(self, loss: TokenLoss, trainer: pl.Trainer | None, mesh: DeviceMesh | None) -> None:
+        """Raise ``InputError`` for a loss whose second model a strategy cannot shard."""
+        if loss.refresh_every is not None and (mesh is not None or wraps_parameters(trainer)):
+            raise InputError(
+                f"{type(loss).__name__}: refresh_every keeps a copy of what is trained, which is not sharded: use DDP, "
+                "or refresh_every: null, with rows that `python -m dft_lightning score` has given reference log-probs"
+            )
         own = self._peft is not None and self._reference_model is None
         if _compares(loss, trainer) and wraps_parameters(trainer) and not own:
             raise InputError(

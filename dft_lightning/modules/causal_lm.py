@@ -28,7 +28,7 @@ from dft_lightning.models.generation import Completions, GenerationOptions
 from dft_lightning.models.given import options_of_itself
 from dft_lightning.models.layout import KEY
 from dft_lightning.models.lora.options import lora_values
-from dft_lightning.models.reference import ReferenceModel
+from dft_lightning.models.reference import EarlierModel, ReferenceModel
 from dft_lightning.modules.answers import Engine, Kept, kept_or_new
 from dft_lightning.modules.batch_loss import BatchObjective, checked
 from dft_lightning.modules.building import RUN_THE_MODEL, ModelBuilder, check_uncompiled, objective_of
@@ -81,9 +81,9 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         loading: how the model is loaded and run.
         peft: train an adapter (LoRA) and nothing else: a ``LoraConfig`` of peft, or a dict of its options. Checkpoints
             hold the adapter alone. ``None`` trains the whole model.
-        reference_model: hub name, local folder or ``asset://NAME`` of the model that losses with ``reference_kl``
-            compare with, over the same vocabulary. ``None`` takes the model that the run starts from: the base below
-            an adapter, or else a frozen copy, as large again, which strategies that shard the model refuse.
+        reference_model: hub name, local folder or ``asset://NAME`` of the model whose distribution a loss reads (a
+            teacher, an anchor), over the same vocabulary. ``None`` takes the model that the run starts from: the base
+            below an adapter, or else a frozen copy, as large again, which FSDP1 refuses.
         sharding: how ``ModelParallelStrategy`` (FSDP2) shards the model; other strategies take no such options.
         step: what an optimizer step is.
         evaluation: how ``predict`` and ``test`` generate and score.
@@ -133,12 +133,14 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         self.eval_metrics = Evaluation(self.evaluation)
         self._builder = ModelBuilder(model, self.loss, self.loading, self.sharding, self.step, peft, reference_model)
         self.model_name = self._builder.base_name  # where the data module's tokenizer is, if it names none
-        self._objective = BatchObjective(self.loading.head, self.step, own_forward, name)
+        earlier = EarlierModel.of(self.loss)
+        self._objective = BatchObjective(self.loading.head, self.step, own_forward, name, earlier)
         self._completions = Completions(self._builder.load_tokenizer, self.sharding)
         self._optimization = OptimizerBuilder(optimizer, schedule)
         self._steps = OptimizerSteps(self.step, self.train_telemetry, name)
         self._run_state = RunState(self._steps, self.train_telemetry, name)
-        self._checkpoints = Checkpoints(self._builder, peft, self._optimization.schedule_values, self._run_state)
+        schedule_values = self._optimization.schedule_values
+        self._checkpoints = Checkpoints(self._builder, peft, schedule_values, self._run_state, earlier)
         self.register_load_state_dict_post_hook(self._checkpoints.leave_out_the_base)  # type: ignore[no-untyped-call]
         self._reference: ReferenceModel | None = None
         self.engine: Engine | None = None  # what answers in this module's place, while it is open
@@ -159,7 +161,7 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
         mesh = builder.mesh(trainer)
         if is_sharded(self):
             return
-        builder.check_strategy(self.loss, trainer)
+        builder.check_strategy(self.loss, trainer, mesh)
         if trainer is not None and trainer.state.fn in (TrainerFn.FITTING, TrainerFn.TESTING):
             self.eval_metrics.check_answers(self._datamodule)
         files: list[Path] = []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dft_lightning.losses.base import check_class_indices
-from dft_lightning.losses.statistics import Statistic, TokenStats
+from dft_lightning.losses.statistics import NO_STATISTICS, Statistic, TokenStats
 from dft_lightning.ops.row_math import LogitTransform
 
 # What a head always computes.
@@ -23,7 +23,7 @@ class HeadSettings:
 
     Attributes:
         transform: what the model does to the product.
-        statistics: what to compute, by name in ``ENTRIES``, in the order of the names.
+        statistics: what to compute, by name, in the order of the names.
         dtype: of the matrix products.
         chunk_bytes: size of what is kept of a chunk's logits, ``None`` for what suits the device.
         reference_transform: what a reference model does to its product, where a statistic needs its logits.
@@ -122,7 +122,7 @@ def _check_shapes(
         raise TypeError(f"targets must be integers, got {targets.dtype}; soft targets need the logits: loss(logits, q)")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [V], got {list(bias.shape)}, {shapes}")
-    known = {field.name for field in fields(TokenStats)} - {"step", "vocab_size", *ALWAYS}
+    known = {field.name for field in fields(TokenStats)} - {*NO_STATISTICS, *ALWAYS}
     for name, value in per_token.items():
         if value is None:
             continue

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from dft_lightning.foreign.torch import has_sigmoid_of_product
-from dft_lightning.losses.statistics import entropy_of_largest
+from dft_lightning.losses.from_logits import entropy_of_largest
 from dft_lightning.ops.pieces import slices
 from dft_lightning.ops.products import HeadProducts, float32_sums
 from dft_lightning.ops.row_math import LogitTransform, Moments, SoftmaxRows
-from dft_lightning.ops.torch_kernels import largest, log_factor_of, log_sigmoid, put_, row_blocks, row_sums
+from dft_lightning.ops.rows import largest, put_, row_blocks
+from dft_lightning.ops.torch_kernels import log_factor_of, log_sigmoid, row_sums
 
 # What a row's largest value may be. Up to the first a sigmoid is an exponential to 1/16 of what bfloat16 rounds; from
 # the second on all classes have a value that are up to 24 nats less likely than the likeliest.
@@ -70,7 +71,8 @@ def row_moments(
         found["top_k_entropy"] = _top_k_entropy(values, target_logit - base, top_k)
     correct = _first_largest(products, rows, values, highest, target_logit - base, targets)
     log_prob = log_sigmoid(target_logit - others)
-    return Moments(log_prob, log_normalizer, correct, **found), SoftmaxRows(values, log_factor, total)
+    moments = Moments(log_prob=log_prob, log_normalizer=log_normalizer, correct=correct, **found)
+    return moments, SoftmaxRows(values, log_factor, total)
 
 
 def row_softmax(products: HeadProducts, rows: slice, targets: Tensor) -> SoftmaxRows:

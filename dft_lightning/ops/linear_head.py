@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss, required_step, token_loss_and_weight
-from dft_lightning.losses.statistics import Statistic, TokenStats, check_params, normalise_needs
+from dft_lightning.losses.statistics import Statistic, TokenStats, check_params, normalise_needs, reads_reference
 from dft_lightning.ops.call import (
     ALWAYS,
     HeadSettings,
@@ -21,7 +21,7 @@ from dft_lightning.ops.call import (
     target_tokens,
 )
 from dft_lightning.ops.passes import head_statistics, one_pass
-from dft_lightning.ops.row_math import ENTRIES, LogitTransform
+from dft_lightning.ops.row_math import ENTRIES, LogitTransform, tempering_of
 
 
 @torch.compiler.disable
@@ -82,8 +82,8 @@ def linear_token_loss(
             :class:`TokenStats`: ``sequence_index``, ``reference_log_prob``. Constants: no gradient flows into them.
         token_weight: ``[n]`` factors of the tokens' losses. They count in the statistic ``weight``, not in the
             normaliser.
-        reference: last hidden states and head of a reference model, for ``reference_kl``. Its logits stand beside the
-            model's own chunk by chunk, and take as much again as ``chunk_bytes``.
+        reference: last hidden states and head of a reference model, for what is taken from its distribution. Its logits
+            stand beside the model's own chunk by chunk, and take as much again as ``chunk_bytes``.
         statistics: what to compute beyond ``loss.needs``, such as ``"entropy"``.
         step: the optimizer step, which losses with a schedule need.
         chunk_bytes: at most what a chunk's exponentials take in the dtype of the products (and never less than one
@@ -182,19 +182,20 @@ def _settings(
     for need in needs:
         if need.name in batch.inputs or need.name in ALWAYS:
             continue
-        if need.name not in ENTRIES:
+        if need.name not in ENTRIES and need.function is None:
             raise ValueError(
                 f"{who} needs {need!r}, which a linear head cannot compute: it has {', '.join([*ALWAYS, *ENTRIES])}; "
                 "pass others in token_inputs"
             )
         check_params(need)
-        if need.name == "reference_kl" and batch.reference is None:
+        if reads_reference(need) and batch.reference is None:
             raise ValueError(f"{who} needs {need!r}: pass reference, the reference model's hidden states and head")
         if wanted.setdefault(need.name, need) != need:
             raise ValueError(f"one call computes {wanted[need.name]!r} or {need!r}, not both")
     if chunk_bytes is not None and chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
-    beside = batch.reference if "reference_kl" in wanted else None
+    tempering_of(wanted)
+    beside = batch.reference if any(map(reads_reference, wanted.values())) else None
     return HeadSettings(
         transform=LogitTransform(logit_scale, logit_softcap),
         reference_transform=None if beside is None else LogitTransform(beside.logit_scale, beside.logit_softcap),
@@ -210,7 +211,8 @@ def _check_cap(needs: Iterable[Statistic], settings: HeadSettings) -> None:
     Where a class has none of the probability, the slope of its cap is lost, and these statistics have a gradient that
     is not multiplied by the probability.
     """
-    asked = [need.name for need in needs if need.name in ("mean_log_prob", "reference_kl")]
+    beyond = ("mean_log_prob", "reference_kl", "tempered_log_prob")
+    asked = [need.name for need in needs if need.name in beyond]
     cap, scale = settings.transform.softcap, settings.transform.scale
     nats = {torch.float16: 26.0, torch.float64: 700.0}.get(settings.dtype, 85.0)
     if asked and cap is not None and 2 * abs(scale) * cap > nats:

@@ -15,7 +15,8 @@ from dft_lightning.losses.base import (
     required_step,
     token_loss_and_weight,
 )
-from dft_lightning.losses.statistics import Statistic, normalise_needs, statistics_from_logits
+from dft_lightning.losses.from_logits import statistics_from_logits
+from dft_lightning.losses.statistics import Statistic, normalise_needs
 from dft_lightning.ops.call import TokenOutput, reduced
 
 

@@ -14,14 +14,22 @@ from torch import Tensor
 
 from dft_lightning.foreign.torch import keeps_graph
 from dft_lightning.losses.base import TokenLoss, loss_and_slopes
-from dft_lightning.losses.statistics import TokenStats, raised_dtype
-from dft_lightning.ops import kernels
+from dft_lightning.losses.statistics import TokenStats, raised_dtype, with_own
+from dft_lightning.ops import kernels, torch_kernels
 from dft_lightning.ops.call import HeadSettings, ReferenceHead, TargetTokens, TokenOutput, inverse_normalizer
 from dft_lightning.ops.gathering import Gathered, gather
 from dft_lightning.ops.pieces import scaled
 from dft_lightning.ops.products import HeadProducts
-from dft_lightning.ops.row_math import ENTRIES, Coefficients, Moments, coefficients_of, statistics_of
-from dft_lightning.ops.torch_kernels import put_
+from dft_lightning.ops.row_math import (
+    Coefficients,
+    Moments,
+    coefficients_of,
+    entry_of,
+    moment_names,
+    needed_for_gradient,
+    statistics_of,
+)
+from dft_lightning.ops.rows import put_
 
 
 def one_pass(
@@ -41,6 +49,7 @@ def one_pass(
     value, loss_sum, slope, correct, log_prob, *rest = OnePass.apply(  # type: ignore[no-untyped-call, unused-ignore]
         *leaves, wanted, batch, loss, settings, inverse, step
     )
+    known = batch.inputs | with_own(dict(zip(settings.statistics, rest, strict=True)))
     return TokenOutput(
         loss=value,
         loss_sum=loss_sum,
@@ -49,8 +58,7 @@ def one_pass(
         log_prob=log_prob,
         step=step,
         vocab_size=weight.shape[0],
-        **batch.inputs,
-        **dict(zip(settings.statistics, rest, strict=True)),
+        **known,
     )
 
 
@@ -79,12 +87,15 @@ class OnePass(torch.autograd.Function):
                 gathered = gather(products, rows, batch.targets[rows], settings, keep=any(wanted))
                 moments = gathered.moments
                 values = statistics_of(moments, settings.statistics, products.vocabulary)
-                stats = TokenStats(step=step, vocab_size=weight.shape[0], **values, **_rows_of(batch.inputs, rows))
+                known = with_own(values) | _rows_of(batch.inputs, rows)
+                stats = TokenStats(step=step, vocab_size=weight.shape[0], **known)
                 losses, slopes = loss_and_slopes(loss, stats, None if batch.weight is None else batch.weight[rows])
                 if any(wanted):
                     # What was given to the loss from outside does not depend on these logits.
                     slopes = {name: slope for name, slope in slopes.items() if name in values}
-                    coefficients = coefficients_of(slopes, values, products.vocabulary).scaled(inverse)
+                    coefficients = coefficients_of(
+                        slopes, values, moments, settings.statistics, products.vocabulary
+                    ).scaled(inverse)
                     _push_back(products, rows, batch.targets[rows], settings, gathered, coefficients)
                 del gathered  # before the next chunk's
                 found = {"losses": losses, "weight": -slopes["log_prob"], "correct": moments.correct, **values}
@@ -117,7 +128,7 @@ def head_statistics(
         batch.hidden, weight, bias, batch.targets, settings, batch.reference
     )
     values = dict(zip(settings.statistics, rest, strict=True))
-    return TokenStats(log_prob=log_prob, vocab_size=weight.shape[0], **values), correct
+    return TokenStats(log_prob=log_prob, vocab_size=weight.shape[0], **with_own(values)), correct
 
 
 class _Statistics(torch.autograd.Function):
@@ -139,14 +150,14 @@ class _Statistics(torch.autograd.Function):
             chunks = [
                 vars(gather(products, rows, targets[rows], settings, keep=False).moments) for rows in products.chunks()
             ]
-        names = ["log_prob", "log_normalizer", "correct", *(ENTRIES[name].moment for name in settings.statistics)]
+        names = moment_names(settings.statistics)
         moments = Moments(**_concatenated(chunks, names, settings.dtype, hidden.device))
         values = statistics_of(moments, settings.statistics, weight.shape[0])
         ctx.save_for_backward(hidden, weight, bias, targets, *values.values())
         ctx.settings, ctx.names, ctx.reference = settings, list(values), reference
         # These are saved: an output that autograd sees must be another tensor.
         outputs = {name: value.clone() for name, value in values.items()}
-        constants = [value for name, value in outputs.items() if name in ENTRIES and not ENTRIES[name].gradient]
+        constants = [outputs[name] for name, each in settings.statistics.items() if entry_of(each).gradient is None]
         ctx.mark_non_differentiable(moments.correct, *constants)
         return moments.correct, *outputs.values()
 
@@ -157,14 +168,15 @@ class _Statistics(torch.autograd.Function):
         values = dict(zip(ctx.names, saved, strict=True))
         slopes = {name: u for name, u in zip(ctx.names, upstream, strict=True) if u is not None}
         slopes.setdefault("log_prob", torch.zeros_like(values["log_prob"]))
-        settings = replace(ctx.settings, statistics={})
+        settings = replace(ctx.settings, statistics=needed_for_gradient(ctx.settings.statistics))
         with (
             torch.autocast(hidden.device.type, enabled=False),
             HeadProducts(hidden, weight, bias, settings, ctx.needs_input_grad[:3], ctx.reference) as products,
         ):
             for rows in products.chunks():
                 gathered = gather(products, rows, targets[rows], settings, keep=True)
-                coefficients = coefficients_of(_rows_of(slopes, rows), _rows_of(values, rows), products.vocabulary)
+                own = _rows_of(slopes, rows), _rows_of(values, rows)
+                coefficients = coefficients_of(*own, gathered.moments, settings.statistics, products.vocabulary)
                 _push_back(products, rows, targets[rows], settings, gathered, coefficients)
                 del gathered
         dtypes = _dtypes(hidden, weight, bias)
@@ -192,9 +204,8 @@ def _push_back(
     if settings.dtype == torch.float16:
         largest = coefficients.largest_gradient(gathered.moments.log_prob) * abs(transform.scale)
         coefficients = coefficients.scaled(products.next_scale(largest))
-    kernels.kernels_for(products.device, settings.dtype).row_gradient_(
-        own, targets, transform, gathered.moments, coefficients, gathered.reference
-    )
+    of_rows = kernels.kernels_for(products.device, settings.dtype) if coefficients.in_kernels else torch_kernels
+    of_rows.row_gradient_(own, targets, transform, gathered.moments, coefficients, gathered.reference)
     products.add_gradients(rows, own.values)
 
 

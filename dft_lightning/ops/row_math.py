@@ -6,19 +6,25 @@ statistic adds to the coefficients of
 
     dL/dz_v = at_target * (1[v = y] - p_v) + constant + p_v * (linear + log_linear * log p_v + quadratic * p_v)
               - reference * r_v
+              + 1[v = y] * own + 1[v != y] * (p_v * (others + log_ratio * (log p_v - log r_v)) + tempered * q_v h_v)
 
-with ``r`` the probabilities of a reference model. One statistic is one entry of :data:`ENTRIES`.
+with ``r`` the probabilities of a reference model and ``q h`` the weights of ``tempered_log_prob``. What stands in the
+last row is apart at the target, where terms of both kinds would lose their digits against each other near p = 1. One
+statistic is one entry of :data:`ENTRIES`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dft_lightning.losses.statistics import Statistic
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,10 @@ class SoftmaxRows(NamedTuple):
     total: Tensor
 
 
-@dataclass
-class Moments:
+class Moments(SimpleNamespace):
     """What is gathered from ``n`` rows; each ``[n]``, ``None`` where no wanted statistic is made of it.
+
+    What somebody's own statistics give stands beside, by their names.
 
     Attributes:
         log_prob: of the target, with all digits near p = 1.
@@ -90,7 +97,15 @@ class Moments:
         sum_p_log_p: ``sum p log p`` over all classes but the target.
         sum_p_squared: ``sum p**2`` over all classes but the target.
         top_k_entropy: entropy of the k likeliest classes among themselves.
+        top_k_mass: their probability.
         reference_kl: ``sum r (log r - log p)``.
+        reference_mass_below: see :class:`TokenStats`.
+        log_ratio_of_others: ``sum p (log p - log r)`` over all classes but the target.
+        log_ratio_of_target: ``l - log r`` of the target.
+        tempered_log_prob: ``sum q h log p``.
+        tempered_share: ``sum q h``.
+        tempered_others: ``sum q h`` over all classes but the target.
+        log_tempered: logarithm of what ``p**power r**reference_power`` is divided by for ``q``.
     """
 
     log_prob: Tensor
@@ -100,12 +115,49 @@ class Moments:
     sum_p_log_p: Tensor | None = None
     sum_p_squared: Tensor | None = None
     top_k_entropy: Tensor | None = None
+    top_k_mass: Tensor | None = None
     reference_kl: Tensor | None = None
+    reference_mass_below: Tensor | None = None
+    log_ratio_of_others: Tensor | None = None
+    log_ratio_of_target: Tensor | None = None
+    tempered_log_prob: Tensor | None = None
+    tempered_share: Tensor | None = None
+    tempered_others: Tensor | None = None
+    log_tempered: Tensor | None = None
+
+
+class Tempering(NamedTuple):
+    """Which classes have how much of ``tempered_log_prob``; see :class:`TokenStats`.
+
+    Attributes:
+        power: of the model's probabilities.
+        reference_power: of the reference's.
+        slope: of the sigmoid, or ``None`` for 1 in its place.
+    """
+
+    power: float
+    reference_power: float
+    slope: float | None
+
+
+def tempering_of(statistics: Mapping[str, Statistic]) -> Tempering | None:
+    """That of the statistics that are made of it.
+
+    Raises:
+        ValueError: they have different ones.
+    """
+    found = {Tempering(**statistics[name].params) for name in _TEMPERED if name in statistics}
+    if len(found) > 1:
+        raise ValueError(f"one call has one tempered distribution, and these differ: {[*statistics.values()]}")
+    return next(iter(found), None)
+
+
+_TEMPERED = ("tempered_log_prob", "tempered_share")
 
 
 @dataclass
 class Coefficients:
-    """Of the gradient above; each ``[n]``, ``None`` for zero."""
+    """Of the gradient above; each ``[n]``, ``None`` for zero; and which classes ``tempered`` counts."""
 
     at_target: Tensor
     constant: Tensor | None = None
@@ -113,10 +165,16 @@ class Coefficients:
     log_linear: Tensor | None = None
     quadratic: Tensor | None = None
     reference: Tensor | None = None
+    own: Tensor | None = None
+    others: Tensor | None = None
+    log_ratio: Tensor | None = None
+    tempered: Tensor | None = None
+    tempering: Tempering | None = None
 
     def scaled(self, factor: Tensor | float) -> Coefficients:
         """All of them times a factor."""
-        return Coefficients(**{name: c * factor for name, c in vars(self).items() if c is not None})
+        found = {name: c * factor for name, c in vars(self).items() if isinstance(c, Tensor)}
+        return Coefficients(**found, tempering=self.tempering)
 
     def largest_gradient(self, log_prob: Tensor) -> Tensor:
         """``[n]``, what no element of a row's gradient exceeds in size: of the target's own and the others' bound.
@@ -132,6 +190,9 @@ class Coefficients:
             (self.linear, q),
             (self.log_linear, -likeliest * likeliest.log()),
             (self.quadratic, q.square()),
+            (self.others, q),
+            (self.log_ratio, 1 / math.e + q * _LARGEST_LOG),
+            (self.tempered, 1.0),
         ):
             if coefficient is not None:
                 others = others + coefficient.abs() * size
@@ -143,9 +204,15 @@ class Coefficients:
         """Whether the gradient is ``at_target * (1[v = y] - p_v)``, as of every loss of ``log_prob`` alone."""
         return all(value is None for name, value in vars(self).items() if name != "at_target")
 
+    @property
+    def in_kernels(self) -> bool:
+        """Whether every device's own kernels make such a gradient."""
+        return self.log_ratio is None and self.tempered is None
+
     def off_target_linear(self) -> Tensor:
         """What multiplies ``p_v`` away from the target."""
-        return -self.at_target if self.linear is None else self.linear - self.at_target
+        linear = -self.at_target if self.linear is None else self.linear - self.at_target
+        return linear if self.others is None else linear + self.others
 
     def target_gradient(self, log_prob: Tensor) -> Tensor:
         """``dL/dz_y`` but for the reference's part, with all its digits where ``p_y`` is near 1."""
@@ -159,7 +226,11 @@ class Coefficients:
             gradient = gradient + self.log_linear * _times_log(p, log_prob)
         if self.quadratic is not None:
             gradient = gradient + self.quadratic * p.square()
-        return gradient
+        return gradient if self.own is None else gradient + self.own
+
+
+# What no logarithm of a reference's probability exceeds in size in half precision.
+_LARGEST_LOG = 88.0
 
 
 def _times_log(p: Tensor, log_p: Tensor) -> Tensor:
@@ -173,57 +244,126 @@ class Entry(NamedTuple):
     Attributes:
         moment: the moment it is made of, beyond those that are always there.
         value: its value from that moment, all moments, and the size of the vocabulary.
-        gradient: what it adds to the coefficients, from ``u``, the statistic's value and the size of the vocabulary.
-            ``None`` for a statistic that is a constant.
-        in_kernel: whether the row kernels gather the moment in their one pass.
+        gradient: what it adds to the coefficients, from ``u``, the statistic's value, all moments and the size of the
+            vocabulary. ``None`` for a statistic that is a constant.
+        gathered: where the moment comes from: ``"kernel"``, the row kernels in their one pass; ``"logits"``, a block's
+            logits; ``"rows"``, what is kept of a chunk's.
+        beside: further moments that the value is made of.
     """
 
     moment: str
     value: Callable[[Tensor, Moments, int], Tensor]
-    gradient: Callable[[Tensor, Tensor, int], dict[str, Tensor]] | None
-    in_kernel: bool = True
+    gradient: Callable[[Tensor, Tensor, Moments, int], dict[str, Tensor]] | None
+    gathered: str = "kernel"
+    beside: tuple[str, ...] = ()
+
+
+def _reverse_kl(others: Tensor, moments: Moments, _: int) -> Tensor:
+    return others + _times_ratio(moments.log_prob.exp(), moments)
+
+
+def _times_ratio(factor: Tensor, moments: Moments) -> Tensor:
+    """Times ``l - log r`` of the target, 0 where the model bans it."""
+    assert moments.log_ratio_of_target is not None
+    return factor * moments.log_ratio_of_target.masked_fill(moments.log_prob == -math.inf, 0.0)
+
+
+def _reverse_kl_gradient(u: Tensor, value: Tensor, moments: Moments, _: int) -> dict[str, Tensor]:
+    p, rest = moments.log_prob.exp(), -torch.expm1(moments.log_prob)
+    assert moments.log_ratio_of_others is not None
+    own = u * p * (_times_ratio(rest, moments) - moments.log_ratio_of_others)
+    return {"log_ratio": u, "others": -u * value, "own": own}
+
+
+def _tempered_gradient(u: Tensor, value: Tensor, moments: Moments, _: int) -> dict[str, Tensor]:
+    assert moments.tempered_share is not None
+    assert moments.tempered_others is not None
+    own = u * (moments.tempered_share * -torch.expm1(moments.log_prob) - moments.tempered_others)
+    return {"tempered": u, "others": -u * moments.tempered_share, "own": own}
+
+
+def _constant(moment: str, gathered: str) -> Entry:
+    return Entry(moment, lambda value, *_: value, None, gathered)
 
 
 ENTRIES: dict[str, Entry] = {
     "mean_log_prob": Entry(
         "sum_logits",
         lambda total, moments, vocabulary: total / vocabulary - moments.log_normalizer,
-        lambda u, value, vocabulary: {"constant": u / vocabulary, "linear": -u},
+        lambda u, value, _, vocabulary: {"constant": u / vocabulary, "linear": -u},
     ),
     "entropy": Entry(
         "sum_p_log_p",
         lambda total, moments, _: -(total + _times_log(moments.log_prob.exp(), moments.log_prob)),
-        lambda u, value, _: {"linear": -u * value, "log_linear": -u},
+        lambda u, value, *_: {"linear": -u * value, "log_linear": -u},
     ),
     "sum_squared_prob": Entry(
         "sum_p_squared",
         lambda total, moments, _: total + (2 * moments.log_prob).exp(),
-        lambda u, value, _: {"linear": -2 * u * value, "quadratic": 2 * u},
+        lambda u, value, *_: {"linear": -2 * u * value, "quadratic": 2 * u},
     ),
-    "top_k_entropy": Entry("top_k_entropy", lambda entropy, *_: entropy, None, in_kernel=False),
+    "top_k_entropy": _constant("top_k_entropy", "logits"),
+    "top_k_mass": _constant("top_k_mass", "rows"),
+    "tempered_log_prob": Entry("tempered_log_prob", lambda value, *_: value, _tempered_gradient, "rows"),
+    "tempered_share": _constant("tempered_share", "rows"),
     "reference_kl": Entry(
         "reference_kl",
         lambda divergence, *_: divergence,
-        lambda u, value, _: {"linear": u, "reference": u},
-        in_kernel=False,
+        lambda u, value, *_: {"linear": u, "reference": u},
+        "logits",
     ),
+    "reference_reverse_kl": Entry(
+        "log_ratio_of_others", _reverse_kl, _reverse_kl_gradient, "rows", beside=("log_ratio_of_target",)
+    ),
+    "reference_mass_below": _constant("reference_mass_below", "logits"),
 }
 
 
-def statistics_of(moments: Moments, names: Iterable[str], vocabulary: int) -> dict[str, Tensor]:
-    """``log_prob`` and the named statistics, each ``[n]``."""
+def entry_of(statistic: Statistic) -> Entry:
+    """That of a statistic, which may be somebody's own."""
+    return _constant(statistic.name, "logits") if statistic.function is not None else ENTRIES[statistic.name]
+
+
+def moment_names(statistics: Mapping[str, Statistic]) -> list[str]:
+    """The moments that are always there, and those that statistics are made of."""
+    names = ["log_prob", "log_normalizer", "correct"]
+    for entry in map(entry_of, statistics.values()):
+        names += [entry.moment, *entry.beside]
+    return names
+
+
+def statistics_of(moments: Moments, statistics: Mapping[str, Statistic], vocabulary: int) -> dict[str, Tensor]:
+    """``log_prob`` and the statistics, each ``[n]``."""
     values = {"log_prob": moments.log_prob}
-    for name in names:
-        values[name] = ENTRIES[name].value(getattr(moments, ENTRIES[name].moment), moments, vocabulary)
+    for name, statistic in statistics.items():
+        entry = entry_of(statistic)
+        values[name] = entry.value(getattr(moments, entry.moment), moments, vocabulary)
     return values
 
 
-def coefficients_of(slopes: Mapping[str, Tensor], values: Mapping[str, Tensor], vocabulary: int) -> Coefficients:
+def needed_for_gradient(statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
+    """Those whose gradient takes more than their values: the moments that are made of what is kept."""
+    return {
+        name: statistic
+        for name, statistic in statistics.items()
+        if statistic.name in ("tempered_log_prob", "reference_reverse_kl")
+    }
+
+
+def coefficients_of(
+    slopes: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+    moments: Moments,
+    statistics: Mapping[str, Statistic],
+    vocabulary: int,
+) -> Coefficients:
     """Coefficients of the rows' gradient.
 
     Args:
         slopes: derivative of the loss by each statistic, ``log_prob`` always among them.
         values: the statistics themselves.
+        moments: of the rows.
+        statistics: what they are, by name.
         vocabulary: number of classes.
     """
     total = {"at_target": slopes["log_prob"]}
@@ -232,6 +372,6 @@ def coefficients_of(slopes: Mapping[str, Tensor], values: Mapping[str, Tensor], 
             continue
         gradient = ENTRIES[name].gradient
         assert gradient is not None, f"{name} is a constant"
-        for coefficient, value in gradient(slope, values[name], vocabulary).items():
+        for coefficient, value in gradient(slope, values[name], moments, vocabulary).items():
             total[coefficient] = total[coefficient] + value if coefficient in total else value
-    return Coefficients(**total)
+    return Coefficients(**total, tempering=tempering_of(statistics) if "tempered" in total else None)

@@ -7,19 +7,16 @@ time.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from dft_lightning.losses.statistics import entropy_of_largest, raised_dtype
-from dft_lightning.ops.pieces import scratch, slices
+from dft_lightning.losses.from_logits import entropy_of_largest
+from dft_lightning.losses.statistics import raised_dtype
+from dft_lightning.ops.pieces import slices
 from dft_lightning.ops.row_math import Coefficients, LogitTransform, Moments, SoftmaxRows
-
-# Few enough for a cache, and enough that the operations on them are long beside what it takes to wake a thread.
-_BLOCK_BYTES = {"cpu": 16 * 2**20}
-_BLOCK_BYTES_ELSEWHERE = 64 * 2**20
+from dft_lightning.ops.row_weights import add_log_ratio_, add_tempered_
+from dft_lightning.ops.rows import at, largest, put_, row_blocks, smallest_value, value_scale
 
 
 def row_moments(
@@ -54,7 +51,8 @@ def row_moments(
     log_prob, log_of_others = log_sigmoid(target_logit - others), log_sigmoid(others - target_logit)
     found |= row_sums(logits, log_factor_of(log_of_others, total), wanted)
     values, total = _rounded(logits, total, out)
-    moments = Moments(log_prob, torch.logaddexp(others, target_logit), correct, **found)
+    normalizer = torch.logaddexp(others, target_logit)
+    moments = Moments(log_prob=log_prob, log_normalizer=normalizer, correct=correct, **found)
     return moments, SoftmaxRows(values, log_factor_of(log_of_others, total), total)
 
 
@@ -85,26 +83,6 @@ def row_softmax(logits: Tensor, transform: LogitTransform, out: Tensor) -> Softm
     torch.softmax(transform.apply_(logits), -1, out=logits)
     values, total = _rounded(logits, torch.ones_like(logits[:, 0]), out)
     return SoftmaxRows(values, -total.log(), total)
-
-
-def value_scale(dtype: torch.dtype) -> float:
-    """What a softmax is multiplied by before it is rounded: float16 has room above 1, and too little below."""
-    return 2.0**15 if dtype == torch.float16 else 1.0
-
-
-def smallest_value(dtype: torch.dtype) -> float:
-    """What a value of 0 is taken for where its logarithm is needed: a class that is less likely than the dtype says."""
-    return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
-
-
-def at(values: Tensor, classes: Tensor) -> Tensor:
-    """``values[i, classes[i]]`` of each row."""
-    return values.gather(-1, classes.unsqueeze(-1)).squeeze(-1)
-
-
-def put_(values: Tensor, classes: Tensor, chosen: Tensor) -> None:
-    """``values[i, classes[i]] = chosen[i]`` of each row; ``scatter_`` takes a thousand times as long on the CPU."""
-    values.index_put_((torch.arange(len(values), device=values.device), classes), chosen.to(values.dtype))
 
 
 def row_sums(values: Tensor, log_factor: Tensor, wanted: frozenset[str]) -> dict[str, Tensor]:
@@ -162,7 +140,8 @@ def row_gradient_(
     linear = coefficients.off_target_linear()
     beside = None if coefficients.reference is None else reference
     smallest = smallest_value(values.dtype)
-    with row_blocks(values, dtype, 2 + (transform.softcap is not None)) as blocks:
+    capped, by_class = transform.softcap is not None, not coefficients.in_kernels
+    with row_blocks(values, dtype, 2 + capped + 3 * by_class) as blocks:
         for part in slices(len(values), blocks.shape[1]):
             p, z, *more = blocks[:, : part.stop - part.start]
             log_factor = rows.log_factor[part].unsqueeze(-1)
@@ -171,7 +150,11 @@ def row_gradient_(
             p.mul_(log_factor.exp())
             if transform.softcap is not None:
                 _cap_derivative(z, moments, targets, part, transform, out=more[0])
+            if by_class:
+                _by_class(z, p, coefficients, moments, reference, part, out=more[-3:])
             gradient = _times_polynomial_(z, p, coefficients, linear, part)
+            if by_class:
+                gradient.add_(more[-3])
             if coefficients.constant is not None:
                 gradient.add_(coefficients.constant[part].unsqueeze(-1))
             put_(gradient, targets[part], at_target[part])
@@ -182,6 +165,28 @@ def row_gradient_(
             if transform.softcap is not None:
                 gradient.mul_(more[0])
             values[part].copy_(gradient)
+
+
+def _by_class(
+    log_p: Tensor,
+    p: Tensor,
+    coefficients: Coefficients,
+    moments: Moments,
+    reference: SoftmaxRows | None,
+    part: slice,
+    *,
+    out: list[Tensor],
+) -> None:
+    """Parts of a block's gradient that are no polynomials of a class's probability, into the first of three buffers."""
+    total, *scratch = out
+    total.zero_()
+    if coefficients.log_ratio is not None:
+        assert reference is not None
+        add_log_ratio_(total, log_p, p, part, reference, coefficients.log_ratio, scratch=scratch[0])
+    if coefficients.tempered is not None:
+        assert coefficients.tempering is not None
+        tempering, (weight, more) = coefficients.tempering, scratch
+        add_tempered_(total, log_p, part, moments, reference, coefficients.tempered, tempering, scratch=(weight, more))
 
 
 def _cap_derivative(
@@ -228,21 +233,6 @@ def row_top_k_entropy(logits: Tensor, transform: LogitTransform, k: int) -> Tens
     return entropy_of_largest(transform.apply_(logits.to(raised_dtype(logits.dtype), copy=True)), k)
 
 
-def largest(values: Tensor, k: int, block: int = 128) -> Tensor:
-    """The ``k`` largest of each row ``[n, V]``, in any order.
-
-    They lie in the ``k`` blocks with the largest maxima, which cost a pass over the row; a selection among all of a
-    vocabulary's logits takes several times as long.
-    """
-    whole = values.shape[-1] // block * block
-    if whole // block > k:
-        blocks = values[:, :whole].view(len(values), -1, block)
-        best = blocks.amax(-1).topk(k, dim=-1, sorted=False).indices
-        found = blocks.gather(1, best.unsqueeze(-1).expand(-1, -1, block)).flatten(1)
-        values = torch.cat([found, values[:, whole:]], dim=-1)
-    return values.topk(k, dim=-1, sorted=False).values
-
-
 def _times_polynomial_(z: Tensor, p: Tensor, coefficients: Coefficients, linear: Tensor, rows: slice) -> Tensor:
     """``z`` from ``log p`` to ``p (linear + log_linear log p + quadratic p)``."""
     if coefficients.log_linear is None:
@@ -253,12 +243,3 @@ def _times_polynomial_(z: Tensor, p: Tensor, coefficients: Coefficients, linear:
     if coefficients.quadratic is not None:
         z.addcmul_(p, coefficients.quadratic[rows].unsqueeze(-1))
     return z.mul_(p)
-
-
-def row_blocks(values: Tensor, dtype: torch.dtype, copies: int) -> AbstractContextManager[Tensor]:
-    """``[copies, rows, V]`` of scratch that together fit the budget."""
-    n, vocabulary = values.shape
-    budget = _BLOCK_BYTES.get(values.device.type, _BLOCK_BYTES_ELSEWHERE)
-    # In fours, so that threads share a block evenly.
-    rows = min(n, max(4, budget // (copies * vocabulary * dtype.itemsize) // 4 * 4))
-    return scratch("rows", (copies, rows, vocabulary), dtype, values.device)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dft_lightning.ops.row_math import Coefficients, LogitTransform, Moments, SoftmaxRows
-from dft_lightning.ops.torch_kernels import smallest_value, value_scale
+from dft_lightning.ops.rows import smallest_value, value_scale
 
 _BLOCK = 4096
 _NUM_WARPS = 8

@@ -23,7 +23,7 @@ from dft_lightning.models.generation import Completions
 from dft_lightning.models.head import ends_of
 from dft_lightning.models.lora.adapter import trained_names
 from dft_lightning.models.lora.saved import adapter_record, check_adapter, check_tensors
-from dft_lightning.models.reference import ReferenceModel
+from dft_lightning.models.reference import EarlierModel, ReferenceModel
 from dft_lightning.modules.building import ModelBuilder
 from dft_lightning.modules.factories import Values
 from dft_lightning.modules.resume.restored import OptimizerOptions
@@ -45,9 +45,15 @@ class Checkpoints:
     """What the checkpoints of a run hold that starts from a base, and how it goes on from one."""
 
     def __init__(
-        self, builder: ModelBuilder, peft: dict[str, Any] | None, schedule: Values, run_state: RunState
+        self,
+        builder: ModelBuilder,
+        peft: dict[str, Any] | None,
+        schedule: Values,
+        run_state: RunState,
+        earlier: EarlierModel | None,
     ) -> None:
         self._given, self._peft, self._run_state = builder.given is not None, peft, run_state
+        self._earlier = earlier
         # What an adapter's base is, in memory, its name does not say.
         self._base = None if self._given and peft is not None else builder.base_name
         self._optimizer_options = OptimizerOptions(schedule)
@@ -97,6 +103,8 @@ class Checkpoints:
             rank_zero_warn(f"this checkpoint cannot be exported: {one_line(error)}")
         if reference is not None:
             reference.remember(checkpoint)
+        if self._earlier is not None:
+            self._earlier.save(checkpoint, int(checkpoint["global_step"]))
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             self._run_state.save(checkpoint, trainer)
 
@@ -159,6 +167,8 @@ class Checkpoints:
         self._optimizer_options.load(checkpoint)
         if reference is not None:
             reference.check_remembered(checkpoint)
+        if self._earlier is not None:
+            self._earlier.load(checkpoint, int(checkpoint["global_step"]))
         check_paths(trainer, checkpoint)
         self._run_state.load(checkpoint, trainer)
 

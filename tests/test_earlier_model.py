@@ -1,0 +1,190 @@
+"""``ProximalLoss(refresh_every=n)``: compared with the model itself as it was some steps before."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FromReference, MixtureLoss, ProximalLoss
+from dft_lightning.errors import InputError
+from dft_lightning.models.reference import EarlierModel
+from small_runs import TINY_ARITHMETIC, FSDP1OnCPU, arithmetic_data, on_two_processes, trainer
+
+EVERY, STEPS, ROWS = 3, 7, 8
+OPTIONS = {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}, "schedule": {"decay": "constant"}}
+LORA = {"r": 3, "lora_alpha": 12, "target_modules": ["c_attn", "c_fc"], "init_lora_weights": True}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A GPT-2 of random weights, with dropout that only the loss's own pass has."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    module = CausalLMModule({**TINY_ARITHMETIC, "initializer_range": 0.3}, loading={"dtype": "float64"})
+    module.configure_model()
+    module.model.save_pretrained(folder)
+    return folder
+
+
+def module_of(base, loss=None, head="fused", peft=None):
+    pl.seed_everything(0)
+    loss = loss or ProximalLoss(epsilon=0.1, refresh_every=EVERY)
+    return CausalLMModule(str(base), loss=loss, loading={"dtype": "float64", "head": head}, peft=peft, **OPTIONS)
+
+
+def run(base, steps=STEPS, batch_size=ROWS, head="fused", peft=None, folder=None, ckpt_path=None, **options):
+    """Weights after some steps, every one over all rows."""
+    module = module_of(base, head=head, peft=peft)
+    data = arithmetic_data(ROWS, batch_size=batch_size, shuffle=False)
+    saved = {"enable_checkpointing": True, "default_root_dir": folder} if folder else {}
+    fit = trainer(max_steps=steps, max_epochs=-1, **saved, **options)
+    fit.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    if folder:
+        fit.save_checkpoint(Path(folder, "last.ckpt"))
+    return torch.cat([each.detach().flatten() for each in module.parameters() if each.requires_grad])
+
+
+def by_hand(base, steps=STEPS):
+    """The same steps in plain torch, with a copy of the model that is made every few of them."""
+    module = module_of(base)
+    module.configure_model()
+    model, capped = module.model, []
+    data = arithmetic_data(ROWS, batch_size=ROWS, shuffle=False)
+    data.prepare_data()
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    labels = batch["labels"][:, 1:]
+    kept = labels != -100
+
+    def log_prob(of):
+        logits = of(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        return logits.log_softmax(-1)[kept].gather(-1, labels[kept][:, None])[:, 0]
+
+    for step in range(steps):
+        if step % EVERY == 0:
+            old = copy.deepcopy(model)
+        with torch.no_grad():
+            before = log_prob(old)
+        ratio = (log_prob(model) - before).exp()
+        capped.append(int((ratio > 1.1).sum()))
+        loss = -torch.minimum(ratio, ratio.clip(0.9, 1.1)).mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter -= 0.5 * gradient
+    assert capped[0] == capped[EVERY] == 0
+    assert max(capped) > 0
+    return torch.cat([each.detach().flatten() for each in model.parameters()])
+
+
+def assert_same(own, expected):
+    assert float((own - expected).norm() / expected.norm()) < 1e-12
+
+
+@pytest.fixture(scope="module")
+def expected(base):
+    return by_hand(base)
+
+
+@pytest.mark.parametrize("head", ["fused", "full"])
+def test_steps_are_those_by_hand(base, expected, head):
+    assert_same(run(base, head=head), expected)
+
+
+def test_every_split_gives_the_same_steps(base, expected):
+    assert_same(run(base, batch_size=2, accumulate_grad_batches=4), expected)
+
+
+def weights_of(folder, strategy, devices):
+    return run(folder, batch_size=ROWS // 2, strategy=strategy, devices=devices)
+
+
+def test_two_processes_give_the_same_steps(base, expected):
+    (found,) = on_two_processes(weights_of, [{"folder": str(base), "strategy": "ddp"}])
+    assert_same(found, expected)
+
+
+def test_it_is_not_a_fixed_reference(base, expected):
+    """Nor one that is renewed at every step, which is cross-entropy."""
+    for every in (1, 100):
+        module = module_of(base, ProximalLoss(epsilon=0.1, refresh_every=every))
+        trainer(max_steps=STEPS, max_epochs=-1).fit(module, arithmetic_data(ROWS, batch_size=ROWS, shuffle=False))
+        found = torch.cat([each.detach().flatten() for each in module.parameters()])
+        assert float((found - expected).norm() / expected.norm()) > 1e-5
+        if every == 1:
+            other = module_of(base, CrossEntropyLoss())
+            trainer(max_steps=STEPS, max_epochs=-1).fit(other, arithmetic_data(ROWS, batch_size=ROWS, shuffle=False))
+            assert_same(found, torch.cat([each.detach().flatten() for each in other.parameters()]))
+
+
+@pytest.mark.parametrize("peft", [None, LORA])
+@pytest.mark.parametrize("stop", [2, 3, 5])
+def test_an_interrupted_run_goes_on_bit_for_bit(base, tmp_path, stop, peft):
+    """Within an interval, where the checkpoint has the weights of its beginning, and at its end."""
+    whole = run(base, peft=peft)
+    run(base, steps=stop, peft=peft, folder=tmp_path)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert ("dft_lightning_earlier" in saved) == (stop % EVERY > 0)
+    assert torch.equal(run(base, peft=peft, ckpt_path=tmp_path / "last.ckpt"), whole)
+
+
+def test_a_checkpoint_of_another_interval_says_what_it_is_compared_with(base, tmp_path):
+    run(base, steps=5, folder=tmp_path)
+    module = module_of(base, ProximalLoss(refresh_every=4))
+    with pytest.warns(UserWarning, match="of step 5, has no model of step 4 to compare with"):
+        trainer(max_steps=6, max_epochs=-1).fit(
+            module, arithmetic_data(ROWS, batch_size=ROWS), ckpt_path=tmp_path / "last.ckpt"
+        )
+
+
+def test_weights_come_back_and_no_cast_of_them_stays():
+    """Under autocast, which keeps what it has cast; dropout is off meanwhile, and an error leaves all as it was."""
+    torch.manual_seed(0)
+    model, earlier = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5)), EarlierModel(2)
+    x = torch.randn(8, 4)
+    with earlier.in_place_of(model, 0):
+        before = model(x)
+    assert torch.equal(before, model[0](x))
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    own = model[0].weight.detach().clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        with earlier.in_place_of(model, 1):
+            assert torch.equal(model(x), torch.nn.functional.linear(x, own - 1.0, model[0].bias))
+            assert not model.training
+        after = model[0](x)
+        assert torch.equal(after, torch.nn.functional.linear(x, own, model[0].bias))
+    assert model.training
+    with pytest.raises(ZeroDivisionError), earlier.in_place_of(model, 1):
+        raise ZeroDivisionError
+    assert torch.equal(model[0].weight, own)
+    with earlier.in_place_of(model, 2):
+        assert torch.equal(model[0].weight, own)
+
+
+def test_what_shards_a_model_is_refused(base):
+    for strategy in (ModelParallelStrategy(1, 1), FSDP1OnCPU()):
+        fit = trainer(max_steps=1, strategy=strategy)
+        try:
+            with pytest.raises(InputError, match="ProximalLoss: refresh_every keeps a copy of what is trained"):
+                fit.fit(module_of(base), arithmetic_data(ROWS, batch_size=ROWS))
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+
+def test_of_parts():
+    """What a mixture's parts read has one place; parts that read none say nothing."""
+    assert MixtureLoss([DFTLoss(), ProximalLoss(refresh_every=4)]).refresh_every == 4
+    assert not MixtureLoss([DFTLoss(), ProximalLoss(refresh_every=4)]).reads_rows
+    assert FromReference(DFTLoss()).refresh_every is None
+    assert FromReference(DFTLoss()).reads_rows
+    with pytest.raises(ValueError, match="MixtureLoss: its losses want reference log-probs of different models"):
+        MixtureLoss([ProximalLoss(), ProximalLoss(refresh_every=4)])
+    with pytest.raises(ValueError, match="refresh_every is a number of optimizer steps, 1 or more, or None, got 0"):
+        ProximalLoss(refresh_every=0)
