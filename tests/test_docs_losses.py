@@ -20,12 +20,13 @@ from dft_lightning.losses import (
     EAFTLoss,
     ImportanceWeightedLoss,
     MixtureLoss,
+    PriorWeightedLoss,
     ScheduledLoss,
     SequenceDFTLoss,
     TokenLoss,
     TokenStats,
 )
-from dft_lightning.losses.statistics import normalise_needs
+from dft_lightning.losses.statistics import normalise_needs, reference_need
 from small_runs import run_script
 
 pytest.importorskip("matplotlib", reason="the compare extra is not installed")
@@ -54,14 +55,18 @@ MADE_OF_LOSSES = {
 }
 
 
+OPTIONS = {"FromReference": {"loss": DFTLoss()}, "SEDSFTLoss": {"threshold": 0.9}, "TargetSFTLoss": {"eta": 0.5}}
+
+
 def needs(loss):
     return {need.name for need in normalise_needs(loss.needs)}
 
 
 def test_the_table_has_every_loss():
     assert {name for name, _ in ROWS} == LOSSES.keys()
-    assert [name for name, _ in ROWS if name == "ImportanceWeightedLoss"] == ["ImportanceWeightedLoss"] * 2
-    assert len(ROWS) == len(LOSSES) + 1
+    twice = [name for name in LOSSES if [found for found, _ in ROWS].count(name) == 2]
+    assert sorted(twice) == ["ImportanceWeightedLoss", "PriorWeightedLoss"]
+    assert len(ROWS) == len(LOSSES) + 2
 
 
 SINGLE = [row for row in ROWS if row[0] not in MADE_OF_LOSSES]
@@ -69,15 +74,17 @@ SINGLE = [row for row in ROWS if row[0] not in MADE_OF_LOSSES]
 
 @pytest.mark.parametrize(("name", "cells"), SINGLE, ids=[name for name, _ in SINGLE])
 def test_needs_and_pointwise_are_those_of_the_class(name, cells):
-    loss = LOSSES[name]()
+    loss = LOSSES[name](**OPTIONS.get(name, {}))
     if "`level: token`" in cells["loss"]:
         loss = ImportanceWeightedLoss(level="token")
+    if "`form: mass`" in cells["loss"]:
+        loss = PriorWeightedLoss(form="mass")
     named = set(re.findall(r"`(\w+)`", cells["needs"]))
     assert named <= FIELDS
     assert named == needs(loss)
     assert cells["pointwise"] == {True: "yes", False: "no"}[loss.pointwise]
     assert ("scored data" in cells["needs"]) == ("reference_log_prob" in needs(loss))
-    assert ("a reference model" in cells["needs"]) == ("reference_kl" in needs(loss))
+    assert ("a reference model" in cells["needs"]) == (reference_need(loss.needs) is not None)
 
 
 @pytest.mark.parametrize("name", MADE_OF_LOSSES)
@@ -132,6 +139,14 @@ def eaft(count):
     return lambda p: entropy(p, *[(1 - p) / count] * min(count, 19)) / math.log(20)
 
 
+def infosft(p):
+    return p * max(0, 1 - math.log(p / (1 - p)) / math.log(0.93 / 0.07))
+
+
+def sed(weight):
+    return lambda p: 1 - 2 * weight * (p - 0.5) * p
+
+
 def proximal(epsilon):
     return lambda r: r if r < 1 + epsilon else 0.0
 
@@ -150,6 +165,14 @@ BY_HAND = {
         "FocalLoss gamma=2": focal(2),
         "ThresholdLoss 0.3, above=False": lambda p: float(p < 0.3),
     },
+    "Held back below a probability, or from one on": {
+        "DFTLoss": lambda p: p,
+        "InfoSFTLoss 0.93": infosft,
+        "TrustRegionLoss 0.1": lambda p: min(1, p / 0.1),
+        "TrustRegionLoss 0.4": lambda p: min(1, p / 0.4),
+        "RectifiedLoss 0.5": lambda p: 1.0 if p > 0.5 else p,
+    },
+    "SEDSFTLoss, where the likeliest have little": {"weight 0.5": sed(0.5), "weight 1": sed(1.0)},
     "DEFTLoss, by where the rest lies": {
         "DFTLoss": lambda p: p,
         "on 1 other": deft(1),

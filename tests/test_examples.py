@@ -56,6 +56,15 @@ def test_transformers_trainer(tmp_path, monkeypatch, capsys):
     assert 0 < float(loss) < 0.2  # as above
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_trl_trainer(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    monkeypatch.chdir(tmp_path)
+    run_script("examples/trl_trainer.py")
+    nll, loss = map(float, re.findall(r"nll (\d\.\d{4}), DFT loss (\d\.\d{4})", capsys.readouterr().out)[0])
+    assert 0 < loss < nll < 1  # the base half knows it
+
+
 def test_make_arithmetic_base(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
