@@ -2,8 +2,8 @@
 
     python benchmarks/head_losses.py [--tokens 1024 --hidden 1024 --vocabulary 50304 --dtype float32]
 
-Losses take turns, each with its own bare products just before it; medians of the turns' ratios. The reference of
-AnchoredLoss is a head of the same size, whose product is part of its time.
+Losses take turns, each with its own bare products just before it; medians of the turns' ratios. The reference model's
+head is of the same size, and its product part of the time of a loss that reads its distribution.
 """
 
 from __future__ import annotations
@@ -28,12 +28,21 @@ from dft_lightning import (
     DFTLoss,
     EAFTLoss,
     FocalLoss,
+    FromReference,
+    GEMLoss,
     ImportanceWeightedLoss,
+    InfoSFTLoss,
     PowerLoss,
+    PriorWeightedLoss,
     ProximalLoss,
+    RectifiedLoss,
+    ReferenceKLLoss,
+    SEDSFTLoss,
     SequenceDFTLoss,
+    TargetSFTLoss,
     ThresholdLoss,
     TokenLoss,
+    TrustRegionLoss,
 )
 from dft_lightning.ops import ReferenceHead, linear_token_loss
 
@@ -44,14 +53,26 @@ LOSSES: dict[str, TokenLoss] = {
     "PowerLoss": PowerLoss(0.5),
     "ThresholdLoss": ThresholdLoss(0.1),
     "ChordPhiLoss": ChordPhiLoss(),
+    "InfoSFTLoss": InfoSFTLoss(),
+    "TrustRegionLoss": TrustRegionLoss(),
+    "RectifiedLoss": RectifiedLoss(),
     "ProximalLoss": ProximalLoss(),
+    "PriorWeightedLoss": PriorWeightedLoss(),
+    "FromReference": FromReference(PowerLoss(0.5)),
     "ImportanceWeightedLoss, token": ImportanceWeightedLoss("token"),
     "DEFTLoss": DEFTLoss(),
     "EAFTLoss": EAFTLoss(),
     "EAFTLoss, whole entropy": EAFTLoss(top_k=None),
     "SequenceDFTLoss": SequenceDFTLoss(),
     "ImportanceWeightedLoss, sequence": ImportanceWeightedLoss(),
+    "GEMLoss": GEMLoss(),
+    "GEMLoss, logsigmoid": GEMLoss(form="logsigmoid"),
+    "SEDSFTLoss": SEDSFTLoss(threshold=0.9),
     "AnchoredLoss": AnchoredLoss(),
+    "ReferenceKLLoss": ReferenceKLLoss(),
+    "ReferenceKLLoss, reverse": ReferenceKLLoss("reverse"),
+    "TargetSFTLoss": TargetSFTLoss(eta=0.5),
+    "PriorWeightedLoss, mass": PriorWeightedLoss(form="mass"),
 }
 
 

@@ -23,12 +23,16 @@ from dft_lightning.losses import (
     EAFTLoss,
     FocalLoss,
     ImportanceWeightedLoss,
+    InfoSFTLoss,
     MixtureLoss,
     PowerLoss,
     ProximalLoss,
+    RectifiedLoss,
+    SEDSFTLoss,
     ThresholdLoss,
     TokenLoss,
     TokenStats,
+    TrustRegionLoss,
     statistics_from_logits,
     token_loss_and_weight,
 )
@@ -77,6 +81,11 @@ class Panel:
 def of_p(loss: TokenLoss) -> TokenStats:
     """The target's probability and nothing else."""
     return TokenStats(log_prob=P.log())
+
+
+def of_spread(loss: TokenLoss) -> TokenStats:
+    """The likeliest tokens have little together."""
+    return TokenStats(log_prob=P.log(), top_k_mass=torch.zeros_like(P))
 
 
 def others(count: int) -> Callable[[TokenLoss], TokenStats]:
@@ -129,6 +138,29 @@ UNLIKELY = Panel(
         "ThresholdLoss 0.3, above=False": Line(ThresholdLoss(threshold=0.3, above=False), of_p),
     },
 )
+BOUNDED = Panel(
+    "Held back below a probability, or from one on",
+    _P,
+    P,
+    {
+        "CrossEntropyLoss": Line(CrossEntropyLoss(), of_p),
+        "DFTLoss": Line(DFTLoss(), of_p),
+        "InfoSFTLoss 0.93": Line(InfoSFTLoss(), of_p),
+        "TrustRegionLoss 0.1": Line(TrustRegionLoss(), of_p),
+        "TrustRegionLoss 0.4": Line(TrustRegionLoss(floor=0.4), of_p),
+        "RectifiedLoss 0.5": Line(RectifiedLoss(), of_p),
+    },
+)
+SPREAD = Panel(
+    "SEDSFTLoss, where the likeliest have little",
+    _P,
+    P,
+    {
+        "CrossEntropyLoss": Line(CrossEntropyLoss(), of_p),
+        "weight 0.5": Line(SEDSFTLoss(threshold=0.9, weight=0.5), of_spread),
+        "weight 1": Line(SEDSFTLoss(threshold=0.9), of_spread),
+    },
+)
 _COUNTS = (1, 19, 1000)
 DEFT = Panel(
     "DEFTLoss, by where the rest lies",
@@ -175,6 +207,7 @@ PROXIMAL = Panel(
 #: The panels of each figure, by the name of its file.
 FIGURES = {
     "weight_of_p": (LIKELY, UNLIKELY),
+    "weight_within_bounds": (BOUNDED, SPREAD),
     "weight_of_the_rest": (DEFT, EAFT),
     "weight_of_the_ratio": (IMPORTANCE, PROXIMAL),
 }

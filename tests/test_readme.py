@@ -27,6 +27,7 @@ from test_normalization import TOLERANCE
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+WORDS += ["eleven", "twelve", *(f"{each}teen" for each in ("thir", "four", "fif", "six", "seven", "eigh", "nine"))]
 
 
 def plain(text: str, code: bool = False) -> str:
@@ -333,6 +334,20 @@ def sharding_passages() -> Iterator[str]:
     yield f"`offload` would move {found['sides']['offload']['to_host'] / 2**30:.2f} GiB to the host"
 
 
+def trainer_passages() -> Iterator[str]:
+    found = results("trl_trainer_cpu")
+    yield f"SmolLM2-135M on GSM8K, {WORDS[found['batch_size']]} rows a batch, {cores(found)}, TRL {found['trl']}"
+    for precision, name in (("32-true", "float32"), ("bf16-mixed", "bf16-mixed")):
+        each = found[precision]
+        (trl, own), (theirs, ours) = (
+            [each[what][side] for side in ("trl", "dft_lightning")] for what in ("tokens_per_second", "peak_memory_mib")
+        )
+        yield f"| {name}, tokens a second | {trl:.0f} | {own:.0f} | {each['speed_over_trl']:.2f} |"
+        yield f"| {name}, peak memory of the process, MiB | {theirs:.0f} | {ours:.0f} | {ours / theirs:.2f} |"
+    assert found["32-true"]["largest_difference_of_losses"] < 1e-5
+    yield "In float32 the losses of the steps are the same to a part in a million"
+
+
 def resuming_passages() -> Iterator[str]:
     found = results("kill")
     count, within = len(found["runs"]), found["killed within a write"]
@@ -374,6 +389,7 @@ PAGES = {
     "docs/first_run.md": [*first_run_passages()],
     "docs/data.md": [*data_passages()],
     "docs/losses.md": [*losses_passages()],
+    "docs/other_trainers.md": [*trainer_passages()],
     "docs/resuming.md": [*resuming_passages()],
     "docs/sharding.md": [*sharding_passages()],
     "docs/results/README.md": [*results_passages()],
