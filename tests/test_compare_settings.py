@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -271,6 +272,19 @@ def test_what_is_checked_is_what_the_runs_read(tmp_path):
     evaluation = {**read_settings([path]).evaluation, "limit": 2}
     with pytest.raises(InputError, match="validation row 2: "):
         check_inputs(grid(path, tmp_path / "out"), evaluation)
+
+
+def test_checking_a_mixture_leaves_the_grid_as_it_is(tmp_path):
+    """Else its runs are of another loss than the comparison's, and it gets no further seeds."""
+    parts = ["CrossEntropyLoss", {"class_path": "FocalLoss", "init_args": {"gamma": 1.0}}]
+    mixture = {"class_path": "MixtureLoss", "init_args": {"losses": parts, "weights": [1.0, 0.5]}}
+    path = write(tmp_path, losses={"mixture": mixture})
+    settings = read_settings([path])
+    config = read_fit_config(settings.base, settings.overrides)
+    runs = [base_run(settings, config, tmp_path / "out"), *sweep_runs(settings, config, tmp_path / "out")]
+    before = copy.deepcopy([settings.losses, *(run.config for run in runs)])
+    check_inputs(runs, settings.evaluation)
+    assert before == [settings.losses, *(run.config for run in runs)]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ LORA = {"r": 3, "lora_alpha": 12, "target_modules": ["c_attn", "c_fc"], "init_lo
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A GPT-2 of random weights, with dropout that only the loss's own pass has."""
+    """A GPT-2 of random weights."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     module = CausalLMModule({**TINY_ARITHMETIC, "initializer_range": 0.3}, loading={"dtype": "float64"})
@@ -142,28 +142,147 @@ def test_a_checkpoint_of_another_interval_says_what_it_is_compared_with(base, tm
         )
 
 
+def losses_of(module):
+    """Of the steps of a fit."""
+    return [float(loss) for loss in module.seen]
+
+
+class Noted(CausalLMModule):
+    """Keeps the loss of each step."""
+
+    def on_train_start(self):
+        super().on_train_start()
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.seen.append(loss.detach())
+        return loss
+
+
+def noted(base, **options):
+    pl.seed_everything(0)
+    loss = ProximalLoss(epsilon=0.1, refresh_every=EVERY)
+    return Noted(str(base), loss=loss, loading={"dtype": "float64"}, **{**OPTIONS, **options})
+
+
+def test_a_second_fit_begins_anew(base):
+    """Within an interval of the first: at its first step the ratio is 1."""
+    module = noted(base)
+    for _ in range(2):
+        trainer(max_steps=2, max_epochs=-1).fit(module, arithmetic_data(ROWS, batch_size=ROWS, shuffle=False))
+        assert module.seen[0].item() == pytest.approx(-1.0, abs=1e-12)
+        assert abs(module.seen[1].item() + 1) > 1e-3
+
+
+class Validated(pl.Callback):
+    """Other weights during validation, as averages are."""
+
+    def on_validation_start(self, trainer, module):
+        self.own = [each.detach().clone() for each in module.parameters()]
+        with torch.no_grad():
+            for each in module.parameters():
+                each.mul_(0.5)
+
+    def on_validation_end(self, trainer, module):
+        with torch.no_grad():
+            for each, own in zip(module.parameters(), self.own, strict=True):
+                each.copy_(own)
+
+
+def test_validation_changes_nothing(base):
+    """At a multiple, before the next step: what it sees is not what is trained on."""
+    found = []
+    for validates in (False, True):
+        module, data = noted(base), arithmetic_data(ROWS, batch_size=ROWS, shuffle=False)
+        options = {}
+        if validates:
+            data.sources["validation"] = data.sources["train"]
+            options = {"callbacks": [Validated()], "check_val_every_n_epoch": 1}
+        trainer(max_steps=STEPS, max_epochs=-1, **options).fit(module, datamodule=data)
+        found.append(losses_of(module))
+    assert found[0] == found[1]
+
+
+def test_validate_compares_with_the_model_of_the_checkpoint(base, tmp_path):
+    """As the fit did at that step."""
+    module, data = noted(base), arithmetic_data(ROWS, batch_size=ROWS, shuffle=False)
+    data.sources["validation"] = data.sources["train"]
+    fit = trainer(max_steps=5, max_epochs=-1, enable_checkpointing=True, default_root_dir=tmp_path)
+    fit.fit(module, datamodule=data)
+    expected = float(fit.callback_metrics["val/loss"])
+    fit.save_checkpoint(tmp_path / "last.ckpt")
+    fresh, again = noted(base), trainer()
+    data = arithmetic_data(ROWS, batch_size=ROWS, shuffle=False)
+    data.sources["validation"] = data.sources["train"]
+    again.validate(fresh, datamodule=data, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert float(again.callback_metrics["val/loss"]) == pytest.approx(expected, rel=1e-12)
+    assert abs(expected + 1) > 1e-3
+
+
+def test_what_is_frozen_or_set_free_within_an_interval():
+    """What is frozen since still counts as it was; what was frozen until now is as it was then."""
+    model, earlier = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), EarlierModel(4)
+    model[1].requires_grad_(False)
+    start = [each.detach().clone() for each in model.parameters()]
+    earlier.refresh(model, 0)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    model.requires_grad_(True)
+    model[0].requires_grad_(False)
+    earlier.refresh(model, 1)
+    with torch.no_grad():
+        model[1].weight.add_(1.0)
+    earlier.refresh(model, 2)
+    with earlier.in_place_of(model):
+        assert all(torch.equal(own, before) for own, before in zip(model.parameters(), start, strict=True))
+    assert torch.equal(model[1].weight, start[2] + 1)
+
+
+def test_a_checkpoint_of_other_parameters_says_so(base, tmp_path):
+    """Of another run's adapter, say: what it has is not what is trained."""
+    earlier, model = EarlierModel(4), torch.nn.Linear(2, 2)
+    earlier.load({"dft_lightning_earlier": {"step": 4, "values": {"other": torch.ones(2)}}}, 5)
+    with pytest.warns(UserWarning, match="the checkpoint's run trained other parameters"):
+        earlier.begin(model)
+    with earlier.in_place_of(model):
+        assert torch.equal(model.weight, model.weight)
+
+
+def test_a_loop_of_ones_own_has_no_steps(base):
+    module = module_of(base)
+    module.configure_model()
+    batch = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[-100, 2, 3]])}
+    with pytest.raises(
+        InputError, match="ProximalLoss with refresh_every follows the steps of a trainer, and there is"
+    ):
+        module.token_output(batch)
+
+
 def test_weights_come_back_and_no_cast_of_them_stays():
     """Under autocast, which keeps what it has cast; dropout is off meanwhile, and an error leaves all as it was."""
     torch.manual_seed(0)
     model, earlier = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5)), EarlierModel(2)
     x = torch.randn(8, 4)
-    with earlier.in_place_of(model, 0):
+    earlier.refresh(model, 0)
+    with earlier.in_place_of(model):
         before = model(x)
     assert torch.equal(before, model[0](x))
     with torch.no_grad():
         model[0].weight.add_(1.0)
     own = model[0].weight.detach().clone()
     with torch.autocast("cpu", torch.bfloat16):
-        with earlier.in_place_of(model, 1):
+        with earlier.in_place_of(model):
             assert torch.equal(model(x), torch.nn.functional.linear(x, own - 1.0, model[0].bias))
             assert not model.training
         after = model[0](x)
         assert torch.equal(after, torch.nn.functional.linear(x, own, model[0].bias))
     assert model.training
-    with pytest.raises(ZeroDivisionError), earlier.in_place_of(model, 1):
+    with pytest.raises(ZeroDivisionError), earlier.in_place_of(model):
         raise ZeroDivisionError
     assert torch.equal(model[0].weight, own)
-    with earlier.in_place_of(model, 2):
+    earlier.refresh(model, 2)
+    with earlier.in_place_of(model):
         assert torch.equal(model[0].weight, own)
 
 
@@ -186,5 +305,6 @@ def test_of_parts():
     assert FromReference(DFTLoss()).reads_rows
     with pytest.raises(ValueError, match="MixtureLoss: its losses want reference log-probs of different models"):
         MixtureLoss([ProximalLoss(), ProximalLoss(refresh_every=4)])
-    with pytest.raises(ValueError, match="refresh_every is a number of optimizer steps, 1 or more, or None, got 0"):
-        ProximalLoss(refresh_every=0)
+    for wrong in (0, 2.5, "3"):
+        with pytest.raises(ValueError, match=f"refresh_every is a number of optimizer steps.* got {wrong!r}"):
+            ProximalLoss(refresh_every=wrong)

@@ -76,6 +76,31 @@ def test_losses_statistics_and_gradients(loss, transform):
         assert relative(own, theirs) < 6e-3
 
 
+FAR = [ReferenceKLLoss("reverse"), TargetSFTLoss(0.1), TargetSFTLoss(0.9), GEMLoss(beta=3.0)]
+
+
+@pytest.mark.parametrize("loss", FAR, ids=repr)
+@pytest.mark.parametrize("gap", [20.0, 60.0, 80.0])
+def test_classes_far_below_the_likeliest(loss, gap):
+    """Which count by their logarithms: as far down as bfloat16 has numbers."""
+    leaves, targets = peaked(n=60)
+    bias = (leaves[2].detach().float() - gap * (torch.arange(700) % 3 == 0)).to(BFLOAT16)
+    reference = ReferenceHead(leaves[0].detach(), leaves[1].detach() * 0.5, bias)
+    expected, exact, _ = exact_loss(loss, leaves, targets, reference)
+    output = linear_token_loss(*leaves[:2], targets, loss, bias=leaves[2], reference=reference, normalizer=len(targets))
+    assert output.loss.item() == pytest.approx(expected.item(), rel=5e-3)
+    for own, theirs in zip(gradients(output.loss, leaves), gradients(expected, exact), strict=True):
+        assert relative(own, theirs) < 1e-2
+
+
+@pytest.mark.parametrize("loss", FAR, ids=repr)
+def test_float16_has_no_numbers_for_these(loss, monkeypatch):
+    monkeypatch.setattr("dft_lightning.ops.linear_head._product_dtype", lambda *leaves: torch.float16)
+    leaves, targets = peaked(n=8)
+    with pytest.raises(ValueError, match="in which classes count that float16 has no numbers for: take bfloat16"):
+        linear_token_loss(*leaves[:2], targets, loss, reference=reference_of(leaves[:2]))
+
+
 def test_rounded_logits_are_much_worse():
     """Else the test above would show nothing."""
     leaves, targets = peaked()

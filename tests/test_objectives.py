@@ -39,7 +39,7 @@ from dft_lightning import (
 )
 from dft_lightning.errors import InputError
 from dft_lightning.losses import statistics_from_logits, token_loss_and_weight
-from dft_lightning.ops import logits_token_loss
+from dft_lightning.ops import ReferenceHead, linear_token_loss, logits_token_loss
 from test_every_loss import fixed
 
 V = 30
@@ -260,6 +260,29 @@ def test_divergences_by_hand():
         assert torch.autograd.grad(value, logits)[0].abs().max() < 1e-15
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.01, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize(("model", "teacher", "target"), [(3, None, 1), (None, 3, 1), (3, 3, 1), (3, 5, 3), (3, 5, 5)])
+def test_banned_classes_alike_on_both_heads(eta, model, teacher, target):
+    """Of the model, of the teacher, of both; the target among them. By logits, in float64, is what float32 has."""
+    own, other = torch.randn(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).unbind(0)
+    for logits, banned in ((own, model), (other, teacher)):
+        if banned is not None:
+            logits[banned] = -math.inf
+    targets = torch.tensor([target])
+    for dtype in (torch.float64, torch.float32):
+        bias = own.to(dtype).requires_grad_()
+        hidden, weight = torch.zeros(1, 1, dtype=dtype), torch.zeros(8, 1, dtype=dtype)
+        head = ReferenceHead(hidden, weight, other.to(dtype))
+        fused = linear_token_loss(hidden, weight, targets, TargetSFTLoss(eta), bias=bias, reference=head)
+        full = TargetSFTLoss(eta)(bias[None], targets, reference_logits=other.to(dtype)[None])
+        torch.testing.assert_close(fused.loss, full, rtol=1e-5, atol=1e-6)
+        assert fused.loss.isfinite()
+        if eta == 1 and model not in (None, teacher):  # no logit of that class raises what the teacher wants of it
+            continue
+        slopes = [torch.autograd.grad(value, bias)[0] for value in (fused.loss, full)]
+        torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-6)
+
+
 def test_gem_at_beta_one_and_target_sft_without_a_teacher(batch):
     same(gradient(GEMLoss(beta=1.0), batch), gradient(CrossEntropyLoss(), batch))
     same(gradient(TargetSFTLoss(eta=0.0), batch), gradient(DFTLoss(), batch))
@@ -307,6 +330,46 @@ def test_a_statistic_of_ones_own_is_a_constant(batch):
     same(gradient(MixtureLoss([Second(), DFTLoss()], [2.0, 0.0]), batch), 2 * gradient(Second(), batch))
 
 
+class Times(TokenLoss):
+    """Keeps the statistic for backward."""
+
+    needs = (Statistic.of(second),)
+
+    def token_loss(self, stats):
+        return stats.second * -stats.log_prob
+
+
+def test_a_statistic_of_ones_own_in_inference_mode(batch):
+    """As ``validate`` and ``test`` run: by logits and by the fused head."""
+    logits, _, targets = batch
+    kept = targets != -100
+    expected = logits_token_loss(logits, targets, Times())
+    with torch.inference_mode():
+        hidden, weight = logits.detach()[kept], torch.eye(V, dtype=torch.float64)
+        found = [
+            logits_token_loss(logits.detach(), targets, Times()),
+            linear_token_loss(hidden, weight, targets[kept], Times()),
+        ]
+    for output in found:
+        same(output.loss, expected.loss.detach())
+        same(output.weight, expected.weight)
+
+
+@pytest.mark.parametrize("name", ["cross", "reference_kl_", "sum_logits", "log_tempered", "any_name"])
+def test_any_name_of_ones_own(name, batch):
+    logits, _, targets = batch
+    kept = targets != -100
+
+    class Named(TokenLoss):
+        needs = (Statistic.of(second, name), "entropy")
+
+        def token_loss(self, stats):
+            return -getattr(stats, name) * stats.log_prob + 0 * stats.entropy
+
+    found = linear_token_loss(logits.detach()[kept], torch.eye(V, dtype=torch.float64), targets[kept], Named())
+    same(found.loss, Second()(logits.detach(), targets) * kept.sum())
+
+
 def test_a_statistic_of_ones_own_is_named_and_checked(batch):
     logits, _, targets = batch
 
@@ -332,6 +395,9 @@ def test_a_statistic_of_ones_own_is_named_and_checked(batch):
     for name, message in (
         ("entropy", "entropy is a name that TokenStats has already"),
         ("own", "own is a name that TokenStats has already"),
+        ("correct", "correct is a name that TokenStats has already"),
+        ("losses", "losses is a name that TokenStats has already"),
+        ("named", "named is a name that TokenStats has already"),
         ("_hidden", "'_hidden' cannot be read as stats.NAME"),
         ("two words", "cannot be read as stats.NAME"),
     ):
@@ -388,7 +454,7 @@ def test_losses_are_listed_by_name():
         (lambda: TargetSFTLoss(eta=1.1), "eta is the teacher's share and must lie in"),
         (lambda: SEDSFTLoss(threshold=0.0), "threshold is a probability, more than 0"),
         (lambda: SEDSFTLoss(threshold=0.5, weight=-1), "weight must be finite and not negative"),
-        (lambda: SEDSFTLoss(threshold=0.5, top_k=0), "top_k must be 1 or more, got 0"),
+        (lambda: SEDSFTLoss(threshold=0.5, top_k=0), "top_k must be a whole number, 1 or more, got 0"),
         (lambda: FromReference(EAFTLoss()), "EAFTLoss reads top_k_entropy: give a loss of log_prob alone"),
         (lambda: FromReference(ProximalLoss()), "ProximalLoss reads reference_log_prob"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -132,7 +133,7 @@ def strategy_of(given: Any) -> str | Strategy:
     parser = Parser(exit_on_error=True)
     parser.add_argument("--strategy", type=Strategy)
     with raising_input_errors():
-        made: Strategy = parser.instantiate_classes(parser.parse_object({"strategy": given})).strategy
+        made: Strategy = parser.instantiate_classes(parser.parse_object({"strategy": copy.deepcopy(given)})).strategy
     return made
 
 
@@ -141,7 +142,8 @@ def _made(group: str, config: dict[str, Any], classes: Classes | None) -> Any:
     parser = Parser(exit_on_error=True)
     parser.add_class_arguments((classes or PACKAGE).named(group, path), group)
     with raising_input_errors():
-        given = parser.parse_object({group: options})
+        # jsonargparse parses the elements of a list in their place.
+        given = parser.parse_object({group: copy.deepcopy(options)})
     try:
         return parser.instantiate_classes(given)[group]
     except ValueError as error:  # how constructors refuse an option

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from dft_lightning.errors import InputError
+from dft_lightning.errors import InputError, one_line
 from dft_lightning.losses.base import (
     IGNORE_INDEX,
     TokenLoss,
@@ -24,7 +25,7 @@ from dft_lightning.models.head import WAY_OUT, LanguageModelHead, check_head, en
 from dft_lightning.ops import TokenOutput, linear_token_loss
 
 INSTEAD = "train on logits, with the loss as a criterion or compute_loss_func, or by CausalLMModule"
-_PER_TOKEN = ("token_weight", "reference_log_prob")
+PER_TOKEN = ("token_weight", "reference_log_prob")
 _checked: WeakSet[nn.Module] = WeakSet()
 
 
@@ -79,29 +80,43 @@ def fused_causal_lm_loss(
     """
     check_loss(loss, "fused_causal_lm_loss")
     step = required_step(loss, step)
-    if "labels" not in batch:
-        raise InputError("fused_causal_lm_loss: the batch has no labels")
+    if not isinstance(batch.get("labels"), Tensor):
+        raise InputError("fused_causal_lm_loss: the batch has no labels, or they are no tensor")
+    if isinstance(num_items, (int, float)) and num_items < 0:
+        raise ValueError(f"num_items is what the sum is divided by and must not be negative, got {num_items}")
     inner = language_model_in(model)
-    given = {name: batch[name] for name in _PER_TOKEN if batch.get(name) is not None}
+    given = {name: batch[name] for name in PER_TOKEN if batch.get(name) is not None}
     options = {"step": step, "statistics": tuple(statistics)}
     inside = _Inside(_head_of(inner), loss, given, batch.get("position_ids"), num_items, options)
-    inputs = {name: value for name, value in batch.items() if name not in _PER_TOKEN}
+    inputs = {name: value for name, value in batch.items() if name not in PER_TOKEN}
+    if "use_cache" in inspect.signature(type(inner).forward).parameters:
+        inputs.setdefault("use_cache", False)
+    by_itself = (
+        f"{type(inner).__name__} computes its loss by itself, and does not hand its logits to its loss_function, where "
+        f"the fused head would compute it: {INSTEAD}"
+    )
     with inside.in_place_of_the_loss(inner):
-        returned = model(**{"use_cache": False, **inputs})
+        try:
+            returned = model(**inputs)
+        except Exception as error:
+            if isinstance(error, (InputError, torch.OutOfMemoryError)) or not inside.is_behind_the_head:
+                raise
+            raise InputError(f"{by_itself} ({one_line(error)})") from error
     if inside.output is None:
-        raise InputError(
-            f"{type(inner).__name__} does not hand its logits to its loss_function, where the fused head would compute "
-            f"the loss: {INSTEAD}"
-        )
-    total = returned["loss"] if isinstance(returned, Mapping) else returned[0]
-    if isinstance(getattr(returned, "aux_loss", None), Tensor):  # counts once a target, whatever a step is cut into
-        share = inside.share()
-        total = share * total + (1 - share) * inside.output.loss
-    return dataclasses.replace(inside.output, loss=total)
+        raise InputError(by_itself)
+    output, total = inside.output, returned["loss"] if isinstance(returned, Mapping) else returned[0]
+    if isinstance(getattr(returned, "aux_loss", None), Tensor):
+        # Counts once a target, whatever a step is cut into.
+        share, added = inside.share(), total.detach() - output.loss.detach()
+        total = share * total + (1 - share) * output.loss
+        output = dataclasses.replace(output, loss_sum=output.loss_sum + added * len(output.log_prob))
+    return dataclasses.replace(output, loss=total)
 
 
 def check_loss(loss: TokenLoss, where: str) -> None:
     """Raise where a loss reads what a loop of somebody else's cannot give, or has options that are the loop's."""
+    if not isinstance(loss, TokenLoss):
+        raise InputError(f"{where}: the loss must be a TokenLoss, such as DFTLoss(), got {loss!r}")
     require_default_forward_options(loss, where)
     name, way_out = type(loss).__name__, "train by CausalLMModule, which runs it"
     if (need := reference_need(loss.needs)) is not None:
@@ -117,17 +132,21 @@ def language_model_in(model: nn.Module) -> nn.Module:
         InputError: there is none, or a wrapper is none whose model can be reached.
     """
     from transformers import PreTrainedModel
+    from transformers.loss.loss_utils import ForCausalLMLoss
 
     wrappers = [type(each).__name__ for each in model.modules()]
     for wrapper in ("DataParallel", "OptimizedModule", "FullyShardedDataParallel"):
         if wrapper in wrappers:
             raise InputError(f"fused_causal_lm_loss: the model is wrapped by {wrapper}, which it cannot go through")
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if any(getattr(getattr(each, "active_peft_config", None), "is_prompt_learning", False) for each in model.modules()):
         raise InputError("fused_causal_lm_loss: peft's prompt learning lengthens the rows, and labels by token are not")
     for each in model.modules():
         if isinstance(each, PreTrainedModel) and ends_of(each)[1] is not None:
-            if getattr(each.config, "is_encoder_decoder", False):
-                raise InputError(f"fused_causal_lm_loss: {type(each).__name__} is an encoder and a decoder: {INSTEAD}")
+            if each.loss_function is not ForCausalLMLoss or getattr(each.config, "is_encoder_decoder", False):
+                raise InputError(
+                    f"fused_causal_lm_loss: {type(each).__name__} has another loss than that of causal language "
+                    f"models, whose labels are the next tokens: {INSTEAD}"
+                )
             return each
     raise InputError(
         f"fused_causal_lm_loss: there is no causal language model of transformers in {type(model).__name__}"
@@ -181,8 +200,8 @@ class _Inside:
     def in_place_of_the_loss(self, model: nn.Module) -> Iterator[None]:
         """Around the call."""
         layer, own = self._head.layer, model.loss_function
-        layer.forward, model.loss_function = self._take, self._compute  # type: ignore[assignment]
         try:
+            layer.forward, model.loss_function = self._take, self._compute  # type: ignore[assignment]
             yield
         finally:
             del layer.forward
@@ -197,9 +216,16 @@ class _Inside:
         self._hidden = hidden
         return hidden.detach()[..., :1]  # what the model does to its logits costs next to nothing on these
 
+    @property
+    def is_behind_the_head(self) -> bool:
+        """Whether the output layer has been called, and the loss function has not."""
+        return self._hidden is not None and self.output is None
+
     def _compute(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if "shift_labels" in kwargs:
-            raise InputError(f"fused_causal_lm_loss: labels that are shifted already (context parallelism): {INSTEAD}")
+        if kwargs.get("shift_labels") is not None:
+            raise InputError(f"fused_causal_lm_loss: shift_labels, which are shifted already, are not taken: {INSTEAD}")
+        if logits.requires_grad:
+            raise InputError(f"the model has something to train between its output layer and its logits: {INSTEAD}")
         hidden = self._hidden
         if hidden is None or labels.shape != hidden.shape[:2]:
             got = None if hidden is None else list(hidden.shape[:2])
@@ -266,5 +292,6 @@ def _sequences(labels: Tensor, positions: Tensor | None) -> Tensor:
 
 def _at_least_one(count: Tensor | float, device: torch.device) -> Tensor | float:
     if isinstance(count, Tensor):
-        return count.detach().to(device).clamp(min=1)
-    return max(count, 1)
+        count = count.detach().to(device)
+        return torch.where(count == 0, torch.ones_like(count), count)
+    return count or 1

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dft_lightning.errors import InputError
-from dft_lightning.integrations.causal_lm import check_loss, fused_causal_lm_loss, language_model_in
-from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss, require_default_forward_options
+from dft_lightning.integrations.causal_lm import PER_TOKEN, check_loss, fused_causal_lm_loss, language_model_in
+from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss, require_default_forward_options, unreduced
 from dft_lightning.losses.statistics import normalise_needs, reads_reference
 from dft_lightning.ops import TokenOutput
 
@@ -127,7 +127,12 @@ class FusedLossMixin(_Trainer):
         count = num_items_in_batch if training else None
         step = self.state.global_step
         output = fused_causal_lm_loss(model, inputs, self.token_loss, count, step=step)
-        self._sums["train" if training else "eval"].add(output)
+        if training:
+            self._sums["train"].add(_sums_of(output))
+        else:
+            # By row, so that those which fill up the last batch of several processes are left out.
+            by_row = _sums_by_row(output, inputs, self.token_loss)
+            self._sums["eval"].add(self.accelerator.gather_for_metrics(by_row).sum(0))
         self.loss_is_scaled_for_ga = count is not None
         loss = output.loss
         if count is not None and self.args.average_tokens_across_devices:
@@ -143,44 +148,77 @@ class FusedLossMixin(_Trainer):
             )
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own."""
+        self._sums["train"] = _Sums()  # of steps that an earlier call did not log
+        return super().train(*args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         """The trainer's own, with means over all targets."""
         self._sums["eval"] = _Sums()
-        output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        found = self._sums["eval"].means(self.accelerator)
-        output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})  # type: ignore[union-attr]
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        found = self._sums["eval"].means()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})  # type: ignore[union-attr]
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's own, with ``nll`` and ``token_accuracy`` of the training targets since it last logged."""
         if "loss" in logs:
-            found = self._sums["train"].means(self.accelerator)
+            found = self._sums["train"].over(self.accelerator).means()
             logs.update({name: value for name, value in found.items() if name != "loss"})
             self._sums["train"] = _Sums()
         super().log(logs, *args, **kwargs)
 
 
 class _Sums:
-    """Of targets, over batches, on the device."""
+    """Loss, nll, right ones and number of targets, over batches, on the device."""
 
-    def __init__(self) -> None:
-        self._total: Tensor | None = None
+    def __init__(self, total: Tensor | None = None) -> None:
+        self._total = total
 
-    def add(self, output: TokenOutput) -> None:
-        """Take in a batch's."""
-        values = (output.loss_sum, -output.log_prob.sum(), output.correct.sum())
-        count = output.loss_sum.new_tensor(len(output.log_prob), dtype=torch.float64)
-        total = torch.stack([*(value.double() for value in values), count])
-        self._total = total if self._total is None else self._total + total
+    def add(self, values: Tensor) -> None:
+        """Take in ``[4]`` of a batch."""
+        self._total = values if self._total is None else self._total + values
 
-    def means(self, accelerator: Any) -> dict[str, float]:
-        """Over all targets of all processes; nothing without any. A collective."""
+    def over(self, accelerator: Any) -> _Sums:
+        """Of all processes. A collective."""
         total = self._total if self._total is not None else torch.zeros(4, dtype=torch.float64)
-        if accelerator.num_processes > 1:
-            total = accelerator.gather(total.to(accelerator.device).reshape(1, -1)).sum(0)
-        loss, nll, correct, count = total.tolist()
+        return _Sums(accelerator.gather(total.to(accelerator.device).reshape(1, -1)).sum(0))
+
+    def means(self) -> dict[str, float]:
+        """Over all targets; nothing without any."""
+        loss, nll, correct, count = [0.0] * 4 if self._total is None else self._total.tolist()
         return {"loss": loss / count, "nll": nll / count, "token_accuracy": correct / count} if count else {}
+
+
+def _sums_of(output: TokenOutput) -> Tensor:
+    """``[4]`` of a batch."""
+    values = (
+        output.loss_sum,
+        -output.log_prob.sum(),
+        output.correct.sum(),
+        output.loss_sum.new_tensor(len(output.weight)),
+    )
+    return torch.stack([value.double() for value in values])
+
+
+def _sums_by_row(output: TokenOutput, batch: Mapping[str, Tensor], loss: TokenLoss) -> Tensor:
+    """``[B, 4]`` of a batch."""
+    kept = batch["labels"][:, 1:] != IGNORE_INDEX
+    own = unreduced(loss, output).detach()
+    if batch.get("token_weight") is not None:
+        own = own * batch["token_weight"][:, 1:][kept].to(own.device)
+    beside = (output.loss_sum - own.sum()) / max(len(own), 1)  # of a router, once a target
+    values = torch.stack([own + beside, -output.log_prob, output.correct, torch.ones_like(own)], dim=-1).double()
+    rows = kept.nonzero()[:, 0].to(values.device)
+    return values.new_zeros(len(kept), 4).index_add(0, rows, values)
 
 
 def _not_honoured(trainer: Any) -> Iterator[str]:
@@ -199,9 +237,22 @@ def _not_honoured(trainer: Any) -> Iterator[str]:
             yield f"{name} reads logits, which the fused head never has: leave it out"
     if getattr(trainer, "model_init", None) is not None:
         yield "model_init makes the model anew behind it: give a model"
+    if getattr(args, "activation_offloading", False):
+        yield "activation_offloading hooks the output layer, which the fused head does not call: leave it out"
+    for name in _lost_columns(trainer) if args.remove_unused_columns else ():
+        yield f"remove_unused_columns would drop {name}: set it to False"
     if getattr(args, "torch_compile", False):
         yield "torch_compile makes one graph of model and loss: leave it out"
     yield from _not_honoured_of_many(trainer)
+
+
+def _lost_columns(trainer: Any) -> Iterator[str]:
+    """What the loss reads of each token, where rows have it and the model takes no such argument."""
+    for rows in (trainer.train_dataset, trainer.eval_dataset):
+        names = getattr(rows, "column_names", None)
+        if names is None and isinstance(rows, Sequence) and rows and isinstance(rows[0], Mapping):
+            names = rows[0].keys()
+        yield from (name for name in PER_TOKEN if name in (names or ()))
 
 
 def _not_honoured_of_many(trainer: Any) -> Iterator[str]:

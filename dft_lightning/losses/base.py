@@ -202,6 +202,7 @@ def loss_and_slopes(
         values: dict[str, Any] = {
             name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in vars(stats).items()
         }
+        values["own"] = {name: value.detach().clone() for name, value in stats.own.items()}
         if stats.log_expected_prob is stats.log_prob:
             values["log_expected_prob"] = None
         leaves = {name: values[name].requires_grad_() for name in _DIFFERENTIABLE if values[name] is not None}

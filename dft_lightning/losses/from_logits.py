@@ -169,7 +169,8 @@ def _tempered(rows: _Rows, power: float, reference_power: float, slope: float | 
     weight = power * log_p if power else torch.zeros_like(log_p)
     if reference_power:
         weight = weight + reference_power * rows.reference
-    weight = weight.softmax(-1)
+    # Where each class is banned by one of the two, none has a weight.
+    weight = weight.clamp(min=torch.finfo(weight.dtype).min).softmax(-1).masked_fill(weight == -math.inf, 0.0)
     if slope is None:
         return weight
     share = torch.sigmoid(slope * (log_p - rows.log_prob.detach().unsqueeze(-1)))
@@ -178,7 +179,7 @@ def _tempered(rows: _Rows, power: float, reference_power: float, slope: float | 
 
 def _tempered_log_prob(rows: _Rows, **params: Any) -> Tensor:
     weight = _tempered(rows, **params)
-    return (weight * rows.log_probs.masked_fill(weight == 0, 0.0)).sum(-1)
+    return (weight * at_least_tiny(rows.log_probs).masked_fill(weight == 0, 0.0)).sum(-1)
 
 
 def _reference_kl(rows: _Rows) -> Tensor:
@@ -192,13 +193,13 @@ def _reference_kl(rows: _Rows) -> Tensor:
 def _reference_reverse_kl(rows: _Rows) -> Tensor:
     # What the model bans adds nothing, whatever the reference says.
     banned = rows.log_probs.exp() == 0
-    difference = rows.log_probs.masked_fill(banned, 0.0) - log_of_reference(rows.reference).masked_fill(banned, 0.0)
+    difference = rows.log_probs.masked_fill(banned, 0.0) - at_least_tiny(rows.reference).masked_fill(banned, 0.0)
     return (rows.log_probs.exp() * difference).sum(-1)
 
 
-def log_of_reference(log_r: Tensor) -> Tensor:
-    """``log r``, no less than that of the smallest number, so that what the reference bans is finite."""
-    return log_r.clamp(min=math.log(torch.finfo(log_r.dtype).tiny))
+def at_least_tiny(log_prob: Tensor) -> Tensor:
+    """Log-probs with that of the smallest number for a banned class."""
+    return log_prob.masked_fill(log_prob == -math.inf, math.log(torch.finfo(log_prob.dtype).tiny))
 
 
 def _reference_mass_below(rows: _Rows) -> Tensor:

@@ -96,7 +96,8 @@ class ProximalLoss(TokenLoss):
         epsilon: how much a token's probability may grow, as a share; more than 0.
         refresh_every: in ``CausalLMModule`` the reference is the model itself, as it was at the last optimizer step
             that is a multiple of this number, counted from 0. It takes a copy of what is trained, and a second forward
-            of each batch. ``None`` takes the reference log-probabilities of the data, fixed for a run.
+            of each batch. Validation compares with the same model: its loss says how far the steps since have come,
+            and is -1 where there are none. ``None`` takes the reference log-probabilities of the data, fixed for a run.
 
     Raises:
         ValueError: ``epsilon`` not positive or not finite, ``refresh_every`` less than 1, unknown reduction.
@@ -120,8 +121,8 @@ class ProximalLoss(TokenLoss):
         super().__init__(ignore_index=ignore_index, reduction=reduction)
         if not (math.isfinite(epsilon) and epsilon > 0):
             raise ValueError(f"epsilon must be finite and positive, got {epsilon}")
-        if refresh_every is not None and refresh_every < 1:
-            raise ValueError(f"refresh_every is a number of optimizer steps, 1 or more, or None, got {refresh_every}")
+        if refresh_every is not None and not (isinstance(refresh_every, int) and refresh_every >= 1):
+            raise ValueError(f"refresh_every is a number of optimizer steps, 1 or more, or None, got {refresh_every!r}")
         self.epsilon = epsilon
         self.refresh_every = refresh_every
 
@@ -184,7 +185,8 @@ class ReferenceKLLoss(TokenLoss):
     finds likely, ``"reverse"`` leaves what it finds unlikely.
 
     Source: ASFT's code, arXiv 2509.23753, for the forward direction, averaged over the target tokens as here. The
-    reverse takes a class that the reference bans for one of the smallest probability that the dtype has.
+    reverse takes a class that the reference bans for one of the smallest probability that the dtype has, and the fused
+    head one that is less likely than that.
 
     Args:
         direction: ``"forward"``, ``sum r (log r - log p)``, or ``"reverse"``, ``sum p (log p - log r)``.

@@ -70,7 +70,7 @@ class Statistic:
         name = getattr(function, "__name__", None) if name is None else name
         if not (isinstance(name, str) and name.isidentifier() and not name.startswith("_")):
             raise InputError(f"Statistic.of: {name!r} cannot be read as stats.NAME: give name=...")
-        if hasattr(TokenStats, name) or name in {each.name for each in fields(TokenStats)}:
+        if name in _TAKEN or hasattr(TokenStats, name) or name in {each.name for each in fields(TokenStats)}:
             raise InputError(f"Statistic.of: {name} is a name that TokenStats has already: give another, name=...")
         statistic = cls.__new__(cls)
         statistic.name, statistic.params, statistic.function = name, {}, function
@@ -153,6 +153,8 @@ class TokenStats:
         raise AttributeError(f"{type(self).__name__} has no {name}")
 
 
+# What a head's output has beside, and who is given what.
+_TAKEN = ("loss", "losses", "loss_sum", "weight", "correct", "reader", "named")
 # What is no statistic that a loss names.
 NO_STATISTICS = ("step", "vocab_size", "own")
 _STATISTIC_NAMES = tuple(f.name for f in fields(TokenStats) if f.name not in NO_STATISTICS)

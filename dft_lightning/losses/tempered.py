@@ -81,7 +81,8 @@ class TargetSFTLoss(TokenLoss):
 
     Source: Target-SFT, arXiv 2606.11189, and the authors' page; their code could not be read, and no default of ``eta``
     was found. At ``eta = 0`` the gradient is DFT's and no teacher is needed; the loss has ``(1 - p)`` times the entropy
-    in it.
+    in it. A class that model or teacher bans has no part in ``t``, unless its own power is 0; the log-probability of
+    one that the model bans is that of the dtype's smallest number.
 
     Args:
         eta: share of the teacher, in ``[0, 1]``.
@@ -156,8 +157,8 @@ class SEDSFTLoss(TokenLoss):
             raise ValueError(f"threshold is a probability, more than 0 and at most 1, got {threshold}")
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"weight must be finite and not negative (0 is cross-entropy), got {weight}")
-        if top_k < 1:
-            raise ValueError(f"top_k must be 1 or more, got {top_k}")
+        if not isinstance(top_k, int) or top_k < 1:
+            raise ValueError(f"top_k must be a whole number, 1 or more, got {top_k!r}")
         self.threshold = threshold
         self.weight = weight
         self.top_k = top_k

@@ -175,38 +175,60 @@ class EarlierModel:
         self._every = every
         self._step: int | None = None
         self._values: dict[str, Tensor] = {}
+        self._loaded = False
 
     @classmethod
     def of(cls, loss: TokenLoss) -> EarlierModel | None:
         """For a loss that reads such a model's log-probs; ``None`` for others."""
         return None if loss.refresh_every is None else cls(loss.refresh_every)
 
-    @contextmanager
-    def in_place_of(self, model: nn.Module, step: int) -> Iterator[None]:
-        """The model as it was, without gradients and without dropout; it is copied first where that is now.
+    def begin(self, model: nn.Module) -> None:
+        """Before a run's first step: what an earlier run has left is forgotten, what a checkpoint has is kept."""
+        loaded, self._loaded = self._loaded, False
+        if loaded and self._values and self._values.keys() != _trained(model).keys():
+            rank_zero_warn(
+                "--ckpt_path: the checkpoint's run trained other parameters: until its next multiple of refresh_every "
+                "the model is compared with its own weights"
+            )
+            loaded = False
+        if not loaded:
+            self._step, self._values = None, {}
+
+    def refresh(self, model: nn.Module, step: int) -> None:
+        """In training, before a batch: copy what is trained, where the step is the first since a multiple.
 
         Args:
             model: the trained one.
             step: optimizer steps behind its weights.
         """
-        trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
-        if self._step != step - step % self._every or self._values.keys() != trained.keys():
-            self._step = step - step % self._every
-            self._values = {name: each.detach().clone() for name, each in trained.items()}
+        trained = _trained(model)
+        if self._step != step - step % self._every:
+            self._step, self._values = step - step % self._every, {}
+        for name, parameter in trained.items():
+            if name not in self._values:  # since then frozen, if not new
+                self._values[name] = parameter.detach().clone()
+
+    @contextmanager
+    def in_place_of(self, model: nn.Module) -> Iterator[None]:
+        """The model as it was, without gradients and without dropout; as it is, where nothing was trained yet."""
+        known = dict(model.named_parameters())
+        earlier = {
+            name: value.to(known[name].device, known[name].dtype)
+            for name, value in self._values.items()
+            if name in known
+        }
+        own = {name: known[name].data for name in earlier}
         device = next(model.parameters()).device.type
         dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        self._exchange(trained)
         try:
+            for name, value in earlier.items():
+                known[name].data = value
             # Casts of these weights are not to be kept for those that come back.
             with evaluating(model), torch.autocast(device, dtype, enabled, cache_enabled=False):
                 yield
         finally:
-            self._exchange(trained)
-
-    def _exchange(self, trained: dict[str, nn.Parameter]) -> None:
-        for name, parameter in trained.items():
-            own = self._values[name].to(parameter.device, parameter.dtype)
-            self._values[name], parameter.data = parameter.data, own
+            for name, value in own.items():
+                known[name].data = value
 
     def save(self, checkpoint: dict[str, Any], step: int) -> None:
         """Add it to a checkpoint of weights after ``step`` steps, unless these are the same."""
@@ -216,13 +238,18 @@ class EarlierModel:
     def load(self, checkpoint: dict[str, Any], step: int) -> None:
         """Go on from a checkpoint of weights after ``step`` steps."""
         saved = checkpoint.get(_EARLIER) or {}
-        self._step, self._values = saved.get("step"), saved.get("values") or {}
+        self._step, self._values, self._loaded = saved.get("step"), saved.get("values") or {}, True
         if step % self._every and self._step != step - step % self._every:
+            self._step, self._values = None, {}
             rank_zero_warn(
                 f"--ckpt_path: the checkpoint, of step {step}, has no model of step {step - step % self._every} to "
                 "compare with, as it is of another loss or another refresh_every: until the next one it is compared "
                 "with its own weights"
             )
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: each for name, each in model.named_parameters() if each.requires_grad}
 
 
 def _a_shard(sharded: nn.Module) -> Tensor:

@@ -87,6 +87,13 @@ class BatchObjective:
         else:
             run = partial(_fused, model, head=self._checks.head_of(model))
         if self._earlier is not None:
+            if alone:
+                raise InputError(
+                    f"{type(loss).__name__} with refresh_every follows the steps of a trainer, and there is none: give "
+                    "reference_log_prob with the batch, and leave refresh_every out"
+                )
+            if torch.is_grad_enabled():
+                self._earlier.refresh(model, options["step"])
             call = dataclasses.replace(call, earlier=_log_probs_of(self._earlier, model, call, run))
         output, model_output = run(call)
         if layout is batch.get(KEY):
@@ -247,7 +254,7 @@ Run = Callable[[_Call], tuple[TokenOutput, Any]]
 
 def _log_probs_of(earlier: EarlierModel, model: nn.Module, call: _Call, run: Run) -> Tensor:
     """Log-prob of each target under the model as it was, ``[B, T]`` at the place of its logits."""
-    with earlier.in_place_of(model, call.options["step"]):
+    with earlier.in_place_of(model):
         output, _ = run(dataclasses.replace(call, loss=CrossEntropyLoss(), reference=None, options={}))
     found = output.log_prob.new_zeros(math.prod(call.layout.shape))
     return found.index_copy(0, call.layout.target_index, output.log_prob).view(call.layout.shape)

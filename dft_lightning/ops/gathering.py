@@ -13,7 +13,7 @@ from dft_lightning.losses.statistics import Statistic, own_values, reads_referen
 from dft_lightning.ops import exponentials, kernels
 from dft_lightning.ops.call import HeadSettings
 from dft_lightning.ops.products import HeadProducts
-from dft_lightning.ops.row_math import LogitTransform, Moments, SoftmaxRows, entry_of
+from dft_lightning.ops.row_math import LogitTransform, Moments, SoftmaxRows, entry_of, reaches_far
 from dft_lightning.ops.row_weights import moments_of_rows
 from dft_lightning.ops.rows import by_blocks
 from dft_lightning.ops.torch_kernels import row_top_k_entropy
@@ -39,7 +39,7 @@ def gather(products: HeadProducts, rows: slice, targets: Tensor, settings: HeadS
     """
     wanted = _Wanted(settings.statistics, keep)
     transforms = [settings.transform, *filter(None, [settings.reference_transform])]
-    straight = exponentials.are_straight(products.device, settings.dtype, transforms) and not wanted.logits
+    straight = exponentials.are_straight(products.device, settings.dtype, transforms) and not wanted.by_blocks
     found = (_straight if straight else _by_blocks)(products, rows, targets, settings, wanted)
     if found.rows is not None:
         for name, value in moments_of_rows(found.rows, targets, found.moments, found.reference, settings).items():
@@ -53,7 +53,7 @@ class _Wanted:
     Attributes:
         moments: that the row kernels gather.
         top_k: of how many classes ``top_k_entropy`` is wanted.
-        logits: whether something is wanted that is made of logits in float32.
+        by_blocks: whether something is wanted that is made of logits in float32, or of classes far below the likeliest.
         rows: whether the chunk's own rows are wanted.
         reference: whether a reference's rows are.
     """
@@ -63,10 +63,12 @@ class _Wanted:
         self.moments = frozenset(entry.moment for entry in entries.values() if entry.gathered == "kernel")
         self.top_k = int(statistics["top_k_entropy"].params["k"]) if "top_k_entropy" in statistics else None
         self.own = [statistic for statistic in statistics.values() if statistic.function is not None]
-        self.logits = bool(self.own) or "reference_mass_below" in statistics
+        far = any(map(reaches_far, statistics.values()))
+        self.by_blocks = bool(self.own) or "reference_mass_below" in statistics or far
         of_rows = [statistics[name] for name, entry in entries.items() if entry.gathered == "rows"]
         self.rows = keep or bool(of_rows)
-        self.reference = keep or any(reads_reference(statistic) for statistic in of_rows)
+        of_logits_alone = [name for name in statistics if reads_reference(statistics[name])] == ["reference_mass_below"]
+        self.reference = (keep and not of_logits_alone) or any(map(reads_reference, of_rows))
 
 
 def _straight(
@@ -98,7 +100,7 @@ def _by_blocks(
         if wanted.top_k is not None:
             extra["top_k_entropy"] = row_top_k_entropy(logits, transform, wanted.top_k)
         for each in wanted.own:
-            extra[each.name] = by_blocks(logits, targets[part], _function_of(each, transform))
+            extra[entry_of(each).moment] = by_blocks(logits, targets[part], _function_of(each, transform))
         if products.reference is not None:
             assert settings.reference_transform is not None
             other = products.reference.logits(block)

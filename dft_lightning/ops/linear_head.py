@@ -21,7 +21,7 @@ from dft_lightning.ops.call import (
     target_tokens,
 )
 from dft_lightning.ops.passes import head_statistics, one_pass
-from dft_lightning.ops.row_math import ENTRIES, LogitTransform, tempering_of
+from dft_lightning.ops.row_math import ENTRIES, LogitTransform, reaches_far, tempering_of
 
 
 @torch.compiler.disable
@@ -195,12 +195,18 @@ def _settings(
     if chunk_bytes is not None and chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
     tempering_of(wanted)
+    dtype = _product_dtype(batch.hidden, weight)
+    if far := [name for name, need in wanted.items() if dtype == torch.float16 and reaches_far(need)]:
+        raise ValueError(
+            f"{who} needs {far[0]}, in which classes count that float16 has no numbers for: take bfloat16 or float32, "
+            "or the model's logits with logits_token_loss (model.loading.head: full)"
+        )
     beside = batch.reference if any(map(reads_reference, wanted.values())) else None
     return HeadSettings(
         transform=LogitTransform(logit_scale, logit_softcap),
         reference_transform=None if beside is None else LogitTransform(beside.logit_scale, beside.logit_softcap),
         statistics=dict(sorted(wanted.items())),
-        dtype=_product_dtype(batch.hidden, weight),
+        dtype=dtype,
         chunk_bytes=chunk_bytes,
     )
 

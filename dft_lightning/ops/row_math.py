@@ -321,7 +321,7 @@ ENTRIES: dict[str, Entry] = {
 
 def entry_of(statistic: Statistic) -> Entry:
     """That of a statistic, which may be somebody's own."""
-    return _constant(statistic.name, "logits") if statistic.function is not None else ENTRIES[statistic.name]
+    return _constant(f"own {statistic.name}", "logits") if statistic.function else ENTRIES[statistic.name]
 
 
 def moment_names(statistics: Mapping[str, Statistic]) -> list[str]:
@@ -343,11 +343,19 @@ def statistics_of(moments: Moments, statistics: Mapping[str, Statistic], vocabul
 
 def needed_for_gradient(statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
     """Those whose gradient takes more than their values: the moments that are made of what is kept."""
+    entries = {name: entry_of(statistic) for name, statistic in statistics.items()}
     return {
-        name: statistic
-        for name, statistic in statistics.items()
-        if statistic.name in ("tempered_log_prob", "reference_reverse_kl")
+        name: statistics[name]
+        for name, entry in entries.items()
+        if entry.gathered == "rows" and entry.gradient is not None
     }
+
+
+def reaches_far(statistic: Statistic) -> bool:
+    """Whether classes count that have next to nothing of the probability, which some dtypes do not keep."""
+    if statistic.name in _TEMPERED:
+        return statistic.params["power"] < 1 or bool(statistic.params["reference_power"])
+    return statistic.name == "reference_reverse_kl"
 
 
 def coefficients_of(

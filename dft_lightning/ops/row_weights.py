@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from dft_lightning.losses.from_logits import check_k
+from dft_lightning.losses.from_logits import at_least_tiny, check_k
 from dft_lightning.ops.call import HeadSettings
 from dft_lightning.ops.pieces import slices
 from dft_lightning.ops.row_math import Moments, SoftmaxRows, Tempering, tempering_of
@@ -70,16 +72,15 @@ def _tempered(
             weight, log_p, more = blocks[:, : part.stop - part.start]
             log_of(own, part, out=log_p)
             put_(log_p, targets[part], moments.log_prob[part])
-            log_weights(log_p, part, reference, tempering, out=weight, scratch=more)
-            normalizer = weight.logsumexp(-1)
+            log_weights(log_p, part, own, targets[part], reference, tempering, out=weight, scratch=more)
+            normalizer = weight.logsumexp(-1).clamp_(min=torch.finfo(dtype).min)
             weight.sub_(normalizer.unsqueeze(-1)).exp_()
             if tempering.slope is not None:
                 _sigmoid(log_p, moments.log_prob[part], tempering.slope, out=more)
                 put_(more, targets[part], torch.full_like(normalizer, 0.5))  # of a banned one, too
                 weight.mul_(more)
             at_target = at(weight, targets[part])
-            # What the model bans has no weight, or is counted as having the smallest probability.
-            torch.mul(weight, log_p.clamp_(min=torch.finfo(dtype).min), out=more)
+            torch.mul(weight, at_least_tiny(log_p), out=more)
             found["tempered_log_prob"][part] = more.sum(-1)
             put_(weight, targets[part], torch.zeros_like(at_target))
             others = weight.sum(-1)
@@ -89,16 +90,28 @@ def _tempered(
 
 
 def log_weights(
-    log_p: Tensor, part: slice, reference: SoftmaxRows | None, tempering: Tempering, *, out: Tensor, scratch: Tensor
+    log_p: Tensor,
+    part: slice,
+    own: SoftmaxRows,
+    targets: Tensor,
+    reference: SoftmaxRows | None,
+    tempering: Tempering,
+    *,
+    out: Tensor,
+    scratch: Tensor,
 ) -> Tensor:
-    """Logarithms of ``p**power r**reference_power`` of a block of rows."""
+    """Logarithms of ``p**power r**reference_power`` of a block of rows; ``-inf`` of a class that is banned."""
     if tempering.power:
         torch.mul(log_p, tempering.power, out=out)
+        at_target = at(out, targets)
+        out.masked_fill_(own.values[part] == 0, -math.inf)
+        put_(out, targets, at_target)
     else:
         out.zero_()
     if tempering.reference_power:
         assert reference is not None
         out.add_(log_of(reference, part, out=scratch), alpha=tempering.reference_power)
+        out.masked_fill_(reference.values[part] == 0, -math.inf)
     return out
 
 
@@ -118,6 +131,8 @@ def add_tempered_(
     gradient: Tensor,
     log_p: Tensor,
     part: slice,
+    own: SoftmaxRows,
+    targets: Tensor,
     moments: Moments,
     reference: SoftmaxRows | None,
     factor: Tensor,
@@ -127,7 +142,7 @@ def add_tempered_(
 ) -> None:
     """Add ``factor q h`` to a block's gradient."""
     weight, more = scratch
-    log_weights(log_p, part, reference, tempering, out=weight, scratch=more)
+    log_weights(log_p, part, own, targets, reference, tempering, out=weight, scratch=more)
     assert moments.log_tempered is not None
     weight.sub_(moments.log_tempered[part].unsqueeze(-1)).exp_()
     if tempering.slope is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -71,12 +72,14 @@ def by_blocks(logits: Tensor, targets: Tensor, function: Callable[[Tensor, Tenso
 
 
 def log_of(rows: SoftmaxRows, part: slice, *, out: Tensor) -> Tensor:
-    """Logarithms of a block's probabilities, no less than that of the smallest value."""
-    out.copy_(rows.values[part]).clamp_(min=smallest_value(rows.values.dtype))
-    return out.log_().add_(rows.log_factor[part].unsqueeze(-1))
+    """Logarithms of a block's probabilities, of one that is 0 that of the smallest number."""
+    values = rows.values[part]
+    out.copy_(values).clamp_(min=smallest_value(values.dtype)).log_().add_(rows.log_factor[part].unsqueeze(-1))
+    return out.masked_fill_(values == 0, math.log(torch.finfo(out.dtype).tiny))
 
 
 def log_at(rows: SoftmaxRows, classes: Tensor) -> Tensor:
     """Logarithm of one class's probability in each row, likewise; not of a target that is set apart."""
     values = at(rows.values, classes).to(raised_dtype(rows.values.dtype))
-    return values.clamp(min=smallest_value(rows.values.dtype)).log() + rows.log_factor
+    log_prob = values.clamp(min=smallest_value(rows.values.dtype)).log() + rows.log_factor
+    return log_prob.masked_fill(values == 0, math.log(torch.finfo(log_prob.dtype).tiny))

@@ -151,7 +151,7 @@ def row_gradient_(
             if transform.softcap is not None:
                 _cap_derivative(z, moments, targets, part, transform, out=more[0])
             if by_class:
-                _by_class(z, p, coefficients, moments, reference, part, out=more[-3:])
+                _by_class(z, p, rows, targets[part], coefficients, moments, reference, part, out=more[-3:])
             gradient = _times_polynomial_(z, p, coefficients, linear, part)
             if by_class:
                 gradient.add_(more[-3])
@@ -170,6 +170,8 @@ def row_gradient_(
 def _by_class(
     log_p: Tensor,
     p: Tensor,
+    rows: SoftmaxRows,
+    targets: Tensor,
     coefficients: Coefficients,
     moments: Moments,
     reference: SoftmaxRows | None,
@@ -186,7 +188,8 @@ def _by_class(
     if coefficients.tempered is not None:
         assert coefficients.tempering is not None
         tempering, (weight, more) = coefficients.tempering, scratch
-        add_tempered_(total, log_p, part, moments, reference, coefficients.tempered, tempering, scratch=(weight, more))
+        beside = reference, coefficients.tempered, tempering
+        add_tempered_(total, log_p, part, rows, targets, moments, *beside, scratch=(weight, more))
 
 
 def _cap_derivative(

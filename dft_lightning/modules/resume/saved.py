@@ -82,6 +82,8 @@ class Checkpoints:
         self._optimizer_options.put_back(trainer)
         self._tokenizer_files = None  # this run's data may have another
         self._run_state.begin(trainer)
+        if self._earlier is not None:
+            self._earlier.begin(model)
         if changed := sorted(self._trained ^ trained_names(model)):
             check_wrapped(trainer, changed)
             self._trained |= set(changed)
@@ -162,13 +164,13 @@ class Checkpoints:
             InputError: it is of another adapter, base, reference or optimizer.
         """
         self._check_adapter(checkpoint, model, trainer)
+        if self._earlier is not None:
+            self._earlier.load(checkpoint, int(checkpoint["global_step"]))
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return
         self._optimizer_options.load(checkpoint)
         if reference is not None:
             reference.check_remembered(checkpoint)
-        if self._earlier is not None:
-            self._earlier.load(checkpoint, int(checkpoint["global_step"]))
         check_paths(trainer, checkpoint)
         self._run_state.load(checkpoint, trainer)
 
