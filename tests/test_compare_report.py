@@ -48,7 +48,9 @@ def test_each_measure_chooses_its_own_rate_on_validation(tmp_path):
         assert (sampled.learning_rate, sampled.validation, len(sampled.records)) == (1e-4, 0.2, 1)
         assert greedy.at_edge
         assert not greedy.tied
-    assert findings.choices["greedy"][0].over_seeds("test", "greedy").mean == pytest.approx((20 + 21 + 22) / 120)
+    choice = findings.choices["greedy"][0]
+    assert choice.of_seeds("test", "greedy") == [20 / 40, 21 / 40, 22 / 40]
+    assert choice.over_problems().mean == pytest.approx((20 + 21 + 22) / 120)
 
 
 def test_of_equal_rates_the_one_with_lower_nll_is_taken_and_the_report_says_so(tmp_path):
@@ -108,20 +110,69 @@ def test_no_winner_where_seeds_disagree(tmp_path):
     assert pair.winner is None
 
 
-def test_one_seed_among_several_is_judged_by_nothing(tmp_path):
-    """The same runs: a winner where there is no other seed, none where the comparison has three."""
-    for name, seeds_at_best in (("one", []), ("three", [1, 2])):
-        out = tmp_path / name
-        write_settings(out, seeds_at_best=seeds_at_best)
-        for loss, right in (("CE", 20), ("DFT", 35)):
-            write_run(out, loss, 1e-3, right=right)
-        (pair,) = findings_of(out).pairs["greedy"]
-        assert pair.over_problems.excludes_zero()
-        assert pair.winner == (None if seeds_at_best else "DFT")
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_what_is_said_of_seeds(tmp_path, seeds):
+    """Of one and of two: what ran, and that it tells nothing of others. Of three: that they agree."""
+    write_settings(tmp_path, learning_rates=[1e-3])
+    for loss, right in (("CE", 20), ("DFT", 35)):
+        for seed in range(seeds):
+            write_run(tmp_path, loss, 1e-3, seed, right=right + seed)
+    (pair,) = findings_of(tmp_path).pairs["greedy"]
+    assert pair.winner == "DFT"
+    assert pair.by_seed == pytest.approx([-15 / 40] * seeds)
+    assert (pair.over_seeds.low is None) == (seeds < 3)
+    main(["--report_only", str(tmp_path)])
+    text = (tmp_path / "report.md").read_text()
+    assert f"All this is of the seeds that ran, {seeds} of each loss, on test problems like these" in text
+    assert ("too few seeds to tell what another would give" in text) == (seeds < 3)
+    assert ("a loss is called better only where the seeds agree as well" in text) == (seeds == 3)
+    values = ", ".join(f"{(20 + seed) / 40:.3f}" for seed in range(seeds))
+    spread = "0.025" if seeds == 3 else "too few seeds"
+    assert re.search(rf"\| CE \| 0.001 \| .* \| {values} \| {spread} \|", text)
+
+
+def test_ranges_stay_where_a_value_can_be(tmp_path):
+    """With two seeds Student's interval of a share near 1 goes to 1.4, and a perplexity's below 0."""
+    write_settings(tmp_path, learning_rates=[1e-3])
+    for seed, (right, perplexity) in enumerate(((40, 2.0), (38, 250.0))):
+        write_run(tmp_path, "CE", 1e-3, seed, right=right, perplexity=perplexity)
+    main(["--report_only", str(tmp_path)])
+    text = (tmp_path / "report.md").read_text()
+    assert "22.361 (2.000 to 250.000)" in text  # the mean in logarithms: the root of 500
+    assert re.search(r"\| CE \| 0.001 \| 0.500 \| 0.975 \| 0.8\d\d to 0.99\d \| 1.000, 0.950 \|", text)
+    assert "-0." not in text.partition("## Pairs")[0]
+
+
+def test_the_number_of_pairs_is_counted(tmp_path):
+    """Seven problems more are a difference between two losses, and none among the 45 pairs of ten."""
+    for names in (["a", "b"], [f"loss {i}" for i in range(10)]):
+        out = tmp_path / str(len(names))
+        write_settings(out, losses=dict.fromkeys(names, LOSSES["CE"]), learning_rates=[1e-3], seeds_at_best=[])
+        for place, name in enumerate(names):
+            path = write_run(out, name, 1e-3, right=27 if place == 0 else 20)
+            config = yaml.safe_load((path / "config.yaml").read_text())
+            config["model"]["loss"] = LOSSES["CE"]
+            (path / "config.yaml").write_text(yaml.safe_dump(config))
+        pair = findings_of(out).pairs["greedy"][0]
+        assert pair.p_value == pytest.approx(2 / 2**7, abs=0.004)
+        assert pair.adjusted == pytest.approx(min(1.0, pair.p_value * (1 if len(names) == 2 else 45)))
+        assert pair.winner == (names[0] if len(names) == 2 else None)
         main(["--report_only", str(out)])
-        text = (out / "report.md").read_text()
-        assert ("(one seed: judged by nothing)" in text) == bool(seeds_at_best)
-        assert ("There is one seed" in text) == (not seeds_at_best)
+        assert (
+            f"in the family of the {1 if len(names) == 2 else 45} pairs of this table"
+            in (out / "report.md").read_text()
+        )
+
+
+def test_a_rate_at_the_edge_is_said_at_the_head(tmp_path):
+    whole_comparison(tmp_path)
+    main(["--report_only", str(tmp_path)])
+    head = re.sub(r"\\(.)", r"\1", (tmp_path / "report.md").read_text().partition("## ")[0])
+    assert (
+        "exact match, greedy: every loss at the highest rate, 0.001; avg@4 at temperature 1: every loss at the lo"
+        in head
+    )
+    assert "goes on with learning_rates: [3e-05, 0.0001, 0.001, 0.003] in its config" in head
 
 
 def test_no_winner_where_problems_leave_it_open(tmp_path):

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dft_lightning.compare.statistics import mean_interval, paired_bootstrap
+from dft_lightning.compare.statistics import (
+    holm,
+    mean_interval,
+    paired_bootstrap,
+    share_interval,
+    sign_flip_test,
+)
 from dft_lightning.metrics import pass_at_k, reported_k
 
 
@@ -23,10 +29,58 @@ def test_interval_over_seeds():
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-def test_one_value_has_no_interval():
-    interval = mean_interval([0.25])
-    assert (interval.mean, interval.low, interval.high, interval.count) == (0.25, None, None, 1)
-    assert not interval.excludes_zero()
+def test_one_value_and_two_have_no_interval():
+    for values in ([0.25], [0.25, 0.25]):
+        interval = mean_interval(values)
+        assert (interval.mean, interval.low, interval.high, interval.count) == (0.25, None, None, len(values))
+        assert not interval.excludes_zero()
+
+
+@pytest.mark.parametrize("right", [0, 1, 77, 199, 200])
+def test_interval_of_a_share(right):
+    """Wilson's, as scipy has it for right and wrong answers; within [0, 1], and of some width at its ends."""
+    found = share_interval(np.array([1.0] * right + [0.0] * (200 - right)))
+    expected = stats.binomtest(right, 200).proportion_ci(0.95, "wilson")
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert 0 <= found.low < found.high <= 1
+    assert share_interval(np.ones(19)).low is None
+
+
+def test_sign_flips_against_scipy():
+    generator = np.random.default_rng(5)
+    for gain in (0.0, 0.1, 0.3):
+        a, b = generator.integers(0, 5, 60) / 4 + gain, generator.integers(0, 5, 60) / 4
+        expected = stats.permutation_test(
+            (a - b,), lambda x, axis: x.mean(axis=axis), permutation_type="samples", n_resamples=20_000,
+            vectorized=True, rng=np.random.default_rng(6),
+        ).pvalue  # fmt: skip
+        assert sign_flip_test(a, b) == pytest.approx(expected, abs=0.015)
+
+
+def test_sign_flips_by_hand():
+    """Ten differences of one: of 1024 flips two are as far from 0. Where nothing differs, p is 1."""
+    assert sign_flip_test(np.ones(10), np.zeros(10), flips=200_000) == pytest.approx(2 / 1024, abs=4e-4)
+    mixed = np.array([1.0] * 7 + [-1.0] * 3)
+    expected = stats.binomtest(7, 10).pvalue
+    assert sign_flip_test(mixed, np.zeros(10), flips=200_000) == pytest.approx(expected, abs=4e-3)
+    assert sign_flip_test(np.ones(30), np.ones(30)) == 1.0
+    with pytest.raises(ValueError, match="the same problems"):
+        sign_flip_test(np.ones(3), np.ones(4))
+
+
+def test_sign_flips_err_as_often_as_they_say():
+    """Of 400 pairs that do not differ, about 5% have p below 0.05; four standard errors are 17."""
+    generator = np.random.default_rng(7)
+    pairs = [(generator.integers(0, 2, 50) / 1.0, generator.integers(0, 2, 50) / 1.0) for _ in range(400)]
+    assert sum(sign_flip_test(a, b, flips=1000, seed=i) < 0.05 for i, (a, b) in enumerate(pairs)) <= 20 + 17
+
+
+def test_holm_by_hand():
+    """The smallest counts as often as there are pairs, the next once less; none is below one before it."""
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.04, 0.001, 0.5]) == pytest.approx([0.08, 0.003, 0.5])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def test_interval_covers_what_it_should():
@@ -78,6 +132,12 @@ def test_few_problems_have_no_interval():
     assert (interval.mean, interval.low, interval.high) == (1.0, None, None)
     assert not interval.excludes_zero()
     assert paired_bootstrap(np.ones(20), np.zeros(20)).excludes_zero()
+
+
+def test_what_no_problem_tells_apart_has_no_interval():
+    """No resample of it has another difference: 0 to 0 would be taken for certainty."""
+    interval = paired_bootstrap(np.ones(200), np.ones(200))
+    assert (interval.mean, interval.low, interval.high) == (0.0, None, None)
 
 
 def test_bootstrap_refuses_other_problems():

@@ -98,7 +98,11 @@ def of_docs(folder):
 def drawn(request, tmp_path_factory):
     """By name, each figure with the SVG that was made of it."""
     made = request.param(tmp_path_factory.mktemp("figures"))
-    found = {f.name: f.figure for f in made} if not isinstance(made[0], Figure) else dict(zip("abc", made, strict=True))
+    found = (
+        {f.name: f.figure for f in made}
+        if not isinstance(made[0], Figure)
+        else dict(zip(plot_losses.FIGURES, made, strict=True))
+    )
     files = {}
     for name, figure in found.items():
         buffer = io.StringIO()
@@ -204,8 +208,7 @@ def test_axes_show_what_a_value_can_be(figures):
 
 
 def test_bands_have_no_slab(figures):
-    """On a logarithmic axis: every corner of a band is above 0 and none far below its line."""
-    seen = set()
+    """On a logarithmic axis: every corner of a band is above 0, and none is above what the runs have."""
     for name, _, axes in axes_of(figures):
         if axes.get_yscale() != "log":
             continue
@@ -213,15 +216,12 @@ def test_bands_have_no_slab(figures):
             (path,) = band.get_paths()
             assert path.vertices[:, 1].min() > 0, name
             means = dict(zip(*line.get_data(), strict=True))
-            for x, y in path.vertices:
-                if y < means[x] and means[x] / y > 100:
-                    seen.add((name, x))
-    assert not seen
+            assert all(y <= 3 * means[x] * (1 + 1e-9) for x, y in path.vertices), name  # of three runs
 
 
 def test_the_caption_says_where_half_a_band_is_missing(tmp_path):
     plots = {plot.name: plot.caption for plot in compared(
-        tmp_path, ["CE"], (1e-4,), (0, 10), lambda *_: {}, lambda seed: [(1.0, 1.1, 1.2)[seed], (0.1, 0.1, 9.0)[seed]]
+        tmp_path, ["CE"], (1e-4,), (0, 10), lambda *_: {}, lambda seed: [(1.0, 1.1, 1.2)[seed], (0.0, 0.1, 9.0)[seed]]
     )}  # fmt: skip
     half = "its upper half alone is drawn"
     assert half in plots["train_grad_norm"]

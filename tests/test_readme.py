@@ -373,11 +373,29 @@ OBJECTIVES = {
 }
 
 
+FURTHER = {
+    "DFT": "DFT",
+    "GFT, `RectifiedLoss(0.5)`": "GFT rectified",
+    "TrSFT, `TrustRegionLoss(0.1)`": "TrSFT",
+    "`FromReference(PowerLoss(0.5))`": "power 0.5 of the base",
+    "PriFT by mass": "PriFT mass",
+    "PriFT by probability": "PriFT prob",
+    "Target-SFT, `eta` 0.5": "Target-SFT",
+    "InfoSFT": "InfoSFT",
+    "PSFT, a reference every 8 steps": "PSFT, every 8",
+    "CE and 0.1 `ReferenceKLLoss`": "SFT and KL",
+    "CE": "CE",
+    "SED-SFT": "SED-SFT",
+    "GEM": "GEM",
+}
+
+
 def results_passages() -> Iterator[str]:
     measures = (*MEASURES, "pass_at_4")
-    yield f"| base | {' | '.join(base_of('objectives', measure) for measure in measures)} |"
-    for name, loss in OBJECTIVES.items():
-        yield f"| {name} | {' | '.join(on_test_rows('objectives', loss, measure) for measure in measures)} |"
+    for comparison, names in (("objectives", OBJECTIVES), ("objectives_more", FURTHER)):
+        yield f"| base | {' | '.join(base_of(comparison, measure) for measure in measures)} |"
+        for name, loss in names.items():
+            yield f"| {name} | {' | '.join(on_test_rows(comparison, loss, measure) for measure in measures)} |"
     cells = ("CE", "cross-entropy"), ("DFT", "DFT")
     base = ", ".join(base_of("offline_rl", measure) for measure in MEASURES)
     found = [(name, ", ".join(on_test_rows("offline_rl", loss, how) for how in MEASURES)) for loss, name in cells]

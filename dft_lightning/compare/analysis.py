@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,16 @@ import numpy as np
 
 from dft_lightning.compare.checks import Check, check_sameness
 from dft_lightning.compare.records import Record
-from dft_lightning.compare.statistics import Interval, Values, mean_interval, paired_bootstrap
+from dft_lightning.compare.statistics import (
+    LEVEL,
+    Interval,
+    Values,
+    holm,
+    mean_interval,
+    paired_bootstrap,
+    share_interval,
+    sign_flip_test,
+)
 from dft_lightning.errors import InputError
 from dft_lightning.evaluation.measures import Measure, measures_of
 
@@ -42,9 +51,13 @@ class Choice:
     tied: bool
     records: list[Record] = field(repr=False)
 
-    def over_seeds(self, split: str, measure: str) -> Interval:
-        """Mean and interval over seeds at the end of the runs."""
-        return mean_interval([record.at_end(split, measure) for record in self.records])
+    def of_seeds(self, split: str, measure: str) -> list[float]:
+        """What each seed has at the end of its run."""
+        return [record.at_end(split, measure) for record in self.records]
+
+    def over_problems(self) -> Interval:
+        """Mean of the measure over seeds on test rows, with its interval over problems."""
+        return share_interval(_scores(self, [record.seed for record in self.records]).mean(axis=0))
 
 
 def choose(records: Sequence[Record], loss: str, measure: Measure, settings: dict[str, Any]) -> Choice | None:
@@ -100,37 +113,44 @@ class Pair:
         first: name of one loss.
         second: name of the other.
         over_problems: ``first - second`` on test rows, bootstrapped over problems, mean over the seeds both have.
-        over_seeds: the same difference with the interval over seeds.
-        winner: the better of the two; ``None`` where an interval includes zero.
+        over_seeds: the same difference with the interval over seeds, where there are three.
+        by_seed: the difference of each seed that both have.
+        p_value: that problems give a difference as large if there is none.
+        adjusted: the same by Holm, among all pairs of the measure.
     """
 
     first: str
     second: str
     over_problems: Interval
     over_seeds: Interval
-    winner: str | None
+    by_seed: list[float]
+    p_value: float
+    adjusted: float = 1.0
+
+    @property
+    def winner(self) -> str | None:
+        """The better of the two on these problems, beyond chance; ``None`` where it is not shown.
+
+        With three seeds or more the interval over seeds must exclude zero as well. With fewer the statement is of the
+        seeds that ran.
+        """
+        seeds_agree = self.over_seeds.low is None or self.over_seeds.excludes_zero()
+        if not (self.adjusted < 1 - LEVEL and self.over_problems.excludes_zero() and seeds_agree):
+            return None
+        return self.first if self.over_problems.mean > 0 else self.second
 
 
-def compare_pair(a: Choice, b: Choice, several_seeds: bool) -> Pair:
-    """Whether one loss is better than the other on test problems, beyond chance.
-
-    A winner needs the bootstrap's interval to exclude zero and, where the comparison has several seeds, the interval
-    over seeds as well: the first knows nothing of what another seed would have done.
-
-    Args:
-        a: one loss.
-        b: the other.
-        several_seeds: whether the comparison has more than one.
-    """
+def compare_pair(a: Choice, b: Choice) -> Pair:
+    """Two losses on test problems, by the seeds that both have."""
     seeds = sorted({r.seed for r in a.records} & {r.seed for r in b.records})
-    return _compare((a.loss, b.loss), _scores(a, seeds), _scores(b, seeds), several_seeds)
+    return _compare((a.loss, b.loss), _scores(a, seeds), _scores(b, seeds))
 
 
-def compare_with_base(choice: Choice, base: Record, several_seeds: bool) -> Pair:
+def compare_with_base(choice: Choice, base: Record) -> Pair:
     """The same between a loss and the base model, which has no seeds."""
     scores = _scores(choice, [record.seed for record in choice.records])
     of_base = base.by_problem(choice.measure.name)
-    return _compare((choice.loss, BASE), scores, np.broadcast_to(of_base, scores.shape), several_seeds)
+    return _compare((choice.loss, BASE), scores, np.broadcast_to(of_base, scores.shape))
 
 
 def _scores(choice: Choice, seeds: Sequence[int]) -> Values:
@@ -139,12 +159,10 @@ def _scores(choice: Choice, seeds: Sequence[int]) -> Values:
     return np.stack([runs[seed].by_problem(choice.measure.name) for seed in seeds])
 
 
-def _compare(names: tuple[str, str], a: Values, b: Values, several_seeds: bool) -> Pair:
-    over_problems = paired_bootstrap(a.mean(axis=0), b.mean(axis=0))
-    over_seeds = mean_interval((a - b).mean(axis=1).tolist())
-    sure = over_problems.excludes_zero() and (not several_seeds or over_seeds.excludes_zero())
-    winner = names[0 if over_problems.mean > 0 else 1] if sure else None
-    return Pair(*names, over_problems, over_seeds, winner)
+def _compare(names: tuple[str, str], a: Values, b: Values) -> Pair:
+    of_problems = a.mean(axis=0), b.mean(axis=0)
+    by_seed = (a - b).mean(axis=1).tolist()
+    return Pair(*names, paired_bootstrap(*of_problems), mean_interval(by_seed), by_seed, sign_flip_test(*of_problems))
 
 
 @dataclass(frozen=True)
@@ -182,11 +200,6 @@ class Findings:
         return all(check.agrees for check in self.checks)
 
     @property
-    def several_seeds(self) -> bool:
-        """Whether the comparison has more than one seed."""
-        return len(self.settings["seeds"]) + len(self.settings["seeds_at_best"]) > 1
-
-    @property
     def base_is_the_start(self) -> bool:
         """Whether every run began with the weights that were tested as the base model's."""
         weights = self.base.test["weights"] if self.base and self.base.test else None
@@ -198,11 +211,11 @@ class Findings:
         return {name: self._pairs(self.choices[name]) for name in self.choices if self.measures[name].by_problem}
 
     def _pairs(self, choices: list[Choice]) -> list[Pair]:
-        several = self.several_seeds
-        pairs = [compare_pair(a, b, several) for a, b in itertools.combinations(choices, 2)]
+        pairs = [compare_pair(a, b) for a, b in itertools.combinations(choices, 2)]
         if self.base is not None and self.base_is_the_start:
-            pairs += [compare_with_base(choice, self.base, several) for choice in choices]
-        return pairs
+            pairs += [compare_with_base(choice, self.base) for choice in choices]
+        adjusted = holm([pair.p_value for pair in pairs])
+        return [replace(pair, adjusted=value) for pair, value in zip(pairs, adjusted, strict=True)]
 
     def sweep(self) -> list[Record]:
         """The runs by which learning rates are chosen."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from dft_lightning.compare.files import CONFIG, FIT, SETTINGS, TEST, read_calls,
 from dft_lightning.compare.grid import RUNS, is_tested
 from dft_lightning.compare.plots import Plot, all_plots
 from dft_lightning.compare.records import read_records
+from dft_lightning.compare.statistics import FEWEST_SEEDS
 from dft_lightning.compare.tables import (
     Table,
     bucket_table,
@@ -126,11 +128,42 @@ def summary(findings: Findings) -> list[str]:
         if measure.by_problem:
             lines.append(f"{measure.title}: {_in_words(findings, name)}.")
     lines.append("Where none is called better, no difference is shown beyond chance.")
-    if not findings.several_seeds:
-        lines.append(
-            "There is one seed: the intervals are over problems alone and say nothing of what another seed would do."
-        )
+    lines.append(_of_seeds(findings))
+    lines += _at_the_edge(findings)
     return lines
+
+
+def _of_seeds(findings: Findings) -> str:
+    """What the statements are of."""
+    counts = [len(choice.records) for choices in findings.choices.values() for choice in choices]
+    fewest, most = min(counts), max(counts)
+    seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
+    claim = f"All this is of the seeds that ran, {seeds} of each loss, on test problems like these"
+    if fewest >= FEWEST_SEEDS:
+        return f"{claim}; a loss is called better only where the seeds agree as well."
+    return f"{claim}: too few seeds to tell what another would give."
+
+
+def _at_the_edge(findings: Findings) -> list[str]:
+    """That a better rate may lie beyond the sweep, and how to look there."""
+    rates = findings.settings["learning_rates"]
+    found = []
+    for name in findings.settings["best_by"]:
+        choices = findings.choices[name]
+        for end, at, times in (("highest", max(rates), 3.0), ("lowest", min(rates), 1 / 3)):
+            losses = [choice.loss for choice in choices if choice.at_edge and choice.learning_rate == at]
+            if losses:
+                who = "every loss" if len(losses) == len(choices) else _listed(losses, losses)
+                beyond = float(f"{times * at:.1g}")
+                found.append((f"{findings.measures[name].title}: {who} at the {end} rate, {at:g}", beyond))
+    if not found:
+        return []
+    wider = ", ".join(f"{rate:g}" for rate in sorted({*rates, *(beyond for _, beyond in found)}))
+    where = "; ".join(who for who, _ in found)
+    return [
+        f"The best rate lies at the edge of the sweep, so that a better one may lie beyond: {where}. The same command "
+        f"goes on with learning_rates: [{wider}] in its config."
+    ]
 
 
 def _in_words(findings: Findings, measure: str) -> str:
@@ -139,15 +172,12 @@ def _in_words(findings: Findings, measure: str) -> str:
     for pair in findings.pairs[measure]:
         if pair.winner is not None:
             better.setdefault(pair.winner, []).append(pair.second if pair.winner == pair.first else pair.first)
-    means = {choice.loss: choice.over_seeds("test", measure).mean for choice in findings.choices[measure]}
+    means = {c.loss: statistics.fmean(c.of_seeds("test", measure)) for c in findings.choices[measure]}
     if findings.base:
         means[BASE] = findings.base.at_end("test", measure)
     order = sorted(means, key=lambda name: -means[name])
-    alone = {c.loss for c in findings.choices[measure] if findings.several_seeds and len(c.records) == 1}
     return "; ".join(
-        f"{name} {number(means[name])}"
-        + (" (one seed: judged by nothing)" if name in alone else "")
-        + (f", better than {_listed(better[name], order)}" if name in better else "")
+        f"{name} {number(means[name])}" + (f", better than {_listed(better[name], order)}" if name in better else "")
         for name in order
     )
 
@@ -231,10 +261,10 @@ def sections(findings: Findings, plots: list[Plot], unfinished: dict[str, str]) 
     if findings.comparable:
         pairs = [pair_table(findings, m, findings.pairs[m.name]) for m in measured if m.by_problem]
         text = [
-            "Paired bootstrap over problems (10,000 resamples), and Student's t over the seeds that both losses have. "
-            "One is called better only where neither interval includes zero; where the comparison has several seeds, "
-            "one alone is judged by nothing. Intervals are not widened for the number of pairs: of twenty that do not "
-            "differ, one would be called different by chance."
+            "Of the seeds that both losses have: a paired bootstrap over problems (10,000 resamples), and the p-value "
+            "of 20,000 random flips of the problems' differences, which Holm's rule adjusts for the number of pairs. "
+            "One is called better where that is below 0.05 and the interval excludes zero; of three seeds or more, "
+            "where Student's interval over seeds does, too. With fewer seeds the statement is of those that ran."
         ]
         parts.append(Section("Pairs of losses", text, pairs, []))
     parts.append(Section("Along training", [], [], take("validation_greedy", "validation_sampled", "validation_pass")))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dft_lightning.compare.analysis import BASE, Choice, Findings, Pair
 from dft_lightning.compare.records import BUCKETS, Record
-from dft_lightning.compare.statistics import Interval
+from dft_lightning.compare.statistics import FEWEST_PROBLEMS, FEWEST_SEEDS, Interval, share_interval
 from dft_lightning.evaluation.measures import Measure
 
 
@@ -50,11 +51,16 @@ def signed(value: float) -> str:
     return f"{'+' if value > 0 else ''}{number(value)}"
 
 
-def interval_text(interval: Interval, without: str = "one seed") -> str:
+def interval_text(interval: Interval, without: str) -> str:
     """The 95% interval, or what to say where there is none."""
     if interval.low is None or interval.high is None:
         return without
     return f"{number(interval.low)} to {number(interval.high)}"
+
+
+def spread_text(values: Sequence[float]) -> str:
+    """The standard deviation over seeds, where there are enough to speak of one."""
+    return number(statistics.stdev(values)) if len(values) >= FEWEST_SEEDS else "too few seeds"
 
 
 def result_table(findings: Findings, measure: Measure) -> Table:
@@ -62,19 +68,25 @@ def result_table(findings: Findings, measure: Measure) -> Table:
     rows = []
     if findings.base:
         value = findings.base.at_end("test", measure.name)
-        rows.append([BASE, "", number(_start(findings, measure.name)), number(value), "", ""])
+        of_problems = [share_interval(findings.base.by_problem(measure.name))] if measure.by_problem else []
+        cells = [BASE, "", number(_start(findings, measure.name)), number(value)]
+        rows.append([*cells, *(interval_text(each, _FEW) for each in of_problems), "", ""])
     for choice in findings.choices[measure.name]:
-        test = choice.over_seeds("test", measure.name)
+        seeds = choice.of_seeds("test", measure.name)
         rate = f"{choice.learning_rate:g}{' *' if choice.at_edge else ''}{' =' if choice.tied else ''}"
-        cells = [choice.loss, rate, number(choice.validation), number(test.mean), interval_text(test), str(test.count)]
-        rows.append(cells)
+        cells = [choice.loss, rate, number(choice.validation), number(math.fsum(seeds) / len(seeds))]
+        cells += [interval_text(choice.over_problems(), _FEW)] if measure.by_problem else []
+        rows.append([*cells, ", ".join(map(number, seeds)), spread_text(seeds)])
     notes = []
     if any(choice.at_edge for choice in findings.choices[measure.name]):
         notes.append("* the lowest or highest rate of the sweep: a better one may lie beyond.")
     if any(choice.tied for choice in findings.choices[measure.name]):
         notes.append("= another rate was as good on validation rows; the one with the lower nll is taken.")
-    columns = ["loss", "learning rate", "validation", "test", "95% interval over seeds", "seeds"]
-    return Table(measure.title, columns, rows, " ".join(notes))
+    columns = ["loss", "learning rate", "validation", "test", *(["95% over problems"] if measure.by_problem else [])]
+    return Table(measure.title, [*columns, "each seed", "deviation over seeds"], rows, " ".join(notes))
+
+
+_FEW = f"fewer than {FEWEST_PROBLEMS} problems"
 
 
 def _start(findings: Findings, measure: str) -> float:
@@ -90,14 +102,21 @@ def pair_table(findings: Findings, measure: Measure, pairs: Sequence[Pair]) -> T
             pair.first,
             pair.second,
             signed(pair.over_problems.mean),
-            interval_text(pair.over_problems, "too few problems"),
-            interval_text(pair.over_seeds),
+            interval_text(pair.over_problems, "none"),
+            ", ".join(map(signed, pair.by_seed)),
+            interval_text(pair.over_seeds, "too few seeds"),
+            f"{number(pair.p_value)}, {number(pair.adjusted)}",
             pair.winner or "no difference shown",
         ]
         for pair in pairs
     ]
-    columns = ["loss", "against", "difference", "95% over problems", "95% over seeds", "better"]
-    return Table(f"{measure.title}: differences on test problems", columns, rows)
+    columns = ["loss", "against", "difference", "95% over problems", "each seed", "95% over seeds"]
+    columns += ["p, by Holm", "better"]
+    caption = (
+        f"p, by Holm: of the pair alone, and in the family of the {len(pairs)} pairs of this table. Without an "
+        f"interval there are fewer than {FEWEST_PROBLEMS} problems, or none that the two scored differently on."
+    )
+    return Table(f"{measure.title}: differences on test problems", columns, rows, caption)
 
 
 def forgetting_table(findings: Findings) -> Table | None:
@@ -111,20 +130,24 @@ def forgetting_table(findings: Findings) -> Table | None:
     first = choices[0].records[0].history[0]["forgetting"]
     rows = [["before training", *(number(first[name]) for name in names)]]
     for choice in choices:
-        rows.append([choice.loss, *(_with_interval(choice.over_seeds("forgetting", name)) for name in names)])
+        rows.append([choice.loss, *(_with_range(choice, "forgetting", name) for name in names)])
     titles = [findings.measures[name].title for name in names]
-    return Table(
-        "Forgetting", ["", *titles], rows, "After training, mean and 95% interval over seeds where there are several."
-    )
+    return Table("Forgetting", ["", *titles], rows, f"After training, {_RANGE}.")
 
 
 def _measured(choices: Sequence[Choice], name: str) -> bool:
     return all(record.curve("forgetting", name) for choice in choices for record in choice.records)
 
 
-def _with_interval(interval: Interval) -> str:
-    text = interval_text(interval, "")
-    return number(interval.mean) + (f" ({text})" if text else "")
+_RANGE = "mean and, in brackets, the lowest and the highest seed where there are several"
+
+
+def _with_range(choice: Choice, split: str, name: str) -> str:
+    """Mean over seeds, of what is a ratio in logarithms, and how far apart they are."""
+    values = choice.of_seeds(split, name)
+    mean = statistics.geometric_mean if name == "perplexity" and min(values) > 0 else statistics.fmean
+    ends = f" ({number(min(values))} to {number(max(values))})" if len(values) > 1 else ""
+    return number(mean(values)) + ends
 
 
 def description_table(findings: Findings) -> Table:
@@ -132,14 +155,17 @@ def description_table(findings: Findings) -> Table:
     names = ["loss", "nll", "perplexity", "entropy", "mean_weight"]
     rows = []
     for choice in findings.choices[findings.main_measure]:
-        cells = [_with_interval(choice.over_seeds("test", name)) for name in names]
+        cells = [_with_range(choice, "test", name) for name in names]
         norms = [value for record in choice.records for _, value in record.logged("train/grad_norm")]
         clipped = [value for record in choice.records for _, value in record.logged("train/clipped_steps")]
         cells += [number(_mean(norms)), number(_mean(clipped))]
         rows.append([choice.loss, *cells])
     columns = ["loss", *(findings.measures[name].title for name in names), "gradient norm", "clipped steps (share)"]
     return Table(
-        "What the losses leave behind", columns, rows, "After training on test rows; the last two, means over training."
+        "What the losses leave behind",
+        columns,
+        rows,
+        f"After training on test rows, {_RANGE}; the last two, means over training.",
     )
 
 

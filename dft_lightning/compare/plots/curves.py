@@ -20,7 +20,6 @@ from dft_lightning.compare.plots.style import (
     plain,
     set_log,
 )
-from dft_lightning.compare.statistics import mean_interval
 
 _SPLITS = {"validation": "validation rows", "forgetting": "forgetting rows"}
 
@@ -144,7 +143,7 @@ def _draw(
     highest: float = math.inf,
     marked: bool = True,
 ) -> str:
-    """Each loss's mean over its runs and, where there are several, the 95% interval as a band.
+    """Each loss's mean over its runs and, where there are several, from the lowest to the highest as a band.
 
     Args:
         axes: to draw in.
@@ -157,27 +156,26 @@ def _draw(
     Returns:
         What the caption says of the bands.
     """
-    drawn = {}
+    bands, halved = {}, False
     for loss, runs in curves.items():
         common = sorted(set.intersection(*({x for x, _ in run} for run in runs)))
         found = [dict(run) for run in runs]
-        intervals = [mean_interval([values[x] for values in found]) for x in common]
+        values = np.array([[run[x] for run in found] for x in common], dtype=np.float64).reshape(len(common), -1)
         style = styles.line(loss) if marked else {**styles.line(loss), "marker": ""}
-        axes.plot(common, [interval.mean for interval in intervals], label=loss, **style)
-        drawn[loss] = common, intervals
+        axes.plot(common, values.mean(axis=1), label=loss, **style)
+        if common and len(runs) > 1:
+            bands[loss] = common, values
     if logarithmic:
         make_logarithmic(axes, "y")
-    halved = False
-    for loss, (common, intervals) in drawn.items():
-        if common and len(curves[loss]) > 1:
-            low, mean, high = np.array([(i.low, i.mean, i.high) for i in intervals], dtype=np.float64).T
-            if axes.get_yscale() == "log":  # which has no place for 0: the band would fall through the panel
-                halved |= bool((low <= 0).any())
-                low = np.where(low <= 0, mean, low)
-            axes.fill_between(common, low, high, color=styles.colour(loss), alpha=0.15, linewidth=0)
+    for loss, (common, values) in bands.items():
+        low, high = values.min(axis=1), values.max(axis=1)
+        if axes.get_yscale() == "log":  # which has no place for 0: the band would fall through the panel
+            halved |= bool((low <= 0).any())
+            low = np.where(low > 0, low, values.mean(axis=1))
+        axes.fill_between(common, low, high, color=styles.colour(loss), alpha=0.15, linewidth=0)
     fit_to_lines(axes, highest)
     return _bands([len(runs) for runs in curves.values()]) + (
-        " Where an interval reaches 0, which a logarithmic axis has no place for, its upper half alone is drawn."
+        " Where a band reaches 0, which a logarithmic axis has no place for, its upper half alone is drawn."
         if halved
         else ""
     )
@@ -193,4 +191,4 @@ def _bands(counts: Sequence[int]) -> str:
         return "One seed: no band."
     fewest, most = min(counts), max(counts)
     seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
-    return f"Mean and 95% interval over {seeds} seeds."
+    return f"Mean of {seeds} seeds, from the lowest to the highest as a band."
