@@ -297,14 +297,24 @@ def data_passages() -> Iterator[str]:
 def losses_passages() -> Iterator[str]:
     found = results("head_losses_cpu")
     ratios = dict(found["times_the_bare_products"])
-    anchored = ratios.pop("AnchoredLoss")
+    compared = (
+        "AnchoredLoss",
+        "ReferenceKLLoss",
+        "ReferenceKLLoss, reverse",
+        "TargetSFTLoss",
+        "PriorWeightedLoss, mass",
+    )
+    beside = sorted(ratios.pop(name) for name in compared)
+    by_class = {name: ratios.pop(name) for name in ("GEMLoss", "GEMLoss, logsigmoid", "SEDSFTLoss")}
     by_sequence = sorted(ratios.pop(name) for name in ("SequenceDFTLoss", "ImportanceWeightedLoss, sequence"))
     said = " and ".join(dict.fromkeys(f"{ratio:.1f}" for ratio in by_sequence))
     yield (
         f"on {cores(found)} ({found['tokens']} tokens, a vocabulary of {found['vocabulary']}, {found['dtype']}, "
         f"`python benchmarks/head_losses.py`): {min(ratios.values()):.2f} to {max(ratios.values()):.2f} for the losses "
         "of one pass, which is no further apart than two runs of one of them; "
-        f"{said} for those by sequence, and {anchored:.1f} for `AnchoredLoss`"
+        f"{by_class['GEMLoss']:.2f} for `GEMLoss`, {by_class['GEMLoss, logsigmoid']:.2f} with its other form and "
+        f"{by_class['SEDSFTLoss']:.2f} for `SEDSFTLoss`; {said} for those by sequence; and {beside[0]:.1f} to "
+        f"{beside[-1]:.1f} for those that read a reference's distribution, with its product"
     )
 
 
