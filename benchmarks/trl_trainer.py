@@ -17,10 +17,11 @@ import os
 import tempfile
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from linear_head import RESULTS, machine
+from linear_head import RESULTS, machine, missing
 from training_step import Clock, in_own_process, median, parsed, parser_of_steps, rows_of
 
 
@@ -108,15 +109,19 @@ def compare(options: argparse.Namespace, precision: str) -> dict:
 def main() -> None:
     parser = parser_of_steps(__doc__, steps=10)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--output", type=Path, help="JSON; benchmarks/results/trl_trainer_DEVICE.json by default")
     parser.add_argument("--precision", default="32-true", help=argparse.SUPPRESS)
     options = parsed(parser)
     if options.side:
         with tempfile.TemporaryDirectory() as folder:
             options.result.write_text(json.dumps(SIDES[options.side](options, folder)))
         return
+    if reason := missing("trl"):
+        print(f"trl: skipped, {reason}, and there is nothing to compare with", flush=True)
+        return
     found = {precision: compare(options, precision) for precision in ("32-true", "bf16-mixed")}
     settings = {"model": options.model.name, "batch_size": options.batch_size, "steps": options.steps}
-    path = RESULTS / f"trl_trainer_{options.device}.json"
+    path = options.output or RESULTS / f"trl_trainer_{options.device}.json"
     versions = {"trl": metadata.version("trl"), "transformers": metadata.version("transformers")}
     path.write_text(json.dumps({**machine(options.device), **versions, **settings, **found}, indent=1) + "\n")
     print(

@@ -111,6 +111,19 @@ def test_training_step(model, rows, tmp_path, capsys):
     assert says_what_is_missing(capsys.readouterr().out)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.usefixtures("children_here")
+def test_trl_trainer(model, rows, tmp_path, capsys):
+    """The same losses by TRL's own DFT and by the mixin, where TRL is installed."""
+    output, sizes = tmp_path / "out.json", ["--steps", 3, "--batch_size", 2, "--turns", 1]
+    run_script("benchmarks/trl_trainer.py", "--model", model, "--rows", rows, *sizes, "--output", output)
+    assert says_what_is_missing(capsys.readouterr().out)
+    for name, most in {"32-true": 1e-5, "bf16-mixed": 0.1}.items() if TRL else ():
+        found = json.loads(output.read_text())[name]
+        assert found["peak_memory_mib"]["trl"] > 0
+        assert found["largest_difference_of_losses"] < most
+
+
 @pytest.mark.usefixtures("children_here")
 def test_activations(model, rows, tmp_path):
     """Without the sides that are compiled, which takes long; test_blocks has what they do."""
