@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 import torch
 
 from conftest import ROOT
+from dft_lightning.metrics import ExpressionValue
 from small_runs import run_script
 
 TINY_RUN = [
@@ -63,6 +65,23 @@ def test_trl_trainer(tmp_path, monkeypatch, capsys):
     run_script("examples/trl_trainer.py")
     nll, loss = map(float, re.findall(r"nll (\d\.\d{4}), DFT loss (\d\.\d{4})", capsys.readouterr().out)[0])
     assert 0 < loss < nll < 1  # the base half knows it
+
+
+def test_word_problems(tmp_path, capsys):
+    """A third of the expressions is made wrong by value, and a part of the rows is a part of all."""
+    rows = [{"Body": f"Ann has {a} pens.", "Question": "How many?", "Equation": f"( {a}.0 + 1.5 )"} for a in range(90)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    WordProblems = run_script("examples/word_problems.py", path)["WordProblems"]
+    assert "'completion': '0 + 1.5'" in capsys.readouterr().out
+    right, wrong = (
+        [row["completion"] for _, row in WordProblems(str(path), wrong=share).rows()] for share in (0.0, 1 / 3)
+    )
+    values = [[ExpressionValue().extract(each) for each in found] for found in (right, wrong)]
+    assert 20 <= sum(a != b for a, b in zip(*values, strict=True)) <= 40
+    assert None not in values[0]
+    part = [row["completion"] for _, row in WordProblems(str(path), wrong=1 / 3, first=30, count=20).rows()]
+    assert part == wrong[30:50]
 
 
 def test_make_arithmetic_base(tmp_path):

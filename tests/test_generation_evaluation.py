@@ -12,7 +12,15 @@ from dft_lightning import CausalLMModule, DFTLoss, GenerationEvaluation, Instruc
 from dft_lightning.assets import resolve
 from dft_lightning.data import ArithmeticRows
 from dft_lightning.errors import InputError
-from dft_lightning.metrics import BoxedAnswer, ExactMatch, HashAnswer, LastNumber, MathAnswer, WholeText
+from dft_lightning.metrics import (
+    BoxedAnswer,
+    ExactMatch,
+    ExpressionValue,
+    HashAnswer,
+    LastNumber,
+    MathAnswer,
+    WholeText,
+)
 from dft_lightning.modules import GenerationOptions
 from small_runs import TINY_ARITHMETIC, data_options, trainer
 
@@ -162,6 +170,27 @@ def test_the_other_bases_know_what_their_names_say(name, digits, least, most):
         (LastNumber(), ".50", "0.5"),
         (LastNumber(), "none", None),
         (WholeText(), "  yes \n", "yes"),
+        (ExpressionValue(), "( 290.0 / 2.0 )", "145"),
+        (ExpressionValue(), "There are 2 groups: 290/2.", "145"),
+        (ExpressionValue(), "((1,200 - 10.05) * 2)", "2379.9"),
+        (ExpressionValue(), "-3 - -4", "1"),
+        (ExpressionValue(), "007 + 1", "8"),
+        (ExpressionValue(), "0.5 * 0.05", "0.025"),
+        (ExpressionValue(), "1 / 3", "1/3"),
+        (ExpressionValue(), "1 / 8", "0.125"),
+        (ExpressionValue(), "-1 / 8", "-0.125"),
+        (ExpressionValue(), "10 - 10.0", "0"),
+        (ExpressionValue(), "2 + 2\n3 * 3 of them", "9"),
+        (ExpressionValue(), "the answer is 42", "42"),
+        (ExpressionValue(), "none", None),
+        (ExpressionValue(), "3 + ", None),
+        (ExpressionValue(), "(3 + 4", None),
+        (ExpressionValue(), "1 / 0", None),
+        (ExpressionValue(), "2 ** 3", None),
+        (ExpressionValue(), "7 // 2", None),
+        (ExpressionValue(), "1.2.3 + 4", None),
+        (ExpressionValue(), "(" * 150 + "1" + "+1)" * 150, None),
+        (ExpressionValue(), "1 + " * 100 + "1", None),
     ],
 )
 def test_extractors(extractor, text, answer):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import operator
 import re
+from collections.abc import Callable
+from fractions import Fraction
 from importlib.util import find_spec
 from typing import Any
 
@@ -69,6 +73,78 @@ class LastNumber(AnswerExtractor):
     def extract(self, text: str) -> str | None:
         numbers = _NUMBER.findall(text)
         return _normalise(numbers[-1]) if numbers else None
+
+
+class ExpressionValue(AnswerExtractor):
+    """The value of the last arithmetic expression of the text, exactly; of the last number where there is none.
+
+    Expressions are of numbers, ``+``, ``-``, ``*``, ``/`` and brackets. So ``( 290.0 / 2.0 )`` and ``290/2`` are equal
+    to ``145``, and what divides by 0 or is broken off is no answer.
+
+    Example:
+        >>> ExpressionValue().extract("There are ( 290.0 / 2.0 ) of them.")
+        '145'
+        >>> ExpressionValue().extract("(1 + 2) / 9")
+        '1/3'
+        >>> ExpressionValue().extract("3 + ") is None
+        True
+    """
+
+    def extract(self, text: str) -> str | None:
+        text = _THOUSANDS.sub("", text)
+        found = [each.strip(" \t.") for each in _EXPRESSION.findall(text)]
+        with_operator = [each for each in found if _OPERATOR.search(each)]
+        if with_operator:
+            return _value(with_operator[-1])
+        numbers = _NUMBER.findall(text)
+        return _normalise(numbers[-1]) if numbers else None
+
+
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+# What looks like arithmetic, as far as it goes on a line.
+_EXPRESSION = re.compile(r"[(+\-\d.][\d \t.()+\-*/]*")
+_OPERATOR = re.compile(r"[\d)]\s*[+\-*/]")
+_LONGEST = 200  # characters
+
+
+def _value(expression: str) -> str | None:
+    """The exact value of an expression, as a whole number, a decimal or a fraction."""
+    text = re.sub(r"(?<![\d.])0+(?=\d)", "", expression)  # Python has no numbers with leading zeros
+    if len(text) > _LONGEST:
+        return None
+    try:
+        value: Fraction = _evaluated(ast.parse(text, mode="eval").body, text)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+    return _normalise(str(value)) if value.denominator == 1 else _decimal(value)
+
+
+def _decimal(value: Fraction) -> str:
+    """A fraction as a decimal where that ends within six places, or as it is."""
+    scaled = value * 10**6
+    if scaled.denominator != 1:
+        return str(value)
+    sign, digits = "-" * (value < 0), f"{abs(scaled.numerator):07d}"
+    return _normalise(f"{sign}{digits[:-6]}.{digits[-6:]}")
+
+
+def _evaluated(node: ast.expr, text: str) -> Fraction:
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+        return _OPERATIONS[type(node.op)](_evaluated(node.left, text), _evaluated(node.right, text))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+        value = _evaluated(node.operand, text)
+        return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return Fraction(ast.get_source_segment(text, node) or "")
+    raise ValueError("no arithmetic")
+
+
+_OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 class HashAnswer(AnswerExtractor):

@@ -54,7 +54,7 @@ class ExactMatch(ExactSums):
         if expected is None:
             raise InputError(
                 f"{self.extractor!r} finds nothing in the answer {answer[-80:]!r}: choose another answer_extractor "
-                "(HashAnswer, BoxedAnswer, LastNumber, WholeText, MathAnswer or your own)"
+                "(HashAnswer, BoxedAnswer, LastNumber, ExpressionValue, WholeText, MathAnswer or your own)"
             )
         return expected
 

@@ -111,7 +111,7 @@ def sample(
                 if module.evaluation.answer_extractor is None:
                     raise InputError(
                         "model.evaluation.answer_extractor: not set, and sample says which answers are right by it: "
-                        "LastNumber, HashAnswer, BoxedAnswer, MathAnswer, WholeText or your own"
+                        "LastNumber, ExpressionValue, HashAnswer, BoxedAnswer, MathAnswer, WholeText or your own"
                     )
                 scorer = ExactMatch(module.evaluation.answer_extractor)
                 scorer.check(prompts.answers(), split)

@@ -1,0 +1,86 @@
+"""Word problems whose answer is an arithmetic expression, from SVAMP: rows for a comparison on a real model.
+
+``python examples/word_problems.py`` shows the first rows of ``ChilleD/SVAMP``, or of a local file that is given.
+"""
+
+import random
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from dft_lightning.data import HubRows, LocalRows, RowSource
+
+PROMPT = "Write the arithmetic expression that answers the question, and nothing else.\n{body} {question}"
+
+
+class WordProblems(RowSource):
+    """A problem as the prompt and its expression as the completion, the same for the same arguments.
+
+    Args:
+        path: hub name or local file, with ``Body``, ``Question`` and ``Equation``.
+        split: of the hub's dataset.
+        first: the first row that is taken, counted from 0.
+        count: how many; ``None`` for all that follow.
+        wrong: share of rows whose expression is made wrong, by another operator.
+        seed: of which they are, and what is written.
+    """
+
+    def __init__(
+        self,
+        path: str = "ChilleD/SVAMP",
+        split: str = "train",
+        first: int = 0,
+        count: int | None = None,
+        wrong: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.path = path
+        self.split = split
+        self.first = first
+        self.count = count
+        self.wrong = wrong
+        self.seed = seed
+
+    def rows(self) -> Iterator[tuple[int | str, dict[str, Any]]]:
+        local = self.path.endswith((".jsonl", ".json", ".csv", ".parquet"))
+        source = LocalRows(self.path) if local else HubRows(self.path, split=self.split)
+        draw, last = random.Random(self.seed), None if self.count is None else self.first + self.count
+        for place, (number, row) in enumerate(source.rows()):
+            is_wrong, other = (
+                draw.random() < self.wrong,
+                draw.random(),
+            )  # of every row, so that a part is one of the whole
+            if place >= self.first and (last is None or place < last):
+                expression = plain(row["Equation"])
+                prompt = PROMPT.format(body=row["Body"].strip().rstrip(".") + ".", question=row["Question"].strip())
+                yield number, {"prompt": prompt, "completion": changed(expression, other) if is_wrong else expression}
+
+
+def plain(equation: str) -> str:
+    """An equation without its outer brackets and the decimals of whole numbers.
+
+    Example:
+        >>> plain("( ( 290.0 + 10.0 ) / 2.0 )")
+        '( 290 + 10 ) / 2'
+    """
+    text = re.sub(r"(\d+)\.0\b", r"\1", equation).strip()
+    return text[1:-1].strip() if text.startswith("(") and text.endswith(")") else text
+
+
+def changed(expression: str, draw: float) -> str:
+    """The expression with another operator in the place of its last, by a number in [0, 1).
+
+    Example:
+        >>> changed("( 290 + 10 ) / 2", 0.5)
+        '( 290 + 10 ) - 2'
+    """
+    operators = list(re.finditer(r"(?<= )[-+*/](?= )", expression))
+    place = operators[-1].start()
+    others = [each for each in "+-*/" if each != expression[place]]
+    return expression[:place] + others[int(draw * len(others))] + expression[place + 1 :]
+
+
+if __name__ == "__main__":
+    for number, row in WordProblems(*sys.argv[1:2], count=3).rows():
+        print(number, row)
