@@ -28,7 +28,7 @@ from dft_lightning.metrics import LastNumber
 from dft_lightning.modules import GenerationOptions
 from small_runs import TINY_ARITHMETIC, data_options, run_processes, trainer
 from test_compare_report import fails
-from test_compare_settings import write
+from test_compare_settings import BASE, ROWS, write
 
 # -- the recorder --------------------------------------------------------------------------------------------------
 
@@ -405,7 +405,35 @@ def test_a_second_call_runs_what_is_new_and_nothing_twice(compared):
     assert "NOT COMPARABLE" not in text
     assert "| DFT | base model |" not in text
     rows = [line for line in text.splitlines() if line.startswith("| DFT | 0.001 |")]
-    assert rows[0].endswith("| 2 |")  # seeds
+    assert rows[0].endswith("| too few seeds |")
+    assert rows[0].split(" | ")[-2].count(", ") == 1  # each of two
+
+
+def test_rows_are_scored_where_a_loss_reads_it(tmp_path, monkeypatch, capsys):
+    """Once, by the model that every run begins with, and for every run; a second call takes them as they are."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    model = {**BASE["model"], "model": "asset://arithmetic-base"}
+    losses = {"CE": "CrossEntropyLoss", "PSFT": "ProximalLoss"}
+    path = write(tmp_path, {**BASE, "model": model}, losses=losses, learning_rates=[1e-3])
+    out, given = tmp_path / "out", ["--config", str(path), "--output", str(tmp_path / "out")]
+    assert main([*given, "--print_commands"]) == 0
+    (line,) = capsys.readouterr().out.strip().splitlines()
+    assert line.endswith(f"score --config {out}/scored/config.yaml --output {out}/scored/rows")
+    assert main([*given, "--jobs", "2"]) == 0
+    configs = [yaml.safe_load(config.read_text()) for config in out.glob("runs/*/config.yaml")]
+    assert len(configs) == 3
+    for split in ("train", "validation", "test"):
+        assert {config["data"][split] for config in configs} == {f"{out}/scored/rows/{split}"}
+    psft = json.loads((out / "runs" / "psft-lr0.001-seed0" / "fit.json").read_text())
+    assert psft["history"][0]["validation"]["loss"] == pytest.approx(-1.0, abs=1e-5)  # of the reference itself
+    times = {file: file.stat().st_mtime_ns for file in out.rglob("*.json*") if file.name != "calls.json"}
+    monkeypatch.setattr("dft_lightning.compare.report.all_plots", lambda findings: [])
+    assert main(given) == 0
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+    changed = {**BASE, "model": model, "data": {**BASE["data"], "train": {**ROWS, "init_args": {"num_rows": 5}}}}
+    write(tmp_path, changed, losses=losses, learning_rates=[1e-3])
+    capsys.readouterr()
+    assert "out/scored was run with another config (data.train" in fails(capsys, *given)
 
 
 def test_a_changed_config_is_noticed(compared, capsys):

@@ -34,7 +34,7 @@ ROWS = [row for _, row in ArithmeticRows(24, min_digits=1, max_digits=5, seed=3)
 IDS = load_tokenizer(TOKENIZER).get_vocab()
 
 
-class FromReference(TokenLoss):
+class ReadsReference(TokenLoss):
     """Reads the reference and nothing else."""
 
     needs = ("reference_log_prob",)
@@ -399,15 +399,15 @@ def test_what_a_loss_reads_must_be_there(options, stage, where, llama, of_llama,
     sources = {"plain": write(tmp_path / "rows.jsonl"), "scored": str(of_llama)}
     options = {name: sources.get(value, value) if name != "streaming" else value for name, value in options.items()}
     data = InstructionDataModule(**data_options(tokenizer=TOKENIZER, **options))
-    message = f"data.{where}: FromReference reads reference_log_prob, which the rows lack: run `python -m dft"
+    message = f"data.{where}: ReadsReference reads reference_log_prob, which the rows lack: run `python -m dft"
     with pytest.raises(InputError, match=message):
-        getattr(trainer(), stage)(CausalLMModule(llama, loss=FromReference()), datamodule=data)
+        getattr(trainer(), stage)(CausalLMModule(llama, loss=ReadsReference()), datamodule=data)
 
 
 def test_splits_that_are_not_run_need_none(of_llama, tmp_path):
     data = data_of(of_llama, validation=write(tmp_path / "rows.jsonl"))
     run = trainer(limit_val_batches=0)
-    run.strategy.connect(CausalLMModule({"model_type": "llama"}, loss=FromReference()))
+    run.strategy.connect(CausalLMModule({"model_type": "llama"}, loss=ReadsReference()))
     data.trainer = run
     data.setup("fit")
     assert "validation" in data.splits
@@ -467,7 +467,7 @@ def test_a_checkpoint_is_scored_with(llama, tmp_path):
 
 def test_the_configs_loss_and_run_do_not_matter(llama, of_llama, tmp_path):
     """A loss that reads references needs none to make them; callbacks stay away."""
-    loss = {"class_path": f"{__name__}.FromReference"}
+    loss = {"class_path": f"{__name__}.ReadsReference"}
     callback = {"class_path": "GenerationEvaluation", "init_args": {"every_n_steps": 1}}
     options = {"max_steps": 3, "limit_predict_batches": 1, "callbacks": [callback]}
     args = arguments(

@@ -76,10 +76,12 @@ def _require_packages() -> None:
 def _compare(config: list[Any], output: Path, jobs: int, print_commands: bool, classes: Classes | None) -> int:
     from dft_lightning.compare.execute import check_jobs, ending_on_signals, execute
     from dft_lightning.compare.files import Clock
-    from dft_lightning.compare.grid import base_run, runs_at_best, started_by, sweep_runs, write_config
+    from dft_lightning.compare.grid import Run, base_run, runs_at_best, started_by, sweep_runs, write_config
     from dft_lightning.compare.inputs import check_inputs
     from dft_lightning.compare.report import write_report
+    from dft_lightning.compare.scored import scoring_run, with_scored_rows
     from dft_lightning.compare.settings import read_settings
+    from dft_lightning.data.requirements import UnscoredRowsError
     from dft_lightning.fit.config import read_fit_config
     from dft_lightning.fit.own_classes import PACKAGE
 
@@ -90,13 +92,34 @@ def _compare(config: list[Any], output: Path, jobs: int, print_commands: bool, c
     _check_fit_config(fit_config, settings.path)
     check_jobs(jobs, fit_config["trainer"])
     program = classes.program(fit_config)
-    sweep = [base_run(settings, fit_config, output), *sweep_runs(settings, fit_config, output)]
-    sweep = started_by(program, sweep)
+    (scoring,) = started_by(program, [scoring_run(fit_config, output)])
+    if not scoring.commands():  # an earlier call has scored the rows
+        write_config(scoring)
+        fit_config = with_scored_rows(fit_config, output)
+
+    def planned() -> list[Run]:
+        return started_by(program, [base_run(settings, fit_config, output), *sweep_runs(settings, fit_config, output)])
+
+    sweep, unscored = planned(), False
     swept = not any(run.commands() for run in sweep)
     if not swept:
-        check_inputs(sweep, settings.evaluation, classes)
+        try:
+            check_inputs(sweep, settings.evaluation, classes)
+        except UnscoredRowsError:
+            if not isinstance(fit_config["model"]["model"], str):
+                raise  # drawn at random, each seed has a start of its own, and none is a reference
+            unscored = True
     with _only_one(output) as lock, ending_on_signals():
         clock = Clock(output)
+        if unscored:
+            write_config(scoring)
+            if print_commands:
+                return _print_commands([scoring], output)
+            for failure in execute([scoring], 1, "reference log-probs", lock, clock):
+                raise InputError(f"the rows were not scored: {failure.message}")
+            fit_config = with_scored_rows(fit_config, output)
+            sweep = planned()
+            check_inputs(sweep, settings.evaluation, classes)
         for run in sweep:
             write_config(run)
         _write_settings(settings, config, output)

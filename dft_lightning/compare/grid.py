@@ -152,7 +152,7 @@ def write_config(run: Run) -> None:
         InputError: there is another config, and something was run by it.
     """
     path = run.folder / CONFIG
-    begun = any((run.folder / name).exists() for name in (FIT, TEST, "fit.log", "test.log"))
+    begun = any((run.folder / name).exists() for name in (FIT, TEST, "fit.log", "test.log", "score.log"))
     if path.is_file() and begun:
         old, new = without_paths(read_yaml(path)), without_paths(run.config)
         if old != new:

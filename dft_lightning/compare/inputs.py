@@ -12,6 +12,7 @@ from dft_lightning.cli.commands import user_message
 from dft_lightning.compare.grid import Run
 from dft_lightning.compare.recorder import naming_the_way_out
 from dft_lightning.data import InstructionDataModule
+from dft_lightning.data.requirements import UnscoredRowsError
 from dft_lightning.errors import InputError
 from dft_lightning.fit.config import data_of, module_of
 from dft_lightning.fit.own_classes import PACKAGE, Classes
@@ -30,8 +31,9 @@ def check_inputs(runs: Sequence[Run], evaluation: dict[str, Any], classes: Class
         classes: of the command.
 
     Raises:
-        InputError: what would end a run: no such file, a bad row, no tokenizer, an answer in which nothing is found,
-            options that contradict each other.
+        UnscoredRowsError: a loss reads reference log-probs, which the rows lack.
+        InputError: what else would end a run: no such file, a bad row, no tokenizer, an answer in which nothing is
+            found, options that contradict each other.
     """
     seen = set()
     for run in runs:
@@ -62,6 +64,8 @@ def _as_one_message() -> Iterator[None]:
     logging.disable(logging.INFO)
     try:
         yield
+    except UnscoredRowsError:
+        raise
     except Exception as error:
         message = user_message(error)
         if message is None:

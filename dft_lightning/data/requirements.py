@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+class UnscoredRowsError(InputError):
+    """A loss reads reference log-probs, and the rows have none."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What rows hang on beside the data module's options.
@@ -93,7 +97,7 @@ class Run:
     def _refuse_without_reference(self, split: str, key: str) -> None:
         unread = split in ("validation", "forgetting") and not self.validates
         if self.reads_reference is not None and not unread:
-            raise InputError(
+            raise UnscoredRowsError(
                 f"{key}: {self.reads_reference} reads reference_log_prob, which the rows lack: run "
                 "`python -m dft_lightning score` with this config, and give the options that it prints"
             )
