@@ -199,6 +199,16 @@ def test_documents_in_one_row_are_sequences():
     assert abs(one.loss - expected.loss) > 1e-4
 
 
+def test_rows_are_sequences_whatever_position_they_begin_at():
+    """A text cut in two rows is two sequences: positions that go on from one row to the next join none."""
+    model, loss = model_of(), SequenceDFTLoss("geometric")
+    ids = torch.randint(0, model.config.vocab_size, (2, 8), generator=torch.Generator().manual_seed(0))
+    rows_of_their_own = {"input_ids": ids, "labels": ids}
+    going_on = {**rows_of_their_own, "position_ids": torch.arange(16).view(2, 8)}  # rotary: distances count, in float32
+    expected, found = (fused_causal_lm_loss(model, each, loss) for each in (rows_of_their_own, going_on))
+    torch.testing.assert_close(found.weight, expected.weight, rtol=1e-5, atol=0)
+
+
 def test_what_the_loss_reads_of_each_token():
     """Reference log-probs and weights go with the labels, and not to the model."""
     model, batch = model_of(), stacked(rows(4))
