@@ -39,12 +39,29 @@ from dft_lightning import (
     ReferenceKLLoss,
     SEDSFTLoss,
     SequenceDFTLoss,
+    Statistic,
     TargetSFTLoss,
     ThresholdLoss,
     TokenLoss,
+    TokenStats,
     TrustRegionLoss,
 )
 from dft_lightning.ops import ReferenceHead, linear_token_loss
+
+
+def margin(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """How far the target is below the likeliest token."""
+    return logits.amax(-1) - logits.gather(-1, targets[:, None])[:, 0]
+
+
+class NearTheTop(TokenLoss):
+    """With a statistic of its own."""
+
+    needs = (Statistic.of(margin),)
+
+    def token_loss(self, stats: TokenStats) -> torch.Tensor:
+        return -torch.exp(-stats.margin) * stats.log_prob
+
 
 LOSSES: dict[str, TokenLoss] = {
     "CrossEntropyLoss": CrossEntropyLoss(),
@@ -68,6 +85,7 @@ LOSSES: dict[str, TokenLoss] = {
     "GEMLoss": GEMLoss(),
     "GEMLoss, logsigmoid": GEMLoss(form="logsigmoid"),
     "SEDSFTLoss": SEDSFTLoss(threshold=0.9),
+    "a statistic of one's own": NearTheTop(),
     "AnchoredLoss": AnchoredLoss(),
     "ReferenceKLLoss": ReferenceKLLoss(),
     "ReferenceKLLoss, reverse": ReferenceKLLoss("reverse"),

@@ -106,7 +106,21 @@ def run_ours(
     return clock.result()
 
 
-def run_trl(options: argparse.Namespace, folder: str) -> dict:
+def train_in_trl(
+    options: argparse.Namespace, folder: str, config: dict, bases: tuple[type, ...] = (), **given: object
+) -> tuple[Clock, object]:
+    """Time TRL's trainer.
+
+    Args:
+        options: of the script.
+        folder: for what it writes.
+        config: of its ``SFTConfig``, beside what all measurements have.
+        bases: classes before the trainer's own.
+        given: to the trainer.
+
+    Returns:
+        The clock, and the trainer.
+    """
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
@@ -122,6 +136,9 @@ def run_trl(options: argparse.Namespace, folder: str) -> dict:
             clock.seen(inputs)
             return super().training_step(model, inputs, *args, **kwargs)
 
+    class Trainer(*bases, Watched):
+        pass
+
     rows = [
         {
             "prompt": [{"role": "user", "content": row["question"]}],
@@ -129,30 +146,34 @@ def run_trl(options: argparse.Namespace, folder: str) -> dict:
         }
         for row in rows_of(options)
     ]
-    config = SFTConfig(
+    arguments = SFTConfig(
         output_dir=folder,
-        loss_type="dft",
         per_device_train_batch_size=options.batch_size,
         max_steps=options.steps,
-        bf16=True,
         use_cpu=options.device == "cpu",
-        gradient_checkpointing=options.gradient_checkpointing,
         train_sampling_strategy="sequential",
         shuffle_dataset=False,
         learning_rate=5e-5,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **config,
     )
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32")
-    trainer = Watched(
-        model,
-        args=config,
+    trainer = Trainer(
+        AutoModelForCausalLM.from_pretrained(options.model, dtype="float32"),
+        args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(options.model),
         callbacks=[Watch()],
+        **given,
     )
     trainer.train()
+    return clock, trainer
+
+
+def run_trl(options: argparse.Namespace, folder: str) -> dict:
+    config = {"loss_type": "dft", "bf16": True, "gradient_checkpointing": options.gradient_checkpointing}
+    clock, _ = train_in_trl(options, folder, config)
     return clock.result()
 
 

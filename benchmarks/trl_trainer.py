@@ -16,69 +16,27 @@ import json
 import os
 import tempfile
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from linear_head import RESULTS, machine, missing
-from training_step import Clock, in_own_process, median, parsed, parser_of_steps, rows_of
+from training_step import in_own_process, median, parsed, parser_of_steps, train_in_trl
 
 
 def run(options: argparse.Namespace, folder: str, fused: bool) -> dict:
     import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
 
     import dft_lightning.__main__  # noqa: F401 (large tensors on huge pages, for both sides)
     from dft_lightning import DFTLoss
     from dft_lightning.integrations import FusedLossMixin
 
-    clock = Clock()
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            clock.step_done(state.global_step)
-
-    class Watched(SFTTrainer):
-        def training_step(self, model, inputs, *args, **kwargs):
-            clock.seen(inputs)
-            return super().training_step(model, inputs, *args, **kwargs)
-
-    class Fused(FusedLossMixin, Watched):
-        pass
-
-    turns = {"prompt": ("user", "question"), "completion": ("assistant", "answer")}
-    rows = [
-        {part: [{"role": role, "content": row[name]}] for part, (role, name) in turns.items()}
-        for row in rows_of(options)
-    ]
     torch.manual_seed(0)
-    trainer = (Fused if fused else Watched)(
-        AutoModelForCausalLM.from_pretrained(options.model, dtype="float32"),
-        args=SFTConfig(
-            output_dir=folder,
-            loss_type="nll" if fused else "dft",
-            per_device_train_batch_size=options.batch_size,
-            max_steps=options.steps,
-            bf16=options.precision == "bf16-mixed",
-            use_cpu=options.device == "cpu",
-            gradient_checkpointing=False,
-            train_sampling_strategy="sequential",
-            shuffle_dataset=False,
-            learning_rate=5e-5,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(options.model),
-        callbacks=[Watch()],
-        **({"token_loss": DFTLoss()} if fused else {}),
-    )
-    trainer.train()
+    config = {"bf16": options.precision == "bf16-mixed", "gradient_checkpointing": False, "logging_steps": 1}
+    if fused:
+        clock, trainer = train_in_trl(options, folder, config, (FusedLossMixin,), token_loss=DFTLoss())
+    else:
+        clock, trainer = train_in_trl(options, folder, {**config, "loss_type": "dft"})
     losses = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
     return {**clock.result(), "losses": losses}
 
@@ -122,8 +80,7 @@ def main() -> None:
     found = {precision: compare(options, precision) for precision in ("32-true", "bf16-mixed")}
     settings = {"model": options.model.name, "batch_size": options.batch_size, "steps": options.steps}
     path = options.output or RESULTS / f"trl_trainer_{options.device}.json"
-    versions = {"trl": metadata.version("trl"), "transformers": metadata.version("transformers")}
-    path.write_text(json.dumps({**machine(options.device), **versions, **settings, **found}, indent=1) + "\n")
+    path.write_text(json.dumps({**machine(options.device), **settings, **found}, indent=1) + "\n")
     print(
         json.dumps({name: {k: v for k, v in each.items() if k != "losses"} for name, each in found.items()}, indent=1)
     )

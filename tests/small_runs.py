@@ -61,6 +61,15 @@ def arithmetic_data(num_rows: int = 16, **options: Any) -> InstructionDataModule
     return InstructionDataModule(rows, **data_options(**{"tokenizer": "asset://arithmetic-base", **options}))
 
 
+def save_base(folder: Path) -> Path:
+    """A GPT-2 of random weights, far enough from each other that its tokens are: it computes in float64 throughout."""
+    torch.manual_seed(0)
+    module = CausalLMModule({**TINY_ARITHMETIC, "initializer_range": 0.3}, loading={"dtype": "float64"})
+    module.configure_model()
+    module.model.save_pretrained(folder)
+    return folder
+
+
 def trainer(**options: Any) -> pl.Trainer:
     """A silent CPU trainer that writes nothing."""
     defaults: dict[str, Any] = {

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, FromReference, MixtureLoss, ProximalLoss
 from dft_lightning.errors import InputError
 from dft_lightning.models.reference import EarlierModel
-from small_runs import TINY_ARITHMETIC, FSDP1OnCPU, arithmetic_data, on_two_processes, trainer
+from small_runs import FSDP1OnCPU, arithmetic_data, on_two_processes, save_base, trainer
 
 EVERY, STEPS, ROWS = 3, 7, 8
 OPTIONS = {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}, "schedule": {"decay": "constant"}}
@@ -22,13 +22,7 @@ LORA = {"r": 3, "lora_alpha": 12, "target_modules": ["c_attn", "c_fc"], "init_lo
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A GPT-2 of random weights."""
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    module = CausalLMModule({**TINY_ARITHMETIC, "initializer_range": 0.3}, loading={"dtype": "float64"})
-    module.configure_model()
-    module.model.save_pretrained(folder)
-    return folder
+    return save_base(tmp_path_factory.mktemp("base"))
 
 
 def module_of(base, loss=None, head="fused", peft=None):

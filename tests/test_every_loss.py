@@ -29,7 +29,6 @@ from conftest import at_hand
 from dft_lightning import (
     LOSSES,
     AnchoredLoss,
-    CausalLMModule,
     ChordPhiLoss,
     CrossEntropyLoss,
     DEFTLoss,
@@ -62,10 +61,10 @@ from dft_lightning.errors import InputError
 from dft_lightning.losses import statistics_from_logits, token_loss_and_weight
 from dft_lightning.ops import TokenOutput, linear_token_loss, linear_token_statistics, logits_token_loss
 from small_runs import (
-    TINY_ARITHMETIC,
     GradientRecorder,
     data_options,
     on_two_processes,
+    save_base,
     trainer,
 )
 from test_linear_head import (
@@ -744,12 +743,8 @@ def scored(folder: Path, rows: int = ROWS) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A GPT-2 of random weights: it computes in float64 throughout."""
     folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    module = CausalLMModule({**TINY_ARITHMETIC, "initializer_range": 0.3}, loading={"dtype": "float64"})
-    module.configure_model()
-    module.model.save_pretrained(folder / "base")
+    save_base(folder / "base")
     load_tokenizer("asset://arithmetic-base").save_pretrained(folder / "base")
     return scored(folder)
 

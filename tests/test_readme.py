@@ -346,7 +346,8 @@ def sharding_passages() -> Iterator[str]:
 
 def trainer_passages() -> Iterator[str]:
     found = results("trl_trainer_cpu")
-    yield f"SmolLM2-135M on GSM8K, {WORDS[found['batch_size']]} rows a batch, {cores(found)}, TRL {found['trl']}"
+    rows = WORDS[found["batch_size"]]
+    yield f"SmolLM2-135M on GSM8K, {rows} rows a batch, {cores(found)}, TRL {found['packages']['trl']}"
     for precision, name in (("32-true", "float32"), ("bf16-mixed", "bf16-mixed")):
         each = found[precision]
         (trl, own), (theirs, ours) = (

@@ -7,7 +7,7 @@ few seeds do not answer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,12 +111,14 @@ def paired_bootstrap(a: Values, b: Values, resamples: int = 10_000, seed: int = 
     if len(a) < FEWEST_PROBLEMS or not difference.any():
         return Interval(float(difference.mean()), None, None, len(a))
     generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for start in range(0, resamples, 1000):  # a thousand at a time: memory stays small for large tests
-        count = min(1000, resamples - start)
-        means[start : start + count] = difference[generator.integers(0, len(a), (count, len(a)))].mean(axis=1)
+    means = _drawn(resamples, lambda count: difference[generator.integers(0, len(a), (count, len(a)))].mean(axis=1))
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(difference.mean()), float(low), float(high), len(a))
+
+
+def _drawn(total: int, draw: Callable[[int], Values]) -> Values:
+    """A number from each of many drawings, a thousand at a time: memory stays small for large tests."""
+    return np.concatenate([draw(min(1000, total - start)) for start in range(0, total, 1000)])
 
 
 def _difference(a: Values, b: Values) -> Values:
@@ -152,12 +154,10 @@ def sign_flip_test(a: Values, b: Values, flips: int = 20_000, seed: int = 0) -> 
     difference = difference[difference != 0]
     if not len(difference):
         return 1.0
-    generator, observed = np.random.default_rng(seed), abs(float(difference.sum()))
-    reached = 0
-    for start in range(0, flips, 1000):
-        signs = 2.0 * generator.integers(0, 2, (min(1000, flips - start), len(difference))) - 1.0
-        # Sums of equal shares in another order differ in the last digit.
-        reached += int((np.abs(signs @ difference) >= observed * (1 - 1e-9)).sum())
+    generator = np.random.default_rng(seed)
+    sums = _drawn(flips, lambda count: (2.0 * generator.integers(0, 2, (count, len(difference))) - 1.0) @ difference)
+    # Sums of equal shares in another order differ in the last digit.
+    reached = int((np.abs(sums) >= abs(float(difference.sum())) * (1 - 1e-9)).sum())
     return (1 + reached) / (1 + flips)
 
 

@@ -21,7 +21,8 @@ from dft_lightning.losses.base import (
     sequence_index_of,
 )
 from dft_lightning.losses.statistics import Statistic, names_of, reference_need
-from dft_lightning.models.head import WAY_OUT, LanguageModelHead, check_head, ends_of, find_head
+from dft_lightning.models.head import WAY_OUT, LanguageModelHead, check_head, ends_of, find_head, forward_replaced
+from dft_lightning.models.layout import shifted
 from dft_lightning.ops import TokenOutput, linear_token_loss
 
 INSTEAD = "train on logits, with the loss as a criterion or compute_loss_func, or by CausalLMModule"
@@ -200,12 +201,12 @@ class _Inside:
     def in_place_of_the_loss(self, model: nn.Module) -> Iterator[None]:
         """Around the call."""
         layer, own = self._head.layer, model.loss_function
-        try:
-            layer.forward, model.loss_function = self._take, self._compute  # type: ignore[assignment]
-            yield
-        finally:
-            del layer.forward
-            model.loss_function = own
+        with forward_replaced(layer, self._take):
+            try:
+                model.loss_function = self._compute  # type: ignore[assignment]
+                yield
+            finally:
+                model.loss_function = own
 
     def _take(self, hidden: Tensor) -> Tensor:
         if self._hidden is not None or hidden.ndim != 3:
@@ -232,7 +233,7 @@ class _Inside:
             raise InputError(
                 f"fused_causal_lm_loss: labels are {list(labels.shape)} and hidden states {got}: each token needs both"
             )
-        targets = _shifted(labels, IGNORE_INDEX).to(hidden.device).flatten()
+        targets = shifted(labels, IGNORE_INDEX).to(hidden.device).flatten()
         count = (targets != IGNORE_INDEX).sum() if self._num_items is None else self._num_items
         self.output = linear_token_loss(
             hidden.reshape(-1, hidden.shape[-1]),
@@ -273,16 +274,14 @@ class _Inside:
             return None
         if values.shape != labels.shape:
             raise InputError(f"{name} is {list(values.shape)}, and labels are {list(labels.shape)}")
-        return _shifted(values, 0).flatten().to(labels.device)
-
-
-def _shifted(values: Tensor, last: float) -> Tensor:
-    """Each token's successor's value, ``[B, T]``."""
-    return torch.cat([values[:, 1:], values.new_full((len(values), 1), last)], dim=1)
+        return shifted(values, 0).flatten().to(labels.device)
 
 
 def _sequences(labels: Tensor, positions: Tensor | None) -> Tensor:
-    """The number of each token's row, or of its document where positions start anew within rows; ``[B * T]``."""
+    """The number of each token's row, or of its document where positions start anew within rows; ``[B * T]``.
+
+    Unlike a batch's layout, which takes rows that begin at position 0, it parts rows whatever position they begin at.
+    """
     rows = sequence_index_of(labels.shape, labels.device)
     if positions is None or positions.shape != labels.shape:
         return rows

@@ -71,8 +71,12 @@ class LastNumber(AnswerExtractor):
     """
 
     def extract(self, text: str) -> str | None:
-        numbers = _NUMBER.findall(text)
-        return _normalise(numbers[-1]) if numbers else None
+        return _last_number(text)
+
+
+def _last_number(text: str) -> str | None:
+    numbers = _NUMBER.findall(text)
+    return _normalise(numbers[-1]) if numbers else None
 
 
 class ExpressionValue(AnswerExtractor):
@@ -94,10 +98,7 @@ class ExpressionValue(AnswerExtractor):
         text = _THOUSANDS.sub("", text)
         found = [each.strip(" \t.") for each in _EXPRESSION.findall(text)]
         with_operator = [each for each in found if _OPERATOR.search(each)]
-        if with_operator:
-            return _value(with_operator[-1])
-        numbers = _NUMBER.findall(text)
-        return _normalise(numbers[-1]) if numbers else None
+        return _value(with_operator[-1]) if with_operator else _last_number(text)
 
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")

@@ -139,7 +139,7 @@ def run_without_head(model: nn.Module, head: LanguageModelHead, **inputs: Any) -
         given.append(input)
         return input.detach()  # what the model does to its logits costs next to nothing on these
 
-    with _forward_replaced(head.layer, pass_through):
+    with forward_replaced(head.layer, pass_through):
         output = model(**inputs)
     hidden = _only(given, model)
     if getattr(output, "logits", hidden.detach()).requires_grad:
@@ -150,7 +150,8 @@ def run_without_head(model: nn.Module, head: LanguageModelHead, **inputs: Any) -
 
 
 @contextmanager
-def _forward_replaced(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def forward_replaced(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """A layer that does something else meanwhile."""
     layer.forward = forward
     try:
         yield
@@ -212,7 +213,7 @@ def _check_log_probs(model: nn.Module, head: LanguageModelHead, inputs: dict[str
         given.append(input)
         return own_forward(input)
 
-    with _forward_replaced(head.layer, watched):
+    with forward_replaced(head.layer, watched):
         logits = model(**inputs).logits
     hidden = _only(given, model)
     rows, vocabulary = inputs["input_ids"].shape, head.layer.weight.shape[0]
@@ -233,7 +234,7 @@ def _check_transform(model: nn.Module, head: LanguageModelHead, inputs: dict[str
     vocabulary = head.layer.weight.shape[0]
     rows = torch.linspace(-_PROBED_LOGIT, _PROBED_LOGIT, vocabulary, device=head.layer.weight.device)
     probe = torch.stack([rows.roll(token) for token in range(_CHECKED_TOKENS + 1)]).unsqueeze(0)
-    with _forward_replaced(head.layer, lambda input: probe.clone()):
+    with forward_replaced(head.layer, lambda input: probe.clone()):
         logits = model(**inputs).logits
     transform = LogitTransform(head.logit_scale, head.logit_softcap)
     _compare(transform.apply_(probe), logits.double(), logits, model)

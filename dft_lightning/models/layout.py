@@ -178,3 +178,8 @@ def _rows(shape: tuple[int, int], attention_mask: Tensor | None) -> list[int] | 
     lengths: list[int] = real.sum(1).tolist()
     right = torch.arange(shape[1]) < torch.tensor(lengths).unsqueeze(1)
     return lengths if bool((right == real).all()) else None
+
+
+def shifted(values: Tensor, last: float = 0) -> Tensor:
+    """Each token's successor's value, ``[B, T]``, so that hidden states need not be copied."""
+    return torch.cat([values[:, 1:], values.new_full((len(values), 1), last)], dim=1)

@@ -18,7 +18,7 @@ from dft_lightning.losses.base import IGNORE_INDEX
 from dft_lightning.losses.statistics import names_of, normalise_needs
 from dft_lightning.models.documents import ModelChecks, knowing_documents, model_inputs
 from dft_lightning.models.head import WAY_OUT, LanguageModelHead, run_without_head
-from dft_lightning.models.layout import KEY, BatchLayout, layout_of, with_layout
+from dft_lightning.models.layout import KEY, BatchLayout, layout_of, shifted, with_layout
 from dft_lightning.models.reference import EarlierModel, ReferenceModel
 from dft_lightning.models.row_checks import text_config
 from dft_lightning.modules.options import Head, StepOptions
@@ -216,16 +216,11 @@ class _Call:
                 f"labels: {wrong} is not a class index: it must lie in [0, {num_classes}), the model's vocabulary, or "
                 f"be {IGNORE_INDEX} where nothing is learnt"
             )
-        return self.shifted("labels", 0).clamp(0, num_classes - 1)
-
-    def shifted(self, name: str, last: int = 0) -> Tensor:
-        """Each token's successor's value, ``[B, T]``, so that hidden states need not be copied."""
-        values: Tensor = self.batch[name]
-        return torch.cat([values[:, 1:], values.new_full((len(values), 1), last)], dim=1)
+        return shifted(self.batch["labels"]).clamp(0, num_classes - 1)
 
     def token_weight(self) -> Tensor | None:
         """Factor of each token's loss, ``[B, T]``, likewise."""
-        return self.shifted("token_weight") if "token_weight" in self.batch else None
+        return shifted(self.batch["token_weight"]) if "token_weight" in self.batch else None
 
     def inputs(self) -> dict[str, Any]:
         """What the loss reads of each token beside the model's own statistics, ``[B, T]``, likewise.
@@ -245,7 +240,7 @@ class _Call:
                     f"{type(self.loss).__name__} needs reference_log_prob of every target, which these rows lack: "
                     "`python -m dft_lightning score` writes rows that have it"
                 )
-            inputs["reference_log_prob"] = self.shifted("reference_log_prob")
+            inputs["reference_log_prob"] = shifted(self.batch["reference_log_prob"])
         return inputs
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from dft_lightning.errors import InputError, did_you_mean
 from dft_lightning.losses import TokenLoss
-from dft_lightning.losses.statistics import normalise_needs
+from dft_lightning.losses.statistics import names_of
 from dft_lightning.modules.options import StepOptions
 
 _TOKENS = ("loss", "nll", "perplexity", "token_accuracy", "mean_weight", "target_tokens")
@@ -99,7 +99,7 @@ def logged_by_module(trainer: pl.Trainer, loss: TokenLoss, step: StepOptions) ->
     """Every name that the module itself may log in a trainer's ``fit``, with the data module set up."""
     data = getattr(trainer, "datamodule", None)
     names = {"train": [*_TRAINING]} if trainer.log_every_n_steps > 0 else {}  # type: ignore[attr-defined]
-    needs = {need.name for need in normalise_needs(loss.needs)}
+    needs = names_of(loss.needs)
     if names and (step.log_train_entropy or "entropy" in needs):
         names["train"].append("entropy")
     has_split = getattr(data, "has_split", lambda split: split == "validation")

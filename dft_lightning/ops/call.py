@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dft_lightning.losses.base import check_class_indices
 from dft_lightning.losses.statistics import NO_STATISTICS, Statistic, TokenStats
-from dft_lightning.ops.row_math import LogitTransform
+from dft_lightning.ops.row_math import LogitTransform, Tempering
 
 # What a head always computes.
 ALWAYS = ("log_prob", "log_expected_prob")
@@ -27,6 +27,7 @@ class HeadSettings:
         dtype: of the matrix products.
         chunk_bytes: size of what is kept of a chunk's logits, ``None`` for what suits the device.
         reference_transform: what a reference model does to its product, where a statistic needs its logits.
+        tempering: of the statistics that are made of a tempered distribution.
     """
 
     transform: LogitTransform
@@ -34,6 +35,7 @@ class HeadSettings:
     dtype: torch.dtype
     chunk_bytes: int | None
     reference_transform: LogitTransform | None
+    tempering: Tempering | None = None
 
 
 @dataclass(frozen=True)

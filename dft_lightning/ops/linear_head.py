@@ -194,7 +194,6 @@ def _settings(
             raise ValueError(f"one call computes {wanted[need.name]!r} or {need!r}, not both")
     if chunk_bytes is not None and chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
-    tempering_of(wanted)
     dtype = _product_dtype(batch.hidden, weight)
     if far := [name for name, need in wanted.items() if dtype == torch.float16 and reaches_far(need)]:
         raise ValueError(
@@ -208,6 +207,7 @@ def _settings(
         statistics=dict(sorted(wanted.items())),
         dtype=dtype,
         chunk_bytes=chunk_bytes,
+        tempering=tempering_of(wanted),
     )
 
 

@@ -94,7 +94,7 @@ class OnePass(torch.autograd.Function):
                     # What was given to the loss from outside does not depend on these logits.
                     slopes = {name: slope for name, slope in slopes.items() if name in values}
                     coefficients = coefficients_of(
-                        slopes, values, moments, settings.statistics, products.vocabulary
+                        slopes, values, moments, settings.tempering, products.vocabulary
                     ).scaled(inverse)
                     _push_back(products, rows, batch.targets[rows], settings, gathered, coefficients)
                 del gathered  # before the next chunk's
@@ -176,7 +176,7 @@ class _Statistics(torch.autograd.Function):
             for rows in products.chunks():
                 gathered = gather(products, rows, targets[rows], settings, keep=True)
                 own = _rows_of(slopes, rows), _rows_of(values, rows)
-                coefficients = coefficients_of(*own, gathered.moments, settings.statistics, products.vocabulary)
+                coefficients = coefficients_of(*own, gathered.moments, settings.tempering, products.vocabulary)
                 _push_back(products, rows, targets[rows], settings, gathered, coefficients)
                 del gathered
         dtypes = _dtypes(hidden, weight, bias)

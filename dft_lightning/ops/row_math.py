@@ -87,7 +87,7 @@ class SoftmaxRows(NamedTuple):
 class Moments(SimpleNamespace):
     """What is gathered from ``n`` rows; each ``[n]``, ``None`` where no wanted statistic is made of it.
 
-    What somebody's own statistics give stands beside, by their names.
+    What somebody's own statistics give stands beside, as ``own NAME``.
 
     Attributes:
         log_prob: of the target, with all digits near p = 1.
@@ -202,7 +202,7 @@ class Coefficients:
     @property
     def only_at_target(self) -> bool:
         """Whether the gradient is ``at_target * (1[v = y] - p_v)``, as of every loss of ``log_prob`` alone."""
-        return all(value is None for name, value in vars(self).items() if name != "at_target")
+        return not any(isinstance(value, Tensor) for name, value in vars(self).items() if name != "at_target")
 
     @property
     def in_kernels(self) -> bool:
@@ -362,7 +362,7 @@ def coefficients_of(
     slopes: Mapping[str, Tensor],
     values: Mapping[str, Tensor],
     moments: Moments,
-    statistics: Mapping[str, Statistic],
+    tempering: Tempering | None,
     vocabulary: int,
 ) -> Coefficients:
     """Coefficients of the rows' gradient.
@@ -371,7 +371,7 @@ def coefficients_of(
         slopes: derivative of the loss by each statistic, ``log_prob`` always among them.
         values: the statistics themselves.
         moments: of the rows.
-        statistics: what they are, by name.
+        tempering: of the statistics, where some are made of one.
         vocabulary: number of classes.
     """
     total = {"at_target": slopes["log_prob"]}
@@ -382,4 +382,4 @@ def coefficients_of(
         assert gradient is not None, f"{name} is a constant"
         for coefficient, value in gradient(slope, values[name], moments, vocabulary).items():
             total[coefficient] = total[coefficient] + value if coefficient in total else value
-    return Coefficients(**total, tempering=tempering_of(statistics) if "tempered" in total else None)
+    return Coefficients(**total, tempering=tempering)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dft_lightning.losses.from_logits import at_least_tiny, check_k
 from dft_lightning.ops.call import HeadSettings
 from dft_lightning.ops.pieces import slices
-from dft_lightning.ops.row_math import Moments, SoftmaxRows, Tempering, tempering_of
+from dft_lightning.ops.row_math import Moments, SoftmaxRows, Tempering
 from dft_lightning.ops.rows import at, largest, log_at, log_of, put_, row_blocks
 
 
@@ -32,8 +32,8 @@ def moments_of_rows(
     if "reference_reverse_kl" in statistics:
         assert reference is not None
         found |= _log_ratios(own, targets, moments, reference)
-    if (tempering := tempering_of(statistics)) is not None:
-        found |= _tempered(own, targets, moments, reference, tempering)
+    if settings.tempering is not None:
+        found |= _tempered(own, targets, moments, reference, settings.tempering)
     return found
 
 
