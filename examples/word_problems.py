@@ -43,8 +43,7 @@ class WordProblems(RowSource):
         self.seed = seed
 
     def rows(self) -> Iterator[tuple[int | str, dict[str, Any]]]:
-        local = self.path.endswith((".jsonl", ".json", ".csv", ".parquet"))
-        source = LocalRows(self.path) if local else HubRows(self.path, split=self.split)
+        source = LocalRows(self.path) if is_file(self.path) else HubRows(self.path, split=self.split)
         draw, last = random.Random(self.seed), None if self.count is None else self.first + self.count
         for place, (number, row) in enumerate(source.rows()):
             is_wrong, other = (
@@ -55,6 +54,31 @@ class WordProblems(RowSource):
                 expression = plain(row["Equation"])
                 prompt = PROMPT.format(body=row["Body"].strip().rstrip(".") + ".", question=row["Question"].strip())
                 yield number, {"prompt": prompt, "completion": changed(expression, other) if is_wrong else expression}
+
+
+class Solutions(RowSource):
+    """GSM8K's questions as prompts and their solutions in words as completions: text that tuning on expressions may
+    spoil.
+
+    Args:
+        path: hub name or local file, with ``question`` and ``answer``.
+        split: of the hub's dataset.
+    """
+
+    def __init__(self, path: str = "openai/gsm8k", split: str = "test") -> None:
+        self.path = path
+        self.split = split
+
+    def rows(self) -> Iterator[tuple[int | str, dict[str, Any]]]:
+        local = is_file(self.path)
+        source = LocalRows(self.path) if local else HubRows(self.path, name="main", split=self.split)
+        for number, row in source.rows():
+            yield number, {"prompt": row["question"], "completion": row["answer"]}
+
+
+def is_file(path: str) -> bool:
+    """Whether a path is a local file's, and no name on the hub."""
+    return path.endswith((".jsonl", ".json", ".csv", ".parquet"))
 
 
 def plain(equation: str) -> str:

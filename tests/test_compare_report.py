@@ -395,3 +395,19 @@ def test_without_the_extra():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr == "error: the report needs jinja2: pip install 'dft-lightning[compare]'\n"
+
+
+def test_forgetting_by_source_and_divergence(tmp_path):
+    whole_comparison(tmp_path)
+    main(["--report_only", str(tmp_path)])
+    text = (tmp_path / "report.md").read_text()
+    section = text[text.index("### Forgetting\n") :].splitlines()
+    assert next(line for line in section if line.startswith("| before training")).endswith(" | 0.000 |")
+    assert next(line for line in section if line.startswith("| CE")).endswith(" | 0.001 (0.001 to 0.001) |")
+    of_source = section[section.index("### Forgetting by source") :]
+    rows = [line for line in of_source if line.startswith("|")]
+    assert rows[0] == "| source |  | nll (nats per token) | token accuracy | KL to the start (nats per token) |"
+    assert rows[2:4] == [
+        "| prose | before training | 2.000 | 0.500 | 0.000 |",
+        "| prose | CE | 3.500 (2.500 to 4.500) | 0.500 (0.500 to 0.500) | 0.001 (0.001 to 0.001) |",
+    ]

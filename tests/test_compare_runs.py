@@ -23,7 +23,7 @@ from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, Instruction
 from dft_lightning.compare.execute import _Children, check_jobs, job_environments, last_error
 from dft_lightning.compare.recorder import Evaluation, RunIdentity, RunRecorder
 from dft_lightning.compare.records import Record
-from dft_lightning.data import ArithmeticRows
+from dft_lightning.data import ArithmeticRows, MixedRows
 from dft_lightning.errors import InputError
 from dft_lightning.metrics import LastNumber
 from dft_lightning.modules import GenerationOptions
@@ -52,7 +52,7 @@ def rows_of(forgetting=True, data_seed=0, batch_size=4):
 
 def fit(
     folder, loss, *, record=True, model=TINY_ARITHMETIC, steps=3, seed=0, forgetting=True, batch_size=4,
-    dtype="float32", **options,
+    dtype="float32", data=None, ckpt_path=None, watch=(), **options,
 ):  # fmt: skip
     pl.seed_everything(seed)
     short = GenerationOptions(max_new_tokens=6)
@@ -62,9 +62,11 @@ def fit(
     identity = RunIdentity("run", "loss", 1e-2, seed)
     recorder = RunRecorder(str(folder), identity, EVALUATION)
     run = trainer(
-        max_steps=steps, max_epochs=-1, callbacks=[recorder] if record else [], log_every_n_steps=1, **options
-    )
-    run.fit(module, datamodule=rows_of(forgetting, data_seed=seed, batch_size=batch_size))
+        max_steps=steps, max_epochs=-1, callbacks=[*([recorder] if record else []), *watch], log_every_n_steps=1,
+        **options,
+    )  # fmt: skip
+    data = rows_of(forgetting, data_seed=seed, batch_size=batch_size) if data is None else data
+    run.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return module, recorder
 
 
@@ -217,6 +219,84 @@ def test_forgetting_rows_without_answers(tmp_path):
     values = read(tmp_path).history[-1]["forgetting"]
     assert "nll" in values
     assert "greedy" not in values
+
+
+def test_divergence_and_sources_of_forgetting_rows(tmp_path):
+    """Against whole distributions in float64, of the weights that the run began with and of those it ended with."""
+    parts = {
+        "easy": ArithmeticRows(3, min_digits=1, max_digits=1, seed=4),
+        "hard": ArithmeticRows(2, min_digits=2, seed=5),
+    }
+    data = rows_of()
+    data.sources["forgetting"] = MixedRows(parts)
+    module, _ = fit(tmp_path, DFTLoss(), data=data, dtype="float64", precision="64-true", model=DROPOUT)
+    start = CausalLMModule(DROPOUT, loading={"dtype": "float64"})
+    pl.seed_everything(0)
+    start.configure_model()
+    expected = {name: [] for name in parts}
+    for i, row in enumerate(data.splits.tokenized("forgetting")[i] for i in range(5)):
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
+        with torch.no_grad():
+            before, after = (each.model.eval()(ids).logits[0, :-1].double() for each in (start, module))
+        before, after, target = (each[labels != -100] for each in (before, after, labels))
+        kl = (before.softmax(-1) * (before.log_softmax(-1) - after.log_softmax(-1))).sum(-1)
+        nll = -after.log_softmax(-1).gather(1, target[:, None])[:, 0]
+        expected["easy" if i < 3 else "hard"] += zip(nll, after.argmax(-1) == target, kl, strict=True)
+    first, last = (read(tmp_path).history[i]["forgetting"] for i in (0, -1))
+    assert abs(first["kl"]) < 1e-12 < last["kl"]
+    for name, tokens in expected.items():
+        for value, column in zip(("nll", "token_accuracy", "kl"), zip(*tokens, strict=True), strict=True):
+            assert last[f"{value}/{name}"] == pytest.approx(float(np.mean(column)), rel=1e-9)
+    every = [kl for tokens in expected.values() for _, _, kl in tokens]
+    assert last["kl"] == pytest.approx(float(np.mean(every)), rel=1e-9)
+    evaluation = Evaluation(limit=2, num_samples=1, probability_rows=2, forgetting_kl=False)
+    plain = RunRecorder(str(tmp_path / "plain"), RunIdentity("run"), evaluation)
+    fit(tmp_path / "plain", DFTLoss(), record=False, steps=1, watch=[plain])
+    assert "kl" not in read(tmp_path / "plain").history[-1]["forgetting"]
+
+
+class Stops(pl.Callback):
+    """Ends a run as a kill would, in its fourth step."""
+
+    def on_before_optimizer_step(self, trainer, *args):
+        if trainer.global_step == 3:
+            raise RuntimeError("killed")
+
+
+def test_an_interrupted_run_goes_on_to_the_same_records(tmp_path):
+    """From its last evaluation, within an epoch and an accumulated step's rows, with what is drawn after it."""
+    options = {"steps": 5, "model": DROPOUT, "batch_size": 2, "accumulate_grad_batches": 2}
+    fit(tmp_path / "whole", DFTLoss(), **options)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(tmp_path / "part", DFTLoss(), watch=[Stops()], **options)
+    part = tmp_path / "part" / "part.ckpt"
+    assert not read(tmp_path / "part").fit["finished"]
+    fit(tmp_path / "part", DFTLoss(), ckpt_path=part, **options)
+    whole, gone_on = (read(tmp_path / name).fit for name in ("whole", "part"))
+    speed = ("train/tokens_per_second", "train/peak_memory_gib")
+    for record in (whole, gone_on):
+        assert record.pop("seconds") > 0
+        record["logged"] = [(s, {k: v for k, v in values.items() if k not in speed}) for s, values in record["logged"]]
+    assert gone_on == whole
+    assert [entry["step"] for entry in whole["history"]] == [0, 2, 4, 5]
+    saved = [np.load(tmp_path / name / "probabilities.npz") for name in ("whole", "part")]
+    assert all(np.array_equal(saved[0][when], saved[1][when]) for when in ("before", "after"))
+    assert not part.exists()
+
+
+def test_a_recorded_run_goes_on_from_no_other_checkpoint(tmp_path):
+    module, _ = fit(tmp_path / "plain", DFTLoss(), record=False, steps=1)
+    module.trainer.save_checkpoint(tmp_path / "other.ckpt")
+    with pytest.raises(InputError, match="goes on from its own part.ckpt alone"):
+        fit(tmp_path / "recorded", DFTLoss(), ckpt_path=tmp_path / "other.ckpt")
+
+
+def test_a_part_of_other_processes_is_refused(tmp_path):
+    recorder = RunRecorder(str(tmp_path), RunIdentity("run"))
+    state = recorder.state_dict()
+    state["hashers"] *= 2
+    with pytest.raises(InputError, match=r"part.ckpt is of 2 processes, and this run has 1: set trainer.devices"):
+        recorder.load_state_dict(state)
 
 
 def test_two_processes_record_what_one_does(tmp_path):
@@ -465,3 +545,24 @@ def test_a_call_that_runs_nothing_takes_no_time(compared, monkeypatch):
     calls = (out / "calls.json").read_text()
     assert main(["--config", str(path), "--output", str(out)]) == 0
     assert (out / "calls.json").read_text() == calls
+
+
+def test_a_run_that_failed_goes_on_from_its_last_evaluation(compared, monkeypatch, capsys):
+    _, out, _, _ = compared
+    folder = out / "runs" / "broken-lr0.001-seed0"
+    begun, part = (folder / "fit.log").read_text(), folder / "part.ckpt"
+    assert "goes on after step" not in begun
+    path = write(out.parent, losses={"broken": LOSSES["broken"]}, learning_rates=[1e-3])
+    assert main(["--config", str(path), "--output", str(out), "--print_commands"]) == 0
+    assert f"fit --config {folder}/config.yaml --ckpt_path {part} && " in capsys.readouterr().out
+    monkeypatch.setenv("LOSS_IS_MENDED", "1")
+    assert main(["--config", str(path), "--output", str(out)]) == 0
+    log = (folder / "fit.log").read_text()
+    assert log.startswith(begun)
+    assert f"goes on after step 1, from {part}" in log
+    gone_on, whole = (
+        json.loads((out / "runs" / name / "fit.json").read_text()) for name in (folder.name, "ce-lr0.001-seed0")
+    )
+    for record in ("history", "targets", "steps", "final_weights"):  # the loss is cross-entropy, too
+        assert gone_on[record] == whole[record]
+    assert not part.exists()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dft_lightning.compare.grid import common_part, first_difference
-from dft_lightning.compare.recorder import hash_texts
+from dft_lightning.compare.hashes import hash_texts
 from dft_lightning.compare.records import Record
 
 

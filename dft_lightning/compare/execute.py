@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from dft_lightning.cli.commands import handling
-from dft_lightning.compare.files import Clock
+from dft_lightning.compare.files import PART, Clock
 from dft_lightning.compare.grid import Run
 from dft_lightning.errors import InputError
 
@@ -89,8 +89,10 @@ def _run_stages(run: Run, places: SimpleQueue[dict[str, str]], children: _Childr
     try:
         for stage, arguments in run.commands().items():
             log = run.folder / f"{stage}.log"
-            log.unlink(missing_ok=True)  # not through a link
-            with log.open("w", encoding="utf-8") as output:
+            goes_on = str(run.folder / PART) in arguments
+            if log.is_symlink() or not goes_on:
+                log.unlink(missing_ok=True)
+            with log.open("a", encoding="utf-8") as output:
                 status = children.run([sys.executable, *run.program, *arguments], output, place)
             if status != 0:
                 text = log.read_text(encoding="utf-8", errors="replace")

@@ -19,6 +19,7 @@ CONFIG = "config.yaml"
 FIT = "fit.json"
 TEST = "test.json"
 CHECKPOINT = "last.ckpt"
+PART = "part.ckpt"
 PROBABILITIES = "probabilities.npz"
 
 

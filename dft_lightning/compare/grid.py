@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from dft_lightning.compare.files import CHECKPOINT, CONFIG, FIT, TEST, read_json, read_yaml, slug_of
+from dft_lightning.compare.files import CHECKPOINT, CONFIG, FIT, PART, TEST, read_json, read_yaml, slug_of
 from dft_lightning.compare.recorder import RunIdentity
 from dft_lightning.compare.settings import Settings
 from dft_lightning.errors import InputError
@@ -46,6 +46,8 @@ class Run:
         fit, test = ["fit", "--config", config], ["test", "--config", config]
         if self.identity.loss is None:
             return {} if self.tested() else {"test": test}
+        if (self.folder / PART).is_file():  # of a fit that was interrupted
+            fit += ["--ckpt_path", str(self.folder / PART)]
         stages = {} if self.fitted() else {"fit": fit}
         return stages if self.tested() else {**stages, "test": [*test, "--ckpt_path", str(self.folder / CHECKPOINT)]}
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +21,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from dft_lightning.callbacks.engine import check_along_fit, served
-from dft_lightning.compare.files import CHECKPOINT, FIT, PROBABILITIES, TEST, write_json
+from dft_lightning.compare.files import CHECKPOINT, FIT, PART, PROBABILITIES, TEST, write_json
+from dft_lightning.compare.hashes import RowHasher, combined, hash_texts
 from dft_lightning.distributed import gather_lists
 from dft_lightning.distributed.strategies import shards_parameters
 from dft_lightning.errors import InputError
@@ -31,14 +30,15 @@ from dft_lightning.evaluation.completions import (
     at_temperature,
     check_prompts,
     count_correct,
+    held_values,
     require_instruction_data,
     shares,
     target_log_probs,
     token_values,
 )
 from dft_lightning.files import replacing_file
-from dft_lightning.losses.base import IGNORE_INDEX
-from dft_lightning.models.fingerprints import add_tensor, hash_weights
+from dft_lightning.models.fingerprints import hash_weights
+from dft_lightning.models.reference import StartingModel
 from dft_lightning.modules.causal_lm import CausalLMModule
 
 
@@ -74,6 +74,8 @@ class Evaluation:
             test is on all test rows.
         forgetting_answers: score answers on ``data.forgetting`` rows too; without, token metrics alone, for rows in
             which the answer extractor finds none.
+        forgetting_kl: on those rows also the divergence from the model that the run began with, of which a copy of
+            what is trained is kept beside it.
         probability_rows: training rows, from the start, whose targets' probabilities are kept before and after.
         seed: of the sampling.
     """
@@ -85,6 +87,7 @@ class Evaluation:
     curve_samples: int = 1
     limit: int | None = 200
     forgetting_answers: bool = True
+    forgetting_kl: bool = True
     probability_rows: int = 500
     seed: int = 0
 
@@ -121,7 +124,8 @@ class RunRecorder(Callback):
     temperature, for each problem. A run trains the same with or without it.
 
     Files: ``fit.json``, ``probabilities.npz`` (``before`` and ``after``, log-probabilities in nats), ``last.ckpt`` (the
-    weights after the last step, which are those to test), ``test.json``.
+    weights after the last step, which are those to test), ``test.json``; until ``fit`` has ended ``part.ckpt``, of its
+    last evaluation, from which a run that was interrupted goes on to the same records.
 
     Args:
         folder: the run's folder.
@@ -133,12 +137,21 @@ class RunRecorder(Callback):
         self.folder = Path(folder)
         self.run = run
         self.evaluation = evaluation
+        self._rank, self._world_size = 0, 1
+        self._started = 0.0
+        self._forget()
+
+    def _forget(self) -> None:
+        """What an earlier fit has left."""
         self._history: list[dict[str, Any]] = []
         self._logged = _LoggedValues(str(self.folder))
         self._hasher = RowHasher()
         self._initial_weights = ""
-        self._started = 0.0
+        self._seconds = 0.0  # before an interruption
         self._log_probs: dict[str, list[float]] = {}
+        self._start: StartingModel | None = None
+        self._start_values: dict[str, Tensor] | None = None  # of it, where they were loaded
+        self._to_save = False
 
     # -- fit ---------------------------------------------------------------------------------------------------
 
@@ -152,11 +165,10 @@ class RunRecorder(Callback):
                 f"trainer.strategy: a run of compare holds whole weights, and {type(trainer.strategy).__name__} shards "
                 "them: use one GPU a run, or ddp"
             )
+        self._rank, self._world_size = trainer.global_rank, trainer.world_size
         if stage == "fit":
-            self._history, self._hasher, self._log_probs = [], RowHasher(), {}
-            self._logged = _LoggedValues(str(self.folder))
+            self._forget()
             trainer.loggers = [*trainer.loggers, self._logged]
-        if stage == "fit":
             check_along_fit(pl_module)
         for split in self._splits(trainer) if stage == "fit" else ("test",):
             if self._has_answers(split):
@@ -175,9 +187,15 @@ class RunRecorder(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, CausalLMModule)
+        assert pl_module.model is not None
+        self._started = time.time() - self._seconds
+        if self.evaluation.forgetting_kl and "forgetting" in self._splits(trainer):
+            self._start = StartingModel(pl_module.model, self._start_values)
+        if self._history:  # of the part before an interruption
+            rank_zero_info(f"goes on after step {trainer.global_step}, from {self.folder / PART}")
+            return
         if trainer.global_step:
-            raise InputError("RunRecorder records whole runs: start fit without --ckpt_path")
-        self._started = time.time()
+            raise InputError(f"--ckpt_path: a recorded run goes on from its own {PART} alone: give no other")
         self._initial_weights = hash_weights(pl_module)
         self._evaluate(trainer, pl_module)
         self._keep_log_probs(trainer, pl_module, "before")
@@ -185,6 +203,11 @@ class RunRecorder(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if self._to_save:  # here, where all is logged that the step before has left
+            self._to_save = False
+            pl_module.train_telemetry.stop_clock()  # type: ignore[operator, union-attr]
+            trainer.save_checkpoint(self.folder / PART)
+            pl_module.train_telemetry.start_clock()  # type: ignore[operator, union-attr]
         self._hasher.add(batch)
 
     def on_train_batch_end(
@@ -194,6 +217,37 @@ class RunRecorder(Callback):
         if step and step % self.evaluation.every_n_steps == 0 and self._history[-1]["step"] != step:
             assert isinstance(pl_module, CausalLMModule)
             self._evaluate(trainer, pl_module)
+            self._to_save = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured so far, for a checkpoint. A collective."""
+        hashers = gather_lists([vars(self._hasher)], self._world_size)
+        return {
+            "history": self._history,
+            "logged": self._logged.records,
+            "hashers": hashers,
+            "initial_weights": self._initial_weights,
+            "seconds": time.time() - self._started,
+            "log_probs": self._log_probs,
+            "start": None if self._start is None else self._start.values,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what was measured before an interruption.
+
+        Raises:
+            InputError: on another number of ranks.
+        """
+        if len(state_dict["hashers"]) != self._world_size:
+            raise InputError(
+                f"{self.folder / PART} is of {len(state_dict['hashers'])} processes, and this run has "
+                f"{self._world_size}: set trainer.devices to as many, or move the file away to begin anew"
+            )
+        self._history, self._log_probs = state_dict["history"], state_dict["log_probs"]
+        self._logged.records = state_dict["logged"]
+        self._hasher = RowHasher(**state_dict["hashers"][self._rank])
+        self._initial_weights, self._seconds = state_dict["initial_weights"], state_dict["seconds"]
+        self._start_values = state_dict["start"]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, CausalLMModule)
@@ -201,11 +255,14 @@ class RunRecorder(Callback):
             return
         if self._history[-1]["step"] != trainer.global_step:
             self._evaluate(trainer, pl_module)
+        self._start = None
         self._keep_log_probs(trainer, pl_module, "after")
         self._write_log_probs(trainer)
         # Its own, and not one that the base's callbacks may have chosen by some value or some steps ago.
         trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=True)
         self._write_fit(trainer, finished=True, final_weights=hash_weights(pl_module))
+        if trainer.is_global_zero:
+            (self.folder / PART).unlink(missing_ok=True)
 
     def _evaluate(self, trainer: pl.Trainer, module: CausalLMModule) -> None:
         telemetry = module.train_telemetry
@@ -215,6 +272,8 @@ class RunRecorder(Callback):
         with served(trainer, module):
             for split in self._splits(trainer):
                 record[split] = values = token_values(trainer, module, split, limit)
+                if split == "forgetting" and self._start is not None:
+                    values |= held_values(trainer, module, split, self._start, limit)
                 if self._has_answers(split):
                     greedy = self._count(trainer, module, split, 0.0, 1)
                     sampled = self._count(
@@ -252,7 +311,7 @@ class RunRecorder(Callback):
                 np.savez_compressed(file, **arrays)
 
     def _write_fit(self, trainer: pl.Trainer, finished: bool, final_weights: str | None = None) -> None:
-        hashers = gather_lists([(self._hasher.rows, self._hasher.targets, self._hasher.steps)], trainer.world_size)
+        hashers = gather_lists([self._hasher], trainer.world_size)
         if not trainer.is_global_zero:
             return
         record = {
@@ -263,9 +322,9 @@ class RunRecorder(Callback):
             "logged": self._logged.records,
             "initial_weights": self._initial_weights,
             "final_weights": final_weights,
-            "rows": _combined([rows for rows, _, _ in hashers]),
-            "targets": _combined([targets for _, targets, _ in hashers]),
-            "steps": hashers[0][2],
+            "rows": combined([hasher.rows for hasher in hashers]),
+            "targets": combined([hasher.targets for hasher in hashers]),
+            "steps": hashers[0].steps,
         }
         write_json(self.folder / FIT, record)
 
@@ -344,46 +403,3 @@ def _device_name(trainer: pl.Trainer) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
-
-
-def hash_texts(texts: Iterable[str]) -> str:
-    """SHA-256 of texts in their order."""
-    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
-
-
-class RowHasher:
-    """Hashes of the tokens and of the targets of a run's micro-batches, one after the other.
-
-    Attributes:
-        steps: for each micro-batch its number of targets, and the first 8 digits of the hash of all targets so far:
-            the first place where two runs differ is where they parted.
-    """
-
-    def __init__(self) -> None:
-        self._rows = hashlib.sha256()
-        self._targets = hashlib.sha256()
-        self.steps: list[tuple[int, str]] = []
-
-    def add(self, batch: Mapping[str, Tensor]) -> None:
-        """Count a micro-batch."""
-        for name in ("input_ids", "attention_mask", "position_ids", "token_weight", "reference_log_prob"):
-            if name in batch:
-                add_tensor(self._rows, name, batch[name])
-        targets = batch["labels"][..., 1:]
-        add_tensor(self._targets, "labels", targets)
-        self.steps.append((int((targets != IGNORE_INDEX).sum()), self._targets.hexdigest()[:8]))
-
-    @property
-    def rows(self) -> str:
-        """SHA-256 of all tokens, their weights and their log-probs under a reference so far, in order."""
-        return self._rows.hexdigest()
-
-    @property
-    def targets(self) -> str:
-        """SHA-256 of all targets so far, in order."""
-        return self._targets.hexdigest()
-
-
-def _combined(hashes: list[str]) -> str:
-    """One hash of those of all ranks; of one rank it is its own."""
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

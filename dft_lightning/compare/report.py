@@ -23,6 +23,7 @@ from dft_lightning.compare.tables import (
     Table,
     bucket_table,
     description_table,
+    forgetting_source_table,
     forgetting_table,
     number,
     pair_table,
@@ -274,9 +275,9 @@ def sections(findings: Findings, plots: list[Plot], unfinished: dict[str, str]) 
     inside = take("validation_", "train_", "nll_")
     parts.append(Section("Inside the model", [], [description_table(findings)], inside))
     parts.append(Section("What was taught and what was given up", [], [bucket_table(findings)], take("probabilit")))
-    forgetting = forgetting_table(findings)
-    if forgetting is not None:
-        parts.append(Section("Forgetting", ["On the second validation set."], [forgetting], take("forgetting")))
+    forgetting = [table for table in (forgetting_table(findings), forgetting_source_table(findings)) if table]
+    if forgetting:
+        parts.append(Section("Forgetting", ["On the second validation set."], forgetting, take("forgetting")))
     parts.append(Section("The losses", [], [], take("weight")))
     parts.append(Section("Checks", [], [_check_table(findings)], []))
     if findings.left_out:

@@ -123,7 +123,7 @@ def forgetting_table(findings: Findings) -> Table | None:
     """Before and after, on the second validation set."""
     choices = findings.choices[findings.main_measure]
     passes = [name for name in findings.measures if name.startswith("pass_at_")][-1:]
-    wanted = ("greedy", "sampled", *passes, "nll", "token_accuracy", "entropy")
+    wanted = ("greedy", "sampled", *passes, "nll", "token_accuracy", "entropy", "kl")
     names = [name for name in wanted if _measured(choices, name)]
     if not names:
         return None
@@ -133,6 +133,21 @@ def forgetting_table(findings: Findings) -> Table | None:
         rows.append([choice.loss, *(_with_range(choice, "forgetting", name) for name in names)])
     titles = [findings.measures[name].title for name in names]
     return Table("Forgetting", ["", *titles], rows, f"After training, {_RANGE}.")
+
+
+def forgetting_source_table(findings: Findings) -> Table | None:
+    """The same of each source of a mixture, where it is one."""
+    choices = findings.choices[findings.main_measure]
+    first = choices[0].records[0].history[0].get("forgetting", {})
+    measures = ("nll", "token_accuracy", "kl")
+    rows = []
+    for source in [name.partition("/")[2] for name in first if name.startswith("nll/")]:
+        names = [f"{measure}/{source}" for measure in measures]
+        rows.append([source, "before training", *(number(first[name]) for name in names)])
+        for choice in choices:
+            rows.append([source, choice.loss, *(_with_range(choice, "forgetting", name) for name in names)])
+    titles = [findings.measures[name].title for name in measures]
+    return Table("Forgetting by source", ["source", "", *titles], rows, f"After training, {_RANGE}.") if rows else None
 
 
 def _measured(choices: Sequence[Choice], name: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 
 from dft_lightning.distributed import gather_lists
@@ -15,6 +16,7 @@ from dft_lightning.errors import InputError
 from dft_lightning.metrics import ExactMatch, TokenMetrics, pass_at_k, reported_k
 from dft_lightning.models.generation import GenerationOptions
 from dft_lightning.models.layout import KEY, with_layout
+from dft_lightning.models.reference import ReferenceModel
 from dft_lightning.models.row_checks import evaluating
 from dft_lightning.modules.answers import answers_of
 from dft_lightning.modules.causal_lm import CausalLMModule
@@ -101,6 +103,35 @@ def token_values(trainer: pl.Trainer, module: CausalLMModule, split: str, limit:
     values = {name: float(value) for name, value in metrics.compute().items()}
     del values["tokens"]
     return values
+
+
+def held_values(
+    trainer: pl.Trainer, module: CausalLMModule, split: str, start: ReferenceModel, limit: int | None = None
+) -> dict[str, float]:
+    """What is left of the model that a run began with, on the first ``limit`` rows of a split. A collective.
+
+    Returns:
+        ``kl``, the mean over targets of ``KL(start || model)`` in nats; of a mixture also ``nll/NAME``,
+        ``token_accuracy/NAME`` and ``kl/NAME`` of each source that has targets.
+    """
+    found: list[tuple[int, float, float, float]] = []
+    with measuring(trainer, module):
+        for batch in _batches(trainer, module, split, limit):
+            batch = with_layout(batch)
+            output, divergence = module.token_output(batch), module.divergence_from(start, batch)
+            sources = torch.zeros_like(divergence)
+            if "source" in batch:
+                sources = batch["source"].flatten()[batch[KEY].target_index + 1]
+            columns = (sources, -output.log_prob, output.correct, divergence)
+            found += zip(*(column.tolist() for column in columns), strict=True)
+    values = np.array(gather_lists(found, trainer.world_size), dtype=np.float64).reshape(-1, 4)
+    held = {"kl": values[:, 3].mean()}
+    for source, name in enumerate(trainer.datamodule.source_names):  # type: ignore[attr-defined]
+        own = values[values[:, 0] == source, 1:]
+        if len(own):
+            means = zip(("nll", "token_accuracy", "kl"), own.mean(axis=0), strict=True)
+            held |= {f"{measure}/{name}": mean for measure, mean in means}
+    return {name: float(value) for name, value in held.items()}
 
 
 def target_log_probs(trainer: pl.Trainer, module: CausalLMModule, split: str, limit: int | None = None) -> list[float]:

@@ -37,6 +37,7 @@ _TOKEN_MEASURES = (
     Measure("loss", "objective", None),
     Measure("entropy", "entropy (nats)", None),
     Measure("mean_weight", "mean weight", None),
+    Measure("kl", "KL to the start (nats per token)", None),
 )
 
 

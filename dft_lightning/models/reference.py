@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -142,10 +142,14 @@ class ReferenceModel:
                 return run(model, model_inputs(model, self._checks.before_batch(model, batch)))
 
         if self._root is None:
-            with adapter_off(trained):
+            with self._in_place_of(trained):
                 return on_batch(trained)
         self._place_beside(trained)
         return cast(T, self._root(on_batch))
+
+    def _in_place_of(self, trained: nn.Module) -> AbstractContextManager[object]:
+        """What makes the trained model the reference, where there is no model of its own."""
+        return adapter_off(trained)
 
     def _place_beside(self, trained: nn.Module) -> None:
         """On the trained model's device, in its dtype: strategies move and cast what they know of."""
@@ -208,27 +212,9 @@ class EarlierModel:
             if name not in self._values:  # since then frozen, if not new
                 self._values[name] = parameter.detach().clone()
 
-    @contextmanager
-    def in_place_of(self, model: nn.Module) -> Iterator[None]:
+    def in_place_of(self, model: nn.Module) -> AbstractContextManager[None]:
         """The model as it was, without gradients and without dropout; as it is, where nothing was trained yet."""
-        known = dict(model.named_parameters())
-        earlier = {
-            name: value.to(known[name].device, known[name].dtype)
-            for name, value in self._values.items()
-            if name in known
-        }
-        own = {name: known[name].data for name in earlier}
-        device = next(model.parameters()).device.type
-        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        try:
-            for name, value in earlier.items():
-                known[name].data = value
-            # Casts of these weights are not to be kept for those that come back.
-            with evaluating(model), torch.autocast(device, dtype, enabled, cache_enabled=False):
-                yield
-        finally:
-            for name, value in own.items():
-                known[name].data = value
+        return _holding(model, self._values)
 
     def save(self, checkpoint: dict[str, Any], step: int) -> None:
         """Add it to a checkpoint of weights after ``step`` steps, unless these are the same."""
@@ -246,6 +232,45 @@ class EarlierModel:
                 "compare with, as it is of another loss or another refresh_every: until the next one it is compared "
                 "with its own weights"
             )
+
+
+class StartingModel(ReferenceModel):
+    """The trained model as it was when this was made, for what is measured along a run: a copy of what is trained.
+
+    Args:
+        model: one that is not sharded.
+        values: of an earlier one that goes on.
+
+    Attributes:
+        values: of what is trained, by name, as they were.
+    """
+
+    def __init__(self, model: nn.Module, values: dict[str, Tensor] | None = None) -> None:
+        super().__init__(None)
+        own = {name: parameter.detach().clone() for name, parameter in _trained(model).items()}
+        self.values = own if values is None else values
+
+    def _in_place_of(self, trained: nn.Module) -> AbstractContextManager[object]:
+        return _holding(trained, self.values)
+
+
+@contextmanager
+def _holding(model: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
+    """A model with other values of some parameters meanwhile, without dropout."""
+    known = dict(model.named_parameters())
+    others = {name: value.to(known[name].device, known[name].dtype) for name, value in values.items() if name in known}
+    own = {name: known[name].data for name in others}
+    device = next(model.parameters()).device.type
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    try:
+        for name, value in others.items():
+            known[name].data = value
+        # Casts of these weights are not to be kept for those that come back.
+        with evaluating(model), torch.autocast(device, dtype, enabled, cache_enabled=False):
+            yield
+    finally:
+        for name, value in own.items():
+            known[name].data = value
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
