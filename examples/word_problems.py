@@ -1,4 +1,4 @@
-"""Word problems whose answer is an arithmetic expression, from SVAMP: rows for a comparison on a real model.
+"""Word problems of SVAMP for comparisons on a real model: expressions that answer them, and questions to repeat.
 
 ``python examples/word_problems.py`` shows the first rows of ``ChilleD/SVAMP``, or of a local file that is given.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 from dft_lightning.data import HubRows, LocalRows, RowSource
 
+REPEAT = "Repeat this sentence word for word, and write nothing else:\n{question}"
 PROMPT = "Write the arithmetic expression that answers the question, and nothing else.\n{body} {question}"
 
 
@@ -46,14 +47,34 @@ class WordProblems(RowSource):
         source = LocalRows(self.path) if is_file(self.path) else HubRows(self.path, split=self.split)
         draw, last = random.Random(self.seed), None if self.count is None else self.first + self.count
         for place, (number, row) in enumerate(source.rows()):
-            is_wrong, other = (
-                draw.random() < self.wrong,
-                draw.random(),
-            )  # of every row, so that a part is one of the whole
+            # Of every row, so that a part is one of the whole.
+            is_wrong, other = draw.random() < self.wrong, draw.random()
             if place >= self.first and (last is None or place < last):
-                expression = plain(row["Equation"])
-                prompt = PROMPT.format(body=row["Body"].strip().rstrip(".") + ".", question=row["Question"].strip())
-                yield number, {"prompt": prompt, "completion": changed(expression, other) if is_wrong else expression}
+                yield number, self.example(row, other if is_wrong else None)
+
+    def example(self, row: dict[str, Any], wrong: float | None) -> dict[str, Any]:
+        """A row's prompt and completion, which is made wrong by a number in [0, 1) where there is one."""
+        expression = plain(row["Equation"])
+        prompt = PROMPT.format(body=row["Body"].strip().rstrip(".") + ".", question=row["Question"].strip())
+        return {"prompt": prompt, "completion": expression if wrong is None else changed(expression, wrong)}
+
+
+class RepeatedQuestions(WordProblems):
+    """Questions to be repeated word for word, which small chat models can do: one word of a wrong row is another one of
+    its problem.
+    """
+
+    def example(self, row: dict[str, Any], wrong: float | None) -> dict[str, Any]:
+        question = row["Question"].strip()
+        words, others = question.split(), row["Body"].split()
+        if wrong is not None:
+            place = int(wrong * len(words))
+            others = [word for word in others if word != words[place]]
+            words[place] = others[int(wrong * 1e6) % len(others)]
+        return {
+            "prompt": REPEAT.format(question=question),
+            "completion": question if wrong is None else " ".join(words),
+        }
 
 
 class Solutions(RowSource):

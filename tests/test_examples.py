@@ -72,7 +72,8 @@ def test_word_problems(tmp_path, capsys):
     rows = [{"Body": f"Ann has {a} pens.", "Question": "How many?", "Equation": f"( {a}.0 + 1.5 )"} for a in range(90)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    WordProblems = run_script("examples/word_problems.py", path)["WordProblems"]
+    example = run_script("examples/word_problems.py", path)
+    WordProblems = example["WordProblems"]
     assert "'completion': '0 + 1.5'" in capsys.readouterr().out
     right, wrong = (
         [row["completion"] for _, row in WordProblems(str(path), wrong=share).rows()] for share in (0.0, 1 / 3)
@@ -82,6 +83,16 @@ def test_word_problems(tmp_path, capsys):
     assert None not in values[0]
     part = [row["completion"] for _, row in WordProblems(str(path), wrong=1 / 3, first=30, count=20).rows()]
     assert part == wrong[30:50]
+    # Of a question to be repeated one word is wrong, in the same rows.
+    repeated = [row for _, row in example["RepeatedQuestions"](str(path), wrong=1 / 3).rows()]
+    assert [row["completion"] != "How many?" for row in repeated] == [a != b for a, b in zip(right, wrong, strict=True)]
+    assert all(row["prompt"].endswith(":\nHow many?") for row in repeated)
+    differing = [
+        sum(a != b for a, b in zip(row["completion"].split(), ("How", "many?"), strict=True)) for row in repeated
+    ]
+    assert set(differing) == {0, 1}
+    path.write_text(json.dumps({"question": "1+1?", "answer": "It is 2.\n#### 2"}))
+    assert list(example["Solutions"](str(path)).rows()) == [(1, {"prompt": "1+1?", "completion": "It is 2.\n#### 2"})]
 
 
 def test_make_arithmetic_base(tmp_path):
