@@ -360,3 +360,20 @@ def test_other_rows_or_a_mask_beside_positions_are_refused():
 def test_padding_to_a_multiple_contradicts():
     with pytest.raises(ValueError, match="padding_free batches have nothing to pad"):
         InstructionDataModule("rows.jsonl", batches={"padding_free": True, "pad_to_multiple_of": 8})
+
+
+@pytest.mark.parametrize("half", ["autocast", "weights"])
+def test_rounding_that_a_model_makes_much_of_passes_between_no_documents(half):
+    """In half precision the logits of a row may move by a fifth with its length, as those of a SmolLM2 that had been
+    trained at a high rate did by a seventh."""
+    module = CausalLMModule(TINY_LLAMA, loading={"attn_implementation": "documents"})
+    module.configure_model()
+    model = module.model.to(torch.bfloat16) if half == "weights" else module.model
+
+    def rounded(model, args, kwargs, output):
+        if torch.is_autocast_enabled("cpu") or output.logits.dtype == torch.bfloat16:
+            output.logits += output.logits.abs().max() * (output.logits.shape[1] - 6) / 30
+
+    model.register_forward_hook(rounded, with_kwargs=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half == "autocast"):
+        check_documents(model)

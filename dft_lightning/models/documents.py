@@ -19,6 +19,7 @@ from dft_lightning.models.layout import KEY, BatchLayout, document_lengths, with
 from dft_lightning.models.row_checks import (
     apart,
     check_rows,
+    computes_exactly,
     rotary_length,
     rounding,
     text_config,
@@ -132,6 +133,7 @@ def _check_documents_of(length: int, model: nn.Module, num_rows: int) -> None:
             packed = [_last_logits(model, [documents[i], documents[2]], num_rows) for i in (0, 1)]
             beside = [_last_logits_of_rows(model, documents[i][:length], documents[2]) for i in (0, 1)]
             own = _last_logits_of_rows(model, documents[2])
+            longer = own if computes_exactly(model) else _logits_within(model, documents[2], documents[0][:length])
     except InputError:
         raise
     except Exception as error:
@@ -139,8 +141,9 @@ def _check_documents_of(length: int, model: nn.Module, num_rows: int) -> None:
     if not own.isfinite().all():  # a model of nan shows in the loss
         return
     # The first two differ in numbers far away alone, the third in its shape, and so in the order of its sums. What
-    # rows of a batch differ by, which do not meet, is none that passes between documents either.
-    same, shape = apart(*beside), max(apart(other, own) for other in beside)
+    # rows of a batch differ by, which do not meet, is none that passes between documents either; nor is what a row
+    # differs by that goes on, which in half precision may be much.
+    same, shape = apart(*beside), max(apart(other, own) for other in (*beside, longer))
     for other, units, noise, change in (
         (packed[1], 2, same, "another first document"),
         (own, 16, shape, "no first document"),
@@ -185,6 +188,12 @@ def _last_logits_of_rows(model: nn.Module, *rows: Tensor) -> Tensor:
     """Of the last of rows of their own."""
     output: Tensor = model(**model_inputs(model, {"input_ids": torch.stack(rows)})).logits
     return output[-1:, -_CHECKED_TOKENS:]
+
+
+def _logits_within(model: nn.Module, row: Tensor, more: Tensor) -> Tensor:
+    """Of a row that goes on."""
+    output: Tensor = model(**model_inputs(model, {"input_ids": torch.cat([row, more]).unsqueeze(0)})).logits
+    return output[:, len(row) - _CHECKED_TOKENS : len(row)]
 
 
 class ModelChecks:

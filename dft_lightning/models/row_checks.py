@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +31,24 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def trying(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes and random states are left as they were, and nothing is compiled."""
+    """Evaluation mode without gradients; modes and random states are left as they were, and nothing is compiled.
+
+    Without autocast where the weights are float32: what it rounds, a model that is trained at a high rate may make
+    large differences of.
+    """
     device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model), uncompiled():
+    exact = torch.autocast(device.type, enabled=False) if computes_exactly(model) else nullcontext()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model), uncompiled(), exact:
         for module in model.modules():  # on the CPU these pack their weights anew at the first call in evaluation mode
             if type(module).__module__.startswith("bitsandbytes"):
                 module.training = True
         yield
+
+
+def computes_exactly(model: nn.Module) -> bool:
+    """Whether a model can be run without rounding to half precision: its weights are not in it, nor flash attention."""
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
+    return next(model.parameters()).dtype in (torch.float32, torch.float64) and "flash" not in str(attention)
 
 
 def text_config(model: nn.Module) -> Any:
