@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from dft_lightning import TokenLoss
 
 
 class FailingLoss(TokenLoss):
-    """Cross-entropy for two steps, and in an environment with ``LOSS_IS_MENDED`` beyond it."""
+    """Cross-entropy for two steps, then what ``AFTER_TWO_STEPS`` in the environment says: an error, a kill, or more."""
 
     uses_step = True
 
     def token_loss(self, stats):
-        if stats.step > 1 and "LOSS_IS_MENDED" not in os.environ:
+        then = os.environ.get("AFTER_TWO_STEPS", "error") if stats.step > 1 else "more"
+        if then == "error":
             raise RuntimeError("this loss fails on purpose")
+        if then == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
         return -stats.log_prob
 
 

@@ -256,19 +256,22 @@ def test_divergence_and_sources_of_forgetting_rows(tmp_path):
 
 
 class Stops(pl.Callback):
-    """Ends a run as a kill would, in its fourth step."""
+    """Ends a run in its fourth step."""
+
+    def __init__(self, by):
+        self.by = by
 
     def on_before_optimizer_step(self, trainer, *args):
         if trainer.global_step == 3:
-            raise RuntimeError("killed")
+            raise self.by
 
 
 def test_an_interrupted_run_goes_on_to_the_same_records(tmp_path):
     """From its last evaluation, within an epoch and an accumulated step's rows, with what is drawn after it."""
     options = {"steps": 5, "model": DROPOUT, "batch_size": 2, "accumulate_grad_batches": 2}
     fit(tmp_path / "whole", DFTLoss(), **options)
-    with pytest.raises(RuntimeError, match="killed"):
-        fit(tmp_path / "part", DFTLoss(), watch=[Stops()], **options)
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "part", DFTLoss(), watch=[Stops(KeyboardInterrupt())], **options)
     part = tmp_path / "part" / "part.ckpt"
     assert not read(tmp_path / "part").fit["finished"]
     fit(tmp_path / "part", DFTLoss(), ckpt_path=part, **options)
@@ -291,12 +294,45 @@ def test_a_recorded_run_goes_on_from_no_other_checkpoint(tmp_path):
         fit(tmp_path / "recorded", DFTLoss(), ckpt_path=tmp_path / "other.ckpt")
 
 
-def test_a_part_of_other_processes_is_refused(tmp_path):
-    recorder = RunRecorder(str(tmp_path), RunIdentity("run"))
-    state = recorder.state_dict()
-    state["hashers"] *= 2
-    with pytest.raises(InputError, match=r"part.ckpt is of 2 processes, and this run has 1: set trainer.devices"):
-        recorder.load_state_dict(state)
+def test_other_checkpoints_of_a_recorded_run_are_none_to_go_on_from(tmp_path):
+    """They are saved at other moments, of which the record would be another."""
+    each = pl.callbacks.ModelCheckpoint(tmp_path / "own", "{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(tmp_path / "run", DFTLoss(), watch=[each], enable_checkpointing=True)
+    with pytest.raises(InputError, match="goes on from its own part.ckpt alone"):
+        fit(tmp_path / "again", DFTLoss(), ckpt_path=tmp_path / "own" / "step=2.ckpt")
+
+
+def test_a_run_that_met_an_error_begins_anew(tmp_path):
+    with pytest.raises(RuntimeError, match="wrong"):
+        fit(tmp_path, DFTLoss(), watch=[Stops(RuntimeError("wrong"))], steps=5)
+    assert [entry["step"] for entry in read(tmp_path).history] == [0, 2]
+    assert not (tmp_path / "part.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state["hashers"].append(state["hashers"][0]), "part.ckpt is of 2 processes, and this run has 1"),
+        (lambda state: state["run"].update(name="other"), "this part.ckpt is of other, and the run is run"),
+    ],
+)
+def test_a_part_of_another_run_is_refused_and_stays(tmp_path, change, message):
+    with pytest.raises(SystemExit):
+        fit(tmp_path, DFTLoss(), watch=[Stops(KeyboardInterrupt())], steps=5)
+    part = tmp_path / "part.ckpt"
+    checkpoint = torch.load(part, weights_only=True)
+    change(checkpoint["callbacks"]["RunRecorder"])
+    torch.save(checkpoint, part)
+    with pytest.raises(InputError, match=message):
+        fit(tmp_path, DFTLoss(), steps=5, ckpt_path=part)
+    assert part.exists()
+
+
+def test_forgetting_rows_are_of_no_source_of_other_splits(tmp_path):
+    data = rows_of()
+    data.sources["train"] = MixedRows({"clean": ArithmeticRows(8, seed=1), "other": ArithmeticRows(8, seed=2)})
+    fit(tmp_path, DFTLoss(), data=data, steps=1)
+    assert not [name for name in read(tmp_path).history[-1]["forgetting"] if "/" in name]
 
 
 def test_two_processes_record_what_one_does(tmp_path):
@@ -336,6 +372,7 @@ def test_a_recorder_refuses_what_it_cannot_record(tmp_path):
         ("step 3\n", 1, "ended with status 1; last line: step 3"),
         ("", 3, "ended with status 3, and wrote nothing"),
         ("step 3\n", None, "stopped; last line: step 3"),
+        ("error: old\n\n--- goes on ---\nstep 3\n", -9, "ended by SIGKILL; last line: step 3"),
     ],
 )
 def test_last_error(log, status, message):
@@ -547,15 +584,20 @@ def test_a_call_that_runs_nothing_takes_no_time(compared, monkeypatch):
     assert (out / "calls.json").read_text() == calls
 
 
-def test_a_run_that_failed_goes_on_from_its_last_evaluation(compared, monkeypatch, capsys):
+def test_a_run_that_was_killed_goes_on_from_its_last_evaluation(compared, monkeypatch, capsys):
     _, out, _, _ = compared
     folder = out / "runs" / "broken-lr0.001-seed0"
-    begun, part = (folder / "fit.log").read_text(), folder / "part.ckpt"
-    assert "goes on after step" not in begun
+    part = folder / "part.ckpt"
+    assert not part.exists()  # it had met an error
     path = write(out.parent, losses={"broken": LOSSES["broken"]}, learning_rates=[1e-3])
+    monkeypatch.setenv("AFTER_TWO_STEPS", "kill")
+    assert main(["--config", str(path), "--output", str(out)]) != 0
+    begun = (folder / "fit.log").read_text()
+    assert "goes on" not in begun
+    capsys.readouterr()
     assert main(["--config", str(path), "--output", str(out), "--print_commands"]) == 0
     assert f"fit --config {folder}/config.yaml --ckpt_path {part} && " in capsys.readouterr().out
-    monkeypatch.setenv("LOSS_IS_MENDED", "1")
+    monkeypatch.setenv("AFTER_TWO_STEPS", "more")
     assert main(["--config", str(path), "--output", str(out)]) == 0
     log = (folder / "fit.log").read_text()
     assert log.startswith(begun)

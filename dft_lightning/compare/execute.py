@@ -23,6 +23,8 @@ from dft_lightning.compare.files import PART, Clock
 from dft_lightning.compare.grid import Run
 from dft_lightning.errors import InputError
 
+_GOES_ON = "\n--- goes on ---\n"  # in the log of a run that was interrupted
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -93,6 +95,7 @@ def _run_stages(run: Run, places: SimpleQueue[dict[str, str]], children: _Childr
             if log.is_symlink() or not goes_on:
                 log.unlink(missing_ok=True)
             with log.open("a", encoding="utf-8") as output:
+                print(_GOES_ON if goes_on else "", end="", file=output, flush=True)
                 status = children.run([sys.executable, *run.program, *arguments], output, place)
             if status != 0:
                 text = log.read_text(encoding="utf-8", errors="replace")
@@ -117,6 +120,7 @@ def last_error(log: str, status: int | None = None) -> str:
         >>> last_error("step 3\\nerror: data.train: no such file\\n", 2)
         'data.train: no such file'
     """
+    log = log.rpartition(_GOES_ON)[2]
     lines: list[str] = [line.strip() for line in re.split(r"[\r\n]+", log) if line.strip()]
     for line in reversed(lines):
         if line.startswith("error: "):

@@ -151,7 +151,7 @@ class RunRecorder(Callback):
         self._log_probs: dict[str, list[float]] = {}
         self._start: StartingModel | None = None
         self._start_values: dict[str, Tensor] | None = None  # of it, where they were loaded
-        self._to_save = False
+        self._trains = self._to_save = self._saving = False
 
     # -- fit ---------------------------------------------------------------------------------------------------
 
@@ -188,11 +188,12 @@ class RunRecorder(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, CausalLMModule)
         assert pl_module.model is not None
-        self._started = time.time() - self._seconds
+        self._started, self._trains = time.time() - self._seconds, True
         if self.evaluation.forgetting_kl and "forgetting" in self._splits(trainer):
             self._start = StartingModel(pl_module.model, self._start_values)
+        self._start_values = None
         if self._history:  # of the part before an interruption
-            rank_zero_info(f"goes on after step {trainer.global_step}, from {self.folder / PART}")
+            rank_zero_info(f"goes on after step {trainer.global_step}, from {trainer.ckpt_path}")
             return
         if trainer.global_step:
             raise InputError(f"--ckpt_path: a recorded run goes on from its own {PART} alone: give no other")
@@ -204,10 +205,8 @@ class RunRecorder(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._to_save:  # here, where all is logged that the step before has left
-            self._to_save = False
-            pl_module.train_telemetry.stop_clock()  # type: ignore[operator, union-attr]
-            trainer.save_checkpoint(self.folder / PART)
-            pl_module.train_telemetry.start_clock()  # type: ignore[operator, union-attr]
+            assert isinstance(pl_module, CausalLMModule)
+            self._save(trainer, pl_module)
         self._hasher.add(batch)
 
     def on_train_batch_end(
@@ -219,10 +218,28 @@ class RunRecorder(Callback):
             self._evaluate(trainer, pl_module)
             self._to_save = True
 
+    def _save(self, trainer: pl.Trainer, module: CausalLMModule) -> None:
+        module.train_telemetry.stop_clock()
+        self._to_save, self._saving = False, True
+        try:
+            trainer.save_checkpoint(self.folder / PART)
+        finally:
+            self._saving = False
+        module.train_telemetry.start_clock()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # A run that met an error begins anew: what it had before may be by what was wrong.
+        if self._trains and isinstance(exception, Exception) and trainer.is_global_zero:
+            (self.folder / PART).unlink(missing_ok=True)
+
     def state_dict(self) -> dict[str, Any]:
-        """What was measured so far, for a checkpoint. A collective."""
+        """What was measured so far, for ``part.ckpt``; nothing for other checkpoints, whose moments are others.
+        A collective."""
+        if not self._saving:
+            return {}
         hashers = gather_lists([vars(self._hasher)], self._world_size)
         return {
+            "run": vars(self.run),
             "history": self._history,
             "logged": self._logged.records,
             "hashers": hashers,
@@ -236,8 +253,12 @@ class RunRecorder(Callback):
         """Go on from what was measured before an interruption.
 
         Raises:
-            InputError: on another number of ranks.
+            InputError: of another run, or on another number of ranks.
         """
+        if state_dict["run"] != vars(self.run):
+            raise InputError(
+                f"--ckpt_path: this {PART} is of {state_dict['run']['name']}, and the run is {self.run.name}"
+            )
         if len(state_dict["hashers"]) != self._world_size:
             raise InputError(
                 f"{self.folder / PART} is of {len(state_dict['hashers'])} processes, and this run has "
@@ -342,6 +363,8 @@ class RunRecorder(Callback):
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.time()
+        if trainer.is_global_zero:
+            (self.folder / PART).unlink(missing_ok=True)  # of a fit that was killed when it had ended
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, CausalLMModule)

@@ -143,6 +143,8 @@ def forgetting_source_table(findings: Findings) -> Table | None:
     rows = []
     for source in [name.partition("/")[2] for name in first if name.startswith("nll/")]:
         names = [f"{measure}/{source}" for measure in measures]
+        if not all(_measured(choices, name) for name in names):
+            continue
         rows.append([source, "before training", *(number(first[name]) for name in names)])
         for choice in choices:
             rows.append([source, choice.loss, *(_with_range(choice, "forgetting", name) for name in names)])

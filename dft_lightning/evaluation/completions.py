@@ -118,11 +118,11 @@ def held_values(
     with measuring(trainer, module):
         for batch in _batches(trainer, module, split, limit):
             batch = with_layout(batch)
-            output, divergence = module.token_output(batch), module.divergence_from(start, batch)
-            sources = torch.zeros_like(divergence)
+            output = module.token_output_beside(start, batch)
+            sources = torch.full_like(output.log_prob, -1)  # of a split that is no mixture
             if "source" in batch:
                 sources = batch["source"].flatten()[batch[KEY].target_index + 1]
-            columns = (sources, -output.log_prob, output.correct, divergence)
+            columns = (sources, -output.log_prob, output.correct, cast(torch.Tensor, output.reference_kl))
             found += zip(*(column.tolist() for column in columns), strict=True)
     values = np.array(gather_lists(found, trainer.world_size), dtype=np.float64).reshape(-1, 4)
     held = {"kl": values[:, 3].mean()}

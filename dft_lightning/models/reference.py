@@ -247,8 +247,11 @@ class StartingModel(ReferenceModel):
 
     def __init__(self, model: nn.Module, values: dict[str, Tensor] | None = None) -> None:
         super().__init__(None)
-        own = {name: parameter.detach().clone() for name, parameter in _trained(model).items()}
-        self.values = own if values is None else values
+        trained = _trained(model)
+        if values is None:
+            self.values = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        else:
+            self.values = {name: value.to(trained[name].device) for name, value in values.items()}
 
     def _in_place_of(self, trained: nn.Module) -> AbstractContextManager[object]:
         return _holding(trained, self.values)

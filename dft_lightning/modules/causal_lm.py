@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -236,18 +237,20 @@ class CausalLMModule(FromCheckpoint, PlainHyperparameters, Moving, pl.LightningM
             self.model, self, batch, self.loss, self._reference, max_length, trainer is None, **options
         )
 
-    def divergence_from(self, reference: ReferenceModel, batch: Batch) -> Tensor:
-        """``KL(reference || model)`` over the vocabulary at each of a batch's targets, ``[n]``, in nats.
+    def token_output_beside(self, reference: ReferenceModel, batch: Batch) -> TokenOutput:
+        """Statistics of a batch's targets, and ``reference_kl`` against another model, whatever the loss. Constants.
 
         Args:
-            reference: another model, of the same vocabulary.
+            reference: of the same vocabulary.
             batch: as the class takes it.
         """
         assert self.model is not None, "call configure_model() first"
         options = {"normalizer": None, "statistics": ("reference_kl",), "step": 0}
         alone = trainer_of(self) is None
-        output = self._objective.output(self.model, self, batch, CrossEntropyLoss(), reference, None, alone, **options)
-        return cast(Tensor, output.reference_kl)
+        with torch.no_grad():
+            return self._objective.output(
+                self.model, self, batch, CrossEntropyLoss(), reference, None, alone, **options
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean objective over a micro-batch's targets (with ``renormalize`` over their weights); 0 without any.
