@@ -27,7 +27,7 @@ def compiled(kernel, values: str, flags: bool, name: str = "", **others: bool) -
         "targets": "*i64",
         "correct": "*i1",
     }
-    known |= {"vocabulary": "i32", "scale": "fp32", "softcap": "fp32"}
+    known |= {"vocabulary": "i32", "num_rows": "i32", "scale": "fp32", "softcap": "fp32"}
     known |= {"reference_scale": "fp32", "reference_softcap": "fp32"}
     known |= {"value_scale": "fp32", "smallest": "fp32"}
     constants = {each: 4096 if each == "BLOCK" else flags for each in kernel.arg_names if each.isupper()} | others
@@ -48,5 +48,6 @@ if __name__ == "__main__":
             print(compiled(triton_kernels._moments_kernel, values, flags))
             print(compiled(triton_kernels._gradient_kernel, values, flags))
             print(compiled(triton_kernels._cross_entropy_kernel, values, flags))
+            print(compiled(triton_kernels._column_largest_kernel, values, flags, ROWS=16, BLOCK=512))
         print(compiled(triton_kernels._moments_kernel, values, False, "reference", KEEP=True))
         print(compiled(triton_kernels._moments_kernel, values, True, "unkept", KEEP=False))

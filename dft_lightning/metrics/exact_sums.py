@@ -66,7 +66,8 @@ class TokenMetrics(NamedSums):
 
     :meth:`compute` returns float64 scalars under ``loss``, ``nll`` (nats per token), ``perplexity``,
     ``token_accuracy``, ``mean_weight`` (mean ``-dL/dl``), ``target_tokens``, ``tokens`` (non-padding) and, where it
-    was given, ``entropy`` (nats).
+    was given, ``entropy`` (nats); where a ``gradient_threshold`` left classes out of gradients, ``head/dropped``, the
+    mean over targets of :class:`TokenOutput`'s ``dropped``.
     """
 
     higher_is_better = None
@@ -78,12 +79,14 @@ class TokenMetrics(NamedSums):
     correct: Tensor
     targets: Tensor
     entropy_targets: Tensor
+    dropped_sum: Tensor
+    dropped_targets: Tensor
     tokens: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._add_sums("loss_sum", "nll_sum", "weight_sum", "entropy_sum")
-        self._add_sums("correct", "targets", "entropy_targets", "tokens", dtype=torch.int64)
+        self._add_sums("loss_sum", "nll_sum", "weight_sum", "entropy_sum", "dropped_sum")
+        self._add_sums("correct", "targets", "entropy_targets", "dropped_targets", "tokens", dtype=torch.int64)
 
     def update(self, output: TokenOutput, tokens: Tensor | int = 0) -> None:
         """Add the targets of one batch.
@@ -101,6 +104,9 @@ class TokenMetrics(NamedSums):
         if output.entropy is not None:
             self.entropy_sum += output.entropy.double().sum()
             self.entropy_targets += output.entropy.numel()
+        if output.dropped is not None:
+            self.dropped_sum += output.dropped.double().sum()
+            self.dropped_targets += output.dropped.numel()
 
     def values_of(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         targets = sums["targets"]
@@ -116,6 +122,8 @@ class TokenMetrics(NamedSums):
         }
         if sums["entropy_targets"] > 0:
             values["entropy"] = sums["entropy_sum"] / sums["entropy_targets"]
+        if sums["dropped_targets"] > 0:
+            values["head/dropped"] = sums["dropped_sum"] / sums["dropped_targets"]
         return values
 
 

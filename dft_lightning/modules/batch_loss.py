@@ -85,8 +85,9 @@ class BatchObjective:
         if self._head == "full":
             run = partial(_full, model, forward=forward if self._own_forward else None)
         else:
+            options["gradient_threshold"] = self._step.gradient_threshold
             run = partial(_fused, model, head=self._checks.head_of(model))
-        if self._earlier is not None:
+        if self._earlier is not None and "reference_log_prob" in names_of(loss.needs):
             if alone:
                 raise InputError(
                     f"{type(loss).__name__} with refresh_every follows the steps of a trainer, and there is none: give "

@@ -42,6 +42,7 @@ from dft_lightning.models.reference import ReferenceModel, needs_reference_model
 from dft_lightning.models.row_checks import positions_of, text_config
 from dft_lightning.modules.batch_loss import check_top_k, set_auxiliary_loss
 from dft_lightning.modules.options import LoadingOptions, StepOptions
+from dft_lightning.ops import check_threshold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,6 +86,9 @@ class ModelBuilder:
         self.base, self.base_name, self.given = plain_model(model), name_of(model), model_itself(model)
         self._loading, self._sharding, self._peft = loading, sharding, peft
         self._reference_model, self._router_aux_loss_coef = reference_model, step.router_aux_loss_coef
+        check_threshold(step.gradient_threshold, loss)
+        if step.gradient_threshold and loading.head == "full":
+            raise ValueError("gradient_threshold is the fused head's: set loading.head: fused, or it to 0")
         if peft is None and loading.quantization_config is not None:
             raise ValueError("quantization_config is for a base that is frozen: set peft as well")
         if peft is not None and isinstance(model, Mapping):

@@ -102,6 +102,8 @@ def logged_by_module(trainer: pl.Trainer, loss: TokenLoss, step: StepOptions) ->
     needs = names_of(loss.needs)
     if names and (step.log_train_entropy or "entropy" in needs):
         names["train"].append("entropy")
+    if names and step.gradient_threshold:
+        names["train"].append("head/dropped")
     has_split = getattr(data, "has_split", lambda split: split == "validation")
     if trainer.limit_val_batches != 0:
         stages = {"val": "validation", "forgetting": "forgetting"}

@@ -28,6 +28,7 @@ class HeadSettings:
         chunk_bytes: size of what is kept of a chunk's logits, ``None`` for what suits the device.
         reference_transform: what a reference model does to its product, where a statistic needs its logits.
         tempering: of the statistics that are made of a tempered distribution.
+        gradient_threshold: see :func:`~dft_lightning.ops.linear_token_loss`.
     """
 
     transform: LogitTransform
@@ -36,6 +37,7 @@ class HeadSettings:
     chunk_bytes: int | None
     reference_transform: LogitTransform | None
     tempering: Tempering | None = None
+    gradient_threshold: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,9 @@ class TokenOutput(TokenStats):
         loss: scalar sum over the targets, over the normaliser where there is one; differentiable, and 0 with a path
             to the inputs where ``n`` is 0.
         loss_sum: the sum itself, detached; taken from ``loss`` where it is not given.
+        dropped: what a ``gradient_threshold`` left out of each token's gradient: the sum of ``|dL/dz_v|`` over the
+            classes ``v`` that were, for ``L`` the token's loss and ``z`` the product before cap and scale; ``None``
+            where there was no threshold or no gradient.
         weight: ``-dL/dl`` of each target for ``L`` the sum: 1 for cross-entropy, ``p`` for DFT.
         correct: whether the target is the likeliest token (bool; of equally likely ones, the first).
     """
@@ -191,6 +196,7 @@ class TokenOutput(TokenStats):
     weight: Tensor
     correct: Tensor
     loss_sum: Tensor = None  # type: ignore[assignment]
+    dropped: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,8 @@ from dft_lightning.ops import torch_kernels
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Any:
-    """The module with ``row_moments``, ``row_softmax``, ``row_cross_entropy`` and ``row_gradient_``.
+    """The module with ``row_moments``, ``row_softmax``, ``row_cross_entropy``, ``row_gradient_`` and
+    ``column_largest``.
 
     By the device and the dtype of the products:
     Triton on CUDA (and ROCm); plain torch on the CPU, elsewhere, and for float64.

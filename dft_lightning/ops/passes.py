@@ -49,6 +49,7 @@ def one_pass(
     value, loss_sum, slope, correct, log_prob, *rest = OnePass.apply(  # type: ignore[no-untyped-call, unused-ignore]
         *leaves, wanted, batch, loss, settings, inverse, step
     )
+    dropped = rest.pop() if len(rest) > len(settings.statistics) else None
     known = batch.inputs | with_own(dict(zip(settings.statistics, rest, strict=True)))
     return TokenOutput(
         loss=value,
@@ -58,6 +59,7 @@ def one_pass(
         log_prob=log_prob,
         step=step,
         vocab_size=weight.shape[0],
+        dropped=dropped,
         **known,
     )
 
@@ -90,17 +92,23 @@ class OnePass(torch.autograd.Function):
                 known = with_own(values) | _rows_of(batch.inputs, rows)
                 stats = TokenStats(step=step, vocab_size=weight.shape[0], **known)
                 losses, slopes = loss_and_slopes(loss, stats, None if batch.weight is None else batch.weight[rows])
+                left = {}
                 if any(wanted):
                     # What was given to the loss from outside does not depend on these logits.
                     slopes = {name: slope for name, slope in slopes.items() if name in values}
                     coefficients = coefficients_of(
                         slopes, values, moments, settings.tempering, products.vocabulary
                     ).scaled(inverse)
-                    _push_back(products, rows, batch.targets[rows], settings, gathered, coefficients)
+                    unit = inverse.abs() if isinstance(inverse, Tensor) else abs(inverse)
+                    limit = settings.gradient_threshold * unit
+                    dropped = _push_back(products, rows, batch.targets[rows], settings, gathered, coefficients, limit)
+                    left = {} if dropped is None else {"dropped": dropped / unit}
                 del gathered  # before the next chunk's
-                found = {"losses": losses, "weight": -slopes["log_prob"], "correct": moments.correct, **values}
+                found = {"losses": losses, "weight": -slopes["log_prob"], "correct": moments.correct, **values, **left}
                 chunks.append(found)
-        names = ("losses", "weight", "correct", "log_prob", *settings.statistics)  # as one_pass unpacks them
+        names = ["losses", "weight", "correct", "log_prob", *settings.statistics]  # as one_pass unpacks them
+        if any(wanted) and settings.gradient_threshold:
+            names.append("dropped")
         per_token = _concatenated(chunks, names, settings.dtype, hidden.device)
         loss_sum = per_token.pop("losses").sum()
         ctx.save_for_backward(*products.gradients)
@@ -191,22 +199,37 @@ def _push_back(
     settings: HeadSettings,
     gathered: Gathered,
     coefficients: Coefficients,
-) -> None:
-    """Turn what is kept of a chunk's logits into their gradient, and add what it contributes to the others."""
+    limit: Tensor | float = 0.0,
+) -> Tensor | None:
+    """Turn what is kept of a chunk's logits into their gradient, and add what it contributes to the others.
+
+    Returns:
+        ``[c]``, what classes below the limit would have added to each row's sum of sizes; ``None`` without a limit.
+    """
     own, transform = gathered.rows, settings.transform
     assert own is not None
+    leaves_out = settings.gradient_threshold > 0
     if coefficients.only_at_target and transform.softcap is None:
         # at_target (1[v = y] - p_v) is what is kept, times a factor of the row, but at the target.
         put_(own.values, targets, -own.total)
         row_scale = -coefficients.at_target * transform.scale * own.log_factor.exp()
-        products.add_gradients(rows, own.values, row_scale)
-        return
+        if not leaves_out:
+            products.add_gradients(rows, own.values, row_scale)
+            return None
+        with products.chosen(own.values, targets, row_scale, own.total, limit) as chosen:
+            products.add_gradients(rows, chosen, row_scale)
+            return chosen.dropped * row_scale.abs()
     if settings.dtype == torch.float16:
         largest = coefficients.largest_gradient(gathered.moments.log_prob) * abs(transform.scale)
         coefficients = coefficients.scaled(products.next_scale(largest))
     of_rows = kernels.kernels_for(products.device, settings.dtype) if coefficients.in_kernels else torch_kernels
     of_rows.row_gradient_(own, targets, transform, gathered.moments, coefficients, gathered.reference)
-    products.add_gradients(rows, own.values)
+    if not leaves_out:
+        products.add_gradients(rows, own.values)
+        return None
+    with products.chosen(own.values, targets, None, None, limit * products.scale) as chosen:
+        products.add_gradients(rows, chosen)
+        return chosen.dropped / products.scale
 
 
 def _concatenated(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from dft_lightning.foreign.torch import sigmoid_of_product
 from dft_lightning.losses.statistics import raised_dtype
 from dft_lightning.ops.call import HeadSettings, ReferenceHead
 from dft_lightning.ops.chunks import CUDA_CHUNK_ROWS, chunk_rows, row_stride
+from dft_lightning.ops.left_out import Chosen, LeftOut
 from dft_lightning.ops.pieces import PIECE_BYTES, add_, filled, row_pieces, scratch, slices, times_rows, with_pages
 
 # Float32 logits beside half precision are those of a chunk's so many parts, but of enough rows for a fast product.
@@ -60,6 +61,7 @@ class HeadProducts:
         self._hidden, self._weight, self._bias = hidden, weight, bias
         self.dtype, self._raised = settings.dtype, raised_dtype(settings.dtype)
         self._transform = settings.transform
+        self._leaves_out = settings.gradient_threshold > 0
         self.device = hidden.device
         self.wanted = wanted
         self.num_tokens, self.vocabulary = hidden.shape[0], weight.shape[0]
@@ -119,7 +121,7 @@ class HeadProducts:
             # A single chunk has nothing to accumulate: the product itself sums in float32 and rounds once.
             dtype = self.dtype if self._rounds_once and self._chunk == self.num_tokens else raised
             self.weight_gradient = with_pages(self._weight.shape, dtype, self.device)
-            if self.num_tokens == 0:
+            if self.num_tokens == 0 or self._leaves_out:
                 self.weight_gradient.zero_()
         if wants_bias:
             self.bias_gradient = torch.zeros(self.vocabulary, dtype=raised, device=self.device)
@@ -259,19 +261,40 @@ class HeadProducts:
 
     # -- gradients --
 
-    def add_gradients(self, rows: slice, gradient: Tensor, row_scale: Tensor | None = None) -> None:
+    @cached_property
+    def left_out(self) -> LeftOut:
+        """What chooses the classes of the gradient products, where a threshold leaves some out."""
+        return LeftOut(self._cast_weight, lambda a, b, out: _product(a, b, out=out), float32_sums)
+
+    @contextmanager
+    def chosen(
+        self, gradient: Tensor, targets: Tensor, row_scale: Tensor | None, total: Tensor | None, limit: Tensor | float
+    ) -> Iterator[Chosen]:
+        """A chunk's gradient at the classes that are not left out, for as long as the context lasts; see there."""
+        with ExitStack() as stack:
+
+            def buffer(shape: tuple[int, int]) -> Tensor:
+                return stack.enter_context(scratch(self._role + "chosen", shape, self.dtype, self.device))
+
+            yield self.left_out.choose(gradient, targets, row_scale, total, limit, buffer)
+
+    def add_gradients(self, rows: slice, gradient: Tensor | Chosen, row_scale: Tensor | None = None) -> None:
         """Add what a chunk's gradient with respect to its logits contributes.
 
         Args:
             rows: of the chunk.
-            gradient: ``[c, V]``.
+            gradient: ``[c, V]``, or what was chosen of it.
             row_scale: ``[c]``, float32 or float64: factors of its rows, which are cheaper to have on what it is
                 multiplied by and on what comes out.
         """
         change, hidden = None if row_scale is None else row_scale.unsqueeze(-1), self._hidden[rows]
+        classes = gradient.classes if isinstance(gradient, Chosen) else None
         if self.hidden_gradient is not None:
             own = self.hidden_gradient[rows]
-            _product(gradient, self._cast_weight, out=own)
+            if isinstance(gradient, Chosen):
+                _product(gradient.gradient, gradient.weight, out=own)
+            else:
+                _product(gradient, self._cast_weight, out=own)
             if change is not None:
                 times_rows(own, change, out=own)
             elif self.dtype == torch.float16:
@@ -281,31 +304,45 @@ class HeadProducts:
             if self.bias_gradient is not None:
                 largest = torch.maximum(largest, change.abs().squeeze(-1))
             change = change * self.next_scale(largest)
+        if isinstance(gradient, Chosen):
+            gradient = gradient.of_classes
         if self.bias_gradient is not None:
-            self._add_bias_gradient(gradient, change)
+            self._add_bias_gradient(gradient, change, classes)
         if self.weight_gradient is not None:
             if change is not None:
                 hidden = times_rows(hidden, change, out=torch.empty_like(hidden, dtype=self.dtype))
             # A product rounded to half precision is as good as a float32 gradient needs (torch's own autocast rounds
             # too), but a sum of rounded products that is rounded again is not: there the rest is added as well.
-            exact = self._rounds_weight_gradient
-            _accumulate(self.weight_gradient, gradient.t(), hidden.to(self.dtype), add=self._started, exact=exact)
+            exact, hidden = self._rounds_weight_gradient, hidden.to(self.dtype)
+            if classes is None:
+                _accumulate(self.weight_gradient, gradient.t(), hidden, add=self._started, exact=exact)
+            elif len(classes):
+                part = self.weight_gradient.new_empty(len(classes), hidden.shape[1])
+                _accumulate(part, gradient.t(), hidden, add=False, exact=exact)
+                self.weight_gradient.index_add_(0, classes, part)
         self._started = True
 
-    def _add_bias_gradient(self, gradient: Tensor, change: Tensor | None) -> None:
+    def _add_bias_gradient(self, gradient: Tensor, change: Tensor | None, classes: Tensor | None) -> None:
         assert self.bias_gradient is not None
         pieces = 16 if self.device.type == "cpu" else 256
         size = max(1, pieces * PIECE_BYTES // (self.vocabulary * self._raised.itemsize))
         for part in slices(len(gradient), size):
             piece = gradient[part].to(self._raised)
-            self.bias_gradient += (piece if change is None else piece * change[part]).sum(0)
+            sums = (piece if change is None else piece * change[part]).sum(0)
+            if classes is None:
+                self.bias_gradient += sums
+            else:
+                self.bias_gradient.index_add_(0, classes, sums)
 
 
 def float32_sums(matrix: Tensor) -> Tensor:
     """Sums of half-precision rows ``[n, m]`` in float32: a product rounds its sums, and another adds what it took off.
 
-    ``matrix.sum(-1, dtype=torch.float32)`` takes ten times as long on the CPU.
+    ``matrix.sum(-1, dtype=torch.float32)`` takes ten times as long on the CPU. Other rows, and those elsewhere, are
+    summed by it.
     """
+    if matrix.device.type != "cpu" or matrix.dtype != torch.bfloat16:
+        return matrix.sum(-1, dtype=raised_dtype(matrix.dtype))
     ones = filled(matrix.shape[1], 1.0, matrix.dtype, matrix.device).unsqueeze(-1)
     rounded = torch.mm(matrix, ones)
     return (rounded.float() + torch.addmm(rounded.neg(), matrix, ones).float()).squeeze(-1)

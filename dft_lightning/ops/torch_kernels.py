@@ -13,10 +13,12 @@ from torch.nn.functional import softplus
 
 from dft_lightning.losses.from_logits import entropy_of_largest
 from dft_lightning.losses.statistics import raised_dtype
-from dft_lightning.ops.pieces import slices
+from dft_lightning.ops.pieces import scratch, slices
 from dft_lightning.ops.row_math import Coefficients, LogitTransform, Moments, SoftmaxRows
 from dft_lightning.ops.row_weights import add_log_ratio_, add_tempered_
 from dft_lightning.ops.rows import at, largest, put_, row_blocks, smallest_value, value_scale
+
+_COLUMN_BYTES = 4 * 2**20  # of a block of rows whose columns' largest are taken, in a cache
 
 
 def row_moments(
@@ -165,6 +167,27 @@ def row_gradient_(
             if transform.softcap is not None:
                 gradient.mul_(more[0])
             values[part].copy_(gradient)
+
+
+def column_largest(gradient: Tensor, row_scale: Tensor | None) -> Tensor:
+    """The largest size of each class's gradient in a chunk, ``[V]`` in float32 (float64 of float64); nan where one is.
+
+    Args:
+        gradient: ``[n, V]``.
+        row_scale: ``[n]``, factors of its rows.
+    """
+    # bfloat16 has room for a factor of any row; float16 has not.
+    dtype = torch.float32 if gradient.dtype == torch.float16 else gradient.dtype
+    found = gradient.new_zeros(gradient.shape[1], dtype=dtype)
+    rows = max(1, _COLUMN_BYTES // (gradient.shape[1] * dtype.itemsize))
+    factor = None if row_scale is None else row_scale.abs().to(dtype).unsqueeze(-1)
+    with scratch("columns", (min(rows, len(gradient)), gradient.shape[1]), dtype, gradient.device) as block:
+        for part in slices(len(gradient), rows):
+            sizes = torch.abs(gradient[part].to(dtype), out=block[: part.stop - part.start])
+            if factor is not None:
+                sizes.mul_(factor[part])
+            torch.maximum(found, sizes.amax(0), out=found)
+    return found.to(raised_dtype(gradient.dtype))
 
 
 def _by_class(

@@ -16,6 +16,7 @@ from dft_lightning.ops.rows import smallest_value, value_scale
 
 _BLOCK = 4096
 _NUM_WARPS = 8
+_ROWS, _COLUMNS = 16, 512  # of a tile whose columns' largest are taken
 
 
 @triton.jit
@@ -395,6 +396,51 @@ def row_gradient_(
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
         )
+
+
+@triton.jit
+def _column_largest_kernel(  # type: ignore[no-untyped-def]
+    values, value_stride, row_scale, largest, num_rows, vocabulary, HAS_SCALE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < vocabulary
+    whole = (tl.program_id(0) + 1) * BLOCK <= vocabulary
+    found = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, num_rows, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        below = rows < num_rows
+        places = values + rows.to(tl.int64)[:, None] * value_stride + columns[None, :]
+        if whole:  # see _loaded
+            size = tl.load(places, mask=below[:, None], other=0.0)
+        else:
+            size = tl.load(places, mask=below[:, None] & inside[None, :], other=0.0)
+        size = tl.abs(size.to(tl.float32))
+        if HAS_SCALE:
+            size *= tl.load(row_scale + rows, mask=below, other=0.0)[:, None]
+        size = tl.where(size == size, size, float("inf"))  # a maximum would pass over nan
+        found = tl.maximum(found, tl.max(size, axis=0))
+    tl.store(largest + columns, found, mask=inside)
+
+
+def column_largest(gradient: Tensor, row_scale: Tensor | None) -> Tensor:
+    """As :func:`dft_lightning.ops.torch_kernels.column_largest`, with inf for nan."""
+    n, vocabulary = gradient.shape
+    found = torch.empty(vocabulary, dtype=torch.float32, device=gradient.device)
+    with torch.cuda.device_of(gradient):
+        _column_largest_kernel[(triton.cdiv(vocabulary, _COLUMNS),)](
+            gradient,
+            gradient.stride(0),
+            found if row_scale is None else row_scale.abs().float().contiguous(),
+            found,
+            n,
+            vocabulary,
+            HAS_SCALE=row_scale is not None,
+            ROWS=_ROWS,
+            BLOCK=_COLUMNS,
+            num_warps=_NUM_WARPS,
+        )
+    return found
 
 
 def _or(coefficient: Tensor | None, unused: Tensor) -> Tensor:
