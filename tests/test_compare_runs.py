@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from dft_lightning.data import ArithmeticRows, MixedRows
 from dft_lightning.errors import InputError
 from dft_lightning.metrics import LastNumber
 from dft_lightning.modules import GenerationOptions
+from forked import compare_forked, run_forked
 from small_runs import TINY_ARITHMETIC, data_options, run_processes, trainer
 from test_compare_report import fails
 from test_compare_settings import BASE, ROWS, write
@@ -444,7 +444,7 @@ def compared(tmp_path_factory):
     old = dict(os.environ)
     os.environ |= {"PYTHONPATH": str(ROOT / "tests"), "HF_DATASETS_CACHE": str(folder / "cache")}
     try:
-        status = main(["--config", str(path), "--output", str(out), "--jobs", "2"])
+        status = compare_forked(["--config", str(path), "--output", str(out), "--jobs", "2"])
         times = {file: file.stat().st_mtime_ns for file in sorted(out.glob("runs/*/*.json"))}
         yield path, out, status, times
     finally:
@@ -499,8 +499,7 @@ def test_a_run_can_be_repeated_by_hand(compared):
     config["trainer"]["callbacks"][-1]["init_args"]["folder"] = str(again)
     again.mkdir()
     (again / "config.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "dft_lightning", "fit", "--config", str(again / "config.yaml")]
-    subprocess.run(command, check=True, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run_forked(["fit", "--config", str(again / "config.yaml")], str(again / "log"), dict(os.environ)) == 0
     first, second = (json.loads((where / "fit.json").read_text()) for where in (folder, again))
     assert first["history"] == second["history"]
     assert first["targets"] == second["targets"]
@@ -511,7 +510,7 @@ def test_a_second_call_runs_what_is_new_and_nothing_twice(compared):
     config = yaml.safe_load(path.read_text())
     del config["losses"]["broken"], config["losses"]["CE"]
     path.write_text(yaml.safe_dump({**config, "seeds_at_best": [1]}))
-    assert main(["--config", str(path), "--output", str(out), "--jobs", "2"]) == 0
+    assert compare_forked(["--config", str(path), "--output", str(out), "--jobs", "2"]) == 0
     assert {file: file.stat().st_mtime_ns for file in times} == times
     assert (out / "runs" / "dft-lr0.001-seed1" / "test.json").is_file()
     text = (out / "report.md").read_text()
@@ -591,14 +590,14 @@ def test_a_run_that_was_killed_goes_on_from_its_last_evaluation(compared, monkey
     assert not part.exists()  # it had met an error
     path = write(out.parent, losses={"broken": LOSSES["broken"]}, learning_rates=[1e-3])
     monkeypatch.setenv("AFTER_TWO_STEPS", "kill")
-    assert main(["--config", str(path), "--output", str(out)]) != 0
+    assert compare_forked(["--config", str(path), "--output", str(out)]) != 0
     begun = (folder / "fit.log").read_text()
     assert "goes on" not in begun
     capsys.readouterr()
     assert main(["--config", str(path), "--output", str(out), "--print_commands"]) == 0
     assert f"fit --config {folder}/config.yaml --ckpt_path {part} && " in capsys.readouterr().out
     monkeypatch.setenv("AFTER_TWO_STEPS", "more")
-    assert main(["--config", str(path), "--output", str(out)]) == 0
+    assert compare_forked(["--config", str(path), "--output", str(out)]) == 0
     log = (folder / "fit.log").read_text()
     assert log.startswith(begun)
     assert f"goes on after step 1, from {part}" in log
