@@ -242,6 +242,47 @@ def comparison_passages() -> Iterator[str]:
     assert max(forgotten("new_skill", "0.0001", "0.0003", "0.001").values()) < 0.25  # "lost at every rate"
 
 
+def mean_of(runs: list[dict[str, str]], column: str) -> float:
+    return mean(float(run[column]) for run in runs)
+
+
+def real_passages() -> Iterator[str]:
+    """What the comparison on a real model found, a row a loss; what is forgotten is of the rate best by avg@4."""
+    measures = (*MEASURES, "pass_at_4")
+    of_base = " / ".join(base_of("word_problems", measure) for measure in measures)
+    for name, loss in REAL.items():
+        values = " / ".join(on_test_rows("word_problems", loss, measure) for measure in measures)
+        runs = at_best_rate("word_problems", loss, "sampled")
+        left = [f"{mean_of(runs, f'forgetting_{how}'):.2f}" for how in ("kl", "nll", "token_accuracy")]
+        yield f"| {name} | {values} | {' | '.join(left)} |"
+    report = (ROOT / "docs" / "results" / "word_problems" / "report.md").read_text(encoding="utf-8")
+    forgetting = report[report.index("### Forgetting") :]
+    before = re.search(r"^\| before training \| ([\d.]+) \| ([\d.]+) \| ", forgetting, re.MULTILINE)
+    yield f"| none (the base) | {of_base} | 0 | {float(before[1]):.2f} | {float(before[2]):.2f} |"
+    best = [mean_of(at_best_rate("word_problems", loss, "sampled"), "forgetting_kl") for loss in REAL.values()]
+    lowest = [run["forgetting_kl"] for run in runs_of("word_problems") if run["learning_rate"] == "2e-05"]
+    yield (
+        f"divergence is {min(best):.2f} to {max(best):.2f} nats a token. At the lowest rate it is "
+        f"{float(min(lowest)):.2f} to {float(max(lowest)):.2f}"
+    )
+    assert len(at_best_rate("word_problems", "DFT", "pass_at_4")) == 1  # as is said
+    config = shipped("compare/word_problems")
+    data, seeds = config["overrides"]["data"], len(config["seeds"]) + len(config["seeds_at_best"])
+    rows = {split: data[split]["init_args"]["count"] for split in ("train", "test")}
+    yield f"after two epochs of {rows['train']} demonstrations, on {rows['test']} test problems"
+    rates = WORDS[len(config["learning_rates"])]
+    yield f"each loss at its own best of {rates} learning rates; means of {WORDS[seeds]} seeds"
+
+
+def left_out_passages() -> Iterator[str]:
+    times = results("gradient_threshold_smollm2")["times_the_bare_products"]
+    yield (
+        "with SmolLM2's head on GSM8K in bfloat16, forward and backward of DFT took "
+        f"{times['DFT, 2^-14']:.2f} times the three bare products, where the exact head took {times['DFT, exact']:.2f}"
+    )
+
+
+REAL = {"cross-entropy": "CE", "DFT": "DFT", "focal, gamma 2": "focal"}
 MEASURES = ("greedy", "sampled")
 
 
@@ -268,6 +309,8 @@ README_PASSAGES = [
     *head_passages(),
     *step_passages(),
     *quickstart_passages(),
+    *left_out_passages(),
+    *real_passages(),
     *comparison_passages(),
     *other_passages(),
 ]
@@ -413,10 +456,40 @@ def results_passages() -> Iterator[str]:
     yield f"base {base}; {'; '.join(f'{name} {values}' for name, values in found)}."
 
 
+THRESHOLDS = ("exact", "2^-12", "2^-14", "2^-16")
+
+
+def threshold_passages() -> Iterator[str]:
+    """What a gradient threshold does, a row each of a model, a loss and a threshold; and other heads' times."""
+    for model, name in (("smollm2", "SmolLM2"), ("gemma3", "Gemma 3 270M")):
+        found = results(f"gradient_threshold_{model}")
+        times = found["times_the_bare_products"]
+        for loss, errors in found["errors"].items():
+            for threshold in THRESHOLDS:
+                own = errors[threshold]
+                lost = [f"{own['kept']:.0%}", f"{own['dropped']:.1e}"] if threshold != "exact" else ["100%", "0"]
+                cells = [f"{times[f'{loss}, {threshold}']:.2f}", *lost, f"{own['dh']:.1e}", f"{own['dW']:.1e}"]
+                yield f"| {name}, {loss}, {threshold} | {' | '.join(cells)} |"
+        others = ", ".join(f"{other} {times[key]:.1f}" for key, other in OTHER_HEADS.items() if key in times)
+        yield f"{name}, {found['tokens']} tokens: {others}"
+
+
+def curve_passages() -> Iterator[str]:
+    runs = results("threshold_curve")["step, objective, nll"]
+    exact = [objective for _, objective, _ in runs["exact"]]
+    for name in ("threshold", "another order"):
+        apart = [abs(a - b) for a, (_, b, _) in zip(exact, runs[name], strict=True)]
+        yield f"by {mean(apart):.4f} on average and {max(apart):.4f} at most"
+    yield f"Over {runs['exact'][-1][0]} steps of SmolLM2 on SVAMP's word problems"
+
+
+OTHER_HEADS = {"plain": "full logits", "trl": "TRL 1.16", "torch chunked": "torch's chunked"}
+
 PAGES = {
     "README.md": README_PASSAGES,
     "docs/first_run.md": [*first_run_passages()],
     "docs/data.md": [*data_passages()],
+    "docs/head.md": [*threshold_passages(), *curve_passages()],
     "docs/losses.md": [*losses_passages()],
     "docs/other_trainers.md": [*trainer_passages()],
     "docs/resuming.md": [*resuming_passages()],
@@ -431,6 +504,12 @@ def test_figures_are_those_of_the_results(page, passage):
 
 
 SETTINGS = (
+    "a Llama of 0.33M parameters",
+    "| loss | greedy / avg@4 / pass@4 |",
+    "greedy / avg@4 sampled at temperature 1 / pass@4",
+    "but for pass@4 with DFT, which is of one",
+    "at the rate best by avg@4",
+    "gradient_threshold 6e-5",
     "one on a base in 4 bits",
     "packs the training rows into rows of 1024 tokens",
     "`l = log p`: 1 for cross-entropy",

@@ -179,6 +179,21 @@ def test_head_error(model, rows, tmp_path):
     assert found["CrossEntropyLoss"]["liger's formulas"].keys() == {"dh", "dW", "log_prob"}
 
 
+def test_gradient_threshold(model, rows, tmp_path):
+    output, picture = tmp_path / "gradient_threshold_tiny.json", tmp_path / "picture.svg"
+    options = ["--tokens", 40, "--rounds", 1, "--output", output]
+    run_script("benchmarks/gradient_threshold.py", "--model", model, "--rows", rows, *options)
+    found = json.loads(output.read_text())
+    assert {"CE, exact", "DFT, 2^-12", "plain", *TRL} <= set(found["times_the_bare_products"])
+    for by_threshold in found["errors"].values():
+        for each in list(by_threshold.values())[1:]:
+            for letter in "hW":
+                assert each[f"d{letter} left out"] <= each[f"d{letter} bound"] + 0.02  # what bfloat16 rounds
+                assert each["dropped"] == 0 or each[f"d{letter} bound"] > 0
+    run_script("benchmarks/gradient_threshold.py", "--plot", picture, "--output", tmp_path)
+    assert all(name in picture.read_text() for name in ("tiny, CE", "tiny, DFT", "Gradient of the weight"))
+
+
 @pytest.mark.usefixtures("children_here")
 def test_linear_head(tmp_path, capsys):
     output = tmp_path / "out.json"
