@@ -151,7 +151,7 @@ def plot(results: dict[str, dict], path: Path) -> None:
     mpl.rcParams["svg.fonttype"] = "none"
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), constrained_layout=True)
+    figure, axes = plt.subplots(1, 3, figsize=(9.5, 3.5), constrained_layout=True)
     for color, (model, found) in zip(("tab:blue", "tab:orange"), results.items(), strict=False):
         for name, style in (("CE", "--"), ("DFT", "-")):
             shares, sizes = zip(*found["largest"][name], strict=True)
@@ -170,14 +170,14 @@ def plot(results: dict[str, dict], path: Path) -> None:
         axes[0].axhline(2.0**-exponent, color="grey", lw=0.6)
         axes[0].text(1.2e-5, 2.0**-exponent * 1.15, f"$2^{{-{exponent}}}$", color="grey", fontsize=8)
     axes[0].set(xlabel="share of the classes", ylabel="largest gradient at any token", ylim=(1e-7, 2), xlim=(1e-5, 1))
-    axes[0].set_title("Classes above the threshold are kept")
+    axes[0].set_title("Classes above the threshold are kept", fontsize=9)
     for axis, what in zip(axes[1:], ("hidden states", "weight"), strict=True):
         axis.set(xlabel="threshold", ylabel="error, of the gradient's norm")
         axis.set_xscale("log", base=2)
-        axis.set_title(f"Gradient of the {what}\n(pale: bound; dotted: rounding of bfloat16)", fontsize=10)
+        axis.set_title(f"Gradient of the {what}\n(pale: bound; dotted: bfloat16)", fontsize=9)
     for axis in axes:
         axis.grid(alpha=0.25)
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=7)
     figure.savefig(path, metadata={"Date": None})
 
 
