@@ -97,6 +97,11 @@ def of(exponent: int | None) -> str:
     return "exact" if exponent is None else f"2^-{exponent}"
 
 
+def power(exponent: int) -> str:
+    """A threshold in a plot."""
+    return "2\N{SUPERSCRIPT MINUS}" + str(exponent).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
 def relative(found: Tensor, right: Tensor) -> float:
     """Norm of the difference over the norm."""
     return float((found - right).norm() / right.norm())
@@ -148,8 +153,8 @@ def plot(results: dict[str, dict], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    mpl.rcParams["svg.fonttype"] = "none"
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, NullLocator
 
     figure, axes = plt.subplots(1, 3, figsize=(9.5, 3.5), constrained_layout=True)
     for color, (model, found) in zip(("tab:blue", "tab:orange"), results.items(), strict=False):
@@ -168,15 +173,20 @@ def plot(results: dict[str, dict], path: Path) -> None:
                     axis.axhline(each["exact"][f"d{letter}"], color=color, lw=0.8, ls=":")
     for exponent in EXPONENTS:
         axes[0].axhline(2.0**-exponent, color="grey", lw=0.6)
-        axes[0].text(1.2e-5, 2.0**-exponent * 1.15, f"$2^{{-{exponent}}}$", color="grey", fontsize=8)
+        axes[0].text(1.2e-5, 2.0**-exponent * 1.15, power(exponent), color="grey", fontsize=7)
     axes[0].set(xlabel="share of the classes", ylabel="largest gradient at any token", ylim=(1e-7, 2), xlim=(1e-5, 1))
     axes[0].set_title("Classes above the threshold are kept", fontsize=9)
     for axis, what in zip(axes[1:], ("hidden states", "weight"), strict=True):
         axis.set(xlabel="threshold", ylabel="error, of the gradient's norm")
         axis.set_xscale("log", base=2)
         axis.set_title(f"Gradient of the {what}\n(pale: bound; dotted: bfloat16)", fontsize=9)
+        axis.set_xticks([2.0**-exponent for exponent in EXPONENTS], [power(exponent) for exponent in EXPONENTS])
+        axis.xaxis.set_minor_locator(NullLocator())
+    axes[0].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     for axis in axes:
         axis.grid(alpha=0.25)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
     axes[0].legend(fontsize=7)
     figure.savefig(path, metadata={"Date": None})
 

@@ -44,6 +44,9 @@ def test_config_runs(path, tmp_path):
     if "alpaca" in path.stem:
         prompt, completion = "instruction", "output"
     row = {prompt: "1+1=", completion: "1+1+0=2c0|2" if "answer" not in completion else "#### 2"}
+    data = {}
+    if "word_problems" in path.stem:  # of an example's source, which would download them
+        row, data = {prompt: "1+1=", completion: "1+1"}, {"validation": str(rows)}
     rows.write_text("\n".join([json.dumps(row)] * 60))
     model = TINY
     if path.stem in ("lora", "qlora"):  # an adapter needs a base, and 4 bits a width that 64 divides
@@ -58,7 +61,12 @@ def test_config_runs(path, tmp_path):
                     "loading": {"gradient_checkpointing": False},
                     "evaluation": {"generation": {"max_new_tokens": 4}},
                 },
-                "data": {"train": str(rows), "test": str(rows), "text": {"tokenizer": "asset://arithmetic-base"}},
+                "data": {
+                    "train": str(rows),
+                    "test": str(rows),
+                    "text": {"tokenizer": "asset://arithmetic-base"},
+                    **data,
+                },
                 "trainer": {
                     "max_steps": 2,
                     "accelerator": "cpu",

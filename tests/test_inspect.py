@@ -220,6 +220,11 @@ def test_shipped_configs(capfd, path, tmp_path):
         row = {"question": "1+1=", "answer": "1+1+0=2c0|2\n#### 2"}
     (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 60))
     args = stack(path)
+    if "word_problems" in path.stem:
+        problem = {"Body": "Ann has 1 pen.", "Question": "How many?", "Equation": "( 1.0 + 1.0 )"}
+        (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(problem)] * 60))
+        tokenizer = str(at_hand("tokenizers/smollm2"))
+        args += ["--data.train.path", str(tmp_path / "rows.jsonl"), "--data.text.tokenizer", tokenizer]
     if "alpaca" in path.stem or "gsm8k" in path.stem:  # these would download rows and a tokenizer
         args += ["--data.train", str(tmp_path / "rows.jsonl"), "--data.text.tokenizer", "asset://arithmetic-base"]
     out = shown(capfd, *args, "--rows", "1", "--limit", "50")

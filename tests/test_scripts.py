@@ -191,7 +191,8 @@ def test_gradient_threshold(model, rows, tmp_path):
                 assert each[f"d{letter} left out"] <= each[f"d{letter} bound"] + 0.02  # what bfloat16 rounds
                 assert each["dropped"] == 0 or each[f"d{letter} bound"] > 0
     run_script("benchmarks/gradient_threshold.py", "--plot", picture, "--output", tmp_path)
-    assert all(name in picture.read_text() for name in ("tiny, CE", "tiny, DFT", "Gradient of the weight"))
+    model = found["model"]
+    assert all(name in picture.read_text() for name in (f"{model}, CE", f"{model}, DFT", "Gradient of the weight"))
 
 
 @pytest.mark.usefixtures("children_here")

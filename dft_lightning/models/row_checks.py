@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dft_lightning.errors import InputError, one_line
+from dft_lightning.foreign.transformers import attention_of
 from dft_lightning.models.blocks import uncompiled
 
 _LONG, _SHORT = 8, 5
@@ -47,8 +48,7 @@ def trying(model: nn.Module) -> Iterator[None]:
 
 def computes_exactly(model: nn.Module) -> bool:
     """Whether a model can be run without rounding to half precision: its weights are not in it, nor flash attention."""
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
-    return next(model.parameters()).dtype in (torch.float32, torch.float64) and "flash" not in str(attention)
+    return next(model.parameters()).dtype in (torch.float32, torch.float64) and "flash" not in attention_of(model)
 
 
 def text_config(model: nn.Module) -> Any:
