@@ -84,12 +84,19 @@ def kill_while(action, moments):
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
+def shortest(save):
+    """Seconds of a save that nothing held up: of a longer one a random moment is mostly after another's end."""
+    found = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        save()
+        found.append(time.perf_counter() - begun)
+    return min(found)
+
+
 def test_a_kill_leaves_the_older_file_or_the_newer(tmp_path):
     path, io = tmp_path / "last.ckpt", WholeCheckpointIO()
-    io.save_checkpoint(content(0), path)
-    begun = time.perf_counter()
-    io.save_checkpoint(content(0), path)
-    whole = time.perf_counter() - begun
+    whole = shortest(lambda: io.save_checkpoint(content(0), path))
     draw = random.Random(0)
     seen = 0
     moments = [draw.random() * whole for _ in range(20)]
@@ -119,11 +126,7 @@ def test_a_kill_leaves_the_older_folder_or_the_newer(tmp_path):
         write_marker(partial, {"name": path.name})
         put_in_place(partial, path)
 
-    save(2)
-    draw = random.Random(1)
-    begun = time.perf_counter()
-    save(2)
-    whole = time.perf_counter() - begun
+    draw, whole = random.Random(1), shortest(lambda: save(2))
     for _ in kill_while(save, [draw.random() * whole for _ in range(20)]):
         put_back(tmp_path)
         assert whole_problem(path) is None
