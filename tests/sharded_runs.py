@@ -110,6 +110,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "every micro-batch reduced": ({"sharding": {"sync_micro_batches": True}}, {}),
     "built beforehand": ({"beforehand": "configure_model"}, {}),
     "a model of one's own": ({"beforehand": "build_model"}, {}),
+    # Of classes without any gradient there are none: it takes its own way to the same.
+    "gradient threshold": ({"step": {"gradient_threshold": 1e-300}}, {}),
     "offloaded": ({"sharding": {"cpu_offload": True}}, {}),
 }
 

@@ -95,7 +95,8 @@ def _run_stages(run: Run, places: SimpleQueue[dict[str, str]], children: _Childr
             if log.is_symlink() or not goes_on:
                 log.unlink(missing_ok=True)
             with log.open("a", encoding="utf-8") as output:
-                print(_GOES_ON if goes_on else "", end="", file=output, flush=True)
+                if goes_on:
+                    print(end=_GOES_ON, file=output, flush=True)
                 status = children.run([sys.executable, *run.program, *arguments], output, place)
             if status != 0:
                 text = log.read_text(encoding="utf-8", errors="replace")

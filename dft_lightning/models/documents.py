@@ -133,7 +133,8 @@ def _check_documents_of(length: int, model: nn.Module, num_rows: int) -> None:
             packed = [_last_logits(model, [documents[i], documents[2]], num_rows) for i in (0, 1)]
             beside = [_last_logits_of_rows(model, documents[i][:length], documents[2]) for i in (0, 1)]
             own = _last_logits_of_rows(model, documents[2])
-            longer = own if computes_exactly(model) else _logits_within(model, documents[2], documents[0][:length])
+            beyond = torch.cat([documents[2], documents[0][:length]])
+            longer = own if computes_exactly(model) else _last_logits_of_rows(model, beyond, length=length)
     except InputError:
         raise
     except Exception as error:
@@ -184,16 +185,10 @@ def _last_logits(model: nn.Module, documents: Sequence[Tensor], num_rows: int) -
     return output[:, -_CHECKED_TOKENS:]
 
 
-def _last_logits_of_rows(model: nn.Module, *rows: Tensor) -> Tensor:
-    """Of the last of rows of their own."""
+def _last_logits_of_rows(model: nn.Module, *rows: Tensor, length: int | None = None) -> Tensor:
+    """Of the last of rows of their own, or of so many of its tokens."""
     output: Tensor = model(**model_inputs(model, {"input_ids": torch.stack(rows)})).logits
-    return output[-1:, -_CHECKED_TOKENS:]
-
-
-def _logits_within(model: nn.Module, row: Tensor, more: Tensor) -> Tensor:
-    """Of a row that goes on."""
-    output: Tensor = model(**model_inputs(model, {"input_ids": torch.cat([row, more]).unsqueeze(0)})).logits
-    return output[:, len(row) - _CHECKED_TOKENS : len(row)]
+    return output[-1:, :length][:, -_CHECKED_TOKENS:]
 
 
 class ModelChecks:

@@ -95,8 +95,8 @@ class StepOptions:
         gradient_threshold: classes whose gradient ``|dL/dz|``, with respect to the head's product, is below this at
             every token of a chunk are left out of the fused head's gradient products, which then take a fraction of the
             time; ``head/dropped`` is logged, the mean over tokens of what their gradients lose, which bounds the error.
-            What bfloat16 rounds is about as much as 2**-12 (2.4e-4) leaves out with cross-entropy, 2**-14 (6.1e-5) with
-            DFT, for SmolLM2's head, and 2**-16 for Gemma 3's. 0 is exact.
+            What bfloat16 rounds is more than 2**-12 (2.4e-4) leaves out with cross-entropy or 2**-14 (6.1e-5) with DFT,
+            for SmolLM2's head, and about as much as 2**-16 does for Gemma 3's. 0 is exact.
         peak_flops: floating-point operations a second of each device at its best, such as 989e12 of an H100 in
             bfloat16, which ``mfu`` is measured by. ``None`` knows many GPUs by their name; of others and of the CPU no
             ``mfu`` is logged.

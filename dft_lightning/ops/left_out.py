@@ -22,6 +22,7 @@ from torch import Tensor
 from dft_lightning.losses.statistics import raised_dtype
 from dft_lightning.ops.kernels import kernels_for
 from dft_lightning.ops.pieces import PIECE_BYTES, scratch, slices
+from dft_lightning.ops.rows import at
 
 # Columns of the product, so that its rows lie aligned.
 _ALIGNMENT = 16
@@ -103,12 +104,11 @@ class LeftOut:
         index = torch.cat([classes, classes.new_zeros(width - size)])
         chosen = torch.index_select(gradient, 1, index, out=buffer((len(gradient), width)))
         chosen[:, size:] = 0
-        at_target = gradient.gather(1, targets.unsqueeze(-1)).squeeze(-1).to(self._raised)
         if total is None:
             rest = self._row_sums(gradient) - self._row_sums(chosen)
             dropped = self._absolute_sums(gradient) - self._absolute_sums(chosen)
         else:
-            rest = total - (self._row_sums(chosen) - at_target)
+            rest = total - (self._row_sums(chosen) - at(gradient, targets).to(self._raised))
             dropped = rest.abs()
         chosen[:, size] = rest.to(chosen.dtype)
         weight = self._weight.index_select(0, index)

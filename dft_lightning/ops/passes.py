@@ -208,28 +208,25 @@ def _push_back(
     """
     own, transform = gathered.rows, settings.transform
     assert own is not None
-    leaves_out = settings.gradient_threshold > 0
+    row_scale = total = None
+    scale: Tensor | float = 1.0  # what is on the gradient beyond the factors of its rows
     if coefficients.only_at_target and transform.softcap is None:
         # at_target (1[v = y] - p_v) is what is kept, times a factor of the row, but at the target.
         put_(own.values, targets, -own.total)
-        row_scale = -coefficients.at_target * transform.scale * own.log_factor.exp()
-        if not leaves_out:
-            products.add_gradients(rows, own.values, row_scale)
-            return None
-        with products.chosen(own.values, targets, row_scale, own.total, limit) as chosen:
-            products.add_gradients(rows, chosen, row_scale)
-            return chosen.dropped * row_scale.abs()
-    if settings.dtype == torch.float16:
-        largest = coefficients.largest_gradient(gathered.moments.log_prob) * abs(transform.scale)
-        coefficients = coefficients.scaled(products.next_scale(largest))
-    of_rows = kernels.kernels_for(products.device, settings.dtype) if coefficients.in_kernels else torch_kernels
-    of_rows.row_gradient_(own, targets, transform, gathered.moments, coefficients, gathered.reference)
-    if not leaves_out:
-        products.add_gradients(rows, own.values)
+        row_scale, total = -coefficients.at_target * transform.scale * own.log_factor.exp(), own.total
+    else:
+        if settings.dtype == torch.float16:
+            largest = coefficients.largest_gradient(gathered.moments.log_prob) * abs(transform.scale)
+            scale = products.next_scale(largest)
+            coefficients = coefficients.scaled(scale)
+        of_rows = kernels.kernels_for(products.device, settings.dtype) if coefficients.in_kernels else torch_kernels
+        of_rows.row_gradient_(own, targets, transform, gathered.moments, coefficients, gathered.reference)
+    if not settings.gradient_threshold:
+        products.add_gradients(rows, own.values, row_scale)
         return None
-    with products.chosen(own.values, targets, None, None, limit * products.scale) as chosen:
-        products.add_gradients(rows, chosen)
-        return chosen.dropped / products.scale
+    with products.chosen(own.values, targets, row_scale, total, limit * scale) as chosen:
+        products.add_gradients(rows, chosen, row_scale)
+        return chosen.dropped / scale if row_scale is None else chosen.dropped * row_scale.abs()
 
 
 def _concatenated(

@@ -288,13 +288,18 @@ class HeadProducts:
                 multiplied by and on what comes out.
         """
         change, hidden = None if row_scale is None else row_scale.unsqueeze(-1), self._hidden[rows]
-        classes = gradient.classes if isinstance(gradient, Chosen) else None
+        if isinstance(gradient, Chosen):
+            factor, weight, classes, gradient = (
+                gradient.gradient,
+                gradient.weight,
+                gradient.classes,
+                gradient.of_classes,
+            )
+        else:
+            factor, weight, classes = gradient, self._cast_weight, None
         if self.hidden_gradient is not None:
             own = self.hidden_gradient[rows]
-            if isinstance(gradient, Chosen):
-                _product(gradient.gradient, gradient.weight, out=own)
-            else:
-                _product(gradient, self._cast_weight, out=own)
+            _product(factor, weight, out=own)
             if change is not None:
                 times_rows(own, change, out=own)
             elif self.dtype == torch.float16:
@@ -304,8 +309,6 @@ class HeadProducts:
             if self.bias_gradient is not None:
                 largest = torch.maximum(largest, change.abs().squeeze(-1))
             change = change * self.next_scale(largest)
-        if isinstance(gradient, Chosen):
-            gradient = gradient.of_classes
         if self.bias_gradient is not None:
             self._add_bias_gradient(gradient, change, classes)
         if self.weight_gradient is not None:
