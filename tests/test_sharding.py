@@ -229,7 +229,8 @@ def test_no_rank_loads_more_than_its_shard_and_one_block(two_processes):
 def test_an_export_holds_a_tensor_at_a_time(two_processes):
     """Largest first of all is the embedding; and while rank 0 writes, the others do not wait beyond their patience."""
     found = torch.load(two_processes / "exporting" / "out.pt")
-    assert found["peak"] < 3 * found["largest"] < found["total"] / 2
+    # A tensor, what it is gathered into, and the tensors before them that gloo's threads have not yet let go.
+    assert found["peak"] < 4 * found["largest"] < found["total"] / 2
     written = load_file(two_processes / "exporting" / "model" / "model.safetensors")
     assert written.keys() <= found["state"].keys()
     assert len(written) == 8 * 9 + 2
