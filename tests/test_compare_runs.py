@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -19,6 +20,7 @@ from commands import compare as main
 from commands import score
 from conftest import ROOT
 from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, InstructionDataModule
+from dft_lightning.compare import recorder
 from dft_lightning.compare.execute import _Children, check_jobs, job_environments, last_error
 from dft_lightning.compare.recorder import Evaluation, RunIdentity, RunRecorder
 from dft_lightning.compare.records import Record
@@ -52,7 +54,7 @@ def rows_of(forgetting=True, data_seed=0, batch_size=4):
 
 def fit(
     folder, loss, *, record=True, model=TINY_ARITHMETIC, steps=3, seed=0, forgetting=True, batch_size=4,
-    dtype="float32", data=None, ckpt_path=None, watch=(), **options,
+    dtype="float32", data=None, ckpt_path=None, watch=(), starts="", **options,
 ):  # fmt: skip
     pl.seed_everything(seed)
     short = GenerationOptions(max_new_tokens=6)
@@ -60,7 +62,8 @@ def fit(
         model, loss=loss, optimizer={"lr": 1e-2}, evaluation={"generation": short}, loading={"dtype": dtype}
     )
     identity = RunIdentity("run", "loss", 1e-2, seed)
-    recorder = RunRecorder(str(folder), identity, EVALUATION)
+    starts = Path(folder) / "starts" if starts == "" else starts
+    recorder = RunRecorder(str(folder), identity, EVALUATION, starts)
     run = trainer(
         max_steps=steps, max_epochs=-1, callbacks=[*([recorder] if record else []), *watch], log_every_n_steps=1,
         **options,
@@ -253,6 +256,33 @@ def test_divergence_and_sources_of_forgetting_rows(tmp_path):
     plain = RunRecorder(str(tmp_path / "plain"), RunIdentity("run"), evaluation)
     fit(tmp_path / "plain", DFTLoss(), record=False, steps=1, watch=[plain])
     assert "kl" not in read(tmp_path / "plain").history[-1]["forgetting"]
+
+
+def test_runs_that_begin_alike_score_its_answers_once(tmp_path, monkeypatch):
+    """To the records that each would have alone; another start, of another seed or on other rows, is scored anew."""
+    counted = []
+    count = recorder.count_correct
+    monkeypatch.setattr(recorder, "count_correct", lambda *a, **k: counted.append(k["split"]) or count(*a, **k))
+
+    def scored(name, loss, starts=tmp_path / "starts", **options):
+        counted.clear()
+        fit(tmp_path / name, loss, starts=starts, steps=1, **options)
+        return counted.count("validation"), counted.count("forgetting")
+
+    assert scored("alone", DFTLoss(), starts=None) == (4, 4)  # greedy and sampled, before and after
+    assert scored("first", CrossEntropyLoss()) == (4, 4)
+    assert scored("second", DFTLoss()) == (2, 2)
+    assert scored("third", DFTLoss(), seed=1) == (4, 4)
+    other = rows_of()
+    other.sources["validation"] = ArithmeticRows(7, part="held_out", seed=9)
+    assert scored("fourth", DFTLoss(), data=other) == (4, 2)
+    assert read(tmp_path / "second").history == read(tmp_path / "alone").history
+    monkeypatch.setitem(globals(), "EVALUATION", replace(EVALUATION, num_samples=3))
+    assert scored("more", DFTLoss()) == (3, 3)  # one greedily is known
+    for file in (tmp_path / "starts").iterdir():
+        file.write_text("{")
+    with pytest.raises(InputError, match="starts/.*: broken record"):
+        scored("fifth", DFTLoss())
 
 
 class Stops(pl.Callback):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -76,7 +77,7 @@ def _require_packages() -> None:
 def _compare(config: list[Any], output: Path, jobs: int, print_commands: bool, classes: Classes | None) -> int:
     from dft_lightning.compare.execute import check_jobs, ending_on_signals, execute
     from dft_lightning.compare.files import Clock
-    from dft_lightning.compare.grid import Run, base_run, runs_at_best, started_by, sweep_runs, write_config
+    from dft_lightning.compare.grid import STARTS, Run, base_run, runs_at_best, started_by, sweep_runs, write_config
     from dft_lightning.compare.inputs import check_inputs
     from dft_lightning.compare.report import write_report
     from dft_lightning.compare.scored import scoring_run, with_scored_rows
@@ -111,6 +112,7 @@ def _compare(config: list[Any], output: Path, jobs: int, print_commands: bool, c
             unscored = True
     with _only_one(output) as lock, ending_on_signals():
         clock = Clock(output)
+        shutil.rmtree(output / STARTS, ignore_errors=True)  # of another call, whose config or code may be another
         if unscored:
             write_config(scoring)
             if print_commands:

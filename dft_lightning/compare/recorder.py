@@ -7,7 +7,8 @@ import math
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 from dft_lightning.callbacks.engine import check_along_fit, served
 from dft_lightning.compare.files import CHECKPOINT, FIT, PART, PROBABILITIES, TEST, write_json
 from dft_lightning.compare.hashes import RowHasher, combined, hash_texts
+from dft_lightning.compare.starts import measured_once
 from dft_lightning.distributed import gather_lists
 from dft_lightning.distributed.strategies import shards_parameters
 from dft_lightning.errors import InputError
@@ -131,12 +133,17 @@ class RunRecorder(Callback):
         folder: the run's folder.
         run: which run this is.
         evaluation: what is measured, and when.
+        starts: a folder where the right answers before the first step are kept for other runs that begin with the
+            same weights; every run scores its own for ``None``.
     """
 
-    def __init__(self, folder: str, run: RunIdentity, evaluation: Evaluation = Evaluation()) -> None:
+    def __init__(
+        self, folder: str, run: RunIdentity, evaluation: Evaluation = Evaluation(), starts: str | None = None
+    ) -> None:
         self.folder = Path(folder)
         self.run = run
         self.evaluation = evaluation
+        self.starts = None if starts is None else Path(starts)
         self._rank, self._world_size = 0, 1
         self._started = 0.0
         self._forget()
@@ -296,10 +303,9 @@ class RunRecorder(Callback):
                 if split == "forgetting" and self._start is not None:
                     values |= held_values(trainer, module, split, self._start, limit)
                 if self._has_answers(split):
-                    greedy = self._count(trainer, module, split, 0.0, 1)
-                    sampled = self._count(
-                        trainer, module, split, self.evaluation.temperature, self.evaluation.num_samples
-                    )
+                    count = self._count if trainer.global_step else self._count_of_start
+                    greedy = count(trainer, module, split, 0.0, 1)
+                    sampled = count(trainer, module, split, self.evaluation.temperature, self.evaluation.num_samples)
                     values |= shares(greedy, sampled, self.evaluation.num_samples)
                 shown = ", ".join(f"{n} {values[n]:.3f}" for n in ("greedy", "sampled", "nll") if n in values)
                 rank_zero_info(f"step {trainer.global_step}, {split} rows: {shown}")
@@ -319,6 +325,22 @@ class RunRecorder(Callback):
             num_samples=num_samples,
             seed=self.evaluation.seed,
         )
+
+    def _count_of_start(
+        self, trainer: pl.Trainer, module: CausalLMModule, split: str, temperature: float, num_samples: int
+    ) -> list[int]:
+        measure = partial(self._count, trainer, module, split, temperature, num_samples)
+        if self.starts is None:
+            return measure()
+        problems = trainer.datamodule.splits.problems(split)  # type: ignore[attr-defined]
+        decided_by = {
+            **{name: value for name, value in self._common(trainer).items() if name != "run"},
+            "weights": self._initial_weights,
+            "problems": hash_texts(problems[: self._limit(split)]),
+            "generation": asdict(at_temperature(module.evaluation.generation, temperature)),
+            "samples": [num_samples, self.evaluation.seed],
+        }
+        return measured_once(trainer, self.starts, decided_by, measure)
 
     def _keep_log_probs(self, trainer: pl.Trainer, module: CausalLMModule, when: str) -> None:
         module.train_telemetry.stop_clock()
