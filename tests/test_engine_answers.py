@@ -1,5 +1,6 @@
 """Commands and callbacks whose answers come from a server: those of the module, one message for what goes wrong."""
 
+import functools
 import importlib.util
 import json
 import sys
@@ -41,16 +42,24 @@ def base():
     return module
 
 
+@pytest.fixture(scope="module")
+def answer(base):
+    """Its greedy tokens after a prompt, each made once."""
+
+    @functools.cache
+    def tokens(prompt):
+        ids = torch.tensor([prompt])
+        return base.generate_tokens(ids, torch.ones_like(ids), GenerationOptions(80))[0].tolist()
+
+    return tokens
+
+
 @pytest.fixture
-def stub(base, monkeypatch):
+def stub(answer, monkeypatch):
     """A server with the model of the quickstart; it takes token ids and gives no log-probs."""
 
     def greedy(prompt, ways):
-        if ways.other:
-            return [5] * 60
-        ids = torch.tensor([list(prompt)])
-        tokens = base.generate_tokens(ids, torch.ones_like(ids), GenerationOptions(80))[0].tolist()
-        return tokens + [engine_stub.END] * 60
+        return [5] * 60 if ways.other else answer(tuple(prompt)) + [engine_stub.END] * 60
 
     monkeypatch.setattr(engine_stub, "greedy_tokens", greedy)
     with serving(log_probs="none") as server:
