@@ -120,7 +120,7 @@ def test_what_is_said_of_seeds(tmp_path, seeds):
     (pair,) = findings_of(tmp_path).pairs["greedy"]
     assert pair.winner == "DFT"
     assert pair.by_seed == pytest.approx([-15 / 40] * seeds)
-    assert (pair.over_seeds.low is None) == (seeds < 3)
+    assert pair.over_seeds.low is None
     main(["--report_only", str(tmp_path)])
     text = (tmp_path / "report.md").read_text()
     assert f"All this is of the seeds that ran, {seeds} of each loss, on test problems like these" in text
@@ -129,6 +129,8 @@ def test_what_is_said_of_seeds(tmp_path, seeds):
     values = ", ".join(f"{(20 + seed) / 40:.3f}" for seed in range(seeds))
     spread = "0.025" if seeds == 3 else "too few seeds"
     assert re.search(rf"\| CE \| 0.001 \| .* \| {values} \| {spread} \|", text)
+    differences = ", ".join(["-0.375"] * seeds)  # to the last problem: no interval of no width
+    assert f"| {differences} | {'seeds alike' if seeds == 3 else 'too few seeds'} |" in text
 
 
 def test_ranges_stay_where_a_value_can_be(tmp_path):
@@ -141,6 +143,17 @@ def test_ranges_stay_where_a_value_can_be(tmp_path):
     assert "22.361 (2.000 to 250.000)" in text  # the mean in logarithms: the root of 500
     assert re.search(r"\| CE \| 0.001 \| 0.500 \| 0.975 \| 0.8\d\d to 0.99\d \| 1.000, 0.950 \|", text)
     assert "-0." not in text.partition("## Pairs")[0]
+
+
+def test_a_difference_of_shares_is_at_most_one(tmp_path):
+    """Of 1, 1 and 0.875 by Student's interval up to 1.137; of the other sign down to as much."""
+    write_settings(tmp_path, learning_rates=[1e-3])
+    for seed, gain in enumerate((40, 40, 35)):
+        write_run(tmp_path, "CE", 1e-3, seed, right=0)
+        write_run(tmp_path, "DFT", 1e-3, seed, right=gain)
+    (pair,) = findings_of(tmp_path).pairs["greedy"]
+    assert (pair.over_seeds.low, pair.over_seeds.high) == (-1.0, pytest.approx(-0.78, abs=0.005))
+    assert pair.winner == "DFT"
 
 
 def test_the_number_of_pairs_is_counted(tmp_path):
@@ -397,11 +410,25 @@ def test_without_the_extra():
     assert done.stderr == "error: the report needs jinja2: pip install 'dft-lightning[compare]'\n"
 
 
+FORGOTTEN = ("exact match, greedy", "nll (nats per token)", "token accuracy", "KL to the start (nats per token)")
+
+
 def test_forgetting_by_source_and_divergence(tmp_path):
     whole_comparison(tmp_path)
     main(["--report_only", str(tmp_path)])
     text = (tmp_path / "report.md").read_text()
+    assert (
+        "- Forgetting: at each loss's best rate by exact match, greedy the divergence from the start is CE 0.001 at 0"
+        in text
+    )
+    swept = text[text.index("### Every learning rate") :].splitlines()
+    titles = [title.strip() for title in swept[2].split("|")]
+    assert titles[-5:-1] == [f"forgetting: {name}" for name in FORGOTTEN]
+    values = [[cell.strip() for cell in line.split("|")] for line in swept if line.startswith("| CE |")]
+    assert [(row[2], row[-2]) for row in values[:2]] == [("0.0001", "0.0001"), ("0.001", "0.001")]
     section = text[text.index("### Forgetting\n") :].splitlines()
+    rates = "Learning rates, best by exact match, greedy on validation rows: CE 0.001, DFT 0.001."
+    assert sum(rates in line for line in section[:40] if line.startswith("After training")) == 2
     assert next(line for line in section if line.startswith("| before training")).endswith(" | 0.000 |")
     assert next(line for line in section if line.startswith("| CE")).endswith(" | 0.001 (0.001 to 0.001) |")
     of_source = section[section.index("### Forgetting by source") :]

@@ -113,7 +113,7 @@ class Pair:
         first: name of one loss.
         second: name of the other.
         over_problems: ``first - second`` on test rows, bootstrapped over problems, mean over the seeds both have.
-        over_seeds: the same difference with the interval over seeds, where there are three.
+        over_seeds: the same difference with the interval over seeds, where there are three that differ.
         by_seed: the difference of each seed that both have.
         p_value: that problems give a difference as large if there is none.
         adjusted: the same by Holm, among all pairs of the measure.
@@ -131,8 +131,8 @@ class Pair:
     def winner(self) -> str | None:
         """The better of the two on these problems, beyond chance; ``None`` where it is not shown.
 
-        With three seeds or more the interval over seeds must exclude zero as well. With fewer the statement is of the
-        seeds that ran.
+        Where there is an interval over seeds it must exclude zero as well. Of fewer than three seeds, and of those that
+        differ in nothing, the statement is of the seeds that ran.
         """
         seeds_agree = self.over_seeds.low is None or self.over_seeds.excludes_zero()
         if not (self.adjusted < 1 - LEVEL and self.over_problems.excludes_zero() and seeds_agree):
@@ -162,7 +162,8 @@ def _scores(choice: Choice, seeds: Sequence[int]) -> Values:
 def _compare(names: tuple[str, str], a: Values, b: Values) -> Pair:
     of_problems = a.mean(axis=0), b.mean(axis=0)
     by_seed = (a - b).mean(axis=1).tolist()
-    return Pair(*names, paired_bootstrap(*of_problems), mean_interval(by_seed), by_seed, sign_flip_test(*of_problems))
+    over_seeds = mean_interval(by_seed, furthest=1.0)
+    return Pair(*names, paired_bootstrap(*of_problems), over_seeds, by_seed, sign_flip_test(*of_problems))
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,11 @@ class Findings:
             pairs += [compare_with_base(choice, self.base) for choice in choices]
         adjusted = holm([pair.p_value for pair in pairs])
         return [replace(pair, adjusted=value) for pair, value in zip(pairs, adjusted, strict=True)]
+
+    def rates(self, measure: str) -> str:
+        """The learning rate of each loss that is best by a measure, in words."""
+        rates = ", ".join(f"{choice.loss} {choice.learning_rate:g}" for choice in self.chosen_by(measure))
+        return f"Learning rates, best by {self.measures[measure].title} on validation rows: {rates}."
 
     def sweep(self) -> list[Record]:
         """The runs by which learning rates are chosen."""

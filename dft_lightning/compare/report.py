@@ -131,6 +131,7 @@ def summary(findings: Findings) -> list[str]:
     lines.append("Where none is called better, no difference is shown beyond chance.")
     lines.append(_of_seeds(findings))
     lines += _at_the_edge(findings)
+    lines += _forgotten(findings)
     return lines
 
 
@@ -164,6 +165,22 @@ def _at_the_edge(findings: Findings) -> list[str]:
     return [
         f"The best rate lies at the edge of the sweep, so that a better one may lie beyond: {where}. The same command "
         f"goes on with learning_rates: [{wider}] in its config."
+    ]
+
+
+def _forgotten(findings: Findings) -> list[str]:
+    """How far each loss went from the start on other rows, with its rate, by which losses may differ."""
+    choices = findings.choices[findings.main_measure]
+    if not all(record.curve("forgetting", "kl") for choice in choices for record in choice.records):
+        return []
+    losses = [
+        f"{choice.loss} {number(statistics.fmean(choice.of_seeds('forgetting', 'kl')))} at {choice.learning_rate:g}"
+        for choice in choices
+    ]
+    measure = findings.measures[findings.main_measure].title
+    return [
+        f"Forgetting: at each loss's best rate by {measure} the divergence from the start is {', '.join(losses)} (nats "
+        "per token on the second validation set). For losses at one rate see the table of every learning rate."
     ]
 
 

@@ -43,26 +43,35 @@ class Interval:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
+def mean_interval(values: Sequence[float], furthest: float = math.inf) -> Interval:
     """Mean over seeds, with the 95% interval of Student's t, ``mean +- t s / sqrt(n)``, of three or more.
 
-    For differences, which may lie on either side of 0; a share's or a ratio's own interval would leave its range.
+    For differences, which may lie on either side of 0. There is none where all are alike: few seeds that agree to the
+    last problem do not say that every other would.
 
     Source: Student, "The Probable Error of a Mean", Biometrika 6 (1908).
+
+    Args:
+        values: one of each seed.
+        furthest: from 0 that there can be, 1 for differences of shares.
 
     Example:
         >>> mean_interval([1.0, 2.0, 3.0])  # t = 4.3027 at two degrees of freedom, s = 1
         Interval(mean=2.0, low=-0.484..., high=4.484..., count=3)
         >>> mean_interval([1.0, 2.0])
         Interval(mean=1.5, low=None, high=None, count=2)
+        >>> mean_interval([0.5, 0.9, 0.7], furthest=1.0)
+        Interval(mean=0.7..., low=0.203..., high=1.0, count=3)
     """
     count = len(values)
     mean = math.fsum(values) / count
     if count < FEWEST_SEEDS:
         return Interval(mean, None, None, count)
     deviation = float(np.std(np.asarray(values, dtype=np.float64), ddof=1))
+    if deviation < 1e-12:
+        return Interval(mean, None, None, count)
     half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * deviation / math.sqrt(count)
-    return Interval(mean, mean - half, mean + half, count)
+    return Interval(mean, max(mean - half, -furthest), min(mean + half, furthest), count)
 
 
 def share_interval(scores: Values) -> Interval:

@@ -104,7 +104,7 @@ def pair_table(findings: Findings, measure: Measure, pairs: Sequence[Pair]) -> T
             signed(pair.over_problems.mean),
             interval_text(pair.over_problems, "none"),
             ", ".join(map(signed, pair.by_seed)),
-            interval_text(pair.over_seeds, "too few seeds"),
+            interval_text(pair.over_seeds, "too few seeds" if len(pair.by_seed) < FEWEST_SEEDS else "seeds alike"),
             f"{number(pair.p_value)}, {number(pair.adjusted)}",
             pair.winner or "no difference shown",
         ]
@@ -114,7 +114,8 @@ def pair_table(findings: Findings, measure: Measure, pairs: Sequence[Pair]) -> T
     columns += ["p, by Holm", "better"]
     caption = (
         f"p, by Holm: of the pair alone, and in the family of the {len(pairs)} pairs of this table. Without an "
-        f"interval there are fewer than {FEWEST_PROBLEMS} problems, or none that the two scored differently on."
+        f"interval there are fewer than {FEWEST_PROBLEMS} problems, or none that the two scored differently on; "
+        f"without one over seeds, fewer than {FEWEST_SEEDS}, or none that differs from another."
     )
     return Table(f"{measure.title}: differences on test problems", columns, rows, caption)
 
@@ -132,7 +133,8 @@ def forgetting_table(findings: Findings) -> Table | None:
     for choice in choices:
         rows.append([choice.loss, *(_with_range(choice, "forgetting", name) for name in names)])
     titles = [findings.measures[name].title for name in names]
-    return Table("Forgetting", ["", *titles], rows, f"After training, {_RANGE}.")
+    caption = f"After training, {_RANGE}. {findings.rates(findings.main_measure)}"
+    return Table("Forgetting", ["", *titles], rows, caption)
 
 
 def forgetting_source_table(findings: Findings) -> Table | None:
@@ -149,7 +151,8 @@ def forgetting_source_table(findings: Findings) -> Table | None:
         for choice in choices:
             rows.append([source, choice.loss, *(_with_range(choice, "forgetting", name) for name in names)])
     titles = [findings.measures[name].title for name in measures]
-    return Table("Forgetting by source", ["source", "", *titles], rows, f"After training, {_RANGE}.") if rows else None
+    caption = f"After training, {_RANGE}. {findings.rates(findings.main_measure)}"
+    return Table("Forgetting by source", ["source", "", *titles], rows, caption) if rows else None
 
 
 def _measured(choices: Sequence[Choice], name: str) -> bool:
@@ -182,7 +185,8 @@ def description_table(findings: Findings) -> Table:
         "What the losses leave behind",
         columns,
         rows,
-        f"After training on test rows, {_RANGE}; the last two, means over training.",
+        f"After training on test rows, {_RANGE}; the last two, means over training. "
+        f"{findings.rates(findings.main_measure)}",
     )
 
 
@@ -197,26 +201,36 @@ def bucket_table(findings: Findings) -> Table:
     rows = [["targets", *map(str, counts)], ["before training", *map(number, before)]]
     rows += [[choice.loss, *map(number, choice.records[0].bucket_means()[2])] for choice in choices]
     columns = ["probability before", *(f"{low:g} to {high:g}" for low, high in BUCKETS)]
-    caption = "Means after training of the targets that the base model gave such a probability."
+    caption = "Means after training of the targets that the base model gave such a probability, of the first seed. "
+    caption += findings.rates(findings.main_measure)
     return Table("Probabilities of the training targets, before and after", columns, rows, caption)
 
 
 def sweep_table(findings: Findings) -> Table | None:
-    """Every learning rate of every loss, on validation rows, over the sweep's seeds."""
+    """Every learning rate of every loss, on validation rows and forgetting rows, over the sweep's seeds."""
     sweep = findings.sweep()
     rates = sorted({record.learning_rate for record in sweep})
     if len(rates) < 2:
         return None
+    forgotten = [name for name in _FORGOTTEN if all(record.curve("forgetting", name) for record in sweep)]
+    columns = [("validation", name) for name in findings.settings["measures"]]
+    columns += [("forgetting", name) for name in forgotten]
     rows = []
     for loss in findings.losses:
         for rate in rates:
             own = [record for record in sweep if (record.loss, record.learning_rate) == (loss, rate)]
             if own:
-                names = findings.settings["measures"]
-                cells = [number(_mean([r.at_end("validation", name) for r in own])) for name in names]
+                cells = [number(_mean([record.at_end(*column) for record in own])) for column in columns]
                 rows.append([loss, f"{rate:g}", *cells])
-    titles = [findings.measures[name].title for name in findings.settings["measures"]]
-    return Table("Every learning rate, on validation rows", ["loss", "learning rate", *titles], rows)
+    titles = [
+        ("forgetting: " if split == "forgetting" else "") + findings.measures[name].title for split, name in columns
+    ]
+    caption = "What is forgotten depends on the rate: set losses against each other at one rate, too."
+    columns_of_rows = ["loss", "learning rate", *titles]
+    return Table("Every learning rate, on validation rows", columns_of_rows, rows, caption if forgotten else "")
+
+
+_FORGOTTEN = ("greedy", "nll", "token_accuracy", "kl")
 
 
 def results_csv(findings: Findings, records: Sequence[Record]) -> str:

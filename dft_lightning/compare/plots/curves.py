@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from dft_lightning.compare.analysis import Choice, Findings
+from dft_lightning.compare.analysis import Findings
 from dft_lightning.compare.plots.style import (
     BASE_COLOUR,
     Plot,
@@ -36,7 +36,7 @@ def along_training(findings: Findings, styles: Styles, measure: str, split: str 
     figure, axes = new_figure("optimizer step", found.title)
     bands = _draw(axes, styles, lines, logarithmic=measure == "nll", highest=1.0 if found.is_share else math.inf)
     add_legend(axes)
-    caption = f"On {_SPLITS[split]}. {_rates(findings, choices, chosen_by)} {bands}"
+    caption = f"On {_SPLITS[split]}. {findings.rates(chosen_by)} {bands}"
     return Plot(f"{split}_{measure}", f"{found.title}, along training", caption, figure)
 
 
@@ -49,7 +49,7 @@ def logged_in_training(findings: Findings, styles: Styles, name: str, title: str
     figure, axes = new_figure("optimizer step", title)
     bands = _draw(axes, styles, lines, logarithmic=True, marked=False)
     add_legend(axes)
-    caption = f"As logged in training. {_rates(findings, choices, findings.main_measure)} {bands}"
+    caption = f"As logged in training. {findings.rates(findings.main_measure)} {bands}"
     return Plot(name.replace("/", "_"), title, caption, figure)
 
 
@@ -66,7 +66,7 @@ def temperature_curve(findings: Findings, styles: Styles) -> Plot | None:
     )
     axes.set_ylim(0, 1)
     add_legend(axes)
-    caption = f"On test rows, after training. {_rates(findings, choices, measure)} {bands}"
+    caption = f"On test rows, after training. {findings.rates(measure)} {bands}"
     return Plot("temperature", "Exact match against temperature", caption, figure)
 
 
@@ -114,7 +114,7 @@ def nll_against_objective(findings: Findings, styles: Styles) -> Plot | None:
     caption = (
         "On validation rows, before training, along it and after (the large hollow mark). On a line with slope one the "
         "two fall together; where a line rises to the left, cross-entropy grows while the objective falls. "
-        + _rates(findings, choices, findings.main_measure)
+        + findings.rates(findings.main_measure)
     )
     return Plot("nll_against_objective", "nll against the objective", caption, figure)
 
@@ -179,11 +179,6 @@ def _draw(
         if halved
         else ""
     )
-
-
-def _rates(findings: Findings, choices: Sequence[Choice], measure: str) -> str:
-    rates = ", ".join(f"{choice.loss} {choice.learning_rate:g}" for choice in choices)
-    return f"Learning rates, best by {findings.measures[measure].title} on validation rows: {rates}."
 
 
 def _bands(counts: Sequence[int]) -> str:
