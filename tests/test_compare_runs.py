@@ -21,9 +21,12 @@ from commands import score
 from conftest import ROOT
 from dft_lightning import CausalLMModule, CrossEntropyLoss, DFTLoss, InstructionDataModule
 from dft_lightning.compare import recorder
-from dft_lightning.compare.execute import _Children, check_jobs, job_environments, last_error
+from dft_lightning.compare.execute import _Children, check_jobs, execute, job_environments, last_error
+from dft_lightning.compare.files import Clock
+from dft_lightning.compare.grid import Run
 from dft_lightning.compare.recorder import Evaluation, RunIdentity, RunRecorder
 from dft_lightning.compare.records import Record
+from dft_lightning.compare.starts import STARTS
 from dft_lightning.data import ArithmeticRows, MixedRows
 from dft_lightning.errors import InputError
 from dft_lightning.metrics import LastNumber
@@ -54,7 +57,7 @@ def rows_of(forgetting=True, data_seed=0, batch_size=4):
 
 def fit(
     folder, loss, *, record=True, model=TINY_ARITHMETIC, steps=3, seed=0, forgetting=True, batch_size=4,
-    dtype="float32", data=None, ckpt_path=None, watch=(), starts="", **options,
+    dtype="float32", data=None, ckpt_path=None, watch=(), **options,
 ):  # fmt: skip
     pl.seed_everything(seed)
     short = GenerationOptions(max_new_tokens=6)
@@ -62,8 +65,7 @@ def fit(
         model, loss=loss, optimizer={"lr": 1e-2}, evaluation={"generation": short}, loading={"dtype": dtype}
     )
     identity = RunIdentity("run", "loss", 1e-2, seed)
-    starts = Path(folder) / "starts" if starts == "" else starts
-    recorder = RunRecorder(str(folder), identity, EVALUATION, starts)
+    recorder = RunRecorder(str(folder), identity, EVALUATION)
     run = trainer(
         max_steps=steps, max_epochs=-1, callbacks=[*([recorder] if record else []), *watch], log_every_n_steps=1,
         **options,
@@ -264,12 +266,13 @@ def test_runs_that_begin_alike_score_its_answers_once(tmp_path, monkeypatch):
     count = recorder.count_correct
     monkeypatch.setattr(recorder, "count_correct", lambda *a, **k: counted.append(k["split"]) or count(*a, **k))
 
-    def scored(name, loss, starts=tmp_path / "starts", **options):
+    def scored(name, loss, **options):
         counted.clear()
-        fit(tmp_path / name, loss, starts=starts, steps=1, **options)
+        fit(tmp_path / name, loss, steps=1, **options)
         return counted.count("validation"), counted.count("forgetting")
 
-    assert scored("alone", DFTLoss(), starts=None) == (4, 4)  # greedy and sampled, before and after
+    assert scored("alone", DFTLoss()) == (4, 4)  # greedy and sampled, before and after
+    monkeypatch.setenv(STARTS, str(tmp_path / "starts"))
     assert scored("first", CrossEntropyLoss()) == (4, 4)
     assert scored("second", DFTLoss()) == (2, 2)
     assert scored("third", DFTLoss(), seed=1) == (4, 4)
@@ -365,11 +368,13 @@ def test_forgetting_rows_are_of_no_source_of_other_splits(tmp_path):
     assert not [name for name in read(tmp_path).history[-1]["forgetting"] if "/" in name]
 
 
-def test_two_processes_record_what_one_does(tmp_path):
+def test_two_processes_record_what_one_does(tmp_path, monkeypatch):
     """Rows that do not divide: 5 test problems, 5 of 7 validation rows. Samples are drawn anew on each rank."""
     module, recorder = fit(tmp_path / "one", DFTLoss(), precision="64-true", dtype="float64")
     trainer(callbacks=[recorder], precision="64-true").test(module, datamodule=rows_of(), verbose=False)
+    monkeypatch.setenv(STARTS, str(tmp_path / "starts"))
     run_processes("two_recorder.py", str(tmp_path / "two"))
+    assert len(list((tmp_path / "starts").iterdir())) == 4  # greedy and sampled, of two splits
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     for split in ("validation", "forgetting"):
         for name in ("nll", "loss", "entropy", "mean_weight", "token_accuracy", "target_tokens", "greedy"):
@@ -429,6 +434,14 @@ def test_jobs_that_want_more_gpus_than_there_are(monkeypatch):
     check_jobs(4, {"devices": "auto"})
     with pytest.raises(InputError, match="--jobs 4: trainer.devices is 2, and 4 GPUs are visible"):
         check_jobs(4, {"devices": 2})
+
+
+def test_runs_of_a_call_are_given_what_they_share(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(_Children, "run", lambda self, command, log, environment: given.append(environment) or 0)
+    (failure,) = execute([Run(RunIdentity("base"), tmp_path, {})], 1, "sweep", 0, Clock(tmp_path), {STARTS: "here"})
+    assert failure.message == "test left no record"
+    assert [environment[STARTS] for environment in given] == ["here"]
 
 
 def test_ending_children_ends_theirs_too(tmp_path):
@@ -559,11 +572,13 @@ def test_a_second_call_runs_what_is_new_and_nothing_twice(compared):
 def test_rows_are_scored_where_a_loss_reads_it(tmp_path, monkeypatch, capsys):
     """Once, by the model that every run begins with, and for every run; a second call takes them as they are."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    ran = []
+    ran, shared = [], set()
 
     def execute(runs, *args):
         """Scores here, and stops before the first run."""
         ran.append([run.identity.name for run in runs if run.commands()])
+        shared.add(args[-1][STARTS])
+        assert all(map(os.path.isdir, shared))
         if ran[-1] != ["scored"]:
             raise KeyboardInterrupt
         (command,) = runs[0].commands().values()
@@ -582,8 +597,11 @@ def test_rows_are_scored_where_a_loss_reads_it(tmp_path, monkeypatch, capsys):
     runs = ["base", "ce-lr0.001-seed0", "psft-lr0.001-seed0"]
     for scored in (["scored"], []):  # by the first call, and not by the second
         ran.clear()
+        shared.clear()
         assert main(given) != 0
         assert ran == [scored, runs] if scored else ran == [runs]
+        assert len(shared) == 1  # of a call, with which it ends
+        assert not any(map(os.path.isdir, shared))
     configs = [yaml.safe_load(config.read_text()) for config in out.glob("runs/*/config.yaml")]
     assert len(configs) == 3
     for split in ("train", "validation", "test"):

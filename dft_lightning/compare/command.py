@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -77,11 +77,12 @@ def _require_packages() -> None:
 def _compare(config: list[Any], output: Path, jobs: int, print_commands: bool, classes: Classes | None) -> int:
     from dft_lightning.compare.execute import check_jobs, ending_on_signals, execute
     from dft_lightning.compare.files import Clock
-    from dft_lightning.compare.grid import STARTS, Run, base_run, runs_at_best, started_by, sweep_runs, write_config
+    from dft_lightning.compare.grid import Run, base_run, runs_at_best, started_by, sweep_runs, write_config
     from dft_lightning.compare.inputs import check_inputs
     from dft_lightning.compare.report import write_report
     from dft_lightning.compare.scored import scoring_run, with_scored_rows
     from dft_lightning.compare.settings import read_settings
+    from dft_lightning.compare.starts import STARTS
     from dft_lightning.data.requirements import UnscoredRowsError
     from dft_lightning.fit.config import read_fit_config
     from dft_lightning.fit.own_classes import PACKAGE
@@ -110,14 +111,13 @@ def _compare(config: list[Any], output: Path, jobs: int, print_commands: bool, c
             if not isinstance(fit_config["model"]["model"], str):
                 raise  # drawn at random, each seed has a start of its own, and none is a reference
             unscored = True
-    with _only_one(output) as lock, ending_on_signals():
-        clock = Clock(output)
-        shutil.rmtree(output / STARTS, ignore_errors=True)  # of another call, whose config or code may be another
+    with _only_one(output) as lock, ending_on_signals(), TemporaryDirectory() as starts:
+        clock, variables = Clock(output), {STARTS: starts}
         if unscored:
             write_config(scoring)
             if print_commands:
                 return _print_commands([scoring], output)
-            for failure in execute([scoring], 1, "reference log-probs", lock, clock):
+            for failure in execute([scoring], 1, "reference log-probs", lock, clock, variables):
                 raise InputError(f"the rows were not scored: {failure.message}")
             fit_config = with_scored_rows(fit_config, output)
             sweep = planned()
@@ -125,7 +125,7 @@ def _compare(config: list[Any], output: Path, jobs: int, print_commands: bool, c
         for run in sweep:
             write_config(run)
         _write_settings(settings, config, output)
-        failures = [] if print_commands else execute(sweep, jobs, "sweep", lock, clock)
+        failures = [] if print_commands else execute(sweep, jobs, "sweep", lock, clock, variables)
         # Before the sweep of a loss has ended its best rate is not known; when it has, what failed takes no part.
         not_ended = {run.identity.loss for run in sweep if print_commands and run.commands()}
         ended = [loss for loss in settings.losses if loss not in not_ended]
@@ -137,7 +137,7 @@ def _compare(config: list[Any], output: Path, jobs: int, print_commands: bool, c
             write_config(run)
         if print_commands:
             return _print_commands([*sweep, *further], output)
-        failures += execute(further, jobs, "seeds at the best rates", lock, clock)
+        failures += execute(further, jobs, "seeds at the best rates", lock, clock, variables)
         print("building the report", flush=True)
         write_report(output)
     return 1 if failures else 0

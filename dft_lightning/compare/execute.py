@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -41,7 +41,9 @@ class Failure:
     message: str
 
 
-def execute(runs: Sequence[Run], jobs: int, describe: str, lock: int, clock: Clock) -> list[Failure]:
+def execute(
+    runs: Sequence[Run], jobs: int, describe: str, lock: int, clock: Clock, variables: Mapping[str, str]
+) -> list[Failure]:
     """Run what is left of each run, ``jobs`` at a time.
 
     Args:
@@ -50,6 +52,7 @@ def execute(runs: Sequence[Run], jobs: int, describe: str, lock: int, clock: Clo
         describe: what the progress bar says.
         lock: a file descriptor that the processes keep open until they end.
         clock: of this call.
+        variables: of the processes' environment.
 
     Returns:
         The runs that failed.
@@ -67,7 +70,7 @@ def execute(runs: Sequence[Run], jobs: int, describe: str, lock: int, clock: Clo
     children = _Children(lock)
     places: SimpleQueue[dict[str, str]] = SimpleQueue()
     for environment in job_environments(jobs):
-        places.put(environment)
+        places.put({**environment, **variables})
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(left), desc=describe, unit="run", dynamic_ncols=True) as bar:
         try:
             tasks = {pool.submit(_run_stages, run, places, children): run for run in left}

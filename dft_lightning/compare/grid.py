@@ -19,9 +19,7 @@ from dft_lightning.errors import InputError
 from dft_lightning.files import refuse_link, write_text
 
 RUNS = "runs"
-STARTS = "starts"
 _PATHS = {"trainer": {"default_root_dir", "logger"}}
-_RECORDERS_PATHS = {"folder", "starts"}
 _PLACE = {"model": {"loss"}}  # of a run in the grid, with its learning rate and seed
 _REPLACED = ("GenerationEvaluation", "ModelCheckpoint", "RunRecorder")
 
@@ -114,12 +112,7 @@ def _run(settings: Settings, fit_config: dict[str, Any], output: Path, run: RunI
     config["seed_everything"] = batches["seed"] = run.seed
     recorder = {
         "class_path": "dft_lightning.compare.RunRecorder",
-        "init_args": {
-            "folder": str(folder),
-            "run": dataclasses.asdict(run),
-            "evaluation": settings.evaluation,
-            "starts": str(output / STARTS),
-        },
+        "init_args": {"folder": str(folder), "run": dataclasses.asdict(run), "evaluation": settings.evaluation},
     }
     config["trainer"] |= {
         "default_root_dir": str(folder),
@@ -177,12 +170,12 @@ def write_config(run: Run) -> None:
 
 def without_paths(config: dict[str, Any]) -> dict[str, Any]:
     """A run's config without where it writes: it may lie elsewhere, or be called by another path."""
-    return _without(config, _PATHS, _RECORDERS_PATHS)
+    return _without(config, _PATHS, {"folder"})
 
 
 def common_part(config: dict[str, Any]) -> dict[str, Any]:
     """What the configs of all runs of a comparison share: all but loss, learning rate, seed and paths."""
-    plain = _without(config, {**_PATHS, **_PLACE}, {*_RECORDERS_PATHS, "run"})
+    plain = _without(config, {**_PATHS, **_PLACE}, {"folder", "run"})
     plain.pop("seed_everything", None)
     plain.get("data", {}).get("batches", {}).pop("seed", None)
     plain.get("model", {}).get("optimizer", {}).get("init_args", {}).pop("lr", None)

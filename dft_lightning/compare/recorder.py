@@ -133,17 +133,12 @@ class RunRecorder(Callback):
         folder: the run's folder.
         run: which run this is.
         evaluation: what is measured, and when.
-        starts: a folder where the right answers before the first step are kept for other runs that begin with the
-            same weights; every run scores its own for ``None``.
     """
 
-    def __init__(
-        self, folder: str, run: RunIdentity, evaluation: Evaluation = Evaluation(), starts: str | None = None
-    ) -> None:
+    def __init__(self, folder: str, run: RunIdentity, evaluation: Evaluation = Evaluation()) -> None:
         self.folder = Path(folder)
         self.run = run
         self.evaluation = evaluation
-        self.starts = None if starts is None else Path(starts)
         self._rank, self._world_size = 0, 1
         self._started = 0.0
         self._forget()
@@ -329,9 +324,6 @@ class RunRecorder(Callback):
     def _count_of_start(
         self, trainer: pl.Trainer, module: CausalLMModule, split: str, temperature: float, num_samples: int
     ) -> list[int]:
-        measure = partial(self._count, trainer, module, split, temperature, num_samples)
-        if self.starts is None:
-            return measure()
         problems = trainer.datamodule.splits.problems(split)  # type: ignore[attr-defined]
         decided_by = {
             **{name: value for name, value in self._common(trainer).items() if name != "run"},
@@ -340,7 +332,8 @@ class RunRecorder(Callback):
             "generation": asdict(at_temperature(module.evaluation.generation, temperature)),
             "samples": [num_samples, self.evaluation.seed],
         }
-        return measured_once(trainer, self.starts, decided_by, measure)
+        measure = partial(self._count, trainer, module, split, temperature, num_samples)
+        return measured_once(trainer, decided_by, measure)
 
     def _keep_log_probs(self, trainer: pl.Trainer, module: CausalLMModule, when: str) -> None:
         module.train_telemetry.stop_clock()

@@ -1,8 +1,9 @@
-"""What is measured of the model that runs begin with, once for all of them: generating answers is what takes time."""
+"""What is measured of the model that runs begin with, once for all of a call: generating answers is what takes time."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,26 +14,28 @@ from dft_lightning.compare.files import read_json, write_json
 from dft_lightning.compare.hashes import hash_texts
 from dft_lightning.distributed.strategies import on_first_rank
 
+STARTS = "DFT_LIGHTNING_STARTS"  # a folder; set by compare for its runs, which have one config and one code
 
-def measured_once(trainer: pl.Trainer, folder: Path, decided_by: Any, measure: Callable[[], list[int]]) -> list[int]:
-    """What a file holds, which another run has written; without one what is measured, which is written there.
 
-    A collective. Runs at once may each measure it.
+def measured_once(trainer: pl.Trainer, decided_by: Any, measure: Callable[[], list[int]]) -> list[int]:
+    """What another run of the same call of ``compare`` has measured, or what is measured now and kept for others.
+
+    A collective. Runs at once may each measure it; a run that is started by hand does.
 
     Args:
         trainer: tells the ranks.
-        folder: of such files.
-        decided_by: all that the result depends on, for JSON.
+        decided_by: what the result depends on beside the code and the config that all runs of a call share, for JSON.
         measure: a collective.
 
     Raises:
-        InputError: the file is broken, or none can be written.
+        InputError: what was kept is broken, or cannot be kept.
     """
-    path = folder / f"{hash_texts([json.dumps(decided_by, sort_keys=True)])[:32]}.json"
-    known: list[Any] = [None]
-    on_first_rank(trainer, lambda: known.append(read_json(path)))
-    found: list[int] | None = trainer.strategy.broadcast(known)[-1]
+    folder, known = os.environ.get(STARTS), list[Any]()
+    path = Path(folder or "") / f"{hash_texts([json.dumps(decided_by, sort_keys=True)])[:32]}.json"
+    on_first_rank(trainer, lambda: known.append(read_json(path) if folder else None))
+    found: list[int] | None = trainer.strategy.broadcast(known)[0]
     if found is None:
-        found = measure()
-        on_first_rank(trainer, lambda: write_json(path, found), f"{path}: ")
+        measured = measure()
+        on_first_rank(trainer, lambda: write_json(path, measured) if folder else None, f"{path}: ")
+        return measured
     return found
