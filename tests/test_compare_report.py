@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -47,7 +48,7 @@ def test_each_measure_chooses_its_own_rate_on_validation(tmp_path):
         assert (greedy.learning_rate, greedy.validation, len(greedy.records)) == (1e-3, 0.7, 3)
         assert (sampled.learning_rate, sampled.validation, len(sampled.records)) == (1e-4, 0.2, 1)
         assert greedy.at_edge
-        assert not greedy.tied
+        assert greedy.tied == []
     choice = findings.choices["greedy"][0]
     assert choice.of_seeds("test", "greedy") == [20 / 40, 21 / 40, 22 / 40]
     assert choice.over_problems().mean == pytest.approx((20 + 21 + 22) / 120)
@@ -58,9 +59,16 @@ def test_of_equal_rates_the_one_with_lower_nll_is_taken_and_the_report_says_so(t
     for rate, greedy, nll in ((1e-2, 0.5, 0.4), (1e-3, 0.5, 0.3), (1e-4, 0.5, 0.3), (1e-5, 0.25, 0.1)):
         write_run(tmp_path, "CE", rate, validation=(greedy, 0.5), nll=nll)
     choice = findings_of(tmp_path).choices["greedy"][0]
-    assert (choice.learning_rate, choice.tied, choice.at_edge) == (1e-4, True, False)
+    assert (choice.learning_rate, choice.tied, choice.at_edge) == (1e-4, [1e-3, 1e-2], False)
     main(["--report_only", str(tmp_path)])
-    assert "| CE | 0.0001 = | 0.500 |" in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "| CE | 0.0001 = | 0.500 |" in text
+    assert "the divergence from the start is CE 0.0001 at 0.0001, in nats" in text
+    shutil.rmtree(tmp_path / "runs" / "ce-lr0.01-seed0")
+    write_run(tmp_path, "CE", 1e-2, validation=(0.5, 0.5), nll=0.2)  # as good, and further away
+    main(["--report_only", str(tmp_path)])
+    text = (tmp_path / "report.md").read_text()
+    assert "the divergence from the start is CE 0.010 at 0.01 (0.0001 at 0.0001, which was as good), in nats" in text
 
 
 def test_nll_is_better_when_lower(tmp_path):
@@ -418,16 +426,16 @@ def test_forgetting_by_source_and_divergence(tmp_path):
     main(["--report_only", str(tmp_path)])
     text = (tmp_path / "report.md").read_text()
     assert (
-        "- Forgetting: at each loss's best rate by exact match, greedy the divergence from the start is CE 0.001 at 0"
+        "- Forgetting, at each loss's best rate (exact match, greedy): the divergence from the start is CE 0.001 at"
         in text
     )
-    swept = text[text.index("### Every learning rate") :].splitlines()
+    swept = text[text.index("### Every learning rate\n") :].splitlines()
     titles = [title.strip() for title in swept[2].split("|")]
     assert titles[-5:-1] == [f"forgetting: {name}" for name in FORGOTTEN]
     values = [[cell.strip() for cell in line.split("|")] for line in swept if line.startswith("| CE |")]
     assert [(row[2], row[-2]) for row in values[:2]] == [("0.0001", "0.0001"), ("0.001", "0.001")]
     section = text[text.index("### Forgetting\n") :].splitlines()
-    rates = "Learning rates, best by exact match, greedy on validation rows: CE 0.001, DFT 0.001."
+    rates = "Learning rates, best on validation rows (exact match, greedy): CE 0.001, DFT 0.001."
     assert sum(rates in line for line in section[:40] if line.startswith("After training")) == 2
     assert next(line for line in section if line.startswith("| before training")).endswith(" | 0.000 |")
     assert next(line for line in section if line.startswith("| CE")).endswith(" | 0.001 (0.001 to 0.001) |")

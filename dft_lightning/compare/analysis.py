@@ -39,7 +39,7 @@ class Choice:
         learning_rate: the rate.
         validation: mean over the sweep's seeds on validation rows, by which it was chosen.
         at_edge: whether it is the lowest or the highest of the sweep: a better one may lie beyond.
-        tied: whether another rate was as good by the measure.
+        tied: other rates that were as good by the measure.
         records: its runs, the sweep's and those of further seeds.
     """
 
@@ -48,7 +48,7 @@ class Choice:
     learning_rate: float
     validation: float
     at_edge: bool
-    tied: bool
+    tied: list[float]
     records: list[Record] = field(repr=False)
 
     def of_seeds(self, split: str, measure: str) -> list[float]:
@@ -90,7 +90,7 @@ def choose(records: Sequence[Record], loss: str, measure: Measure, settings: dic
     best = max(found, key=lambda rate: (*(_rank(sign * found[rate][0]), _rank(-found[rate][1])), -rate))
     rates = settings["learning_rates"]
     at_edge = len(rates) > 1 and best in (min(rates), max(rates))
-    tied = [value for value, _ in found.values()].count(found[best][0]) > 1
+    tied = sorted(rate for rate, (value, _) in found.items() if value == found[best][0] and rate != best)
     runs = sorted((record for record in own if record.learning_rate == best), key=lambda record: record.seed)
     return Choice(loss, measure, best, found[best][0], at_edge, tied, runs)
 
@@ -221,7 +221,7 @@ class Findings:
     def rates(self, measure: str) -> str:
         """The learning rate of each loss that is best by a measure, in words."""
         rates = ", ".join(f"{choice.loss} {choice.learning_rate:g}" for choice in self.chosen_by(measure))
-        return f"Learning rates, best by {self.measures[measure].title} on validation rows: {rates}."
+        return f"Learning rates, best on validation rows ({self.measures[measure].title}): {rates}."
 
     def sweep(self) -> list[Record]:
         """The runs by which learning rates are chosen."""

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from dft_lightning.compare.analysis import BASE, Findings, analyse
+from dft_lightning.compare.analysis import BASE, Choice, Findings, analyse
 from dft_lightning.compare.execute import last_error
 from dft_lightning.compare.files import CONFIG, FIT, SETTINGS, TEST, read_calls, read_yaml
 from dft_lightning.compare.grid import RUNS, is_tested
@@ -173,15 +173,23 @@ def _forgotten(findings: Findings) -> list[str]:
     choices = findings.choices[findings.main_measure]
     if not all(record.curve("forgetting", "kl") for choice in choices for record in choice.records):
         return []
-    losses = [
-        f"{choice.loss} {number(statistics.fmean(choice.of_seeds('forgetting', 'kl')))} at {choice.learning_rate:g}"
-        for choice in choices
-    ]
-    measure = findings.measures[findings.main_measure].title
+    losses = [_distance(findings, choice) for choice in choices]
+    several = len({record.learning_rate for record in findings.sweep()}) > 1
     return [
-        f"Forgetting: at each loss's best rate by {measure} the divergence from the start is {', '.join(losses)} (nats "
-        "per token on the second validation set). For losses at one rate see the table of every learning rate."
+        f"Forgetting, at each loss's best rate ({findings.measures[findings.main_measure].title}): the divergence from "
+        f"the start is {', '.join(losses)}, in nats per token on the second validation set."
+        + (" For losses at one rate see the table of every learning rate." if several else "")
     ]
+
+
+def _distance(findings: Findings, choice: Choice) -> str:
+    """Of a loss at its rate, and at the lowest of the sweep that was as good."""
+    found = f"{choice.loss} {number(statistics.fmean(choice.of_seeds('forgetting', 'kl')))} at {choice.learning_rate:g}"
+    for rate in [rate for rate in choice.tied if rate < choice.learning_rate][:1]:
+        runs = [run for run in findings.sweep() if (run.loss, run.learning_rate) == (choice.loss, rate)]
+        as_good = statistics.fmean(run.at_end("forgetting", "kl") for run in runs)
+        found += f" ({number(as_good)} at {rate:g}, which was as good)"
+    return found
 
 
 def _in_words(findings: Findings, measure: str) -> str:
@@ -281,8 +289,8 @@ def sections(findings: Findings, plots: list[Plot], unfinished: dict[str, str]) 
         text = [
             "Of the seeds that both losses have: a paired bootstrap over problems (10,000 resamples), and the p-value "
             "of 20,000 random flips of the problems' differences, which Holm's rule adjusts for the number of pairs. "
-            "One is called better where that is below 0.05 and the interval excludes zero; of three seeds or more, "
-            "where Student's interval over seeds does, too. With fewer seeds the statement is of those that ran."
+            "One is called better where that is below 0.05 and the interval excludes zero; where there is Student's "
+            "interval over seeds, it must as well. Otherwise the statement is of the seeds that ran."
         ]
         parts.append(Section("Pairs of losses", text, pairs, []))
     parts.append(Section("Along training", [], [], take("validation_greedy", "validation_sampled", "validation_pass")))

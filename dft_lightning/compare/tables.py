@@ -227,7 +227,8 @@ def sweep_table(findings: Findings) -> Table | None:
     ]
     caption = "What is forgotten depends on the rate: set losses against each other at one rate, too."
     columns_of_rows = ["loss", "learning rate", *titles]
-    return Table("Every learning rate, on validation rows", columns_of_rows, rows, caption if forgotten else "")
+    caption = f"On validation rows, and forgetting rows. {caption}" if forgotten else "On validation rows."
+    return Table("Every learning rate", columns_of_rows, rows, caption)
 
 
 _FORGOTTEN = ("greedy", "nll", "token_accuracy", "kl")

@@ -113,8 +113,8 @@ def nll_against_objective(findings: Findings, styles: Styles) -> Plot | None:
     add_legend(axes)
     caption = (
         "On validation rows, before training, along it and after (the large hollow mark). On a line with slope one the "
-        "two fall together; where a line rises to the left, cross-entropy grows while the objective falls. "
-        + findings.rates(findings.main_measure)
+        "two fall together; where a line rises to the left, cross-entropy grows while the objective falls. The first "
+        "seed. " + findings.rates(findings.main_measure)
     )
     return Plot("nll_against_objective", "nll against the objective", caption, figure)
 
