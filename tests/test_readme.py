@@ -264,15 +264,17 @@ def real_passages() -> Iterator[str]:
         f"the lowest, 2e-5, it is {min(at_lowest)} to {max(at_lowest)}"
     )
     dft, ce, focal = (on_test_rows("repeating", loss, "sampled") for loss in ("DFT", "CE", "focal"))
-    yield f"sampled, it is right in {dft}, where cross-entropy is in {ce}, about as often as its demonstrations"
+    yield f"sampled, it is right in {dft} of the repetitions, where cross-entropy is in {ce}"
     yield f"and focal loss in {focal}"
+    dft, ce, focal = (on_test_rows("word_problems_wrong", loss, "sampled") for loss in ("DFT", "CE", "focal"))
+    yield f"in {dft} of the word problems, against {ce} and {focal}"
     said = set()
     for task in REAL_TASKS:
         config = shipped(f"compare/{task}")
         for place, rate in enumerate(config["learning_rates"]):
             runs = [run for run in first_seed(task) if run["learning_rate"] == str(rate)]
             assert most(runs, "forgetting_kl") == "DFT"  # "furthest at each rate"
-            if task == REAL_TASKS[0]:
+            if task != "repeating":
                 assert (most(runs, "forgetting_token_accuracy") == "DFT") == (place < 2)  # "at the two lower ones"
         data, seeds = config["overrides"]["data"], len(config["seeds"]) + len(config["seeds_at_best"])
         rates = WORDS[len(config["learning_rates"])]
@@ -318,7 +320,7 @@ def left_out_passages() -> Iterator[str]:
 
 
 REAL = {"cross-entropy": "CE", "DFT": "DFT", "focal, gamma 2": "focal"}
-REAL_TASKS = ("word_problems", "repeating")
+REAL_TASKS = ("word_problems", "word_problems_wrong", "repeating")
 MEASURES = ("greedy", "sampled")
 OF_REAL = (*MEASURES, "pass_at_4")
 
@@ -543,7 +545,7 @@ def test_figures_are_those_of_the_results(page, passage):
 SETTINGS = (
     "a Llama of 0.33M parameters",
     "greedy / avg@4 sampled at temperature 1 / pass@4",
-    "but for pass@4 of DFT in the first task",
+    "but for pass@4 of DFT in the first column",
     "at the rate best by avg@4",
     "at the lowest rate, 2e-5",
     "gradient_threshold 6e-5",
