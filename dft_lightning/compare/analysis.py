@@ -218,14 +218,19 @@ class Findings:
         adjusted = holm([pair.p_value for pair in pairs])
         return [replace(pair, adjusted=value) for pair, value in zip(pairs, adjusted, strict=True)]
 
-    def rates(self, measure: str) -> str:
-        """The learning rate of each loss that is best by a measure, in words."""
+    def rates(self, measure: str | None = None) -> str:
+        """The learning rate of each loss that is best by a measure, or by the main one, in words."""
+        measure = measure or self.main_measure
         rates = ", ".join(f"{choice.loss} {choice.learning_rate:g}" for choice in self.chosen_by(measure))
         return f"Learning rates, best on validation rows ({self.measures[measure].title}): {rates}."
 
     def sweep(self) -> list[Record]:
         """The runs by which learning rates are chosen."""
         return [r for r in self.records if r.loss in self.losses and r.seed in self.settings["seeds"]]
+
+    def swept(self, loss: str, rate: float) -> list[Record]:
+        """Those of a loss at a learning rate."""
+        return [r for r in self.sweep() if (r.loss, r.learning_rate) == (loss, rate)]
 
     def chosen_by(self, measure: str) -> list[Choice]:
         """Each loss at the learning rate that was best by any measure."""

@@ -324,11 +324,11 @@ class RunRecorder(Callback):
     def _count_of_start(
         self, trainer: pl.Trainer, module: CausalLMModule, split: str, temperature: float, num_samples: int
     ) -> list[int]:
-        problems = trainer.datamodule.splits.problems(split)  # type: ignore[attr-defined]
+        problems = trainer.datamodule.splits.problems(split, self._limit(split))  # type: ignore[attr-defined]
         decided_by = {
             **{name: value for name, value in self._common(trainer).items() if name != "run"},
             "weights": self._initial_weights,
-            "problems": hash_texts(problems[: self._limit(split)]),
+            "problems": hash_texts(problems),
             "generation": asdict(at_temperature(module.evaluation.generation, temperature)),
             "samples": [num_samples, self.evaluation.seed],
         }

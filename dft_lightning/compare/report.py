@@ -185,11 +185,11 @@ def _forgotten(findings: Findings) -> list[str]:
 def _distance(findings: Findings, choice: Choice) -> str:
     """Of a loss at its rate, and at the lowest of the sweep that was as good."""
     found = f"{choice.loss} {number(statistics.fmean(choice.of_seeds('forgetting', 'kl')))} at {choice.learning_rate:g}"
-    for rate in [rate for rate in choice.tied if rate < choice.learning_rate][:1]:
-        runs = [run for run in findings.sweep() if (run.loss, run.learning_rate) == (choice.loss, rate)]
-        as_good = statistics.fmean(run.at_end("forgetting", "kl") for run in runs)
-        found += f" ({number(as_good)} at {rate:g}, which was as good)"
-    return found
+    lowest = min([choice.learning_rate, *choice.tied])
+    if lowest == choice.learning_rate:
+        return found
+    as_good = statistics.fmean(run.at_end("forgetting", "kl") for run in findings.swept(choice.loss, lowest))
+    return f"{found} ({number(as_good)} at {lowest:g}, which was as good)"
 
 
 def _in_words(findings: Findings, measure: str) -> str:

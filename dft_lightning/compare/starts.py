@@ -30,12 +30,13 @@ def measured_once(trainer: pl.Trainer, decided_by: Any, measure: Callable[[], li
     Raises:
         InputError: what was kept is broken, or cannot be kept.
     """
-    folder, known = os.environ.get(STARTS), list[Any]()
-    path = Path(folder or "") / f"{hash_texts([json.dumps(decided_by, sort_keys=True)])[:32]}.json"
-    on_first_rank(trainer, lambda: known.append(read_json(path) if folder else None))
+    if STARTS not in os.environ:
+        return measure()
+    path = Path(os.environ[STARTS]) / f"{hash_texts([json.dumps(decided_by, sort_keys=True)])[:32]}.json"
+    known = list[Any]()
+    on_first_rank(trainer, lambda: known.append(read_json(path)))
     found: list[int] | None = trainer.strategy.broadcast(known)[0]
     if found is None:
-        measured = measure()
-        on_first_rank(trainer, lambda: write_json(path, measured) if folder else None, f"{path}: ")
-        return measured
+        found = measure()
+        on_first_rank(trainer, lambda: write_json(path, found), f"{path}: ")
     return found

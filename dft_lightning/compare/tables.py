@@ -133,8 +133,7 @@ def forgetting_table(findings: Findings) -> Table | None:
     for choice in choices:
         rows.append([choice.loss, *(_with_range(choice, "forgetting", name) for name in names)])
     titles = [findings.measures[name].title for name in names]
-    caption = f"After training, {_RANGE}. {findings.rates(findings.main_measure)}"
-    return Table("Forgetting", ["", *titles], rows, caption)
+    return Table("Forgetting", ["", *titles], rows, _after_training(findings))
 
 
 def forgetting_source_table(findings: Findings) -> Table | None:
@@ -151,8 +150,7 @@ def forgetting_source_table(findings: Findings) -> Table | None:
         for choice in choices:
             rows.append([source, choice.loss, *(_with_range(choice, "forgetting", name) for name in names)])
     titles = [findings.measures[name].title for name in measures]
-    caption = f"After training, {_RANGE}. {findings.rates(findings.main_measure)}"
-    return Table("Forgetting by source", ["source", "", *titles], rows, caption) if rows else None
+    return Table("Forgetting by source", ["source", "", *titles], rows, _after_training(findings)) if rows else None
 
 
 def _measured(choices: Sequence[Choice], name: str) -> bool:
@@ -160,6 +158,10 @@ def _measured(choices: Sequence[Choice], name: str) -> bool:
 
 
 _RANGE = "mean and, in brackets, the lowest and the highest seed where there are several"
+
+
+def _after_training(findings: Findings) -> str:
+    return f"After training, {_RANGE}. {findings.rates()}"
 
 
 def _with_range(choice: Choice, split: str, name: str) -> str:
@@ -185,8 +187,7 @@ def description_table(findings: Findings) -> Table:
         "What the losses leave behind",
         columns,
         rows,
-        f"After training on test rows, {_RANGE}; the last two, means over training. "
-        f"{findings.rates(findings.main_measure)}",
+        f"After training on test rows, {_RANGE}; the last two, means over training. {findings.rates()}",
     )
 
 
@@ -202,7 +203,7 @@ def bucket_table(findings: Findings) -> Table:
     rows += [[choice.loss, *map(number, choice.records[0].bucket_means()[2])] for choice in choices]
     columns = ["probability before", *(f"{low:g} to {high:g}" for low, high in BUCKETS)]
     caption = "Means after training of the targets that the base model gave such a probability, of the first seed. "
-    caption += findings.rates(findings.main_measure)
+    caption += findings.rates()
     return Table("Probabilities of the training targets, before and after", columns, rows, caption)
 
 
@@ -218,17 +219,19 @@ def sweep_table(findings: Findings) -> Table | None:
     rows = []
     for loss in findings.losses:
         for rate in rates:
-            own = [record for record in sweep if (record.loss, record.learning_rate) == (loss, rate)]
+            own = findings.swept(loss, rate)
             if own:
                 cells = [number(_mean([record.at_end(*column) for record in own])) for column in columns]
                 rows.append([loss, f"{rate:g}", *cells])
-    titles = [
-        ("forgetting: " if split == "forgetting" else "") + findings.measures[name].title for split, name in columns
-    ]
-    caption = "What is forgotten depends on the rate: set losses against each other at one rate, too."
-    columns_of_rows = ["loss", "learning rate", *titles]
-    caption = f"On validation rows, and forgetting rows. {caption}" if forgotten else "On validation rows."
-    return Table("Every learning rate", columns_of_rows, rows, caption)
+    titles = [findings.measures[name].title for name in findings.settings["measures"]]
+    titles += [f"forgetting: {findings.measures[name].title}" for name in forgotten]
+    caption = "On validation rows."
+    if forgotten:
+        caption = (
+            "On validation rows, and forgetting rows. What is forgotten depends on the rate: set losses against each "
+            "other at one rate, too."
+        )
+    return Table("Every learning rate", ["loss", "learning rate", *titles], rows, caption)
 
 
 _FORGOTTEN = ("greedy", "nll", "token_accuracy", "kl")

@@ -113,10 +113,11 @@ class Splits:
         rows = self._rows[split]
         return list(rows["answer"][: len(rows) if limit is None else limit])
 
-    def problems(self, split: str) -> list[str]:
-        """Prompt and answer of each row of a split, to tell whether two runs had the same."""
-        rows = self._rows[split]
-        return [f"{prompt}{answer}" for prompt, answer in zip(rows["prompt"], rows["answer"], strict=True)]
+    def problems(self, split: str, limit: int | None = None) -> list[str]:
+        """Prompt and answer of the first ``limit`` rows of a split, to tell whether two runs had the same."""
+        prompts = self._rows[split]["prompt"]
+        answers = self.answers(split, limit)
+        return [f"{prompt}{answer}" for prompt, answer in zip(prompts[: len(answers)], answers, strict=True)]
 
     def dataset(
         self, split: str, pad_token_id: int, *, with_prompts: bool, limit: int | None, packs: Packs | None

@@ -49,7 +49,7 @@ def logged_in_training(findings: Findings, styles: Styles, name: str, title: str
     figure, axes = new_figure("optimizer step", title)
     bands = _draw(axes, styles, lines, logarithmic=True, marked=False)
     add_legend(axes)
-    caption = f"As logged in training. {findings.rates(findings.main_measure)} {bands}"
+    caption = f"As logged in training. {findings.rates()} {bands}"
     return Plot(name.replace("/", "_"), title, caption, figure)
 
 
@@ -114,7 +114,7 @@ def nll_against_objective(findings: Findings, styles: Styles) -> Plot | None:
     caption = (
         "On validation rows, before training, along it and after (the large hollow mark). On a line with slope one the "
         "two fall together; where a line rises to the left, cross-entropy grows while the objective falls. The first "
-        "seed. " + findings.rates(findings.main_measure)
+        "seed. " + findings.rates()
     )
     return Plot("nll_against_objective", "nll against the objective", caption, figure)
 

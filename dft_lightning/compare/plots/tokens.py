@@ -64,7 +64,7 @@ def by_bucket(findings: Findings, styles: Styles) -> Plot | None:
     axes.set_ylim(0, 1.02)
     add_legend(axes)
     caption = "Targets of training rows by what the base model gave them; wrong demonstrations are among the unlikely. "
-    caption += f"The first seed. {findings.rates(findings.main_measure)}"
+    caption += f"The first seed. {findings.rates()}"
     return Plot("probability_buckets", "What was unlikely before, and after", caption, figure)
 
 
