@@ -268,6 +268,16 @@ def real_passages() -> Iterator[str]:
     yield f"and focal loss in {focal}"
     dft, ce, focal = (on_test_rows("word_problems_wrong", loss, "sampled") for loss in ("DFT", "CE", "focal"))
     yield f"in {dft} of the word problems, against {ce} and {focal}"
+    by_problem = "sampled", "greedy"
+    wrong, repeated = ([over_problems(task, how, "DFT", "CE") for how in by_problem] for task in REAL_TASKS[1:])
+    first, _, rest = repeated[0].partition(" (")
+    yield f"Over cross-entropy that is {first} more ({rest.rstrip(')')}, 95% over problems) and {wrong[0]}"
+    yield f"Greedy, no difference is shown: {repeated[1]} and {wrong[1]}"
+    ce, focal = (over_problems("word_problems", "greedy", loss, "DFT") for loss in ("CE", "focal"))
+    yield f"better than DFT greedily, by {ce} and {focal}"
+    yield f"not shown to differ: {over_problems('word_problems', 'sampled', 'CE', 'DFT')}"
+    ce, dft = (over_problems("word_problems", "sampled", loss, "focal") for loss in ("CE", "DFT"))
+    yield f"both are better than focal loss, by {ce} and {dft}"
     said = set()
     for task in REAL_TASKS:
         config = shipped(f"compare/{task}")
@@ -293,6 +303,20 @@ def real_passages() -> Iterator[str]:
 
 def most(runs: list[dict[str, str]], column: str, named: str = "loss") -> str:
     return max(runs, key=lambda run: float(run[column]))[named]
+
+
+PAIRS = {"greedy": "### exact match, greedy: differences", "sampled": "### avg@4 at temperature 1: differences"}
+
+
+def over_problems(comparison: str, measure: str, first: str, second: str) -> str:
+    """How much better one loss is than another, with the interval, as the report's table of pairs has it."""
+    report = (ROOT / "docs" / "results" / comparison / "report.md").read_text(encoding="utf-8")
+    table = report.partition(PAIRS[measure])[2].partition("\n### ")[0]
+    for one, other, sign in ((first, second, 1), (second, first, -1)):
+        if row := re.search(rf"^\| {one} \| {other} \| (\S+) \| (\S+) to (\S+) \|", table, re.MULTILINE):
+            mean, *ends = (sign * float(value) for value in row.groups())
+            return f"{mean:.3f} ({min(ends):.3f} to {max(ends):.3f})"
+    raise AssertionError(f"no pair of {first} and {second}")
 
 
 def divergences(loss: str, lowest: bool = False) -> list[str]:
