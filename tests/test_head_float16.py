@@ -15,6 +15,7 @@ from dft_lightning.losses import statistics_from_logits
 from dft_lightning.ops import linear_head, linear_token_loss, products
 from dft_lightning.ops.products import GradientScale
 from dft_lightning.ops.row_math import Coefficients
+from test_gradient_threshold import raw_gradient
 from test_linear_head import AllStatistics, EntropyWeighted, full_logits, full_loss, gradients, relative
 
 
@@ -28,6 +29,7 @@ class WholeSequences(TokenLoss):
 
 
 LOSSES = [DFTLoss(), CrossEntropyLoss(), FocalLoss(2.0), EntropyWeighted(), AllStatistics(), WholeSequences()]
+LOSSES_WITH_THRESHOLD = LOSSES[:4]
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +108,35 @@ def test_chunks_of_any_size_of_gradient(loss, falling):
         assert relative(ours, reference) < 3e-3
     # Each token's own is right, however small beside those of other chunks.
     assert max(relative(*pair) for pair in zip(by_hidden, hidden, strict=True)) < 3e-3
+
+
+@pytest.mark.parametrize("loss", LOSSES_WITH_THRESHOLD, ids=repr)
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("token_weight", [1.0, 1e-5])
+def test_with_a_gradient_threshold(loss, softcap, token_weight):
+    """In two chunks, whose classes and errors are those in float64, whatever scale the gradient has in float16."""
+    own, exact = leaves_of(24, 3001, 0.3)
+    targets = torch.randint(0, 3001, (24,))
+    for hidden, weight, _ in (own, exact):
+        hidden.data += weight.data[targets].mul(4).round().div(4)
+    factors = torch.full((24,), token_weight, dtype=torch.float64)
+    largest = raw_gradient(exact, targets, loss, logit_softcap=softcap, token_weight=factors).abs().amax(0)
+    options = {"logit_softcap": softcap, "gradient_threshold": float(largest.quantile(0.7)), "normalizer": 24.0}
+    found = []
+    for leaves, in_dtype in ((own, torch.float16), (exact, torch.float64)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(linear_head, "_product_dtype", lambda hidden, weight, dtype=in_dtype: dtype)
+            output = linear_token_loss(
+                *leaves[:2], targets, loss, bias=leaves[2], token_weight=factors.to(leaves[0].dtype),
+                chunk_bytes=12 * 3008 * in_dtype.itemsize, **options,
+            )  # fmt: skip
+        found.append((output.dropped, *gradients(output.loss * 2.0**10, leaves)))
+    (dropped, *ours), (expected, *theirs) = found
+    assert 0.2 < (theirs[1] != 0).any(1).double().mean() < 0.4
+    torch.testing.assert_close(dropped.double(), expected, rtol=1e-2, atol=1e-2 * float(expected.max()))
+    for name, a, b in zip(("hidden", "weight", "bias"), ours, theirs, strict=True):
+        assert a.isfinite().all()
+        assert relative(a, b) < 1e-2, name
 
 
 def test_float16_under_a_gradient_scaler():
