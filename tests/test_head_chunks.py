@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dft_lightning import DFTLoss
 from dft_lightning.foreign.torch import has_sigmoid_of_product
 from dft_lightning.ops import chunks, linear_token_loss
+from dft_lightning.ops import products as products_module
 from dft_lightning.ops.call import HeadSettings, ReferenceHead
 from dft_lightning.ops.chunks import DEFAULT_CHUNK_BYTES
 from dft_lightning.ops.pieces import filled, multiplied, row_pieces, scaled, times_rows, with_pages
@@ -146,6 +147,7 @@ def test_what_is_no_product_is_done_by_one_thread_a_piece_at_a_time(dtype, monke
     weight = torch.randn(vocabulary, hidden_size, dtype=dtype, requires_grad=True)
     targets = torch.randint(vocabulary, (n,))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(products_module, "_FRESH_TILE_BYTES", 2 * n * vocabulary)
     with Sizes(2**15, n * vocabulary // 4) as sizes:
         linear_token_loss(hidden, weight, targets, DFTLoss()).loss.backward()
     made = {aten.empty, aten.empty_like, aten.detach, aten.view}
@@ -154,6 +156,33 @@ def test_what_is_no_product_is_done_by_one_thread_a_piece_at_a_time(dtype, monke
     with Sizes(2**15, n * vocabulary // 4) as sizes:
         linear_token_loss(hidden, weight, targets, DFTLoss()).loss.backward()
     assert sizes.found - made > {aten.mm}
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_product_without_a_buffer_comes_in_tiles(with_bias, monkeypatch):
+    """Of some rows and classes, together those of the whole; none is larger than a tile may be."""
+    if not has_sigmoid_of_product():
+        pytest.skip("this CPU has no product of bfloat16 with a sigmoid")
+    own, sizes = products_module.sigmoid_of_product, []
+
+    def recorded(*args):
+        sizes.append(tuple(own(*args).shape))
+        return own(*args)
+
+    monkeypatch.setattr(products_module, "sigmoid_of_product", recorded)
+    hidden, weight = torch.randn(50, 32, dtype=BFLOAT16), torch.randn(1000, 32, dtype=BFLOAT16)
+    bias = torch.randn(1000) if with_bias else None
+    settings = HeadSettings(LogitTransform(1.0, None), {}, BFLOAT16, 50 * 1008 * 2, None)
+    with HeadProducts(hidden, weight, bias, settings) as products:
+        whole = products.sigmoids(slice(0, 50), hidden, 3.0).clone()
+        assert sizes == [(50, 1000)]
+        monkeypatch.setattr(products_module, "_FRESH_TILE_BYTES", 20 * 130 * 2)
+        monkeypatch.setattr(products_module, "_FRESH_TILE_ROWS", 20)
+        assert torch.equal(products.sigmoids(slice(0, 50), hidden, 3.0), whole)
+        logits = hidden.double() @ weight.double().t() + (0 if bias is None else bias.double())
+        torch.testing.assert_close(whole.double(), (logits - 3).sigmoid(), rtol=2**-7, atol=1e-30)
+        ragged = [(20, 128)] * 7 + [(20, 104)]
+        assert sizes[1:] == [*ragged, *ragged, *[(10, 256)] * 3, (10, 232)]
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])

@@ -123,7 +123,7 @@ def _exponentials(
     """
     above = _base(target_logit)
     hidden = products.scaled_hidden(rows)
-    values, base = products.sigmoids(hidden, above), torch.full_like(target_logit, above)
+    values, base = products.sigmoids(rows, hidden, above), torch.full_like(target_logit, above)
     if products.has_nan:
         values.fill_(math.nan)
     if apart is not None:

@@ -24,6 +24,9 @@ _BLOCKS, _LEAST_ROWS = 8, 512
 # Weight-gradient rows whose half-precision product waits to be added to the accumulator (CPU).
 _TILE_BYTES = 16 * 2**20
 
+# A tile of a product that has no buffer to go to, and its most rows: enough of either for a fast product (CPU).
+_FRESH_TILE_BYTES, _FRESH_TILE_ROWS = 8 * 2**20, 2048
+
 
 NO_GRADIENTS = (False, False, False)
 
@@ -217,11 +220,19 @@ class HeadProducts:
         hidden = hidden.to(self.dtype)
         return hidden if self._transform.scale == 1.0 else hidden * self._transform.scale
 
-    def sigmoids(self, scaled_hidden: Tensor, base: float) -> Tensor:
-        """``[c, V]``, ``sigmoid(z - base)`` of logits that are not rounded before it; on the CPU in bfloat16."""
-        bias = self._scaled_bias
+    def sigmoids(self, rows: slice, scaled_hidden: Tensor, base: float) -> Tensor:
+        """``[c, V]``, ``sigmoid(z - base)`` of logits that are not rounded before it; on the CPU in bfloat16.
+
+        In tiles, for each product is a fresh tensor: of a few megabytes it has the memory of the one before, where a
+        larger one waits for the system to give each of its pages, for longer than the product takes.
+        """
+        bias, weight, values = self._scaled_bias, self._cast_weight.contiguous(), self.kept(rows)
         shift = filled(self.vocabulary, -base, self._raised, self.device) if bias is None else bias - base
-        return sigmoid_of_product(scaled_hidden, self._cast_weight.contiguous(), shift)
+        for some in slices(len(values), _FRESH_TILE_ROWS):
+            classes = max(_FRESH_TILE_BYTES // ((some.stop - some.start) * values.itemsize) // 64, 1) * 64
+            for part in slices(self.vocabulary, classes):
+                values[some, part] = sigmoid_of_product(scaled_hidden[some], weight[part], shift[part])
+        return values
 
     @cached_property
     def has_nan(self) -> bool:
