@@ -5,10 +5,10 @@
     python benchmarks/gradient_threshold.py --plot docs/gradient_threshold.svg
 
 Needs a model folder with tokenizer, and rows with ``question`` and ``answer``; hidden states are as in ``head_error``.
-Times are of forward and backward in bfloat16, each candidate after its own three bare matrix products; the ratio is the
-median over rounds, after one that warms up. What is right for errors is the gradient in float32 of what was not
-rounded, so that the rounding of the inputs is part of each. ``--plot`` draws all results that are there, and measures
-nothing.
+Times are of forward and backward in bfloat16 and on huge pages, each candidate after its own three bare matrix
+products; the ratio is the median over rounds, after one that warms up. What is right for errors is the gradient in
+float32 of what was not rounded, so that the rounding of the inputs is part of each. ``--plot`` draws all results that
+are there, and measures nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from head_error import Problem
 from linear_head import CANDIDATES, RESULTS, bare_products, machine, missing, seconds
 from torch import Tensor
 
+import dft_lightning.__main__  # noqa: F401 (large tensors on huge pages for all, as the command has them)
 from dft_lightning import CrossEntropyLoss, DFTLoss, TokenLoss
 from dft_lightning.ops import TokenOutput, linear_token_loss
 

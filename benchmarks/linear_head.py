@@ -389,10 +389,10 @@ def main() -> None:
         busy()
         return
     if options.measurement:
-        if options.candidate == "dft_lightning":
-            import dft_lightning.__main__  # noqa: F401 (large tensors on huge pages, as the command has them)
         print(json.dumps(MEASUREMENTS[options.measurement](options)))
         return
+    import dft_lightning.__main__  # noqa: F401 (what the command tells torch and OpenMP, here for every candidate)
+
     given = (options.tokens, options.hidden, options.vocabulary)
     if any(given) and not all(given):
         parser.error("--tokens, --hidden and --vocabulary go together")

@@ -1,8 +1,11 @@
 """The quickstart with each of its losses: exact match before and after, and the time of each run.
 
     python benchmarks/quickstart.py
+    python benchmarks/quickstart.py --beside 2 --trainer.max_steps 30
+    GOMP_SPINCOUNT=300000 python benchmarks/quickstart.py --beside 2 --trainer.max_steps 30 --output spinning.json
 
-Further arguments are those of ``fit``, for all three runs.
+With ``--beside``, as many busy processes are there meanwhile; the last line has OpenMP's threads wait for each other as
+they do by default. Further arguments are those of ``fit``, for all three runs.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from linear_head import RESULTS, machine
+import dft_lightning.__main__  # isort: skip  # noqa: F401 (what the command tells torch and OpenMP, before torch)
+from linear_head import RESULTS, beside, machine
 
-import dft_lightning.__main__  # noqa: F401 (large tensors on huge pages, as the command has them)
 from dft_lightning.fit import main as command
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -40,10 +43,14 @@ def run(overlays: list[str], arguments: list[str]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS / "quickstart.json")
+    parser.add_argument("--beside", type=int, default=0, help="busy processes")
+    parser.add_argument("--output", type=Path, help="by default in benchmarks/results")
     options, arguments = parser.parse_known_args()
-    runs = {name: run(overlays, arguments) for name, overlays in OVERLAYS.items()}
-    options.output.write_text(json.dumps({**machine("cpu"), "runs": runs}, indent=1) + "\n")
+    with beside(options.beside):
+        runs = {name: run(overlays, arguments) for name, overlays in OVERLAYS.items()}
+    name = "quickstart" + (f"_beside_{options.beside}" if options.beside else "")
+    output = options.output or RESULTS / f"{name}.json"
+    output.write_text(json.dumps({**machine("cpu"), "runs": runs}, indent=1) + "\n")
     print(json.dumps(runs, indent=1))
 
 

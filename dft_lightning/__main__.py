@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 import sys
 
-# Large tensors on huge pages, where Linux gives them and the user has not decided: a training step on the CPU is some
-# percent faster. torch reads this at its first large tensor, which importing Lightning may make.
+# What the CPU is faster with, where the user has not decided.
+# Large tensors on huge pages, where Linux gives them: some percent of a training step. torch reads this at its first
+# large tensor, which importing Lightning may make.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# A thread that waits for another sleeps after some microseconds, not after milliseconds, in which it keeps the other
+# from its turn where processes share the cores: many small operations take ten times as long then. GNU's OpenMP reads
+# this when torch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from dft_lightning.cli import COMMANDS
 from dft_lightning.cli.commands import answered

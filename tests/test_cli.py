@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -374,14 +375,37 @@ def test_console_script_and_module_are_the_same_command(config, monkeypatch, tmp
     assert list(tmp_path.rglob("*step=2.ckpt"))
 
 
-def test_command_puts_large_tensors_on_huge_pages_unless_told_otherwise(monkeypatch):
-    import importlib
-
-    import dft_lightning.__main__ as command
-
-    for given, expected in ((None, "1"), ("0", "0")):
-        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
-        if given is not None:
-            monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given)
-        importlib.reload(command)
-        assert os.environ["THP_MEM_ALLOC_ENABLE"] == expected
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"THP_MEM_ALLOC_ENABLE": "1", "GOMP_SPINCOUNT": "1000"}),
+        ({"THP_MEM_ALLOC_ENABLE": "0", "GOMP_SPINCOUNT": "7"}, {"THP_MEM_ALLOC_ENABLE": "0", "GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"THP_MEM_ALLOC_ENABLE": "1", "OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_what_the_command_tells_torch_and_openmp_before_torch_is_loaded(given, expected):
+    """Unless the user has."""
+    names = ("THP_MEM_ALLOC_ENABLE", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+    code = (
+        "import json, os, sys\n"
+        "class Torch:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch':\n"
+        f"            print(json.dumps({{name: os.environ[name] for name in {names} if name in os.environ}}))\n"
+        "            raise SystemExit\n"
+        "sys.meta_path.insert(0, Torch())\n"
+        "sys.argv = ['dft_lightning', 'fit', '--config', 'configs/quickstart.yaml']\n"
+        "from dft_lightning.__main__ import run\n"
+        "run()\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert json.loads(found.stdout.splitlines()[-1]) == expected

@@ -537,6 +537,29 @@ def threshold_passages() -> Iterator[str]:
         yield f"{name}, {found['tokens']} tokens: {others}"
 
 
+def beside_passages() -> Iterator[str]:
+    """The head's times beside busy processes, a row each of a head and a dtype; and the quickstart's."""
+    found = [results(f"linear_head_cpu_beside_{number}")["results"] for number in range(3)]
+    for dtype in ("float32", "bfloat16"):
+        for candidate, name in (("dft_lightning", "this head"), ("plain", "full logits")):
+            ratios = [
+                run["ratio_to_bare"]
+                for runs in found
+                for run in runs
+                if (run["dtype"], run["candidate"]) == (dtype, candidate)
+            ]
+            yield f"| {name}, {dtype} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |"
+    alone, beside, spinning = (
+        [run["seconds"] for run in results(f"quickstart_beside_{name}")["runs"].values()]
+        for name in ("0", "2", "2_spinning")
+    )
+    yield (
+        f"30 steps of the quickstart took {min(alone):.0f} to {max(alone):.0f} seconds alone, {min(beside):.0f} to "
+        f"{max(beside):.0f} beside two busy processes of two threads, and {min(spinning):.0f} to {max(spinning):.0f} "
+        "beside them with OpenMP's default"
+    )
+
+
 def curve_passages() -> Iterator[str]:
     runs = results("threshold_curve")["step, objective, nll"]
     exact = [objective for _, objective, _ in runs["exact"]]
@@ -552,7 +575,7 @@ PAGES = {
     "README.md": README_PASSAGES,
     "docs/first_run.md": [*first_run_passages()],
     "docs/data.md": [*data_passages()],
-    "docs/head.md": [*threshold_passages(), *curve_passages()],
+    "docs/head.md": [*threshold_passages(), *curve_passages(), *beside_passages()],
     "docs/losses.md": [*losses_passages()],
     "docs/other_trainers.md": [*trainer_passages()],
     "docs/resuming.md": [*resuming_passages()],
