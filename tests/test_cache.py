@@ -452,7 +452,7 @@ from dft_lightning.data.text import preparation
 config.HF_DATASETS_CACHE = sys.argv[1]
 
 def waiting(rows):
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\\n".encode())  # at once: two of them share the pipe
     time.sleep(1000)
 
 preparation.Tokenizing.__call__ = lambda self, rows: waiting(rows)
@@ -464,8 +464,10 @@ data.prepare_data()
 def test_a_killed_run_leaves_no_process(tmp_path):
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
-        others = [int(first.stdout.readline()) for _ in range(2)]
-        first.kill()
+        try:
+            others = [int(first.stdout.readline()) for _ in range(2)]
+        finally:
+            first.kill()
         try:
             assert first.communicate(timeout=30) == ("", None)  # which ends when all that hold the pipe have ended
         except subprocess.TimeoutExpired:

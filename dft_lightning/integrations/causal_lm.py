@@ -239,7 +239,7 @@ class _Inside:
             hidden.reshape(-1, hidden.shape[-1]),
             targets=targets,
             loss=self._loss,
-            normalizer=_at_least_one(count, hidden.device),
+            normalizer=at_least_one(count, hidden.device),
             token_inputs=self._inputs(labels),
             token_weight=self._of_tokens("token_weight", labels),
             **self._head.options,
@@ -252,7 +252,7 @@ class _Inside:
         assert self.output is not None
         if self._num_items is None:
             return 1.0
-        return len(self.output.log_prob) / _at_least_one(self._num_items, self.output.log_prob.device)
+        return len(self.output.log_prob) / at_least_one(self._num_items, self.output.log_prob.device)
 
     def _inputs(self, labels: Tensor) -> dict[str, Tensor]:
         needs, found = names_of(self._loss.needs), {}
@@ -289,7 +289,8 @@ def _sequences(labels: Tensor, positions: Tensor | None) -> Tensor:
     return (starts.flatten().cumsum(0) + rows).to(labels.device)
 
 
-def _at_least_one(count: Tensor | float, device: torch.device) -> Tensor | float:
+def at_least_one(count: Tensor | float, device: torch.device) -> Tensor | float:
+    """What a sum over targets is divided by: their number, or 1 where there are none."""
     if isinstance(count, Tensor):
         count = count.detach().to(device)
         return torch.where(count == 0, torch.ones_like(count), count)

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from dft_lightning.errors import InputError
-from dft_lightning.integrations.causal_lm import PER_TOKEN, check_loss, fused_causal_lm_loss, language_model_in
+from dft_lightning.integrations.causal_lm import (
+    PER_TOKEN,
+    at_least_one,
+    check_loss,
+    fused_causal_lm_loss,
+    language_model_in,
+)
 from dft_lightning.losses.base import IGNORE_INDEX, TokenLoss, require_default_forward_options, unreduced
 from dft_lightning.losses.statistics import normalise_needs, reads_reference
 from dft_lightning.ops import TokenOutput
@@ -62,11 +68,8 @@ def compute_loss_func(loss: TokenLoss) -> Callable[..., Tensor]:
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
         targets = labels[..., 1:].to(logits.device)
         total: Tensor = summed(logits[..., :-1, :], targets)
-        if num_items_in_batch is None:
-            return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
-        if isinstance(num_items_in_batch, Tensor):
-            return total / num_items_in_batch.to(total.device).clamp(min=1)
-        return total / max(num_items_in_batch, 1)
+        count = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
+        return total / at_least_one(count, total.device)
 
     return loss_function
 
