@@ -136,6 +136,35 @@ def test_no_mean_is_given_back_that_is_farther_from_a_class_than_nothing():
     torch.testing.assert_close(found[0][0], at_target.squeeze(), rtol=1e-9, atol=1e-30)
 
 
+def test_how_far_a_class_is_from_the_mean_is_its_whole_distance():
+    """Here the mean is nearly as far from one class as that is from 0: a little more, and the bound would break."""
+    weight = torch.zeros(100, 3, dtype=torch.float64)
+    weight[2:, 0], weight[1, 1], weight[0, 2] = 1.0, 1.0, 1.0
+    hidden = torch.tensor([[4.0, 0.0, 8.0], [-9.0, 4.0, 8.0]], dtype=torch.float64)
+    leaves, targets = [hidden, weight, torch.zeros(100, dtype=torch.float64)], torch.zeros(2, dtype=torch.long)
+    exact, whole = gradients(leaves, targets, CrossEntropyLoss(), 0.0, normalizer=1.0)
+    output, found = gradients(leaves, targets, CrossEntropyLoss(), 0.5, normalizer=1.0)
+    assert exact.dropped is None
+    assert (output.dropped > 0).all()
+    assert ((found[0] - whole[0]).norm(dim=1) <= output.dropped * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("loss", [CrossEntropyLoss(), Regularised()], ids=["scaled rows", "made"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 2.0**-7)], ids=str
+)
+def test_next_to_nothing_is_known_as_exactly(dtype, tolerance, loss):
+    """What is dropped is the sum of what is, and no difference of sums of whole rows, whose rounding is larger."""
+    weight = torch.full((1000, 1), -20.0, dtype=torch.float64)
+    weight[:7, 0] = torch.linspace(-0.375, 0.375, 7)
+    hidden, targets = torch.ones(1, 1, dtype=torch.float64), torch.tensor([0])
+    leaves = [hidden, weight, torch.zeros(1000, dtype=torch.float64)]
+    lost = raw_gradient(leaves, targets, loss)[0, 7:].abs().sum()
+    assert 1e-7 < lost < 1e-5
+    output, _ = gradients([leaf.to(dtype) for leaf in leaves], targets, loss, 2.0**-20)
+    torch.testing.assert_close(output.dropped[0].double(), lost, rtol=tolerance, atol=0)
+
+
 @pytest.mark.parametrize("chunk_bytes", [None, 13 * 608 * 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss", [DFTLoss(), Regularised()], ids=["scaled rows", "made"])
@@ -165,6 +194,15 @@ def test_frozen_parts(frozen):
     linear_token_loss(hidden, weight, targets, DFTLoss(), **options).loss.backward()
     for leaf, gradient in zip(leaves, expected, strict=True):
         torch.testing.assert_close(leaf.grad, gradient if leaf.requires_grad else None)
+
+
+@pytest.mark.parametrize("normalizer", [-7.0, torch.tensor(-7.0, dtype=torch.float64)], ids=["number", "tensor"])
+def test_a_normaliser_below_zero_changes_signs_alone(normalizer):
+    leaves, targets = inputs()
+    expected, right = gradients(leaves, targets, DFTLoss(), THRESHOLD)
+    output, found = gradients(leaves, targets, DFTLoss(), THRESHOLD, normalizer=normalizer)
+    torch.testing.assert_close(output.dropped, expected.dropped)
+    torch.testing.assert_close(found, [-each for each in right])
 
 
 def test_without_gradients_nothing_is_left_out():

@@ -22,7 +22,6 @@ from torch import Tensor
 from dft_lightning.losses.statistics import raised_dtype
 from dft_lightning.ops.kernels import kernels_for
 from dft_lightning.ops.pieces import PIECE_BYTES, scratch, slices
-from dft_lightning.ops.rows import at
 
 # Columns of the product, so that its rows lie aligned.
 _ALIGNMENT = 16
@@ -30,7 +29,8 @@ _ALIGNMENT = 16
 # How much nearer the mean has to be, in squares, for what distances in half precision are rounded by.
 _NEARER = 1 - 2.0**-5
 
-# The largest gradients are taken in half precision, too: none at the threshold is to be missed.
+# The largest gradients are taken in half precision, too: none at the threshold is to be missed. They are those of the
+# gradient as it is rounded, which for a divergence or an entropy may be a difference of larger numbers.
 _BELOW = 1 - 2.0**-6
 
 
@@ -61,14 +61,14 @@ class LeftOut:
     Args:
         weight: ``[V, H]``, in the dtype of the products.
         product: ``(a, b, out)``, which leaves float32 sums where the device can.
-        row_sums: of a matrix, in float32 or float64.
+        row_sums: ``(matrix, which)``, of the columns at which ``which`` is 1, in float32 or float64.
     """
 
     def __init__(
         self,
         weight: Tensor,
         product: Callable[[Tensor, Tensor, Tensor], None],
-        row_sums: Callable[[Tensor], Tensor],
+        row_sums: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
         self._weight, self._product, self._row_sums = weight, product, row_sums
         self._raised = raised_dtype(weight.dtype)
@@ -79,9 +79,10 @@ class LeftOut:
         gradient: Tensor,
         targets: Tensor,
         row_scale: Tensor | None,
-        total: Tensor | None,
         limit: Tensor | float,
         buffer: Callable[[tuple[int, int]], Tensor],
+        *,
+        of_one_sign: bool,
     ) -> Chosen:
         """The classes of which some row has a gradient of ``limit`` or more, and every target. Waits for the device.
 
@@ -89,10 +90,9 @@ class LeftOut:
             gradient: ``[c, V]`` with respect to the logits.
             targets: ``[c]`` class indices.
             row_scale: ``[c]``, factors of the rows, which are not on the gradient, nor on what is returned.
-            total: ``[c]``, sums of the rows but for the target, whose elements are of one sign; ``None`` where they are
-                not known.
             limit: of the gradient with the factors.
             buffer: makes room for the chosen columns.
+            of_one_sign: whether a row's elements are, but for the target.
         """
         kernels = kernels_for(gradient.device, gradient.dtype)
         largest = kernels.column_largest(gradient, row_scale)
@@ -104,24 +104,21 @@ class LeftOut:
         index = torch.cat([classes, classes.new_zeros(width - size)])
         chosen = torch.index_select(gradient, 1, index, out=buffer((len(gradient), width)))
         chosen[:, size:] = 0
-        if total is None:
-            rest = self._row_sums(gradient) - self._row_sums(chosen)
-            dropped = self._absolute_sums(gradient) - self._absolute_sums(chosen)
-        else:
-            rest = total - (self._row_sums(chosen) - at(gradient, targets).to(self._raised))
-            dropped = rest.abs()
+        # Of these alone: the difference of two sums of whole rows would be rounded by what the rows are.
+        rest = self._row_sums(gradient, small)
+        dropped = rest.abs() if of_one_sign else self._absolute_sums(gradient, small)
         chosen[:, size] = rest.to(chosen.dtype)
         weight = self._weight.index_select(0, index)
         weight[size:] = 0
         weight[size] = self._mean(largest / limit, small).to(weight.dtype)
-        return Chosen(classes, chosen, weight, dropped.clamp_(min=0))
+        return Chosen(classes, chosen, weight, dropped)
 
-    def _absolute_sums(self, matrix: Tensor) -> Tensor:
+    def _absolute_sums(self, matrix: Tensor, which: Tensor) -> Tensor:
         found = matrix.new_empty(len(matrix), dtype=self._raised)
         rows = max(1, self._piece_bytes // (matrix.shape[1] * matrix.itemsize))
         with scratch("absolute", (min(rows, len(matrix)), matrix.shape[1]), matrix.dtype, matrix.device) as piece:
             for part in slices(len(matrix), rows):
-                found[part] = self._row_sums(torch.abs(matrix[part], out=piece[: part.stop - part.start]))
+                found[part] = self._row_sums(torch.abs(matrix[part], out=piece[: part.stop - part.start]), which)
         return found
 
     def _mean(self, share: Tensor, small: Tensor) -> Tensor:

@@ -208,12 +208,12 @@ def _push_back(
     """
     own, transform = gathered.rows, settings.transform
     assert own is not None
-    row_scale = total = None
+    row_scale = None
     scale: Tensor | float = 1.0  # what is on the gradient beyond the factors of its rows
     if coefficients.only_at_target and transform.softcap is None:
         # at_target (1[v = y] - p_v) is what is kept, times a factor of the row, but at the target.
         put_(own.values, targets, -own.total)
-        row_scale, total = -coefficients.at_target * transform.scale * own.log_factor.exp(), own.total
+        row_scale = -coefficients.at_target * transform.scale * own.log_factor.exp()
     else:
         if settings.dtype == torch.float16:
             largest = coefficients.largest_gradient(gathered.moments.log_prob) * abs(transform.scale)
@@ -224,7 +224,8 @@ def _push_back(
     if not settings.gradient_threshold:
         products.add_gradients(rows, own.values, row_scale)
         return None
-    with products.chosen(own.values, targets, row_scale, total, limit * scale) as chosen:
+    of_one_sign = row_scale is not None
+    with products.chosen(own.values, targets, row_scale, limit * scale, of_one_sign=of_one_sign) as chosen:
         products.add_gradients(rows, chosen, row_scale)
         return chosen.dropped / scale if row_scale is None else chosen.dropped * row_scale.abs()
 
