@@ -171,6 +171,7 @@ def busy() -> None:
     """What another process of two torch threads does: products and operations on their results, for a minute."""
     torch.set_num_threads(2)
     a, out = torch.randn(1024, 1024), torch.empty(1024, 1024)
+    print("begun", flush=True)
     end = time.monotonic() + BUSY_SECONDS
     while time.monotonic() < end and os.getppid() != 1:
         torch.mm(a, a, out=out).sub_(out.amax(-1, keepdim=True)).exp_()
@@ -179,15 +180,19 @@ def busy() -> None:
 @contextmanager
 def beside(number: int) -> Iterator[None]:
     """So many busy processes meanwhile."""
-    processes = [subprocess.Popen([sys.executable, __file__, "--measurement", "busy"]) for _ in range(number)]
+    command = [sys.executable, __file__, "--measurement", "busy"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(number)]
     try:
-        time.sleep(5 if number else 0)  # they have begun
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()  # it has begun
         yield
         if ended := [process.returncode for process in processes if process.poll() is not None]:
             raise SystemExit(f"{len(ended)} of the busy processes ended before the measurement: take fewer --pairs")
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
 
 
 def resident(field: str) -> int:
