@@ -168,7 +168,7 @@ def measure_time(options: argparse.Namespace) -> dict:
 
 
 def busy() -> None:
-    """What another process of two torch threads does: products and operations on their results, for a minute."""
+    """What another process of two torch threads does: products and operations on their results."""
     torch.set_num_threads(2)
     a, out = torch.randn(1024, 1024), torch.empty(1024, 1024)
     print("begun", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -17,6 +18,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the CUDA kernels on CPU tensors; read when they are defined
+
+if hasattr(os, "register_at_fork"):
+    # What a parent left lying may wait, when it is taken away, for threads that were not forked.
+    os.register_at_fork(after_in_child=gc.freeze)
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

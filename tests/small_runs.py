@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import gc
 import json
 import logging
 import os
@@ -242,7 +241,6 @@ def _forked(rank: int, ranks: int, port: int, folder: str, path: str, args: tupl
         where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
         os.environ.update({name: str(value) for name, value in where.items()})
         torch.set_num_threads(1)  # threads of OpenMP are not forked
-        gc.freeze()  # what the parent left lying may wait, when it is taken away, for threads that are not forked
         faulthandler.dump_traceback_later(timeout - 1, file=2)  # where it stands at the limit
         sys.argv = [path, *args]
         runpy.run_path(path, run_name="__main__")

@@ -81,18 +81,16 @@ class LeftOut:
         row_scale: Tensor | None,
         limit: Tensor | float,
         buffer: Callable[[tuple[int, int]], Tensor],
-        *,
-        of_one_sign: bool,
     ) -> Chosen:
         """The classes of which some row has a gradient of ``limit`` or more, and every target. Waits for the device.
 
         Args:
             gradient: ``[c, V]`` with respect to the logits.
             targets: ``[c]`` class indices.
-            row_scale: ``[c]``, factors of the rows, which are not on the gradient, nor on what is returned.
+            row_scale: ``[c]``, factors of the rows, which are not on the gradient, nor on what is returned; with them
+                no element but the target's is below 0.
             limit: of the gradient with the factors.
             buffer: makes room for the chosen columns.
-            of_one_sign: whether a row's elements are, but for the target.
         """
         kernels = kernels_for(gradient.device, gradient.dtype)
         largest = kernels.column_largest(gradient, row_scale)
@@ -105,8 +103,9 @@ class LeftOut:
         chosen = torch.index_select(gradient, 1, index, out=buffer((len(gradient), width)))
         chosen[:, size:] = 0
         # Of these alone: the difference of two sums of whole rows would be rounded by what the rows are.
-        rest = self._row_sums(gradient, small)
-        dropped = rest.abs() if of_one_sign else self._absolute_sums(gradient, small)
+        left_out = small.to(gradient.dtype)
+        rest = self._row_sums(gradient, left_out)
+        dropped = self._absolute_sums(gradient, left_out) if row_scale is None else rest
         chosen[:, size] = rest.to(chosen.dtype)
         weight = self._weight.index_select(0, index)
         weight[size:] = 0

@@ -224,8 +224,7 @@ def _push_back(
     if not settings.gradient_threshold:
         products.add_gradients(rows, own.values, row_scale)
         return None
-    of_one_sign = row_scale is not None
-    with products.chosen(own.values, targets, row_scale, limit * scale, of_one_sign=of_one_sign) as chosen:
+    with products.chosen(own.values, targets, row_scale, limit * scale) as chosen:
         products.add_gradients(rows, chosen, row_scale)
         return chosen.dropped / scale if row_scale is None else chosen.dropped * row_scale.abs()
 

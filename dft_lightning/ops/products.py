@@ -279,7 +279,7 @@ class HeadProducts:
 
     @contextmanager
     def chosen(
-        self, gradient: Tensor, targets: Tensor, row_scale: Tensor | None, limit: Tensor | float, *, of_one_sign: bool
+        self, gradient: Tensor, targets: Tensor, row_scale: Tensor | None, limit: Tensor | float
     ) -> Iterator[Chosen]:
         """A chunk's gradient at the classes that are not left out, for as long as the context lasts; see there."""
         with ExitStack() as stack:
@@ -287,7 +287,7 @@ class HeadProducts:
             def buffer(shape: tuple[int, int]) -> Tensor:
                 return stack.enter_context(scratch(self._role + "chosen", shape, self.dtype, self.device))
 
-            yield self.left_out.choose(gradient, targets, row_scale, limit, buffer, of_one_sign=of_one_sign)
+            yield self.left_out.choose(gradient, targets, row_scale, limit, buffer)
 
     def add_gradients(self, rows: slice, gradient: Tensor | Chosen, row_scale: Tensor | None = None) -> None:
         """Add what a chunk's gradient with respect to its logits contributes.
@@ -357,17 +357,17 @@ def float32_sums(matrix: Tensor, which: Tensor | None = None) -> Tensor:
 
     Args:
         matrix: ``[n, m]``.
-        which: ``[m]``, 1 at the columns to sum, else 0; without it all are.
+        which: ``[m]``, 1 at the columns to sum, else 0, in the matrix's dtype; without it all are.
     """
     if matrix.device.type == "cpu" and matrix.dtype == torch.bfloat16:
-        ones = filled(matrix.shape[1], 1.0, matrix.dtype, matrix.device) if which is None else which.to(matrix.dtype)
+        ones = filled(matrix.shape[1], 1.0, matrix.dtype, matrix.device) if which is None else which
         ones = ones.unsqueeze(-1)
         rounded = torch.mm(matrix, ones)
         return (rounded.float() + torch.addmm(rounded.neg(), matrix, ones).float()).squeeze(-1)
     if which is None:
         return matrix.sum(-1, dtype=raised_dtype(matrix.dtype))
     sums = matrix.new_empty(len(matrix), 1, dtype=raised_dtype(matrix.dtype))
-    _product(matrix, which.to(matrix.dtype).unsqueeze(-1), out=sums)
+    _product(matrix, which.unsqueeze(-1), out=sums)
     return sums.squeeze(-1)
 
 
