@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -508,7 +509,9 @@ def test_normalizers():
             assert output.loss.item() == pytest.approx(expected, rel=1e-14)
             assert linear_token_loss(hidden, weight, none, loss, normalizer=nothing).loss.item() == 0
         for wrong, match in (
-            (0, "normalizer is 0"),
+            (0, "normalizer is 0, with"),
+            (math.inf, "normalizer is inf, with"),
+            (math.nan, "normalizer is nan, with"),
             (torch.ones(37), r"scalar tensor, got shape \[37\]"),
             (torch.ones((), requires_grad=True), "pass normalizer.detach"),
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -160,15 +161,16 @@ def inverse_normalizer(normalizer: Tensor | float | None, num_tokens: int, dtype
     Without tokens it is 1, whatever the normaliser: the sum is 0, and 0 over a count of 0 would be nan.
 
     Raises:
-        ValueError: a normaliser of 0, of more than one element, or with a gradient, which would be lost.
+        ValueError: a number that is 0, infinite or nan; a tensor of more than one element, or with a gradient, which
+            would be lost.
     """
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer must be a number or a scalar tensor, got shape {list(normalizer.shape)}")
         if normalizer.requires_grad:
             raise ValueError("no gradient flows into normalizer: pass normalizer.detach()")
-    elif normalizer == 0 and num_tokens > 0:
-        raise ValueError(f"normalizer is 0, with {num_tokens} target tokens")
+    elif normalizer is not None and num_tokens > 0 and not 0 < abs(normalizer) < math.inf:
+        raise ValueError(f"normalizer is {normalizer}, with {num_tokens} target tokens")
     if normalizer is None or num_tokens == 0:
         return 1.0
     return 1.0 / (normalizer.reshape(()).to(dtype) if isinstance(normalizer, Tensor) else float(normalizer))
