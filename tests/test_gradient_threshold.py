@@ -115,13 +115,30 @@ def test_what_is_left_out_and_what_that_does(name, chunk):
 
 
 def test_the_mean_of_what_is_left_out_is_given_back():
-    """It takes the hidden gradient's error down, where the weights have something in common."""
+    """Weighted by the classes' largest gradients; where the weights have something in common, that takes the hidden
+    gradient's error down."""
     leaves, targets = inputs(mean=2.0)
+    weight = leaves[1]
     whole, found = (gradients(leaves, targets, CrossEntropyLoss(), each)[1][0] for each in (0.0, THRESHOLD))
     raw = raw_gradient(leaves, targets, CrossEntropyLoss())
     left_out = (raw.abs().amax(0) < THRESHOLD * (1 - 2**-6)) & ~one_hot(targets, CLASSES).any(0)
-    without = raw.masked_fill(left_out, 0) @ leaves[1] / 7
-    assert (found - whole).norm() < 0.5 * (without - whole).norm()
+    share = raw.abs().amax(0) * left_out
+    mean = share @ weight / share.sum()
+    without = raw.masked_fill(left_out, 0) @ weight
+    torch.testing.assert_close(found, (without + torch.outer(raw @ left_out.double(), mean)) / 7, rtol=1e-9, atol=1e-12)
+    assert (found - whole).norm() < 0.5 * (without / 7 - whole).norm()
+
+
+@pytest.mark.parametrize(("cosine", "given_back"), [(-0.9, True), (-0.96, False)])
+def test_a_mean_has_to_be_nearer_by_more_than_its_distances_are_rounded(cosine, given_back):
+    """Of two classes of length 1 that count alike, the square of their distance from it is (1 - cosine) / 2."""
+    weight = torch.zeros(3, 3, dtype=torch.float64)
+    weight[0, 2], weight[1, 0] = 9.0, 1.0
+    weight[2, :2] = torch.tensor([cosine, math.sqrt(1 - cosine**2)])
+    leaves = [weight[:1].clone() / 9, weight, torch.zeros(3, dtype=torch.float64)]
+    output, found = gradients(leaves, torch.tensor([0]), CrossEntropyLoss(), 0.1, normalizer=1.0)
+    expected = -output.dropped * weight[0] + (output.dropped * (weight[1] + weight[2]) / 2 if given_back else 0)
+    torch.testing.assert_close(found[0][0], expected, rtol=1e-9, atol=1e-30)
 
 
 def test_no_mean_is_given_back_that_is_farther_from_a_class_than_nothing():
