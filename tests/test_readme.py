@@ -561,7 +561,7 @@ def beside_passages() -> Iterator[str]:
 
 
 def curve_passages() -> Iterator[str]:
-    runs = results("threshold_curve")["step, objective, nll"]
+    runs = results("threshold_curve")["steps, objective, nll"]
     exact = [objective for _, objective, _ in runs["exact"]]
     for name in ("threshold", "another order"):
         apart = [abs(a - b) for a, (_, b, _) in zip(exact, runs[name], strict=True)]

@@ -263,6 +263,22 @@ def test_dealing(tmp_path, capsys):
     assert "joined 32 x 4 x 2" in capsys.readouterr().out
 
 
+def test_threshold_curve(tmp_path):
+    """The same first loss of the same rows, whatever the threshold; and another of other rows."""
+    output = tmp_path / "out.json"
+    sizes = ["--trainer.max_steps", 3, "--trainer.log_every_n_steps", 1, "--trainer.enable_progress_bar", "false"]
+    sizes += ["--data.train.num_rows", 12, "--trainer.callbacks", "null"]
+    config = ROOT / "configs" / "quickstart.yaml"
+    run_script("benchmarks/threshold_curve.py", "--config", config, "--threshold", 0.1, "--output", output, *sizes)
+    curves = json.loads(output.read_text())["steps, objective, nll"]
+    assert {name: [row[0] for row in curve] for name, curve in curves.items()} == {
+        name: [1, 2, 3] for name in ("exact", "threshold", "another order")
+    }
+    exact, threshold, order = curves.values()
+    assert exact[0] == threshold[0] != order[0]
+    assert exact[2] != threshold[2]
+
+
 def test_quickstart(tmp_path):
     output = tmp_path / "out.json"
     sizes = ["--trainer.max_steps", 1, "--trainer.enable_progress_bar", "false", "--data.train.num_rows", 4]
