@@ -20,7 +20,6 @@ FILES = {
     for path in PACKAGE.rglob("*.py")
     if path.name not in ("__init__.py", "__main__.py", "triton_kernels.py")
 }
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 ASKED = ("getattr", "hasattr", "setattr")
 # Of Python itself: the way to end a process from a handler of signals, and the options of an argparse parser.
 OF_PYTHON = {"_exit", "_actions"}
@@ -47,7 +46,15 @@ def is_self(node):
     return isinstance(node, ast.Name) and node.id in ("self", "cls")
 
 
-OWN = {name for tree in TREES.values() for name in defined(tree) if is_private(name)}
+@cache
+def tree_of(module):
+    return ast.parse(FILES[module].read_text(encoding="utf-8"))
+
+
+@cache
+def own():
+    """Private names of the package."""
+    return {name for module in FILES for name in defined(tree_of(module)) if is_private(name)}
 
 
 def used(tree):
@@ -59,11 +66,11 @@ def used(tree):
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 yield from filter(is_private, alias.name.split("."))
-        elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in OWN:
+        elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own():
             yield node.attr
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ASKED:
             asked = [argument.value for argument in node.args[1:2] if isinstance(argument, ast.Constant)]
-            yield from (name for name in map(str, asked) if is_private(name) and name not in OWN)
+            yield from (name for name in map(str, asked) if is_private(name) and name not in own())
 
 
 @cache
@@ -77,7 +84,7 @@ def names_of(base):
 
 def inherited(module):
     """Private names of other libraries' classes that subclasses of this package override or use."""
-    for node in TREES[module].body:
+    for node in tree_of(module).body:
         cls = getattr(importlib.import_module(module), node.name) if isinstance(node, ast.ClassDef) else object
         ours = {*defined(node), *(each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute))}
         for base in cls.__mro__[1:]:
@@ -86,7 +93,7 @@ def inherited(module):
 
 
 def private_names(module):
-    return {*used(TREES[module]), *inherited(module)} - OF_PYTHON
+    return {*used(tree_of(module)), *inherited(module)} - OF_PYTHON
 
 
 @pytest.mark.parametrize("module", [name for name in FILES if ".foreign." not in name])
@@ -119,7 +126,7 @@ WORDS_OF_PYTHON = {"'Extra data' in str(error)"}
 
 @pytest.mark.parametrize("module", [name for name in FILES if ".foreign." not in name])
 def test_words_of_others_are_in_their_rooms(module):
-    assert {*worded(TREES[module])} <= WORDS_OF_PYTHON
+    assert {*worded(tree_of(module))} <= WORDS_OF_PYTHON
 
 
 # Where each is in the releases that the package is for. ``None``: it is looked for by getattr, and may be missing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,9 @@ def imports(name):
     return {name if name in FILES else name.removesuffix(".__init__") for name in found}
 
 
-IMPORTS = {name: imports(name) for name in FILES}
+@cache
+def all_imports():
+    return {name: imports(name) for name in FILES}
 
 
 def room_of(name):
@@ -62,7 +65,7 @@ def room_of(name):
 
 def test_every_room_has_its_place():
     assert {room_of(name) for name in FILES} - {"__init__"} == FLOORS.keys()
-    for name, inner in IMPORTS.items():
+    for name, inner in all_imports().items():
         assert inner <= FILES.keys(), name
 
 
@@ -73,7 +76,7 @@ def test_the_rooms_of_data_are_above_each_other_too():
     def floor(name):
         return DATA.index(name.split(".")[1])
 
-    for name, inner in IMPORTS.items():
+    for name, inner in all_imports().items():
         for other in inner:
             if room_of(name) == room_of(other) == "data":
                 assert floor(other) <= floor(name), f"{name} imports {other}"
@@ -81,7 +84,7 @@ def test_the_rooms_of_data_are_above_each_other_too():
 
 @pytest.mark.parametrize("name", sorted(FILES.keys() - {"__init__"}))
 def test_no_import_climbs(name):
-    for other in IMPORTS[name]:
+    for other in all_imports()[name]:
         assert other != "__init__", "the package's root is for users"
         same = room_of(other) == room_of(name)
         assert same or FLOORS[room_of(other)] < FLOORS[room_of(name)] or {name, other} <= set(GROUND), other
@@ -89,7 +92,7 @@ def test_no_import_climbs(name):
 
 def test_no_circles():
     """Within the rooms, where a package's ``__init__`` collects what users import."""
-    left = {name: {other for other in inner if not other.endswith("__init__")} for name, inner in IMPORTS.items()}
+    left = {name: {other for other in inner if not other.endswith("__init__")} for name, inner in all_imports().items()}
     while free := [name for name, inner in left.items() if not inner & left.keys()]:
         for name in free:
             del left[name]
