@@ -102,8 +102,10 @@ def full(dtype: torch.dtype) -> Head:
 
     def head(problem: Problem, hidden: Tensor, weight: Tensor, loss: TokenLoss) -> TokenOutput:
         with torch.autocast("cpu", enabled=False):
-            logits = F.linear(hidden.to(dtype), weight.to(hidden.dtype).to(dtype))
-        beside = F.linear(problem.reference.to(hidden.dtype).to(dtype), weight.detach().to(dtype))
+            logits, beside = (
+                F.linear(each.to(hidden.dtype).to(dtype), of_head.to(hidden.dtype).to(dtype))
+                for each, of_head in ((hidden, weight), (problem.reference, weight.detach()))
+            )
         return logits_token_loss(
             logits.unsqueeze(1), problem.targets.unsqueeze(1), loss, reference_logits=beside.unsqueeze(1),
             sequence_index=problem.given["sequence_index"].unsqueeze(1),

@@ -1,6 +1,7 @@
 """What each token loss costs in the fused head, over the three bare matrix products.
 
-    python benchmarks/head_losses.py [--tokens 1024 --hidden 1024 --vocabulary 50304 --dtype float32]
+    python benchmarks/head_losses.py [--tokens 1024 --hidden 1024 --vocabulary 50304]
+    python benchmarks/head_losses.py --dtype bfloat16
 
 Losses take turns, each with its own bare products just before it; medians of the turns' ratios. The reference model's
 head is of the same size, and its product part of the time of a loss that reads its distribution.
@@ -102,9 +103,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--output", type=Path, help="by default benchmarks/results/head_losses_DEVICE.json")
+    parser.add_argument("--output", type=Path, help="by default benchmarks/results/head_losses_DEVICE_DTYPE.json")
     options = parser.parse_args()
-    output = options.output or RESULTS / f"head_losses_{options.device}.json"
+    output = options.output or RESULTS / f"head_losses_{options.device}_{options.dtype}.json"
     run, bare = loss_call(options)
     ratios: dict[str, list[float]] = {name: [] for name in LOSSES}
     products: list[float] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Iterator
 from statistics import mean, median
@@ -400,28 +401,53 @@ def data_passages() -> Iterator[str]:
     yield f"| full | {own:.1%} | {trl:.1%} | |"
 
 
-def losses_passages() -> Iterator[str]:
-    found = results("head_losses_cpu")
-    ratios = dict(found["times_the_bare_products"])
-    compared = (
-        "AnchoredLoss",
-        "ReferenceKLLoss",
-        "ReferenceKLLoss, reverse",
-        "TargetSFTLoss",
-        "PriorWeightedLoss, mass",
+OWN_STATISTIC = "a statistic of one's own"
+
+
+def own_loss_passages() -> Iterator[str]:
+    in_float32, in_bfloat16 = (results(f"head_losses_cpu_{dtype}") for dtype in ("float32", "bfloat16"))
+    (own, dft), (own_half, dft_half) = (
+        [found["times_the_bare_products"][name] for name in (OWN_STATISTIC, "DFTLoss")]
+        for found in (in_float32, in_bfloat16)
     )
-    beside = sorted(ratios.pop(name) for name in compared)
-    by_class = {name: ratios.pop(name) for name in ("GEMLoss", "GEMLoss, logsigmoid", "SEDSFTLoss")}
-    by_sequence = sorted(ratios.pop(name) for name in ("SequenceDFTLoss", "ImportanceWeightedLoss, sequence"))
-    said = " and ".join(dict.fromkeys(f"{ratio:.1f}" for ratio in by_sequence))
+    yield (
+        f"With this loss, {in_float32['tokens']} tokens and a vocabulary of {in_float32['vocabulary']}, "
+        f"{cores(in_float32)} took {own:.2f} times the three bare products in float32, where DFT takes {dft:.2f}, and "
+        f"{own_half:.2f} times in bfloat16, where DFT takes {dft_half:.2f} (`benchmarks/head_losses.py`)"
+    )
+
+
+def losses_passages() -> Iterator[str]:
+    found = results("head_losses_cpu_float32")
+    passes, gem, other_form, sed, by_sequence, compared = ratios_of(found)
     yield (
         f"on {cores(found)} ({found['tokens']} tokens, a vocabulary of {found['vocabulary']}, {found['dtype']}, "
-        f"`python benchmarks/head_losses.py`): {min(ratios.values()):.2f} to {max(ratios.values()):.2f} for the losses "
-        "of one pass, which is no further apart than two runs of one of them; "
-        f"{by_class['GEMLoss']:.2f} for `GEMLoss`, {by_class['GEMLoss, logsigmoid']:.2f} with its other form and "
-        f"{by_class['SEDSFTLoss']:.2f} for `SEDSFTLoss`; {said} for those by sequence; and {beside[0]:.1f} to "
-        f"{beside[-1]:.1f} for those that read a reference's distribution, with its product"
+        f"`python benchmarks/head_losses.py`): {passes} for the losses of one pass, which is no further apart than two "
+        f"runs of one of them; {gem} for `GEMLoss`, {other_form} with its other form and {sed} for `SEDSFTLoss`; "
+        f"{by_sequence} for those by sequence; and {compared} for those that read a reference's distribution, with its "
+        "product"
     )
+    half = results("head_losses_cpu_bfloat16")
+    passes, gem, other_form, sed, by_sequence, compared = ratios_of(half)
+    yield (
+        f"In bfloat16 the products take {half['bare_seconds'] / found['bare_seconds']:.2f} of the time, and what else "
+        f"is done to a chunk weighs more: {passes}; {gem}, {other_form} and {sed}; {by_sequence}; and {compared}"
+    )
+
+
+COMPARED = ("AnchoredLoss", "ReferenceKLLoss", "ReferenceKLLoss, reverse", "TargetSFTLoss", "PriorWeightedLoss, mass")
+
+
+def ratios_of(found: dict) -> list[str]:
+    """Of the losses of one pass; GEM's two forms and SED's; those by sequence, and those that read a distribution."""
+    ratios = dict(found["times_the_bare_products"])
+    ratios.pop(OWN_STATISTIC)
+    beside = sorted(ratios.pop(name) for name in COMPARED)
+    by_class = [f"{ratios.pop(name):.2f}" for name in ("GEMLoss", "GEMLoss, logsigmoid", "SEDSFTLoss")]
+    by_sequence = sorted(ratios.pop(name) for name in ("SequenceDFTLoss", "ImportanceWeightedLoss, sequence"))
+    said = " and ".join(dict.fromkeys(f"{ratio:.1f}" for ratio in by_sequence))
+    passes = f"{min(ratios.values()):.2f} to {max(ratios.values()):.2f}"
+    return [passes, *by_class, said, f"{beside[0]:.1f} to {beside[-1]:.1f}"]
 
 
 KEPT = {
@@ -569,14 +595,47 @@ def curve_passages() -> Iterator[str]:
     yield f"Over {runs['exact'][-1][0]} steps of SmolLM2 on SVAMP's word problems"
 
 
+ERRORS_OF = {
+    "dft_lightning": "this head",
+    "float32 logits": "float32 logits",
+    "bfloat16 logits": "bfloat16 logits",
+    "trl": "TRL 1.16",
+    "torch chunked": "torch's chunked",
+    "liger's formulas": "Liger's formulas",
+}
+
+
+def error_passages() -> Iterator[str]:
+    """Both tables, a row each."""
+    for model, title in (("smollm2", "SmolLM2-135M"), ("gemma3", "Gemma 3 270M")):
+        found = results(f"head_error_{model}")
+        yield f"| {title}, {found['tokens']} tokens | {' | '.join(ERRORS_OF.values())} |"
+        by_loss = found["results"]
+        for statistic in ("log_prob", "entropy", "top_k_entropy", "mean_log_prob", "sum_squared_prob", "reference_kl"):
+            name = "log-prob" if statistic == "log_prob" else f"`{statistic}`"
+            yield plain(f"| {name} | {thousandths(by_loss['CrossEntropyLoss'], statistic)} |")
+        for loss, of_heads in by_loss.items():
+            name, _, form = loss.partition(", ")
+            name = loss if loss == OWN_STATISTIC else f"`{name}`" + (f", {form}" if form else "")
+            if of_heads["dft_lightning"]["dW"] < 1:  # or there is no gradient in float32
+                yield plain(f"| dW, {name} | {thousandths(of_heads, 'dW')} |")
+
+
+def thousandths(of_heads: dict, error: str) -> str:
+    """An error of each head, to two digits and more; nothing where a head has none."""
+    values = [1000 * of_heads.get(head, {}).get(error, math.nan) for head in ERRORS_OF]
+    return " | ".join("" if math.isnan(value) else f"{value:.{0 if value >= 9.95 else 1}f}" for value in values)
+
+
 OTHER_HEADS = {"plain": "full logits", "trl": "TRL 1.16", "torch chunked": "torch's chunked"}
 
 PAGES = {
     "README.md": README_PASSAGES,
     "docs/first_run.md": [*first_run_passages()],
     "docs/data.md": [*data_passages()],
-    "docs/head.md": [*threshold_passages(), *curve_passages(), *beside_passages()],
+    "docs/head.md": [*error_passages(), *threshold_passages(), *curve_passages(), *beside_passages()],
     "docs/losses.md": [*losses_passages()],
+    "docs/own_loss.md": [*own_loss_passages()],
     "docs/other_trainers.md": [*trainer_passages()],
     "docs/resuming.md": [*resuming_passages()],
     "docs/sharding.md": [*sharding_passages()],
