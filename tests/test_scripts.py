@@ -153,6 +153,7 @@ def test_generation(tmp_path):
     assert turn["transformers"]["tokens"] == turn["dft_lightning"]["tokens"] > 8
 
 
+@pytest.mark.usefixtures("children_here")
 def test_linear_head_beside_others(tmp_path):
     output = tmp_path / "out.json"
     sizes = ["--tokens", 64, "--hidden", 16, "--vocabulary", 97, "--pairs", 1, "--device", "cpu", "--dtype", "float32"]
