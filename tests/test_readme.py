@@ -419,31 +419,34 @@ def own_loss_passages() -> Iterator[str]:
 
 def losses_passages() -> Iterator[str]:
     found = results("head_losses_cpu_float32")
-    passes, gem, other_form, sed, by_sequence, compared = ratios_of(found)
+    passes, eaft, whole, gem, other_form, sed, by_sequence, compared = ratios_of(found)
     yield (
         f"on {cores(found)} ({found['tokens']} tokens, a vocabulary of {found['vocabulary']}, {found['dtype']}, "
-        f"`python benchmarks/head_losses.py`): {passes} for the losses of one pass, which is no further apart than two "
-        f"runs of one of them; {gem} for `GEMLoss`, {other_form} with its other form and {sed} for `SEDSFTLoss`; "
+        f"`python benchmarks/head_losses.py`): {passes} for the losses of one pass, but for `EAFTLoss`, {eaft} and "
+        f"with the whole entropy {whole}; {gem} for `GEMLoss`, {other_form} with its other form and {sed} for "
+        "`SEDSFTLoss`; "
         f"{by_sequence} for those by sequence; and {compared} for those that read a reference's distribution, with its "
         "product"
     )
     half = results("head_losses_cpu_bfloat16")
-    passes, gem, other_form, sed, by_sequence, compared = ratios_of(half)
+    passes, eaft, whole, gem, other_form, sed, by_sequence, compared = ratios_of(half)
     yield (
         f"In bfloat16 the products take {half['bare_seconds'] / found['bare_seconds']:.2f} of the time, and what else "
-        f"is done to a chunk weighs more: {passes}; {gem}, {other_form} and {sed}; {by_sequence}; and {compared}"
+        f"is done to a chunk weighs more: {passes}, {eaft} and {whole}; {gem}, {other_form} and {sed}; {by_sequence}; "
+        f"and {compared}"
     )
 
 
+BY_NAME = ("EAFTLoss", "EAFTLoss, whole entropy", "GEMLoss", "GEMLoss, logsigmoid", "SEDSFTLoss")
 COMPARED = ("AnchoredLoss", "ReferenceKLLoss", "ReferenceKLLoss, reverse", "TargetSFTLoss", "PriorWeightedLoss, mass")
 
 
 def ratios_of(found: dict) -> list[str]:
-    """Of the losses of one pass; GEM's two forms and SED's; those by sequence, and those that read a distribution."""
+    """Of the losses of one pass; EAFT's two forms, GEM's and SED's; those by sequence, and by a distribution."""
     ratios = dict(found["times_the_bare_products"])
     ratios.pop(OWN_STATISTIC)
     beside = sorted(ratios.pop(name) for name in COMPARED)
-    by_class = [f"{ratios.pop(name):.2f}" for name in ("GEMLoss", "GEMLoss, logsigmoid", "SEDSFTLoss")]
+    by_class = [f"{ratios.pop(name):.2f}" for name in BY_NAME]
     by_sequence = sorted(ratios.pop(name) for name in ("SequenceDFTLoss", "ImportanceWeightedLoss, sequence"))
     said = " and ".join(dict.fromkeys(f"{ratio:.1f}" for ratio in by_sequence))
     passes = f"{min(ratios.values()):.2f} to {max(ratios.values()):.2f}"
